@@ -1,0 +1,56 @@
+"""A weight seen as rows, one a channel, and rows seen as blocks, one a grid."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from qcompress.types import Granularity, Shape
+
+
+def row_shape(shape: Shape, axis: tuple[int, ...]) -> Shape:
+    """The shape (rows, ...) of a weight whose channel axes come first and become one; a vector or scalar is one row."""
+    if len(shape) < 2:
+        return (1, math.prod(shape))
+    rest = tuple(size for index, size in enumerate(shape) if index not in axis)
+    return (math.prod(shape[index] for index in axis), *rest)
+
+
+def rows_from_weight(weight: Tensor, axis: tuple[int, ...]) -> Tensor:
+    """The weight as [rows, ...]: a view where the channel axes already lead."""
+    if weight.ndim < 2:
+        return weight.reshape(1, -1)
+    order = (*axis, *(index for index in range(weight.ndim) if index not in axis))
+    return weight.permute(order).reshape(row_shape(tuple(weight.shape), axis))
+
+
+def weight_from_rows(rows: Tensor, shape: Shape, axis: tuple[int, ...]) -> Tensor:
+    """The inverse of `rows_from_weight`: rows [rows, ...] of any inner shape back to `shape`, contiguous."""
+    if len(shape) < 2:
+        return rows.reshape(shape)
+    order = (*axis, *(index for index in range(len(shape)) if index not in axis))
+    permuted = rows.reshape([shape[index] for index in order])
+    back = [order.index(index) for index in range(len(shape))]
+    return permuted.permute(back).contiguous()
+
+
+def grid_shape(rows: Shape, granularity: Granularity, group_size: int | None) -> tuple[int, int]:
+    """How many grids a weight of shape [rows, ...] has: ([1 or rows], groups a row).
+
+    Raises ValueError where group_size does not divide the columns.
+    """
+    if granularity == "tensor":
+        return (1, 1)
+    if granularity == "channel":
+        return (rows[0], 1)
+    columns = math.prod(rows[1:])
+    if group_size is None or columns % group_size:
+        raise ValueError(f"group size {group_size} does not divide {columns} columns")
+    return (rows[0], columns // group_size)
+
+
+def blocks_from_rows(rows: Tensor, granularity: Granularity, group_size: int | None) -> Tensor:
+    """Rows [rows, ...] as [blocks, length], one block a grid, blocks in the order of the flattened grid shape."""
+    grids = math.prod(grid_shape(tuple(rows.shape), granularity, group_size))
+    return rows.reshape(grids, rows.numel() // grids if grids else 0)

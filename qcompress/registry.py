@@ -1,0 +1,179 @@
+"""Every method by name: its config, what it needs, what it refuses, and where its code lies. Imports no torch.
+
+A new method is a new file, an entry here, its tests and its line in the docs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Interval
+
+from qcompress.types import Family, Granularity, GridForm, Shape
+
+DEFAULT_GROUP_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """What every method on an affine grid shares.
+
+    bits         1 to 8
+    granularity  one grid per tensor, per channel, or per group of `group_size` values of a channel;
+                 group where only `group_size` is given, else channel
+    axis         the channel axis, or the pair of them in stacked experts; the plan's choice where absent
+    """
+
+    bits: Annotated[int, Interval(ge=1, le=8)]
+    granularity: Granularity | None = None
+    group_size: Annotated[int, Ge(2)] | None = None
+    symmetric: bool = False
+    axis: int | tuple[int, ...] | None = None
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
+
+    def __post_init__(self) -> None:
+        granularity = self.granularity or ("group" if self.group_size else "channel")
+        if granularity != "group" and self.group_size is not None:
+            raise ValueError(f"group_size needs granularity: group, not {granularity}")
+        object.__setattr__(self, "granularity", granularity)
+        if granularity == "group" and self.group_size is None:
+            object.__setattr__(self, "group_size", DEFAULT_GROUP_SIZE)
+
+    @property
+    def form(self) -> GridForm:
+        """What the grid stores beside its scale."""
+        return "symmetric" if self.symmetric else "offset"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RtnConfig(GridConfig):
+    """Round to nearest on the min-max range: the papers' naive quantization.
+
+    convention  of the symmetric scale (methods differ, see docs/methods.md): `full-range` lets the larger end lie on
+                the extra code (AutoRound), `narrow` drops that code, `aimet` and `gptq` follow those tools, `mid-rise`
+                has no zero
+    """
+
+    convention: Literal["full-range", "narrow", "aimet", "gptq", "mid-rise"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.convention and not self.symmetric:
+            raise ValueError("convention needs symmetric: true")
+        if self.symmetric and self.convention is None:
+            object.__setattr__(self, "convention", "mid-rise" if self.bits == 1 else "full-range")
+        if self.convention in ("narrow", "aimet") and self.bits == 1:
+            raise ValueError(f"a {self.convention} grid of 1 bit has no step; use mid-rise")
+
+    @property
+    def form(self) -> GridForm:
+        return "symmetric" if self.symmetric else "zero-point"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MseConfig(GridConfig):
+    """The grid of least error: by alternating least squares, or by a search over shrunken ranges.
+
+    search  `als` refits scale and real offset to the codes (squared error); `grid` tries shrunken min-max ranges with
+            an integer zero point (error to the power `norm`)
+    """
+
+    search: Literal["als", "grid"] = "als"
+    norm: Annotated[float, Gt(0)] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.search == "als" and self.norm not in (None, 2.0):
+            raise ValueError("norm needs search: grid; least squares has norm 2")
+        if self.norm is None:
+            object.__setattr__(self, "norm", 2.0 if self.search == "als" else 2.4)
+
+    @property
+    def form(self) -> GridForm:
+        if self.symmetric:
+            return "symmetric"
+        return "offset" if self.search == "als" else "zero-point"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquantConfig(GridConfig):
+    """SQuant: flip roundings until the errors of each kernel and each channel sum to nearly nothing.
+
+    range   `minmax` as published, or `clip`: the least-squares range, with the clipped error counted in the sums
+    stages  E rounds, K flips within kernels, C flips within channels
+    """
+
+    range: Literal["minmax", "clip"] = "clip"
+    stages: Literal["E", "EK", "EC", "EKC"] = "EKC"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HqqConfig(GridConfig):
+    """Half-quadratic quantization: the min-max scale, and a zero point fitted under an l_p norm.
+
+    round_zero  round the zero point to an integer; at 4 bits where absent, as the official default does
+    """
+
+    norm: Annotated[float, Interval(gt=0, le=1)] = 0.7
+    beta: Annotated[float, Gt(0)] = 10.0
+    iterations: Annotated[int, Interval(ge=1, le=1000)] = 20
+    round_zero: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.symmetric:
+            raise ValueError("hqq fits a zero point, so symmetric: true has no meaning here")
+        if self.round_zero is None:
+            object.__setattr__(self, "round_zero", self.bits == 4)
+
+
+def refuse_grid(config: GridConfig, rows: Shape) -> str | None:
+    """Why a weight of shape [rows, ...] cannot have this grid, or None."""
+    columns = math.prod(rows[1:])
+    size = config.group_size
+    if size is None or columns % size == 0:
+        return None
+    divisors = [d for d in range(2, columns + 1) if columns % d == 0]
+    nearest = min(divisors, key=lambda d: (abs(math.log(d / size)), d), default=columns)
+    return f"group_size {size} does not divide its {columns} values a channel; nearest that does: {nearest}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: `target` is "module:function", imported only when it runs."""
+
+    name: str
+    family: Family
+    config: type[Any]
+    needs: Literal["weights", "graph", "calibration", "training"]
+    adjusts: bool
+    refuse: Callable[[Any, Shape], str | None]
+    target: str
+
+    def load(self) -> Callable[..., Any]:
+        module, function = self.target.split(":")
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return loaded
+
+
+def _grid_method(name: str, config: type[GridConfig]) -> Method:
+    return Method(name, "quantize", config, "weights", False, refuse_grid, f"qcompress.methods.{name}:encode")
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        _grid_method("rtn", RtnConfig),
+        _grid_method("mse", MseConfig),
+        _grid_method("squant", SquantConfig),
+        _grid_method("hqq", HqqConfig),
+    )
+}
+
+DEFAULT_METHOD = "squant"
+"""The best data-free method we have measured (docs/methods.md): what `--bits` alone runs."""

@@ -1,0 +1,159 @@
+"""The nouns, frozen, in the order in which data meets them.
+
+checkpoint -> TensorInfo -> Recipe of Rules -> Plan of Decisions -> Encoded
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape: TypeAlias = tuple[int, ...]
+
+DTYPE_BITS: Mapping[str, int] = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+    "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I8": 8, "U8": 8, "BOOL": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+"""Bits per element of every dtype that a safetensors header may name."""
+
+WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""The dtypes whose tensors can be compressed; all others are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as a header describes it: no data."""
+
+    name: str
+    shape: Shape
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return -(-self.numel * DTYPE_BITS[self.dtype] // 8)
+
+
+Family: TypeAlias = Literal["quantize", "cluster"]
+Granularity: TypeAlias = Literal["tensor", "channel", "group"]
+
+GridForm: TypeAlias = Literal["symmetric", "zero-point", "offset"]
+"""What is stored beside the scale: nothing, an unsigned integer zero point, or a real offset."""
+
+Convention: TypeAlias = Literal["narrow", "full", "mid-rise"]
+"""Where zero lies on a symmetric grid of b bits: at code 2**(b-1) - 1, at 2**(b-1), or at (2**b - 1) / 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of a recipe: which tensors, and what happens to them.
+
+    `method` None keeps; `config` is the method's config dataclass. `where` names the rule in errors
+    ("rules[0].rtn, line 7").
+    """
+
+    match: str
+    method: str | None
+    config: Any
+    where: str
+
+    @property
+    def names_one_tensor(self) -> bool:
+        return not any(character in self.match for character in "*?[")
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Limits that turn a finished run into exit code 4. Bytes, bits per weight, decibels."""
+
+    max_size: int | None = None
+    max_bpw: float | None = None
+    min_sqnr: float | None = None
+    min_metric: Mapping[str, float] = field(default_factory=dict)
+    max_drop: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the user asked for, checked but not yet held against any tensor."""
+
+    family: Family
+    rules: tuple[Rule, ...]
+    seed: int = 0
+    gates: Gates = Gates()
+    source: str = "command line"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to one tensor and why; made from its header alone.
+
+    `axis` holds the channel axes: the weight is seen as rows, one a channel. `tied_to` names the tensor that is stored
+    in place of this one.
+    """
+
+    tensor: TensorInfo
+    method: str | None
+    config: Any
+    reason: str
+    axis: tuple[int, ...] = (0,)
+    tied_to: str | None = None
+
+    @property
+    def compresses(self) -> bool:
+        return self.method is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One decision for each tensor, in the order of the checkpoint."""
+
+    recipe: Recipe
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor as it is, or as a method that declares `adjusts` changed it."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """Integer codes on a uniform grid, the grid already rounded to its disk dtype.
+
+    codes       uint8 [rows, columns] in [0, 2**bits)
+    scale       float16 [1 or rows, groups], not 0; its value is scale * 2**exponent
+    zero_point  uint8, shaped like scale: weight = scale * (code - zero_point)
+    offset      float16, shaped like scale, with the same exponent: weight = scale * code + offset
+    convention  where neither is present: weight = scale * (code - middle), see Convention
+    shape       of the weight; `axis` are its channel axes, which become the rows
+    dtype       of the weight, as safetensors names it
+    """
+
+    codes: Tensor
+    bits: int
+    scale: Tensor
+    exponent: int
+    shape: Shape
+    zero_point: Tensor | None = None
+    offset: Tensor | None = None
+    convention: Convention | None = None
+    axis: tuple[int, ...] = (0,)
+    dtype: str = "F32"
+
+
+Encoded: TypeAlias = Kept | Affine
