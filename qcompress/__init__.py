@@ -1,0 +1,26 @@
+"""Compress the weights of neural networks: a safetensors checkpoint in, a small artifact and an honest report out.
+
+import qcompress
+
+state_dict = qcompress.load_state_dict("model-w2.safetensors")
+qcompress.load_into(module, "model-w2.safetensors")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompress.load import load_into, load_state_dict
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_into", "load_state_dict"]
+
+
+def __getattr__(name: str) -> Any:
+    # The command line imports this package, and must not import torch for --help.
+    if name in ("load_into", "load_state_dict"):
+        from qcompress import load
+
+        return getattr(load, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

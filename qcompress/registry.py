@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from qcompress.types import Family, Granularity, GridForm, Shape
+from qcompress.types import Convention, Family, Granularity, GridForm, Shape
 
 DEFAULT_GROUP_SIZE = 64
 
@@ -49,6 +49,11 @@ class GridConfig:
         """What the grid stores beside its scale."""
         return "symmetric" if self.symmetric else "offset"
 
+    @property
+    def stored_convention(self) -> Convention:
+        """Where zero lies on a symmetric grid: between two codes where a level at zero would cost a quarter of them."""
+        return "mid-rise" if self.bits <= 2 else "full"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RtnConfig(GridConfig):
@@ -73,6 +78,14 @@ class RtnConfig(GridConfig):
     @property
     def form(self) -> GridForm:
         return "symmetric" if self.symmetric else "zero-point"
+
+    @property
+    def stored_convention(self) -> Convention:
+        match self.convention:
+            case "narrow" | "mid-rise" as stored:
+                return stored
+            case _:
+                return "full"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,3 +190,31 @@ METHODS: Mapping[str, Method] = {
 
 DEFAULT_METHOD = "squant"
 """The best data-free method we have measured (docs/methods.md): what `--bits` alone runs."""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One format to export to: a function (artifact, output, *, force) -> bytes written; None where not built yet."""
+
+    name: str
+    suffix: str
+    target: str | None = None
+
+    def load(self) -> Callable[..., int]:
+        """The function; only where `target` names one."""
+        module, function = (self.target or "").split(":")
+        loaded: Callable[..., int] = getattr(importlib.import_module(module), function)
+        return loaded
+
+
+EXPORTERS: Mapping[str, Exporter] = {
+    exporter.name: exporter
+    for exporter in (
+        Exporter("safetensors", ".safetensors", "qcompress.exporters.safetensors:export"),
+        Exporter("compressed-tensors", ".safetensors"),
+        Exporter("gguf", ".gguf"),
+        Exporter("onnx", ".onnx"),
+        Exporter("coreml", ".mlpackage"),
+        Exporter("mlx", ".safetensors"),
+    )
+}

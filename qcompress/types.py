@@ -46,6 +46,14 @@ class TensorInfo:
         return -(-self.numel * DTYPE_BITS[self.dtype] // 8)
 
 
+def row_shape(shape: Shape, axis: tuple[int, ...]) -> Shape:
+    """The shape (rows, ...) of a weight whose channel axes come first and become one; a vector or scalar is one row."""
+    if len(shape) < 2:
+        return (1, math.prod(shape))
+    rest = tuple(size for index, size in enumerate(shape) if index not in axis)
+    return (math.prod(shape[index] for index in axis), *rest)
+
+
 Family: TypeAlias = Literal["quantize", "cluster"]
 Granularity: TypeAlias = Literal["tensor", "channel", "group"]
 
@@ -94,6 +102,14 @@ class Recipe:
     seed: int = 0
     gates: Gates = Gates()
     source: str = "command line"
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The channel axes of a weight, which become its rows, and who says so."""
+
+    axes: tuple[int, ...]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

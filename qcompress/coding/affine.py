@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -86,6 +87,14 @@ def decode_rows(encoded: Affine) -> Tensor:
         assert encoded.convention is not None
         values.sub_(middle(encoded.convention, encoded.bits)).mul_(scale)
     return values.reshape(rows, columns)
+
+
+def take_rows(encoded: Affine, start: int, stop: int) -> Affine:
+    """The rows [start, stop) of an encoded weight, as a weight of two dimensions; views, no copies."""
+    codes = encoded.codes[start:stop]
+    grid = {} if encoded.scale.shape[0] == 1 else {"scale", "zero_point", "offset"}
+    parts = {part: value[start:stop] for part in grid if (value := getattr(encoded, part)) is not None}
+    return replace(encoded, codes=codes, shape=tuple(codes.shape), axis=(0,), **parts)
 
 
 def decode(encoded: Encoded) -> Tensor:

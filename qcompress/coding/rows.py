@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from qcompress.types import Granularity, Shape, row_shape
 
-from qcompress.types import Granularity, Shape
-
-
-def row_shape(shape: Shape, axis: tuple[int, ...]) -> Shape:
-    """The shape (rows, ...) of a weight whose channel axes come first and become one; a vector or scalar is one row."""
-    if len(shape) < 2:
-        return (1, math.prod(shape))
-    rest = tuple(size for index, size in enumerate(shape) if index not in axis)
-    return (math.prod(shape[index] for index in axis), *rest)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rows_from_weight(weight: Tensor, axis: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,51 @@
+"""YAML text to a checked Recipe, and back: `read_recipe`, `recipe_from_flags`, `recipe_json`, `recipe_schema`.
+
+Names are looked up on first use: pydantic and yaml are imported only by a command that reads a recipe.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompress.recipe.flags import recipe_from_flags
+    from qcompress.recipe.hints import nearest, suggest
+    from qcompress.recipe.parse import parse_recipe, read_recipe
+    from qcompress.recipe.schema import recipe_schema, schema_text
+    from qcompress.recipe.show import recipe_hash, recipe_json, recipe_yaml
+    from qcompress.recipe.sizes import parse_size
+
+__all__ = [
+    "nearest",
+    "parse_recipe",
+    "parse_size",
+    "read_recipe",
+    "recipe_from_flags",
+    "recipe_hash",
+    "recipe_json",
+    "recipe_schema",
+    "recipe_yaml",
+    "schema_text",
+    "suggest",
+]
+
+_MODULES = {
+    "nearest": "hints",
+    "parse_recipe": "parse",
+    "parse_size": "sizes",
+    "read_recipe": "parse",
+    "recipe_from_flags": "flags",
+    "recipe_hash": "show",
+    "recipe_json": "show",
+    "recipe_schema": "schema",
+    "recipe_yaml": "show",
+    "schema_text": "schema",
+    "suggest": "hints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

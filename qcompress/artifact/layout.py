@@ -1,0 +1,145 @@
+"""Where each byte of an artifact goes, from the plan alone: slots in file order, and the header's room."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qcompress.artifact.manifest import METADATA_KEY, Entry, Grid, Manifest, manifest_text
+from qcompress.coding.packing import row_bytes
+from qcompress.coding.payload import CodingChoice, bound_bytes
+from qcompress.coding.rows import grid_shape
+from qcompress.types import DTYPE_BITS, Decision, Shape, row_shape
+
+INDEX_NAME = "model.safetensors.index.json"
+
+PARTS = ("codes", "scale", "zero_point", "offset")
+"""Every part of a compressed tensor, in the order in which its CRC-32 runs over them."""
+
+
+def part_name(tensor: str, part: str) -> str:
+    return f"{tensor}.qc.{part}"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One stored tensor. `n_bytes` is exact unless `varies`: then the most that entropy coding can need."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    n_bytes: int
+    tensor: str
+    varies: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One file: its slots in file order, and the room for its header.
+
+    header_bytes  the 8 bytes of length and the padded header
+    """
+
+    slots: tuple[Slot, ...]
+    header_bytes: int
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(slot.n_bytes for slot in self.slots)
+
+    @property
+    def file_bytes(self) -> int:
+        """Exact, or a bound where a slot varies."""
+        return self.header_bytes + self.data_bytes
+
+    @property
+    def exact(self) -> bool:
+        return not any(slot.varies for slot in self.slots)
+
+
+def grid_of(decision: Decision) -> Grid:
+    """What places the grid that a compressing decision will store."""
+    config = decision.config
+    if config.form != "symmetric":
+        return "zero-point" if config.form == "zero-point" else "offset"
+    convention: Grid = config.stored_convention
+    return convention
+
+
+def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
+    """The stored tensors of one decision; none for a tensor that another one stands for."""
+    tensor = decision.tensor
+    if decision.tied_to is not None:
+        return []
+    if not decision.compresses:
+        return [Slot(tensor.name, tensor.dtype, tensor.shape, tensor.n_bytes, tensor.name)]
+    config = decision.config
+    rows = row_shape(tensor.shape, decision.axis)
+    columns = math.prod(rows[1:])
+    grids = grid_shape(rows, config.granularity, config.group_size)
+    packed: Shape = (rows[0], row_bytes(columns, config.bits))
+    most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(rows[0], columns, config.bits, choice)
+    shape = packed if choice in ("packed", "auto") else (most,)
+    name = tensor.name
+    slots = [
+        Slot(part_name(name, "codes"), "U8", shape, most, name, varies=choice != "packed"),
+        Slot(part_name(name, "scale"), "F16", grids, 2 * math.prod(grids), name),
+    ]
+    if config.form == "zero-point":
+        slots.append(Slot(part_name(name, "zero_point"), "U8", grids, math.prod(grids), name))
+    elif config.form == "offset":
+        slots.append(Slot(part_name(name, "offset"), "F16", grids, 2 * math.prod(grids), name))
+    return slots
+
+
+def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: Manifest) -> Layout:
+    """The layout of one file; `manifest` holds all that is known before the data, its `tensors` are not read."""
+    slots = sorted((slot for d in decisions for slot in make_slots(d, choice)), key=_file_order)
+    entries = {d.tensor.name: widest_entry(d, choice) for d in decisions if d.compresses}
+    widest = replace(manifest, tensors=entries, sha256="0" * 64, input_sha256="0" * 64)
+    header = render_header(slots, widest)
+    return Layout(tuple(slots), 8 + -(-len(header) // 8) * 8)
+
+
+def _file_order(slot: Slot) -> tuple[int, bool, str]:
+    # Wide dtypes first keeps every tensor aligned; codes whose length varies come last, so that all else has its place.
+    return (-DTYPE_BITS[slot.dtype], slot.name.endswith(".qc.codes"), slot.name)
+
+
+def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:
+    """The entry of a compressing decision with every number still unknown at its widest."""
+    return Entry(
+        shape=decision.tensor.shape,
+        dtype=decision.tensor.dtype,
+        axis=decision.axis,
+        bits=decision.config.bits,
+        grid=grid_of(decision),
+        coding="zstd" if choice == "auto" else choice,
+        exponent=-126,
+        crc32=2**32 - 1,
+    )
+
+
+def render_header(slots: Sequence[Slot], manifest: Manifest) -> bytes:
+    """The safetensors header of `slots` in file order, without length and padding."""
+    return header_text(slots, {"format": "pt", METADATA_KEY: manifest_text(manifest)})
+
+
+def header_text(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header: metadata, then the slots in file order without a hole."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    position = 0
+    for slot in slots:
+        end = position + slot.n_bytes
+        header[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [position, end]}
+        position = end
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def index_text(files: Mapping[str, Sequence[Slot]]) -> str:
+    """The index of a sharded folder: which file holds each stored tensor."""
+    weight_map = {slot.name: file for file, slots in files.items() for slot in slots}
+    total = sum(slot.n_bytes for slots in files.values() for slot in slots)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, sort_keys=True, indent=2) + "\n"

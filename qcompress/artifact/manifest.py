@@ -1,0 +1,213 @@
+"""What an artifact says of itself: an entry for each compressed tensor, as JSON under the metadata key `qcompress`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+from qcompress.coding.payload import Coding
+from qcompress.types import WEIGHT_DTYPES, Convention, Shape, TensorInfo, row_shape
+
+FORMAT = 1
+METADATA_KEY = "qcompress"
+
+Grid: TypeAlias = Literal["zero-point", "offset"] | Convention
+"""What places a grid: a stored zero point, a stored offset, or a symmetric convention."""
+GRIDS = (*get_args(get_args(Grid)[0]), *get_args(Convention))
+CODINGS: tuple[Coding, ...] = get_args(Coding)
+LIMITS = {"exponent": (-126, 126), "crc32": (0, 2**32 - 1), "bits": (1, 8)}
+
+
+class ManifestError(ValueError):
+    """What is wrong with a manifest; the reader adds where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the manifest says of one compressed tensor.
+
+    crc32  of the packed codes, scale, zero point and offset, in this order, as bytes
+    """
+
+    shape: Shape
+    dtype: str
+    axis: tuple[int, ...]
+    bits: int
+    grid: Grid
+    coding: Coding
+    exponent: int
+    crc32: int
+
+    @property
+    def rows(self) -> int:
+        return row_shape(self.shape, self.axis)[0]
+
+    @property
+    def columns(self) -> int:
+        return math.prod(row_shape(self.shape, self.axis)[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything under the metadata key `qcompress`.
+
+    recipe    the resolved recipe as JSON data, and its SHA-256
+    input     its bytes, and SHA-256 over names, dtypes, shapes and CRC-32s of its tensors
+    sha256    of this file's data
+    tied      name -> the tensor that stands for it
+    metadata  of the input file
+    """
+
+    tool: str
+    recipe: Mapping[str, Any]
+    recipe_sha256: str
+    input_bytes: int
+    input_sha256: str
+    sha256: str
+    tensors: Mapping[str, Entry]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The manifest as sorted JSON without spaces; what most entries share stands once under `defaults`."""
+    entries = {name: _entry_json(entry) for name, entry in manifest.tensors.items()}
+    defaults = _common(list(entries.values()))
+    document: dict[str, Any] = {
+        "defaults": defaults,
+        "format": FORMAT,
+        "input_bytes": manifest.input_bytes,
+        "input_sha256": manifest.input_sha256,
+        "recipe": manifest.recipe,
+        "recipe_sha256": manifest.recipe_sha256,
+        "sha256": manifest.sha256,
+        "tensors": {
+            name: {key: value for key, value in entry.items() if key not in defaults or defaults[key] != value}
+            for name, entry in entries.items()
+        },
+        "tool": manifest.tool,
+    }
+    if manifest.tied:
+        document["tied"] = dict(manifest.tied)
+    if manifest.metadata:
+        document["metadata"] = dict(manifest.metadata)
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    values = {part.name: getattr(entry, part.name) for part in fields(entry)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The most frequent value of each field that is known before any data; the first of equals."""
+    if not entries:
+        return {}
+    common = {}
+    for key in ("axis", "bits", "dtype", "grid"):
+        counts = Counter(json.dumps(entry[key]) for entry in entries)
+        common[key] = json.loads(counts.most_common(1)[0][0])
+    # Not the most frequent coding: that is known only when all is written, and the header's room is needed before.
+    common["coding"] = "packed"
+    return common
+
+
+def parse_manifest(text: str) -> Manifest:
+    """The manifest that `text` holds, each value checked. Raises ManifestError."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ManifestError("its manifest is not JSON") from None
+    if not isinstance(document, dict):
+        raise ManifestError("its manifest is not a JSON object")
+    version = document.get("format")
+    if type(version) is not int or version < 1:
+        raise ManifestError("its manifest has no format number")
+    if version > FORMAT:
+        raise ManifestError(f"its format {version} is newer than the {FORMAT} that this version reads")
+    defaults = _object(document, "defaults")
+    tensors = {name: _parse_entry(name, defaults, entry) for name, entry in _object(document, "tensors").items()}
+    return Manifest(
+        tool=_text(document, "tool"),
+        recipe=_object(document, "recipe"),
+        recipe_sha256=_text(document, "recipe_sha256"),
+        input_bytes=_size(document, "input_bytes"),
+        input_sha256=_text(document, "input_sha256"),
+        sha256=_text(document, "sha256"),
+        tensors=tensors,
+        tied=_text_map(document, "tied"),
+        metadata=_text_map(document, "metadata"),
+    )
+
+
+def _object(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = document.get(key)
+    if not isinstance(value, dict):
+        raise ManifestError(f"its manifest has no object {key!r}")
+    return value
+
+
+def _text(document: Mapping[str, Any], key: str) -> str:
+    value = document.get(key)
+    if not isinstance(value, str):
+        raise ManifestError(f"its manifest has no text {key!r}")
+    return value
+
+
+def _size(document: Mapping[str, Any], key: str) -> int:
+    value = document.get(key)
+    if type(value) is not int or value < 0:
+        raise ManifestError(f"its manifest has no size {key!r}")
+    return value
+
+
+def _text_map(document: Mapping[str, Any], key: str) -> dict[str, str]:
+    value = document.get(key, {})
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise ManifestError(f"its manifest has a {key!r} that is not a map from text to text")
+    return value
+
+
+def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
+    if not isinstance(own, dict):
+        raise ManifestError(f"tensor {name!r} has no entry in the manifest")
+    values = {**defaults, **own}
+    wanted = {part.name for part in fields(Entry)}
+    if set(values) != wanted:
+        odd = sorted(set(values) ^ wanted)[0]
+        raise ManifestError(f"tensor {name!r} has an entry with {odd!r} missing or unknown")
+    for key, (low, high) in LIMITS.items():
+        if type(values[key]) is not int or not low <= values[key] <= high:
+            raise ManifestError(f"tensor {name!r} has the {key} {values[key]!r}, not a number in [{low}, {high}]")
+    for key, known in (("dtype", WEIGHT_DTYPES), ("grid", GRIDS), ("coding", CODINGS)):
+        if not isinstance(values[key], str) or values[key] not in known:
+            raise ManifestError(f"tensor {name!r} has the unknown {key} {values[key]!r}")
+    for key in ("shape", "axis"):
+        value = values[key]
+        if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
+            raise ManifestError(f"tensor {name!r} has the {key} {value!r}, not a list of numbers")
+    shape, axis = tuple(values["shape"]), tuple(values["axis"])
+    if len(set(axis)) != len(axis) or (len(shape) > 1 and not (0 < len(axis) < len(shape) and max(axis) < len(shape))):
+        raise ManifestError(f"tensor {name!r} of shape {list(shape)} has the channel axes {list(axis)}")
+    return Entry(**{**values, "shape": shape, "axis": axis})
+
+
+def input_hash(tensors: Sequence[TensorInfo], crcs: Mapping[str, int]) -> str:
+    """SHA-256 over a JSON line [name, dtype, shape, crc32] for each tensor, sorted by name."""
+    digest = hashlib.sha256()
+    for info in sorted(tensors, key=lambda info: info.name):
+        line = json.dumps([info.name, info.dtype, list(info.shape), crcs[info.name]], separators=(",", ":"))
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def artifact_hash(files: Sequence[tuple[str, str]]) -> str:
+    """What ties a report to its artifact: the SHA-256 of its data; of several files, that of their names and hashes."""
+    if len(files) == 1:
+        return files[0][1]
+    return hashlib.sha256("".join(f"{sha256}  {name}\n" for name, sha256 in sorted(files)).encode()).hexdigest()

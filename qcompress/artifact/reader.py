@@ -1,0 +1,273 @@
+"""Read an artifact: everything is checked against everything else before anything is allocated.
+
+A tensor is decoded from its codes only after their length, their CRC-32 and their grid are known to be right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcompress.artifact.layout import INDEX_NAME, PARTS, Slot, part_name
+from qcompress.artifact.manifest import (
+    METADATA_KEY,
+    Entry,
+    Manifest,
+    ManifestError,
+    artifact_hash,
+    parse_manifest,
+)
+from qcompress.coding.packing import row_bytes, unpack
+from qcompress.coding.payload import decode_payload
+from qcompress.container import Container, read_container
+from qcompress.errors import ArtifactError
+from qcompress.types import TensorInfo
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from qcompress.types import Affine
+
+REFETCH = "the file is damaged: fetch or make it again"
+MAX_EXPANSION = 1 << 17
+"""Weights that one stored byte of codes may stand for at most: above what any coding reaches, below a bomb."""
+
+GRID_PARTS = {"zero-point": ("codes", "scale", "zero_point"), "offset": ("codes", "scale", "offset")}
+PART_DTYPES = {"codes": "U8", "scale": "F16", "zero_point": "U8", "offset": "F16"}
+
+
+@dataclass(frozen=True)
+class ArtifactFile:
+    """One safetensors file with a manifest: a whole artifact, or one shard of it."""
+
+    container: Container
+    manifest: Manifest
+    kept: tuple[TensorInfo, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.container.path
+
+    def original(self, name: str) -> TensorInfo:
+        """A tensor of this file as the checkpoint had it."""
+        entry = self.manifest.tensors.get(name)
+        if entry is not None:
+            return TensorInfo(name, entry.shape, entry.dtype)
+        return next(info for info in self.kept if info.name == name)
+
+    def parts_of(self, name: str) -> dict[str, TensorInfo]:
+        """part -> its stored tensor, for a compressed tensor, in the order of PARTS."""
+        stored = {info.name: info for info in self.container.tensors}
+        return {part: stored[part_name(name, part)] for part in PARTS if part_name(name, part) in stored}
+
+    def slots(self) -> list[Slot]:
+        """What the file holds, as the writer's slots, in file order."""
+        owner = {part_name(name, part): name for name in self.manifest.tensors for part in PARTS}
+        return [
+            Slot(info.name, info.dtype, info.shape, info.n_bytes, owner.get(info.name, info.name))
+            for info in self.container.tensors
+        ]
+
+    def packed_codes(self, name: str) -> NDArray[np.uint8]:
+        """The packed codes [rows, row_bytes] of a compressed tensor, checked by its CRC-32. Raises ArtifactError."""
+        entry = self.manifest.tensors[name]
+        payload = self.container.bytes_of(part_name(name, "codes"))
+        try:
+            packed = decode_payload(payload, entry.coding, entry.bits, entry.rows, entry.columns)
+        except ValueError as error:
+            raise ArtifactError(f"{self.path}: tensor {name!r}", str(error), REFETCH) from None
+        crc = zlib.crc32(np.ascontiguousarray(packed).data)
+        for part in PARTS[1:]:
+            if part_name(name, part) in self.container.spans:
+                crc = zlib.crc32(self.container.bytes_of(part_name(name, part)), crc)
+        if crc != entry.crc32:
+            raise ArtifactError(f"{self.path}: tensor {name!r}", "its checksum does not hold", REFETCH)
+        return packed
+
+    def read_encoded(self, name: str) -> Affine:
+        """A compressed tensor's codes and grid. Raises ArtifactError."""
+        import torch
+
+        from qcompress.types import Affine
+
+        entry = self.manifest.tensors[name]
+        codes = unpack(self.packed_codes(name), entry.bits, entry.columns)
+        grids = {
+            part: torch.from_numpy(self._array(part_name(name, part), info.dtype).reshape(info.shape).copy())
+            for part, info in self.parts_of(name).items()
+            if part != "codes"
+        }
+        scale = grids["scale"]
+        if not bool(torch.isfinite(scale).all()) or (
+            "offset" in grids and not bool(torch.isfinite(grids["offset"]).all())
+        ):
+            raise ArtifactError(f"{self.path}: tensor {name!r}", "its grid holds NaN or Inf", REFETCH)
+        return Affine(
+            codes=torch.from_numpy(codes),
+            bits=entry.bits,
+            scale=scale,
+            exponent=entry.exponent,
+            shape=entry.shape,
+            zero_point=grids.get("zero_point"),
+            offset=grids.get("offset"),
+            convention=None if entry.grid == "zero-point" or entry.grid == "offset" else entry.grid,
+            axis=entry.axis,
+            dtype=entry.dtype,
+        )
+
+    def _array(self, stored: str, dtype: str) -> NDArray[Any]:
+        return np.frombuffer(self.container.bytes_of(stored), dtype=np.uint8 if dtype == "U8" else np.dtype("<f2"))
+
+    def check_data(self) -> None:
+        """Hold the data against the manifest's SHA-256. Raises ArtifactError."""
+        digest = hashlib.sha256()
+        if self.container.mapped is not None:
+            digest.update(memoryview(self.container.mapped)[self.container.data_start :])
+        if digest.hexdigest() != self.manifest.sha256:
+            raise ArtifactError(str(self.path), "its data do not have the SHA-256 that its manifest names", REFETCH)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compressed checkpoint: one file, or a folder of them."""
+
+    path: Path
+    files: tuple[ArtifactFile, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(file.container.file_bytes for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """What a report names this artifact by."""
+        return artifact_hash([(file.path.name, file.manifest.sha256) for file in self.files])
+
+    def file_of(self, name: str) -> ArtifactFile:
+        """The file that stores a tensor, compressed or kept."""
+        return next(file for file in self.files if name in file.manifest.tensors or name in file.container.spans)
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        return {name: twin for file in self.files for name, twin in file.manifest.tied.items()}
+
+    def verify(self) -> Iterator[tuple[str, Entry]]:
+        """Each compressed tensor once it has decoded to what was written. Raises ArtifactError at the first else."""
+        for file in self.files:
+            file.check_data()
+            for name, entry in file.manifest.tensors.items():
+                file.packed_codes(name)
+                yield name, entry
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether `path` holds a manifest of ours; False for anything that cannot be read as one."""
+    try:
+        files = _artifact_paths(path)
+        return METADATA_KEY in read_container(files[0], ArtifactError).metadata
+    except ArtifactError:
+        return False
+
+
+def read_artifact(path: Path) -> Artifact:
+    """The artifact at `path`, a file or a folder: headers and manifests, checked. Raises ArtifactError."""
+    artifact = Artifact(path, tuple(read_artifact_file(file) for file in _artifact_paths(path)))
+    names = [name for file in artifact.files for name in (*file.manifest.tensors, *(info.name for info in file.kept))]
+    if len(set(names)) != len(names):
+        raise ArtifactError(str(path), "holds a tensor in two of its files", REFETCH)
+    for name, twin in artifact.tied.items():
+        if twin not in names:
+            raise ArtifactError(str(path), f"ties {name!r} to {twin!r}, which it does not hold", REFETCH)
+    return artifact
+
+
+def _artifact_paths(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    index = path / INDEX_NAME
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            raise ArtifactError(str(index), "has no weight_map from tensor to file", REFETCH) from None
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise ArtifactError(str(index), "names files outside its folder, or none", REFETCH)
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ArtifactError(str(path), f"holds {len(files)} .safetensors files and no {INDEX_NAME}", "name one file")
+    return files
+
+
+def read_artifact_file(path: Path) -> ArtifactFile:
+    """One file's header and manifest, checked. Raises ArtifactError."""
+    container = read_container(path, ArtifactError)
+    text = container.metadata.get(METADATA_KEY)
+    if text is None:
+        raise ArtifactError(
+            str(path), "is a plain safetensors file, not an artifact", "compress it: qcompress quantize"
+        )
+    try:
+        manifest = parse_manifest(text)
+        kept = _check_parts(container, manifest)
+    except ManifestError as error:
+        newer = "is newer" in str(error)
+        raise ArtifactError(str(path), str(error), "update qcompress" if newer else REFETCH) from None
+    return ArtifactFile(container, manifest, kept)
+
+
+def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, ...]:
+    """The tensors that are not parts of compressed ones. Raises ManifestError where header and manifest differ."""
+    stored = {info.name: info for info in container.tensors}
+    for name, entry in manifest.tensors.items():
+        wanted = GRID_PARTS.get(entry.grid, ("codes", "scale"))
+        found = {part: stored.pop(part_name(name, part)) for part in PARTS if part_name(name, part) in stored}
+        if set(found) != set(wanted):
+            odd = sorted(set(found) ^ set(wanted))[0]
+            raise ManifestError(f"tensor {name!r} has its {odd} missing or too many")
+        for part, info in found.items():
+            if info.dtype != PART_DTYPES[part]:
+                raise ManifestError(f"tensor {name!r} has a {part} of {info.dtype}, not {PART_DTYPES[part]}")
+        _check_shapes(name, entry, found)
+    broken = next((name for name in stored if name in manifest.tensors or ".qc." in name), None)
+    if broken is not None:
+        raise ManifestError(f"tensor {broken!r} has no entry in the manifest, or stands beside its codes")
+    known = set(stored) | set(manifest.tensors)
+    twice = next((name for name in manifest.tied if name in known), None)
+    if twice is not None:
+        raise ManifestError(f"tensor {twice!r} is called tied and is stored too")
+    return tuple(stored.values())
+
+
+def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:
+    rows, columns, codes = entry.rows, entry.columns, found["codes"]
+    packed = (rows, row_bytes(columns, entry.bits))
+    if entry.coding == "packed" and codes.shape != packed:
+        raise ManifestError(f"tensor {name!r} has codes of shape {list(codes.shape)}, not {list(packed)}")
+    if entry.coding != "packed" and len(codes.shape) != 1:
+        raise ManifestError(f"tensor {name!r} has coded bytes of {len(codes.shape)} dimensions, not 1")
+    if math.prod(entry.shape) > MAX_EXPANSION * max(codes.n_bytes, 1):
+        raise ManifestError(
+            f"tensor {name!r} declares {math.prod(entry.shape)} weights in {codes.n_bytes} bytes of codes"
+        )
+    grid = found["scale"].shape
+    if (
+        len(grid) != 2
+        or grid[0] not in (1, rows)
+        or grid[1] < 1
+        or columns % grid[1]
+        or (grid[0] == 1 < grid[1] and rows != 1)
+    ):
+        raise ManifestError(f"tensor {name!r} has a scale of shape {list(grid)} for codes [{rows}, {columns}]")
+    for part in ("zero_point", "offset"):
+        if part in found and found[part].shape != grid:
+            raise ManifestError(f"tensor {name!r} has a {part} of another shape than its scale")

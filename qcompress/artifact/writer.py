@@ -1,0 +1,242 @@
+"""Stream a safetensors file to its place: a temporary file beside the output, data at their final offsets, header last.
+
+A killed or failed run leaves the old file or none: the output appears by one rename, after all was read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, index_text
+from qcompress.errors import OutputError, ResourceError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from typing_extensions import Buffer
+
+READ_BACK_BYTES = 1 << 22
+COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ".vocab", ".merges", ".spm"}
+"""Files of a checkpoint folder that travel with its weights: configuration, tokenizer, model card, model code."""
+INDEX_SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """One finished file: its slots with their real sizes, its header's bytes, and the SHA-256 of its data."""
+
+    slots: tuple[Slot, ...]
+    header_bytes: int
+    sha256: str
+
+    @property
+    def file_bytes(self) -> int:
+        return self.header_bytes + sum(slot.n_bytes for slot in self.slots)
+
+
+@contextlib.contextmanager
+def staged_output(output: Path, *, force: bool) -> Iterator[Path]:
+    """A hidden folder beside `output` to build it in; on leaving without an error, its one entry becomes `output`.
+
+    yields  the path to write to, a file or a folder of the output's own name
+    raises  OutputError where the output exists without `force` or another run is writing it; ResourceError where the
+            folder cannot be written
+    """
+    _refuse_existing(output, force)
+    staging = output.parent / f".{output.name}.partial"
+    with reporting_resources(output.parent):
+        staging.mkdir(exist_ok=True)
+    lock = os.open(staging, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(
+                str(output), "is being written by another run", "wait for it, or choose another -o"
+            ) from None
+        try:
+            _empty(staging)
+            with reporting_resources(output.parent):
+                yield staging / output.name
+                _refuse_existing(output, force)
+                _replace(staging / output.name, output)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _refuse_existing(output: Path, force: bool) -> None:
+    if not force and (output.exists() or output.is_symlink()):
+        raise OutputError(str(output), "exists already", "choose another -o, or replace it with --force")
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a killed run left behind."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _replace(built: Path, output: Path) -> None:
+    if output.is_dir() and not output.is_symlink():
+        # A folder cannot be renamed over: the old one steps aside, and comes back if the new one cannot take its place.
+        old = built.parent / "replaced"
+        output.rename(old)
+        try:
+            built.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
+    else:
+        built.replace(output)
+    sync_folder(output.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def reporting_resources(place: Path) -> Iterator[None]:
+    """Turn an operating system error while writing to `place` into ResourceError."""
+    try:
+        yield
+    except OSError as error:
+        mend = {
+            "ENOSPC": "free some space, or write to another disk with -o",
+            "EDQUOT": "free some of the quota, or write to another disk with -o",
+            "EACCES": "make the folder writable, or choose another with -o",
+            "EROFS": "choose a writable folder with -o",
+            "ENOENT": "make the folder first, or choose another with -o",
+            "ENOTDIR": "choose a folder with -o",
+            "EFBIG": "the file system or a limit allows no file so large; choose another with -o",
+        }.get(errno.errorcode.get(error.errno or 0, ""), "check the disk, or choose another place with -o")
+        raise ResourceError(str(place), error.strerror or str(error), mend) from error
+
+
+class SlotWriter:
+    """One file being written. Slots are filled from any thread, each by one thread at a time and in its own order."""
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.path = path
+        self._layout = layout
+        self._file = path.open("xb+", buffering=0)
+        self._start: dict[str, int] = {}
+        self._size = {slot.name: slot.n_bytes for slot in layout.slots}
+        self._filled: dict[str, int] = {}
+        self._crc: dict[str, int] = {}
+        self._shape: dict[str, tuple[int, ...]] = {}
+        self._place_slots()
+
+    def _place_slots(self) -> None:
+        position = self._layout.header_bytes
+        for slot in self._layout.slots:
+            if slot.varies:
+                break
+            self._start[slot.name] = position
+            position += slot.n_bytes
+        self._next = position
+
+    def put(self, name: str, data: Buffer) -> None:
+        """Write the next bytes of a slot whose size the plan fixed."""
+        self._write(name, data)
+
+    def put_varying(self, name: str, data: Buffer, shape: tuple[int, ...]) -> None:
+        """Write all bytes of a slot whose size entropy coding chose; the calls must come in the order of the slots."""
+        size = memoryview(data).nbytes
+        self._start[name] = self._next
+        self._size[name] = size
+        self._shape[name] = shape
+        self._next += size
+        self._write(name, data)
+
+    def _write(self, name: str, data: Buffer) -> None:
+        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
+        filled = self._filled.get(name, 0)
+        if filled + len(view) > self._size[name]:
+            raise AssertionError(f"{name} has more bytes than its slot of {self._size[name]}")
+        self._crc[name] = zlib.crc32(view, self._crc.get(name, 0))
+        self._filled[name] = filled + len(view)
+        position = self._start[name] + filled
+        while view:
+            done = os.pwrite(self._file.fileno(), view, position)
+            view, position = view[done:], position + done
+
+    def finish(self, render: Callable[[Sequence[Slot], str], bytes]) -> Written:
+        """Read everything back, then write the header that `render` makes of the slots and the SHA-256 of the data."""
+        slots = tuple(
+            replace(slot, n_bytes=self._size[slot.name], shape=self._shape.get(slot.name, slot.shape))
+            for slot in self._layout.slots
+        )
+        missing = [slot.name for slot in slots if self._filled.get(slot.name, 0) != slot.n_bytes]
+        if missing:
+            raise AssertionError(f"slot {missing[0]} was not filled")
+        os.fsync(self._file.fileno())
+        sha256 = self._read_back(slots)
+        header = render(slots, sha256)
+        room = self._layout.header_bytes - 8
+        if len(header) > room:
+            raise AssertionError(f"the header needs {len(header)} bytes and has room for {room}")
+        os.pwrite(self._file.fileno(), room.to_bytes(8, "little") + header.ljust(room), 0)
+        os.fsync(self._file.fileno())
+        return Written(slots, self._layout.header_bytes, sha256)
+
+    def _read_back(self, slots: Sequence[Slot]) -> str:
+        """The SHA-256 of the data as the disk holds them; ResourceError where they differ from what was written."""
+        digest = hashlib.sha256()
+        for slot in slots:
+            crc, position, left = 0, self._start[slot.name], slot.n_bytes
+            while left:
+                piece = os.pread(self._file.fileno(), min(left, READ_BACK_BYTES), position)
+                if not piece:
+                    break
+                crc = zlib.crc32(piece, crc)
+                digest.update(piece)
+                position, left = position + len(piece), left - len(piece)
+            if left or crc != self._crc.get(slot.name, 0):
+                what = f"tensor {slot.name!r} reads back other bytes than were written"
+                raise ResourceError(str(self.path), what, "check the disk and memory of this machine")
+        return digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close, finished or not; an unfinished file goes with its staging folder."""
+        self._file.close()
+
+
+def copy_companions(source: Path, folder: Path) -> int:
+    """Copy what travels with the weights of a checkpoint folder; the bytes copied."""
+    total = 0
+    for path in sorted(source.iterdir()):
+        travels = path.suffix in COMPANION_SUFFIXES and not path.name.endswith((INDEX_SUFFIX, ".report.json"))
+        if path.is_file() and travels:
+            shutil.copyfile(path, folder / path.name)
+            total += path.stat().st_size
+    return total
+
+
+def write_index(folder: Path, files: Mapping[str, Sequence[Slot]]) -> int:
+    """Write the index of a sharded folder; its bytes."""
+    data = index_text(files).encode()
+    with (folder / INDEX_NAME).open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(data)

@@ -1,0 +1,146 @@
+"""The program: its commands, and how errors and signals become exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from qcompress import __version__
+from qcompress.cli.export import export
+from qcompress.cli.quantize import quantize
+from qcompress.cli.recipe import recipe
+from qcompress.cli.report import report
+from qcompress.cli.verify import verify
+from qcompress.errors import QcompressError
+
+INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
+OUT_OF_RESOURCE = 5
+
+# The base of all that the command line parser raises, wherever this version of typer keeps it.
+CommandLineError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+
+app = typer.Typer(
+    name="qcompress",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 2 command line, 3 bad input, 4 a gate failed, 5 out of a resource, 1 a bug.",
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM: unwinds like an interrupt, so that nothing half-written stays."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qcompress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compress the weights of neural networks: a safetensors checkpoint in, a small artifact and a report out."""
+
+
+app.command()(quantize)
+app.command()(report)
+app.command()(verify)
+app.command()(export)
+app.add_typer(recipe, name="recipe")
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        str, typer.Argument(metavar="[DIR]", help="Where to put the network and its recipes.")
+    ] = "qcompress-demo",
+) -> None:
+    """Train a small network on scikit-learn's digits, then compress it with the real commands."""
+    from pathlib import Path
+
+    from qcompress.demo import run_demo
+
+    run_demo(Path(folder))
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(sys.argv[1:]))
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of one command; everything that it has to say is on stdout and stderr."""
+    try:
+        code = app(arguments, prog_name="qcompress", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except QcompressError as error:
+        for line in error.lines():
+            _say(f"error: {line}")
+        return error.exit_code
+    except CommandLineError as error:
+        return _refuse_command_line(error)
+    except BrokenPipeError:
+        # The reader has left: leave too, as SIGPIPE would, and keep Python from flushing into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted: nothing was written")
+        return INTERRUPTED
+    except Terminated:
+        _say("terminated: nothing was written")
+        return TERMINATED
+    except MemoryError:
+        _say("error: memory: ran out of it; use --max-memory, --threads 1 or --coding packed")
+        return OUT_OF_RESOURCE
+    except OSError as error:
+        _say(f"error: {error.filename or 'output'}: {error.strerror or error}; check the disk and permissions")
+        return OUT_OF_RESOURCE
+    except Exception as bug:
+        return _report_bug(bug, arguments)
+
+
+def _refuse_command_line(error: Exception) -> int:
+    """Exit code 2 and one line, where the parser would draw a box."""
+    message = getattr(error, "format_message", error.__str__)()
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "qcompress"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        _say(message)
+        return 2
+    _say(f"error: {command}: {' '.join(message.split()).rstrip('.')}; see {command} --help")
+    return 2
+
+
+def _report_bug(bug: Exception, arguments: list[str]) -> int:
+    """Exit code 1: the trace with -v, else one line that says how to get it."""
+    if isinstance(bug, RuntimeError) and "out of memory" in str(bug).lower():
+        _say("error: memory: the device ran out of it; use --device cpu, --threads 1 or --max-memory")
+        return OUT_OF_RESOURCE
+    if {"-v", "--verbose"} & set(arguments):
+        traceback.print_exception(bug)
+    else:
+        _say(f"bug: {type(bug).__name__}: {' '.join(str(bug).split())}; run again with -v for the trace, and report it")
+    return 1
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,49 @@
+"""`qcompress export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qcompress.cli import options as opt
+from qcompress.registry import EXPORTERS
+
+
+def _complete_exporter(incomplete: str) -> list[str]:
+    return [name for name in EXPORTERS if name.startswith(incomplete)]
+
+
+def export(
+    artifact: opt.Artifact,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="|".join(EXPORTERS), autocompletion=_complete_exporter, help="The format to write."
+        ),
+    ],
+    output: opt.Output = None,
+    force: opt.Force = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Write an artifact in another tool's format.
+
+    qcompress export model-w2.safetensors --to safetensors
+    """
+    from qcompress.artifact.reader import read_artifact
+    from qcompress.cli.streams import print_result
+    from qcompress.errors import UsageError
+    from qcompress.recipe import suggest
+
+    exporter = EXPORTERS.get(to)
+    if exporter is None:
+        raise UsageError(f"--to {to}", "unknown format", suggest(to, EXPORTERS))
+    if exporter.target is None:
+        built = ", ".join(name for name, one in EXPORTERS.items() if one.target is not None)
+        raise UsageError(f"--to {to}", "not available in this version", f"use {built}")
+    found = read_artifact(artifact)
+    stem = artifact.name.removesuffix(".safetensors")
+    target = output or artifact.with_name(f"{stem}-{to}" if artifact.is_dir() else f"{stem}-dense{exporter.suffix}")
+    written = exporter.load()(found, target, force=force)
+    print_result(str(target) if quiet else f"{target}: {written:,} bytes")

@@ -1,0 +1,45 @@
+"""Gates on the command line, over those of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qcompress.errors import UsageError
+from qcompress.types import Gates
+
+
+def make_gates(
+    base: Gates,
+    max_size: str | None,
+    max_bpw: float | None,
+    min_sqnr: float | None,
+    min_metric: Sequence[str],
+    max_drop: Sequence[str],
+) -> Gates:
+    """The recipe's gates with those of the command line in their place. Raises UsageError."""
+    from qcompress.recipe import parse_size
+
+    size = base.max_size
+    if max_size is not None:
+        try:
+            size = parse_size(max_size)
+        except ValueError as error:
+            raise UsageError(f"--max-size {max_size}", str(error), "write it like 2MB or 4GiB") from None
+    return Gates(
+        max_size=size,
+        max_bpw=base.max_bpw if max_bpw is None else max_bpw,
+        min_sqnr=base.min_sqnr if min_sqnr is None else min_sqnr,
+        min_metric={**base.min_metric, **dict(_named("--min-metric", text) for text in min_metric)},
+        max_drop={**base.max_drop, **dict(_named("--max-drop", text) for text in max_drop)},
+    )
+
+
+def _named(flag: str, text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not (name and equals) or number != number:
+        raise UsageError(f"{flag} {text}", "is not NAME=NUMBER", f"write it like {flag} top1=0.7")
+    return name, number

@@ -1,0 +1,198 @@
+"""`qcompress quantize`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qcompress.cli import options as opt
+from qcompress.errors import GateFailed, UsageError
+
+if TYPE_CHECKING:
+    from qcompress.checkpoint import Checkpoint
+    from qcompress.types import Gates, Plan, Recipe
+
+MOST_THREADS = 8
+
+
+def quantize(
+    checkpoint: opt.Checkpoint,
+    bits: Annotated[int | None, typer.Option("--bits", "-b", metavar="N", help="Bits per weight, 1 to 8.")] = None,
+    method: opt.MethodOption = None,
+    granularity: Annotated[
+        str | None, typer.Option("--granularity", metavar="tensor|channel|group", help="What shares a grid.")
+    ] = None,
+    group_size: Annotated[int | None, typer.Option("--group-size", metavar="G", help="Weights a group.")] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="A grid around zero, or any.", show_default=False)
+    ] = None,
+    recipe: opt.RecipeFile = None,
+    overrides: opt.Overrides = None,
+    coding: opt.CodingOption = opt.Coding.auto,
+    output: opt.Output = None,
+    force: opt.Force = False,
+    dry_run: opt.DryRun = False,
+    json_to: opt.Json = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    no_color: opt.NoColor = False,
+    device: opt.DeviceOption = opt.Device.auto,
+    threads: opt.Threads = None,
+    max_memory: opt.MaxMemory = None,
+    seed: opt.Seed = None,
+    skip_nonfinite: Annotated[
+        bool, typer.Option("--skip-nonfinite", help="Keep tensors that hold NaN or Inf instead of refusing them.")
+    ] = False,
+    resume: opt.Resume = False,
+    max_size: opt.MaxSize = None,
+    max_bpw: opt.MaxBpw = None,
+    min_sqnr: opt.MinSqnr = None,
+    min_metric: opt.MinMetric = None,
+    max_drop: opt.MaxDrop = None,
+) -> None:
+    """Quantize the weights of a checkpoint to a small artifact.
+
+    qcompress quantize model.safetensors --bits 2
+
+    qcompress quantize model.safetensors -r recipe.yaml --min-sqnr 12 --json -
+    """
+    from qcompress.cli.gates import make_gates
+    from qcompress.cli.streams import refuse_mixed
+
+    refuse_mixed(json_to, quiet)
+    if resume:
+        raise UsageError("--resume", "not available in this version", "start the run again; it leaves nothing behind")
+    flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
+    asked = make_recipe(recipe, method, flags, overrides or [], seed)
+    asked = _with_gates(asked, make_gates(asked.gates, max_size, max_bpw, min_sqnr, min_metric or [], max_drop or []))
+    source, plan = _read_and_plan(checkpoint, asked)
+    target = output or default_output(checkpoint, recipe, f"w{bits}")
+    if dry_run:
+        from qcompress.cli.plan import print_plan
+
+        print_plan(source, plan, target, coding.value, json_to=json_to, quiet=quiet, no_color=no_color)
+        return
+    run = {
+        "choice": coding.value,
+        "force": force,
+        "threads": threads or default_threads(),
+        "device": _device(device),
+        "max_memory": _parse_size("--max-memory", max_memory),
+    }
+    _compress(source, plan, target, run, skip_nonfinite, json_to=json_to, quiet=quiet, no_color=no_color)
+
+
+def make_recipe(
+    recipe: Path | None, method: str | None, flags: dict[str, Any], overrides: list[str], seed: int | None
+) -> Recipe:
+    """The one visible recipe: from the file, or of one rule from the flags."""
+    from qcompress.recipe import read_recipe, recipe_from_flags
+
+    given = [f"--{name.replace('_', '-')}" for name, value in {"method": method, **flags}.items() if value is not None]
+    if recipe is None:
+        if overrides:
+            raise UsageError(f"--set {overrides[0]}", "there is no recipe to change", "add -r RECIPE")
+        if not given:
+            raise UsageError("qcompress quantize", "nothing says how", "add --bits N, or -r RECIPE")
+        made = recipe_from_flags(method, flags)
+    else:
+        if given:
+            key = given[0].removeprefix("--").replace("-", "_")
+            mend = f"say it in the recipe, or with --set rules.0.METHOD.{key}=VALUE"
+            raise UsageError(f"-r {recipe} {given[0]}", "the recipe decides this", mend)
+        text = sys.stdin.read() if str(recipe) == "-" else None
+        made = read_recipe(None if text is not None else recipe, overrides, text=text)
+    if seed is not None:
+        from dataclasses import replace
+
+        made = replace(made, seed=seed)
+    return made
+
+
+def _with_gates(recipe: Recipe, gates: Gates) -> Recipe:
+    from dataclasses import replace
+
+    return replace(recipe, gates=gates)
+
+
+def _read_and_plan(checkpoint: Path, recipe: Recipe) -> tuple[Checkpoint, Plan]:
+    from qcompress.checkpoint import read_checkpoint
+    from qcompress.plan import make_plan
+
+    source = read_checkpoint(checkpoint)
+    return source, make_plan(recipe, source.tensors, source.tied, source.axes)
+
+
+def default_output(checkpoint: Path, recipe: Path | None, suffix: str) -> Path:
+    """Beside the input: `model-w2.safetensors`, or `model-RECIPE.safetensors`; a folder gives a folder."""
+    if recipe is not None:
+        suffix = "recipe" if str(recipe) == "-" else recipe.stem
+    real = checkpoint.resolve() if checkpoint.name in ("", ".", "..") else checkpoint
+    if checkpoint.is_dir():
+        return real.with_name(f"{real.name}-{suffix}")
+    return real.with_name(f"{real.name.removesuffix('.safetensors')}-{suffix}.safetensors")
+
+
+def default_threads() -> int:
+    """The processors that this process may use, up to a few."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MOST_THREADS)
+
+
+def _device(device: opt.Device) -> str:
+    """auto is the CPU: methods that need only weights wait for memory, not for arithmetic."""
+    if device is not opt.Device.cuda:
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        from qcompress.errors import ResourceError
+
+        raise ResourceError("--device cuda", "this machine or this torch has no CUDA device", "use --device cpu")
+    return "cuda"
+
+
+def _parse_size(flag: str, text: str | None) -> int | None:
+    from qcompress.recipe import parse_size
+
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}", str(error), "write it like 2MB or 4GiB") from None
+
+
+def _compress(
+    source: Checkpoint,
+    plan: Plan,
+    target: Path,
+    run: dict[str, Any],
+    skip_nonfinite: bool,
+    *,
+    json_to: str | None,
+    quiet: bool,
+    no_color: bool,
+) -> None:
+    from dataclasses import replace
+
+    from qcompress.cli.streams import print_report, progress
+    from qcompress.compress import Options, compress, keep_nonfinite
+    from qcompress.report.document_json import write_report
+    from qcompress.report.gates import check_gates, gate_error
+    from qcompress.report.gather import report_path
+
+    if skip_nonfinite:
+        plan = keep_nonfinite(source, plan)
+    with progress(sum(tensor.n_bytes for tensor in source.tensors), quiet=quiet, no_color=no_color) as advance:
+        report = compress(source, plan, Options(target, progress=advance, **run))
+    report = replace(report, gates=check_gates(plan.recipe.gates, report))
+    write_report(report, report_path(target))
+    print_report(report, target, json_to=json_to, quiet=quiet, no_color=no_color)
+    failed: GateFailed | None = gate_error(report.gates)
+    if failed is not None:
+        raise failed

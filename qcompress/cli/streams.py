@@ -1,0 +1,120 @@
+"""What goes where: results to stdout, all else to stderr, and JSON to whichever file was asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qcompress.errors import ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from qcompress.report.document import Report
+
+PLAIN_LINE_SECONDS = 10.0
+NARROWEST = 60
+
+
+def print_result(text: str) -> None:
+    """Results, and nothing else, go to stdout."""
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+
+def print_note(text: str) -> None:
+    """Progress, warnings and hints go to stderr."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def is_drawn_on(stream: TextIO, no_color: bool) -> bool:
+    """Whether colour and animation suit this stream."""
+    plain = no_color or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not plain
+
+
+def refuse_mixed(json_to: str | None, quiet: bool) -> None:
+    """--json - and -q both claim stdout."""
+    if json_to == "-" and quiet:
+        raise UsageError("--json - --quiet", "both say what stdout holds", "give one of them, or --json FILE")
+
+
+def write_json(document: Mapping[str, Any], json_to: str) -> None:
+    """One JSON document, to stdout for "-", else to a file."""
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    if json_to == "-":
+        print_result(text)
+        return
+    try:
+        Path(json_to).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(json_to, error.strerror or str(error), "choose a writable file for --json") from error
+
+
+def print_report(report: Report, output: Path, *, json_to: str | None, quiet: bool, no_color: bool) -> None:
+    """The result of a command that made an artifact: the table, the JSON, or with -q the path."""
+    from qcompress.report.document_json import report_json
+    from qcompress.report.render import render
+
+    for warning in report.warnings:
+        print_note(f"warning: {warning}")
+    if json_to is not None:
+        write_json(report_json(report), json_to)
+    if json_to == "-":
+        return
+    if quiet:
+        print_result(str(output))
+    else:
+        print_result(render([report], "table", **terminal_of(sys.stdout, no_color)))
+
+
+def terminal_of(stream: TextIO, no_color: bool) -> dict[str, Any]:
+    """The keyword arguments with which `render` fits a table to a stream."""
+    if not stream.isatty():
+        return {"terminal": False}
+    import shutil
+
+    width = max(NARROWEST, shutil.get_terminal_size().columns)
+    return {"terminal": True, "width": width, "color": is_drawn_on(stream, no_color)}
+
+
+@contextmanager
+def progress(total_bytes: int, *, quiet: bool, no_color: bool) -> Iterator[Any]:
+    """A callable (tensor name, bytes) that shows progress on stderr: a bar on a terminal, else a line now and then."""
+    if quiet:
+        yield lambda name, n_bytes: None
+    elif is_drawn_on(sys.stderr, no_color):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=max(total_bytes, 1))
+            yield lambda name, n_bytes: bar.update(task, advance=n_bytes, description=name)
+    else:
+        yield _PlainProgress(total_bytes).advance
+
+
+class _PlainProgress:
+    """A line every few seconds, so that a log stays short and a CI job is not taken for dead."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total = max(total_bytes, 1)
+        self._done = 0
+        self._started = self._said = time.monotonic()
+
+    def advance(self, name: str, n_bytes: int) -> None:
+        self._done += n_bytes
+        now = time.monotonic()
+        if now - self._said >= PLAIN_LINE_SECONDS:
+            self._said = now
+            left = (now - self._started) * (self._total / max(self._done, 1) - 1)
+            print_note(f"{100 * self._done // self._total}% after {name}, about {left:.0f} s left")

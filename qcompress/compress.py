@@ -1,0 +1,305 @@
+"""Checkpoint and plan -> artifact and report: the arrows of the design in a row, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import qcompress
+from qcompress.artifact.layout import Slot, make_slots, part_name, render_header
+from qcompress.artifact.manifest import artifact_hash, input_hash
+from qcompress.artifact.writer import SlotWriter, Written, copy_companions, staged_output, write_index
+from qcompress.checkpoint import Checkpoint, tensor_view
+from qcompress.coding.payload import CodingChoice
+from qcompress.errors import CheckpointError, OutputError, ResourceError
+from qcompress.recipe import recipe_hash
+from qcompress.report.document import ArtifactFile, LayerReport, Report, RunFigures, make_size
+from qcompress.shards import Shard, make_shards
+from qcompress.types import Decision, Plan, TensorInfo
+from qcompress.worker import BLOCK_WEIGHTS, Finished, count_nonfinite, encode_tensor, survey_bytes
+
+COPY_BYTES = 1 << 22
+BLOCK_COPIES = 24
+"""Float32 copies of a block that the most memory-hungry method holds at once."""
+
+Progress = Callable[[str, int], None]
+"""Called with a tensor's name and its bytes in the checkpoint once it is done."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, not what: none of it changes the bytes, but for `choice` and `device`."""
+
+    output: Path
+    choice: CodingChoice = "auto"
+    force: bool = False
+    threads: int = 1
+    device: str = "cpu"
+    max_memory: int | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class _Done:
+    shard: Shard
+    written: Written
+    finished: Mapping[str, Finished]
+
+
+def keep_nonfinite(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """The plan with every weight that holds NaN or Inf kept as it is. Reads all weights once."""
+    decisions = []
+    for decision in plan.decisions:
+        if decision.compresses:
+            source = checkpoint.shard_of(decision.tensor.name)
+            if not survey_bytes(source.bytes_of(decision.tensor.name), decision.tensor.dtype).finite:
+                count = count_nonfinite(tensor_view(source, decision.tensor))
+                reason = f"{count} values are NaN or Inf (--skip-nonfinite)"
+                decision = replace(decision, method=None, config=None, reason=reason)
+        decisions.append(decision)
+    return replace(plan, decisions=tuple(decisions))
+
+
+def compress(checkpoint: Checkpoint, plan: Plan, options: Options) -> Report:
+    """Write the artifact that `plan` describes and return its report, which has no gates yet.
+
+    raises  CheckpointError where a weight is not finite or tied tensors differ; OutputError where the output is in the
+            way; ResourceError where disk or memory do not suffice. Nothing is left behind then.
+    """
+    started, cpu_started = time.monotonic(), time.process_time()
+    torch.set_num_threads(1)
+    refuse_own_input(checkpoint.path, options.output)
+    _refuse_untrue_ties(checkpoint, plan)
+    threads = _fitting_threads(plan, options)
+    shards = make_shards(checkpoint, plan, options.choice)
+    with staged_output(options.output, force=options.force) as staged:
+        _refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
+        if checkpoint.is_folder:
+            staged.mkdir()
+        done = [
+            _write_shard(shard, staged / shard.file if checkpoint.is_folder else staged, threads, options)
+            for shard in shards
+        ]
+        index_bytes = 0
+        if checkpoint.is_folder:
+            copy_companions(checkpoint.path, staged)
+        if len(done) > 1:
+            index_bytes = write_index(staged, {one.shard.file: one.written.slots for one in done})
+    run = RunFigures(
+        seconds=time.monotonic() - started,
+        cpu_seconds=time.process_time() - cpu_started,
+        peak_memory_bytes=peak_memory_bytes(),
+        device=options.device,
+        versions=versions(),
+    )
+    return _make_report(checkpoint, plan, done, index_bytes, options.output.name, run)
+
+
+def refuse_own_input(source: Path, output: Path) -> None:
+    """Raise OutputError where `output` is the input, a link to it, or a folder around it."""
+    inputs = [source, *source.glob("*.safetensors")] if source.is_dir() else [source]
+    real = output.resolve()
+    for path in inputs:
+        same = output.exists() and path.exists() and output.samefile(path)
+        if same or real == path.resolve() or (output.exists() and real in path.resolve().parents):
+            raise OutputError(str(output), "is the input itself", "choose another -o")
+
+
+def _refuse_untrue_ties(checkpoint: Checkpoint, plan: Plan) -> None:
+    """A copy that is dropped must be one: compare the bytes of tied tensors that both lie in the checkpoint."""
+    for decision in plan.decisions:
+        if decision.tied_to is None:
+            continue
+        name, twin = decision.tensor.name, decision.tied_to
+        one = checkpoint.shard_of(name).bytes_of(name)
+        other = checkpoint.shard_of(twin).bytes_of(twin)
+        if one != other:
+            what = f"is called tied to {twin!r}, and their values differ"
+            mend = "name it in a rule without a wildcard, which stores it by itself"
+            raise CheckpointError(f"{checkpoint.path}: tensor {name!r}", what, mend)
+
+
+def _fitting_threads(plan: Plan, options: Options) -> int:
+    """As many threads as were asked for and --max-memory allows. Raises ResourceError where not even one fits."""
+    needs = {d.tensor.name: _memory_needed(d, options.choice) for d in plan.decisions if d.compresses}
+    if options.max_memory is None or not needs:
+        return options.threads
+    name, largest = max(needs.items(), key=lambda item: item[1])
+    fitting = options.max_memory // largest
+    if fitting < 1:
+        what = f"needs about {largest} bytes of memory, more than --max-memory {options.max_memory}"
+        mend = "allow more, or use --coding packed and granularity channel or group"
+        raise ResourceError(f"tensor {name!r}", what, mend)
+    return min(options.threads, fitting)
+
+
+def _memory_needed(decision: Decision, choice: CodingChoice) -> int:
+    """Bytes that encoding one tensor takes at most, roughly: its blocks, and its codes where they wait for coding."""
+    weights = decision.tensor.numel
+    block = weights if decision.config.granularity == "tensor" else min(weights, BLOCK_WEIGHTS)
+    gathered = 0 if choice == "packed" else 3 * max(slot.n_bytes for slot in make_slots(decision, choice))
+    copies = 6 if decision.config.granularity == "tensor" else BLOCK_COPIES
+    return 4 * copies * block + gathered
+
+
+def _refuse_full_disk(output: Path, needed: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        what = f"the artifact may need {needed} bytes and the disk has {free} left"
+        raise ResourceError(str(output), what, "free some space, or write to another disk with -o")
+
+
+def _write_shard(shard: Shard, path: Path, threads: int, options: Options) -> _Done:
+    with SlotWriter(path, shard.layout) as writer:
+        crcs = _copy_kept(shard, writer, options)
+        finished: dict[str, Finished] = {}
+        for one in _encode_all(shard, writer, threads, options):
+            finished[one.decision.tensor.name] = one
+            crcs[one.decision.tensor.name] = one.input_crc32
+        manifest = replace(
+            shard.manifest,
+            input_sha256=input_hash(shard.source.tensors, crcs),
+            tensors={name: one.entry for name, one in finished.items()},
+        )
+
+        def render(slots: Sequence[Slot], sha256: str) -> bytes:
+            return render_header(slots, replace(manifest, sha256=sha256))
+
+        written = writer.finish(render)
+    return _Done(shard, written, {name: replace(one, payload=None) for name, one in finished.items()})
+
+
+def _copy_kept(shard: Shard, writer: SlotWriter, options: Options) -> dict[str, int]:
+    """Copy the kept tensors as they are; the CRC-32 of each, and of dropped copies."""
+    crcs = {}
+    for decision in shard.decisions:
+        if decision.compresses:
+            continue
+        tensor = decision.tensor
+        raw = shard.source.bytes_of(tensor.name)
+        crcs[tensor.name] = survey_bytes(raw, "bytes").crc32
+        if decision.tied_to is None:
+            for start in range(0, len(raw), COPY_BYTES):
+                writer.put(tensor.name, raw[start : start + COPY_BYTES])
+        _report_progress(options, tensor)
+    return crcs
+
+
+def _report_progress(options: Options, tensor: TensorInfo) -> None:
+    if options.progress is not None:
+        options.progress(tensor.name, tensor.n_bytes)
+
+
+def _encode_all(shard: Shard, writer: SlotWriter, threads: int, options: Options) -> Iterator[Finished]:
+    """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
+    by_codes = {part_name(d.tensor.name, "codes"): d for d in shard.decisions if d.compresses}
+    waiting = [by_codes[slot.name] for slot in shard.layout.slots if slot.name in by_codes]
+    waiting.reverse()
+    stop = threading.Event()
+    running: list[Future[Finished]] = []
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) <= threads:
+                    job = (shard.source, waiting.pop(), writer, options.choice, options.device, stop)
+                    running.append(pool.submit(encode_tensor, *job))
+                finished = running.pop(0).result()
+                if finished.payload is not None:
+                    _put_payload(shard, writer, finished)
+                _report_progress(options, finished.decision.tensor)
+                yield replace(finished, payload=None)
+        finally:
+            stop.set()
+            for future in running:
+                future.cancel()
+
+
+def _put_payload(shard: Shard, writer: SlotWriter, finished: Finished) -> None:
+    name = part_name(finished.decision.tensor.name, "codes")
+    data = memoryview(finished.payload or b"")
+    planned = next(slot for slot in shard.layout.slots if slot.name == name)
+    shape = planned.shape if finished.entry.coding == "packed" else (data.nbytes,)
+    writer.put_varying(name, data, shape)
+
+
+def _make_report(
+    checkpoint: Checkpoint, plan: Plan, done: Sequence[_Done], index_bytes: int, name: str, run: RunFigures
+) -> Report:
+    finished = {tensor: one for shard in done for tensor, one in shard.finished.items()}
+    sizes: dict[str, dict[str, int]] = {}
+    for shard in done:
+        for slot in shard.written.slots:
+            sizes.setdefault(slot.tensor, {})[slot.name] = slot.n_bytes
+    layers = tuple(_layer(decision, sizes.get(decision.tensor.name, {}), finished) for decision in plan.decisions)
+    size = make_size(
+        checkpoint.file_bytes,
+        sum(shard.written.file_bytes for shard in done) + index_bytes,
+        layers,
+        header_bytes=sum(shard.written.header_bytes for shard in done),
+        index_bytes=index_bytes,
+    )
+    return Report(
+        artifact=ArtifactFile(name=name, sha256=artifact_hash([(s.shard.file, s.written.sha256) for s in done])),
+        recipe_hash=recipe_hash(plan.recipe),
+        size=size,
+        layers=layers,
+        run=run,
+    )
+
+
+def _layer(decision: Decision, sizes: Mapping[str, int], finished: Mapping[str, Finished]) -> LayerReport:
+    tensor = decision.tensor
+    total = sum(sizes.values())
+    if not decision.compresses:
+        return LayerReport(
+            name=tensor.name,
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            bytes=total,
+            baseline_bytes=tensor.n_bytes,
+            reason=decision.reason,
+            tied_to=decision.tied_to,
+        )
+    config, one = decision.config, finished[tensor.name]
+    return LayerReport(
+        name=tensor.name,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        bytes=total,
+        baseline_bytes=tensor.n_bytes,
+        reason=decision.reason,
+        method=decision.method or "",
+        bits=config.bits,
+        granularity=config.granularity,
+        group_size=config.group_size,
+        form=config.form,
+        coding=one.entry.coding,
+        side_information_bytes=total - sizes[part_name(tensor.name, "codes")],
+        figures=one.figures,
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """What a figure may depend on."""
+    return {
+        "qcompress": qcompress.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }

@@ -1,0 +1,93 @@
+"""An artifact as an ordinary checkpoint: every tensor dense again, in its original name, shape and dtype, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qcompress.artifact.layout import Layout, Slot, header_text
+from qcompress.artifact.reader import Artifact, ArtifactFile
+from qcompress.artifact.writer import SlotWriter, copy_companions, staged_output, write_index
+from qcompress.coding.affine import decode, take_rows
+from qcompress.errors import OutputError
+from qcompress.types import DTYPE_BITS, TensorInfo
+
+BLOCK_WEIGHTS = 1 << 20
+
+
+def export(artifact: Artifact, output: Path, *, force: bool) -> int:
+    """Write the dense checkpoint, a file for each file of the artifact; the bytes written.
+
+    Tied copies that the checkpoint stored are stored again. Raises ArtifactError where a tensor is damaged, OutputError
+    and ResourceError where the output cannot be written; nothing is left behind then.
+    """
+    if output.exists() and output.samefile(artifact.path):
+        raise OutputError(str(output), "is the artifact itself", "choose another -o")
+    folder = artifact.path.is_dir()
+    with staged_output(output, force=force) as staged:
+        if folder:
+            staged.mkdir()
+        layouts = {
+            file.path.name: _export_file(artifact, file, staged / file.path.name if folder else staged)
+            for file in artifact.files
+        }
+        total = sum(layout.file_bytes for layout in layouts.values())
+        if folder:
+            total += copy_companions(artifact.path, staged)
+        if len(layouts) > 1:
+            total += write_index(staged, {name: layout.slots for name, layout in layouts.items()})
+    return total
+
+
+def _export_file(artifact: Artifact, file: ArtifactFile, path: Path) -> Layout:
+    slots = [
+        Slot(info.name, info.dtype, info.shape, info.n_bytes, file.manifest.tied.get(info.name, info.name))
+        for info in _original_tensors(artifact, file)
+    ]
+    layout = Layout(tuple(slots), 8 + -(-len(_render_header(slots, file)) // 8) * 8)
+    with SlotWriter(path, layout) as writer:
+        for slot in slots:
+            for data in _dense_bytes(artifact.file_of(slot.tensor), slot.tensor):
+                writer.put(slot.name, data)
+        writer.finish(lambda final, _sha256: _render_header(final, file))
+    return layout
+
+
+def _original_tensors(artifact: Artifact, file: ArtifactFile) -> list[TensorInfo]:
+    """The tensors of the original file, wide dtypes first and then by name, as safetensors itself orders them."""
+    tensors = [
+        *file.kept,
+        *(TensorInfo(name, entry.shape, entry.dtype) for name, entry in file.manifest.tensors.items()),
+    ]
+    for name, twin in file.manifest.tied.items():
+        # A name that the metadata tied had no bytes of its own, and gets none here.
+        if name not in file.manifest.metadata:
+            original = artifact.file_of(twin).original(twin)
+            tensors.append(TensorInfo(name, original.shape, original.dtype))
+    return sorted(tensors, key=lambda info: (-DTYPE_BITS[info.dtype], info.name))
+
+
+def _render_header(slots: Sequence[Slot], file: ArtifactFile) -> bytes:
+    return header_text(slots, {"format": "pt", **file.manifest.metadata})
+
+
+def _dense_bytes(file: ArtifactFile, name: str) -> Iterator[memoryview]:
+    """The tensor's bytes as the checkpoint had them, or would have them after decoding; in pieces."""
+    if name not in file.manifest.tensors:
+        yield file.container.bytes_of(name)
+        return
+    encoded = file.read_encoded(name)
+    if encoded.axis != tuple(range(len(encoded.axis))):
+        yield _raw(decode(encoded))
+        return
+    rows, columns = encoded.codes.shape
+    step = max(1, BLOCK_WEIGHTS // max(columns, 1))
+    for start in range(0, rows, step):
+        yield _raw(decode(take_rows(encoded, start, start + step)))
+
+
+def _raw(weight: Tensor) -> memoryview:
+    return weight.contiguous().view(torch.uint8).numpy().reshape(-1).data

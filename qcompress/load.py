@@ -1,0 +1,77 @@
+"""An artifact back into the original architecture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.artifact.reader import ArtifactFile, read_artifact
+from qcompress.coding.affine import TORCH_DTYPES, decode
+from qcompress.errors import ArtifactError
+from qcompress.types import TensorInfo
+
+KEPT_DTYPES = TORCH_DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+
+
+def load_state_dict(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Every tensor of the artifact by its original name, decoded to its original shape and dtype; tied names share one.
+
+    raises  ArtifactError where the artifact is missing, damaged or foreign
+    """
+    artifact = read_artifact(Path(path))
+    state = {name: tensor.to(device) for file in artifact.files for name, tensor in _tensors(file)}
+    state.update({name: state[twin] for name, twin in artifact.tied.items()})
+    return state
+
+
+def _tensors(file: ArtifactFile) -> Iterator[tuple[str, Tensor]]:
+    for info in file.kept:
+        yield info.name, kept_tensor(file, info)
+    for name in file.manifest.tensors:
+        yield name, decode(file.read_encoded(name))
+
+
+def kept_tensor(file: ArtifactFile, info: TensorInfo) -> Tensor:
+    """A tensor that was kept, copied out of the file. Raises ArtifactError for a dtype that torch does not have."""
+    dtype = KEPT_DTYPES.get(info.dtype)
+    if dtype is None:
+        what = f"dtype {info.dtype} has no counterpart in torch"
+        mend = "read it with: qcompress export ARTIFACT --to safetensors"
+        raise ArtifactError(f"{file.path}: tensor {info.name!r}", what, mend)
+    raw = bytearray(file.container.bytes_of(info.name))
+    if not raw:
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(raw, dtype=dtype).reshape(info.shape)
+
+
+def load_into(module: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> None:
+    """Put the artifact's weights into a module of the original architecture.
+
+    strict  refuse names that only one side has, as torch.nn.Module.load_state_dict does
+    raises  ArtifactError where the artifact is missing or damaged, or does not fit the module
+    """
+    state = load_state_dict(path)
+    try:
+        module.load_state_dict(state, strict=strict)
+    except RuntimeError as error:
+        what = f"does not fit {type(module).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ArtifactError(str(path), what, "build the module that the checkpoint was saved from") from None

@@ -1,0 +1,51 @@
+"""Round to nearest on the min-max range: the papers' naive quantization."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from qcompress.coding.rows import blocks_from_rows, grid_shape
+from qcompress.registry import RtnConfig
+from qcompress.solvers.blocks import extremes
+from qcompress.solvers.grids import Grid, affine_from_grid, symmetric_grid, zero_point_grid
+from qcompress.types import Affine
+
+
+def encode(weight: Tensor, config: RtnConfig, exponent: int) -> Affine:
+    """The weight in the nearest codes of its min-max grids.
+
+    weight    float32 [rows, ...]
+    exponent  of the scales, from the tensor's largest value
+    returns   with an integer zero point, no value is off by more than half a scale; likewise where symmetric, but with
+              `full-range`, where the end nearer to zero may be off by a whole one. Scales are rounded up to float16
+    """
+    assert config.granularity is not None
+    low, high = extremes(blocks_from_rows(weight, config.granularity, config.group_size))
+    grid = (
+        _symmetric(low, high, config, exponent)
+        if config.symmetric
+        else zero_point_grid(low, high, config.bits, exponent)
+    )
+    shape = grid_shape(tuple(weight.shape), config.granularity, config.group_size)
+    return affine_from_grid(weight, grid, config.bits, exponent, shape)
+
+
+def _symmetric(low: Tensor, high: Tensor, config: RtnConfig, exponent: int) -> Grid:
+    """The tools' conventions differ in the scale alone; two of them keep a code that their own range never reaches.
+
+    With b bits and n = 2**b - 1 the scale is absmax over: `narrow` and `aimet` 2**(b-1) - 1, `full-range` 2**(b-1),
+    `gptq` and `mid-rise` n / 2. At `aimet` the lowest code is spare, at `gptq` the highest is missed by half a scale.
+    """
+    match config.convention:
+        case "full-range":
+            return symmetric_grid(low, high, config.bits, "full", exponent)
+        case "aimet":
+            return replace(symmetric_grid(low, high, config.bits, "narrow", exponent), convention="full")
+        case "gptq":
+            return replace(symmetric_grid(low, high, config.bits, "mid-rise", exponent), convention="full")
+        case "narrow" | "mid-rise":
+            return symmetric_grid(low, high, config.bits, config.convention, exponent)
+        case None:
+            raise AssertionError("RtnConfig sets the convention of a symmetric grid")

@@ -1,0 +1,111 @@
+"""Recipe x TensorInfo -> Plan: what happens to each tensor and why, or every reason why not, at once.
+
+Made from names, shapes and dtypes alone, so that it can be printed and refused before any weight is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from qcompress.errors import InputError, RecipeError, raise_all
+from qcompress.registry import METHODS
+from qcompress.types import WEIGHT_DTYPES, Axis, Decision, Plan, Recipe, Rule, TensorInfo, row_shape
+
+
+def make_plan(
+    recipe: Recipe,
+    tensors: Sequence[TensorInfo],
+    tied: Mapping[str, str],
+    axes: Mapping[str, Axis],
+) -> Plan:
+    """The plan of `recipe` for a checkpoint of `tensors`; `tied` and `axes` are what the checkpoint says of them.
+
+    Raises RecipeError, or Refusals with one RecipeError for each rule that decides nothing and each tensor that cannot
+    follow its rule.
+    """
+    decisions: list[Decision] = []
+    errors: list[InputError] = []
+    for tensor in tensors:
+        rule = _first_match(recipe.rules, tensor.name)
+        try:
+            decisions.append(_decide(tensor, rule, tied, axes))
+        except RecipeError as error:
+            errors.append(error)
+    if not errors:
+        errors = _idle_rules(recipe, tensors, decisions)
+    raise_all(errors)
+    return Plan(recipe, tuple(decisions))
+
+
+def _first_match(rules: Sequence[Rule], name: str) -> Rule | None:
+    return next((rule for rule in rules if fnmatchcase(name, rule.match)), None)
+
+
+def _decide(tensor: TensorInfo, rule: Rule | None, tied: Mapping[str, str], axes: Mapping[str, Axis]) -> Decision:
+    twin = tied.get(tensor.name)
+    if twin is not None and not (rule and rule.names_one_tensor):
+        return Decision(tensor, None, None, f"tied to {twin}, stored once", tied_to=twin)
+    if rule is None:
+        return Decision(tensor, None, None, "no rule matches")
+    if rule.method is None:
+        return Decision(tensor, None, None, f"kept by {rule.where}")
+    because = _unfit(tensor)
+    if because is not None:
+        if rule.names_one_tensor and tensor.numel:
+            raise RecipeError(rule.where, f"{rule.method} cannot compress {tensor.name}: {because}", "use keep: {}")
+        return Decision(tensor, None, None, because)
+    if len(tensor.shape) < 2 and not rule.names_one_tensor:
+        return Decision(tensor, None, None, "fewer than two dimensions")
+    axis, reason = _channel_axis(tensor, rule, axes.get(tensor.name))
+    refusal = METHODS[rule.method].refuse(rule.config, row_shape(tensor.shape, axis))
+    if refusal is not None:
+        raise RecipeError(rule.where, f"{tensor.name} {list(tensor.shape)}: {refusal}", "change the rule or add one")
+    return Decision(tensor, rule.method, rule.config, reason, axis)
+
+
+def _unfit(tensor: TensorInfo) -> str | None:
+    if tensor.dtype not in WEIGHT_DTYPES:
+        return f"dtype {tensor.dtype} is kept"
+    if tensor.numel == 0:
+        return "no elements"
+    return None
+
+
+def _channel_axis(tensor: TensorInfo, rule: Rule, known: Axis | None) -> tuple[tuple[int, ...], str]:
+    """The channel axes, normalised, and the reason to print: the recipe's, the checkpoint's, or axis 0."""
+    chosen = rule.config.axis
+    if chosen is None:
+        return (known.axes, f"{rule.where}; {known.reason}") if known else ((0,), rule.where)
+    rank = len(tensor.shape)
+    asked = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+    axes = tuple(axis + rank if axis < 0 else axis for axis in asked)
+    inside = all(0 <= axis < rank for axis in axes) and len(set(axes)) == len(axes)
+    if not inside or not 0 < len(axes) < max(rank, 2):
+        what = f"axis {chosen} is none of {tensor.name} {list(tensor.shape)}"
+        raise RecipeError(rule.where, what, f"give one to {max(rank - 1, 1)} different axes below {rank}")
+    return axes, rule.where
+
+
+def _idle_rules(recipe: Recipe, tensors: Sequence[TensorInfo], decisions: Sequence[Decision]) -> list[InputError]:
+    """An error for each rule that decides nothing; a method's rule must compress at least one tensor."""
+    names = [tensor.name for tensor in tensors]
+    compressed = {decision.tensor.name for decision in decisions if decision.compresses}
+    errors: list[InputError] = []
+    for index, rule in enumerate(recipe.rules):
+        matched = [name for name in names if fnmatchcase(name, rule.match)]
+        decided = [name for name in matched if _first_match(recipe.rules, name) is rule]
+        if not matched:
+            close = difflib.get_close_matches(rule.match, names, n=3, cutoff=0.0)
+            mend = f"nearest names: {', '.join(close)}" if close else "the checkpoint has no tensors"
+            errors.append(RecipeError(rule.where, f"match {rule.match!r} fits no tensor", mend))
+        elif not decided:
+            earlier = next(other for other in recipe.rules[:index] if fnmatchcase(matched[0], other.match))
+            what = f"match {rule.match!r} decides nothing: {earlier.where} comes first"
+            errors.append(RecipeError(rule.where, what, "put the narrower rule first"))
+        elif rule.method is not None and compressed.isdisjoint(decided):
+            kept = next(d for d in decisions if d.tensor.name == decided[0])
+            what = f"match {rule.match!r} compresses nothing: {kept.tensor.name}: {kept.reason}"
+            errors.append(RecipeError(rule.where, what, "match weights of two dimensions or more, or use keep: {}"))
+    return errors

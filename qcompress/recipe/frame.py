@@ -1,0 +1,34 @@
+"""A recipe's own keys, the ones that are known but not built yet, and the ranges of what is no method's option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcompress.recipe.sizes import SIZE_PATTERN
+
+VERSION = 1
+
+LATER_KEYS = ("model", "data", "task", "activations", "companions", "budget", "finetune")
+"""Keys of the format that this version refuses by name."""
+
+LATER_METHODS = ("dfq", "adaround", "pdquant", "gptq", "lsq", "pact", "rd", "kmeans", "learned", "dkm")
+"""Methods that this version refuses by name."""
+
+SEED: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0}
+
+METRICS: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "number"}}
+
+GATES: dict[str, dict[str, Any]] = {
+    "max_size": {
+        "description": "Largest artifact, in bytes: 2000000, 2MB (powers of 1000) or 2MiB (powers of 1024)",
+        "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE_PATTERN}],
+    },
+    "max_bpw": {
+        "description": "Most bits per weight, over the compressed weights",
+        "type": "number",
+        "exclusiveMinimum": 0,
+    },
+    "min_sqnr": {"description": "Least signal-to-noise ratio of any tensor, in decibels", "type": "number"},
+    "min_metric": {"description": "Least value of each named metric", **METRICS},
+    "max_drop": {"description": "Most that each named metric may fall below the checkpoint's", **METRICS},
+}

@@ -1,0 +1,112 @@
+"""The JSON Schema (draft 2020-12) of a recipe: the frame by hand, every method's options from its config dataclass.
+
+It says less than `parse_recipe` checks: not which options exclude each other, nor that a recipe holds one family.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+from typing import Any
+
+from qcompress import registry
+from qcompress.recipe.configs import option_names, options_schema
+from qcompress.recipe.frame import GATES, SEED, VERSION
+
+_OPTION_LINE = re.compile(r"([a-z_][a-z0-9_]*) {2,}(\S.*)")
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The schema of a recipe's YAML as JSON data."""
+    actions = {name: {"$ref": f"#/$defs/{name}"} for name in registry.METHODS}
+    defs: dict[str, Any] = {}
+    for name, method in registry.METHODS.items():
+        options = _options(method.config)
+        defs |= options.pop("$defs", {})
+        defs[name] = options
+    keep = {"description": "Leave the tensors as they are", "type": "object", "additionalProperties": False}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "qcompress recipe",
+        "type": "object",
+        "properties": {
+            "version": {"description": "Version of the recipe format", "const": VERSION},
+            "seed": {"description": "Of everything that is drawn at random", **SEED},
+            "rules": {
+                "description": "The first rule that matches a tensor's name decides; what none matches is kept",
+                "type": "array",
+                "minItems": 1,
+                "items": _rule({"keep": keep, **actions}),
+            },
+            "gates": {
+                "description": "Limits; a run that breaks one exits with code 4",
+                "type": "object",
+                "properties": copy.deepcopy(GATES),
+                "additionalProperties": False,
+            },
+        },
+        "required": ["version", "rules"],
+        "additionalProperties": False,
+        "$defs": defs,
+    }
+
+
+def schema_text() -> str:
+    """The schema as the bytes of recipes/schema.json, in UTF-8."""
+    return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _rule(actions: dict[str, Any]) -> dict[str, Any]:
+    """A rule: `match` and exactly one action."""
+    pattern = {"type": "string", "minLength": 1}
+    match = {
+        "description": "A glob over tensor names, or a list of them: * any text, ? a character, [abc] one of them",
+        "anyOf": [pattern, {"type": "array", "items": pattern, "minItems": 1}],
+    }
+    return {
+        "type": "object",
+        "properties": {"match": match, **actions},
+        "required": ["match"],
+        "additionalProperties": False,
+        "minProperties": 2,
+        "maxProperties": 2,
+    }
+
+
+def _options(config: type[Any]) -> dict[str, Any]:
+    """A config's schema without pydantic's titles, its descriptions from the dataclasses' docstrings."""
+    schema = copy.deepcopy(options_schema(config))
+    del schema["title"]
+    schema["description"] = _summary(config)
+    described: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        described |= _described(base, option_names(config))
+    for name, option in schema["properties"].items():
+        del option["title"]
+        if option.get("default", 0) is None:
+            del option["default"]
+        if name in described:
+            schema["properties"][name] = {"description": described[name], **option}
+    return schema
+
+
+def _summary(config: type[Any]) -> str:
+    return " ".join((inspect.getdoc(config) or "").partition("\n\n")[0].split())
+
+
+def _described(config: type[Any], names: list[str]) -> dict[str, str]:
+    """What the class's own docstring says of its options: lines "name  text", continued where they are indented."""
+    described: dict[str, str] = {}
+    name = None
+    for line in inspect.cleandoc(config.__doc__ or "").splitlines():
+        start = _OPTION_LINE.fullmatch(line)
+        if start and start[1] in names:
+            name = start[1]
+            described[name] = start[2]
+        elif name and line.startswith("  "):
+            described[name] += " " + line.strip()
+        else:
+            name = None
+    return described

@@ -1,0 +1,88 @@
+"""A Recipe back to data: resolved, canonical, hashed, and as YAML that reads as the same recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from itertools import groupby
+from typing import Any
+
+from qcompress.recipe.frame import VERSION
+from qcompress.types import Recipe, Rule
+
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_NO_TEXT = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as JSON data: every default filled in, absent values left out, keys sorted, tuples as lists.
+
+    Neither the recipe's source nor any rule's `where` is part of it: equal decisions give equal data.
+    """
+    data: dict[str, Any] = json.loads(json.dumps(_resolved(recipe), sort_keys=True))
+    return data
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 in hex of `recipe_json` as UTF-8 JSON with sorted keys and no spaces."""
+    text = json.dumps(recipe_json(recipe), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: `parse_recipe` of it resolves to the same recipe."""
+    data = _resolved(recipe)
+    lines = [f"version: {data['version']}", f"seed: {data['seed']}", "rules:"]
+    for rule in data["rules"]:
+        (action,) = rule.keys() - {"match"}
+        lines += [f"  - match: {_flow(rule['match'], quote=True)}", f"    {action}: {_flow(rule[action])}"]
+    if "gates" in data:
+        lines += ["gates:", *(f"  {name}: {_flow(limit)}" for name, limit in data["gates"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def _resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as data, in the order in which people write it."""
+    rules = []
+    for _, group in groupby(recipe.rules, key=lambda rule: (rule.where, rule.method, repr(rule.config))):
+        rules.append(_rule([*group]))
+    gates = {name: limit for name, limit in _present(recipe.gates).items() if limit != {}}
+    return {"version": VERSION, "seed": recipe.seed, "rules": rules} | ({"gates": gates} if gates else {})
+
+
+def _rule(patterns: list[Rule]) -> dict[str, Any]:
+    """The one rule that was read as a rule for each of its patterns."""
+    first = patterns[0]
+    match = first.match if len(patterns) == 1 else [rule.match for rule in patterns]
+    return {"match": match, first.method or "keep": _present(first.config) if first.method else {}}
+
+
+def _present(config: Any) -> dict[str, Any]:
+    """A dataclass's fields that are not None, in their order."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+
+
+def _flow(value: Any, *, quote: bool = False) -> str:
+    """A value on one line of YAML, true to its type in YAML 1.1 and 1.2."""
+    match value:
+        case dict():
+            return "{" + ", ".join(f"{_flow(key)}: {_flow(item)}" for key, item in value.items()) + "}"
+        case list() | tuple():
+            return "[" + ", ".join(_flow(item, quote=quote) for item in value) + "]"
+        case str():
+            is_plain = _PLAIN.fullmatch(value) and value.lower() not in _NO_TEXT and not quote
+            return value if is_plain else _quoted(value)
+        case bool() | int():
+            return json.dumps(value)
+        case float():
+            mantissa, e, exponent = repr(value).partition("e")
+            return mantissa + ("" if "." in mantissa else ".0") + e + exponent
+    raise TypeError(f"a recipe holds no {type(value).__name__}")
+
+
+def _quoted(text: str) -> str:
+    """Text in double quotes, whatever does not print escaped in eight digits, which YAML reads as one character."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'

@@ -1,0 +1,273 @@
+"""The nouns of a report. Imports no torch.
+
+Each figure is defined in docs/report.md; document_json writes and reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qcompress.types import Shape
+
+KEPT = "kept"
+BINS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFigures:
+    """What compression did to one tensor. None: not measured, or not a number.
+
+    sqnr_db           follows from relative_error where not given: +infinity without error
+    range             (lowest, highest) weight, over all weights
+    histogram_before  of the weights, histogram_after of what they decode to: counts in BINS equal bins over `range`,
+                      decoded values beyond it counted in the end bins
+    sampled           quartiles, kurtosis and histograms come from a fixed subset; all else from every weight
+    """
+
+    relative_error: float | None = None
+    sqnr_db: float | None = None
+    max_error: float | None = None
+    range: tuple[float, float] | None = None
+    outlier_share: float | None = None
+    kurtosis: float | None = None
+    levels_used: int | None = None
+    entropy: float | None = None
+    clipped_share: float | None = None
+    histogram_before: tuple[int, ...] | None = None
+    histogram_after: tuple[int, ...] | None = None
+    sampled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sqnr_db is None and self.relative_error is not None:
+            object.__setattr__(self, "sqnr_db", sqnr_db(self.relative_error))
+        for histogram in (self.histogram_before, self.histogram_after):
+            if histogram is not None and len(histogram) != BINS:
+                raise ValueError(f"a histogram has {BINS} bins, not {len(histogram)}")
+
+
+def sqnr_db(relative_error: float) -> float:
+    """The signal to quantization noise ratio in dB: +infinity without error, NaN of NaN."""
+    if math.isnan(relative_error) or math.isinf(relative_error):
+        return -relative_error
+    return -10 * math.log10(relative_error) if relative_error else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One tensor of the checkpoint, compressed or kept.
+
+    method                  the method's name, or "kept"
+    coding                  how its codes are stored: packed, zstd or ans
+    bytes                   of the artifact that are this tensor's own: codes and side information, or its kept data
+    side_information_bytes  scale, zero point, offset, codebook, where they are stored with the tensor
+    baseline_bytes          of the checkpoint
+    tied_to                 the tensor that is stored in place of this one, which then has 0 bytes
+    sensitivity             where measured: what compressing this tensor alone costs
+    """
+
+    name: str
+    shape: Shape
+    dtype: str
+    method: str = KEPT
+    bits: int | None = None
+    granularity: str | None = None
+    group_size: int | None = None
+    form: str | None = None
+    coding: str | None = None
+    bytes: int
+    side_information_bytes: int = 0
+    baseline_bytes: int
+    tied_to: str | None = None
+    reason: str
+    sensitivity: float | None = None
+    figures: LayerFigures | None = None
+
+    @property
+    def compressed(self) -> bool:
+        return self.method != KEPT
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def sqnr_db(self) -> float | None:
+        return self.figures.sqnr_db if self.figures else None
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of this tensor's own bytes; None where it stores no weight."""
+        return self.bytes * 8 / self.weights if self.weights and self.tied_to is None else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeParts:
+    """Every byte of the artifact by its owner.
+
+    side_information  of all tensors, what they pool included
+    header            safetensors headers with the manifest and their padding
+    index             the index of a sharded folder
+    """
+
+    codes: int
+    side_information: int
+    kept: int
+    header: int
+    index: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.codes + self.side_information + self.kept + self.header + self.index
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeFigures:
+    """Sizes on disk. Bits per weight count what is stored: a tied copy's weights are not counted again.
+
+    bits_per_weight       codes and all their side information over the compressed weights; None without any
+    bits_per_weight_file  the whole artifact over all weights
+    entropy_bound_bytes   order-0 entropy of each tensor's codes, summed; side information not counted
+    """
+
+    baseline_bytes: int
+    artifact_bytes: int
+    ratio: float | None
+    bits_per_weight: float | None
+    bits_per_weight_file: float | None
+    entropy_bound_bytes: int | None
+    weights: int
+    compressed_weights: int
+    parts: SizeParts
+
+    def __post_init__(self) -> None:
+        if self.parts.total != self.artifact_bytes:
+            raise ValueError(f"the parts sum to {self.parts.total} bytes, the artifact has {self.artifact_bytes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyFigures:
+    """One metric of checkpoint and artifact on the same samples. None: not a number.
+
+    drop      how much worse the artifact is, whichever direction is better: positive is worse
+    interval  of the drop, paired, 95 %
+    """
+
+    metric: str
+    baseline: float | None
+    artifact: float | None
+    drop: float | None
+    samples: int
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFigures:
+    """What the run took: wall and processor seconds, the largest resident memory, where, and with which versions."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int
+    device: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """One limit, such as "max-size" or "max-drop top1", and the value that was held against it.
+
+    In bytes, bits per weight, dB or the metric's unit. A value of None passed as an SQNR without error, or failed as
+    not a number.
+    """
+
+    name: str
+    limit: float | int
+    value: float | int | None
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactFile:
+    """The artifact that a report belongs to: its file name without folder, and the SHA-256 of its data."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that is known about one artifact. accuracy and run are None where nothing was measured."""
+
+    artifact: ArtifactFile
+    recipe_hash: str
+    size: SizeFigures
+    accuracy: tuple[AccuracyFigures, ...] | None = None
+    gates: tuple[GateResult, ...] = ()
+    warnings: tuple[str, ...] = ()
+    run: RunFigures | None = None
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def compressed(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if layer.compressed)
+
+    @property
+    def worst(self) -> LayerReport | None:
+        """The compressed tensor of least SQNR, one that is not a number before all others; None without any."""
+        measured = [layer for layer in self.compressed if layer.sqnr_db is not None]
+        return min(measured, key=lambda layer: badness(layer.sqnr_db), default=None)
+
+
+def badness(sqnr: float | None) -> tuple[int, float]:
+    """A key that sorts the worst SQNR first: NaN, then by dB, then what was not measured."""
+    if sqnr is None:
+        return (2, 0.0)
+    return (0, 0.0) if math.isnan(sqnr) else (1, sqnr)
+
+
+def make_size(
+    baseline_bytes: int,
+    artifact_bytes: int,
+    layers: Sequence[LayerReport],
+    *,
+    header_bytes: int,
+    index_bytes: int = 0,
+    pooled_bytes: int = 0,
+) -> SizeFigures:
+    """The size figures of an artifact from what its layers and its files hold.
+
+    pooled_bytes  side information that several tensors share and no layer counts
+    raises        ValueError where the parts do not sum to artifact_bytes
+    """
+    compressed = [layer for layer in layers if layer.compressed]
+    side_information = sum(layer.side_information_bytes for layer in compressed) + pooled_bytes
+    codes = sum(layer.bytes - layer.side_information_bytes for layer in compressed)
+    kept = sum(layer.bytes for layer in layers if not layer.compressed)
+    weights = sum(layer.weights for layer in layers if layer.tied_to is None)
+    compressed_weights = sum(layer.weights for layer in compressed if layer.tied_to is None)
+    return SizeFigures(
+        baseline_bytes=baseline_bytes,
+        artifact_bytes=artifact_bytes,
+        ratio=baseline_bytes / artifact_bytes if artifact_bytes else None,
+        bits_per_weight=(codes + side_information) * 8 / compressed_weights if compressed_weights else None,
+        bits_per_weight_file=artifact_bytes * 8 / weights if weights else None,
+        entropy_bound_bytes=entropy_bound(compressed),
+        weights=weights,
+        compressed_weights=compressed_weights,
+        parts=SizeParts(
+            codes=codes, side_information=side_information, kept=kept, header=header_bytes, index=index_bytes
+        ),
+    )
+
+
+def entropy_bound(compressed: Sequence[LayerReport]) -> int | None:
+    """Bytes that the codes would take at the order-0 entropy of each tensor; None where one was not measured."""
+    total = 0
+    for layer in compressed:
+        if layer.tied_to is not None or not layer.weights:
+            continue
+        if layer.figures is None or layer.figures.entropy is None:
+            return None
+        total += math.ceil(layer.weights * layer.figures.entropy / 8)
+    return total if compressed else None

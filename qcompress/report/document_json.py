@@ -1,0 +1,158 @@
+"""A report as JSON, `qcompress.report/1`, in both directions. Imports no torch.
+
+JSON has no infinity and no NaN: an SQNR without error (+infinity in memory) and whatever is not a number are null, and
+an SQNR of null beside a relative error of 0 is read as +infinity again. Floats have 6 significant digits, except in
+gates, whose limits and values are whole so that `passed` can be checked. Keys that a reader does not know are ignored:
+within version 1 keys may be added, never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompress.errors import ReportError, ResourceError
+from qcompress.report.document import GateResult, Report
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+SCHEMA = "qcompress.report/1"
+SCHEMA_FILE = Path(__file__).with_name("schema.json")
+DIGITS = 6
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """The report in plain JSON types, keys always in the same order."""
+    return {"schema": SCHEMA, **plain(report)}
+
+
+def report_text(report: Report) -> str:
+    """The report as JSON text: a line for each top-level key and each layer, so that two of them can be compared."""
+    return json_text(report_json(report))
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """A document as JSON text, ending in a newline: a line for each top-level key and each item of a list."""
+    lines = [f" {json.dumps(key)}: {_json_value(value)}" for key, value in document.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _json_value(value: Any) -> str:
+    if isinstance(value, list) and value:
+        items = (json.dumps(item, allow_nan=False) for item in value)
+        return "[\n  " + ",\n  ".join(items) + "\n ]"
+    return json.dumps(value, allow_nan=False)
+
+
+def plain(value: Any, digits: int | None = DIGITS) -> Any:
+    """A noun of the report in plain JSON types; floats to `digits` significant digits, None if not finite."""
+    if isinstance(value, GateResult):
+        digits = None
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name), digits) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(value[key], digits) for key in sorted(value)}
+    if isinstance(value, tuple):
+        return [plain(item, digits) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return float(f"{value:.{digits}g}") if isinstance(value, float) and digits else value
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the report beside its final name, then rename: a reader finds the old file or the new one.
+
+    Raises ResourceError where the folder or the disk does not allow it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(report_text(report))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        raise ResourceError(
+            str(path), f"cannot write the report: {error.strerror}", "free space or choose another folder with -o"
+        ) from error
+
+
+def read_report(path: Path) -> Report:
+    """The report in a file. Raises ReportError where it is missing, damaged, foreign or of a newer schema."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ReportError(
+            str(path), f"cannot read the report: {error.strerror}", "give the path of a report"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ReportError(str(path), "not a text file", "give the path of a report") from error
+    return parse_report(text, str(path))
+
+
+def parse_report(text: str, where: str) -> Report:
+    """The report in a JSON text; `where` names it in errors. Raises ReportError."""
+    from pydantic import ValidationError
+
+    again = "write the report again with `qcompress report ARTIFACT --json FILE`"
+    try:
+        document = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ReportError(where, f"not a JSON document ({error})", again) from error
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise _foreign(where, schema)
+    try:
+        return _adapter().validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        what = first["msg"].removeprefix("Value error, ")
+        raise ReportError(where, f"damaged report: {place or 'document'}: {what}", again) from error
+
+
+def _foreign(where: str, schema: Any) -> ReportError:
+    family, _, version = SCHEMA.partition("/")
+    if isinstance(schema, str) and schema.startswith(f"{family}/"):
+        return ReportError(
+            where, f"schema {schema}, this version reads {family}/{version}", "update qcompress, or write it again"
+        )
+    return ReportError(where, f"not a report of qcompress: its schema is not {SCHEMA}", "give the path of a report")
+
+
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def report_schema() -> dict[str, Any]:
+    """The JSON Schema of a report; schema.json holds it."""
+    schema = _adapter().json_schema(mode="serialization")
+    properties = {"schema": {"const": SCHEMA}, **schema.pop("properties")}
+    definitions = schema.pop("$defs")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "properties": properties,
+        "required": ["schema", *schema["required"]],
+        "$defs": definitions,
+    }
+
+
+@cache
+def _adapter() -> TypeAdapter[Report]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Report)

@@ -1,0 +1,302 @@
+"""Figures of one tensor, gathered row block by row block while the block is still in the cache.
+
+Range, errors, clipping and the histogram of codes cover every weight. Quartiles, kurtosis and histograms cover a
+sample: every weight up to SAMPLE of them, else a fixed stride through the weights in the order of the rows. Neither
+the sample nor anything but the last bits of a sum depends on how the tensor was cut into blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qcompress.coding.affine import from_half, middle
+from qcompress.report.document import BINS, LayerFigures
+from qcompress.types import Affine
+
+Counts: TypeAlias = NDArray[np.int64]
+Sample: TypeAlias = NDArray[Any]
+
+SAMPLE = 2**18
+_RUN = 1024
+_SQUARES = (1e-15, 1e15)
+
+
+class _Block(NamedTuple):
+    weights: int
+    energy: float
+    error_energy: float
+    low: float
+    high: float
+    max_error: float
+    clipped: int | None
+    counts: Counts | None
+
+
+class LayerMeter:
+    """Adds up what happened to one tensor of `numel` weights whose codes have `bits` bits.
+
+    Blocks may come from several threads and in any order if each names its first row.
+    """
+
+    def __init__(self, numel: int, bits: int | None = None) -> None:
+        self.numel = numel
+        self.bits = bits
+        self._stride = sample_stride(numel)
+        size = -(-numel // self._stride)
+        self._before = np.empty(size, np.float32)
+        self._after = np.empty(size, np.float32)
+        self._blocks: list[_Block] = []
+        self._rows = 0
+
+    def add(
+        self,
+        weight: Tensor,
+        decoded: Tensor,
+        counts: Counts | None,
+        *,
+        row: int | None = None,
+        within: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Count one block of rows.
+
+        weight, decoded  float32 [rows, columns], on the CPU; not changed
+        counts           int64 [2**bits], how often each code occurs in the block; None: not known
+        row              the block's first row within the tensor; None: right after the blocks added so far
+        within           float32 [1 or rows, groups] twice: lowest and highest weight that is not clipped, as
+                         `unclipped_range` gives them; None: not known
+        """
+        if counts is not None and self.bits is not None and len(counts) != 2**self.bits:
+            raise ValueError(f"{len(counts)} counts for codes of {self.bits} bits")
+        rows, columns = weight.shape
+        first = self._rows if row is None else row
+        if (first + rows) * columns > self.numel:
+            raise ValueError(f"rows {first} to {first + rows} of {columns} in a tensor of {self.numel} weights")
+        self._rows = first + rows
+        if not weight.numel():
+            return
+        flat, flat_decoded = weight.reshape(-1), decoded.reshape(-1)
+        self._take_sample(first * columns, flat, flat_decoded)
+        low, high = float(flat.amin()), float(flat.amax())
+        error_energy, max_error = _error(flat, flat_decoded)
+        self._blocks.append(
+            _Block(
+                weights=weight.numel(),
+                energy=_energy(flat, max(-low, high)),
+                error_energy=error_energy,
+                low=low,
+                high=high,
+                max_error=max_error,
+                clipped=None if within is None else _clipped(weight, *within),
+                counts=counts,
+            )
+        )
+
+    def _take_sample(self, position: int, flat: Tensor, flat_decoded: Tensor) -> None:
+        start = -position % self._stride
+        place = (position + start) // self._stride
+        taken = flat[start :: self._stride]
+        self._before[place : place + len(taken)] = taken.numpy()
+        self._after[place : place + len(taken)] = flat_decoded[start :: self._stride].numpy()
+
+    def result(self) -> LayerFigures:
+        """The figures of the whole tensor. Raises ValueError unless every weight was added once."""
+        blocks = self._blocks
+        added = sum(block.weights for block in blocks)
+        if added != self.numel:
+            raise ValueError(f"{added} of {self.numel} weights were added")
+        if not self.numel:
+            return LayerFigures()
+        energy = math.fsum(block.energy for block in blocks)
+        error_energy = math.fsum(block.error_energy for block in blocks)
+        figures = LayerFigures(
+            relative_error=_relative(error_energy, energy),
+            max_error=float(np.max([block.max_error for block in blocks])),
+            clipped_share=_share([block.clipped for block in blocks], self.numel),
+            sampled=self._stride > 1,
+            **_code_figures([block.counts for block in blocks]),
+        )
+        low, high = float(np.min([block.low for block in blocks])), float(np.max([block.high for block in blocks]))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return figures
+        self._before.sort()
+        self._after.sort()
+        return replace(figures, range=(low, high), **_sample_figures(self._before, self._after, low, high))
+
+
+def measure_decoded(
+    weight: Tensor,
+    decoded: Tensor,
+    bits: int | None = None,
+    *,
+    counts: Counts | None = None,
+    within: tuple[Tensor, Tensor] | None = None,
+) -> LayerFigures:
+    """The figures of a whole tensor, both of any floating dtype and of one shape [rows, ...].
+
+    counts and within as in `LayerMeter.add`, of the whole tensor; without them levels used, entropy and clipped
+    share stay None.
+    """
+    if weight.shape != decoded.shape:
+        raise ValueError(f"{tuple(decoded.shape)} decoded for a weight of {tuple(weight.shape)}")
+    rows = weight.shape[0] if weight.ndim > 1 else 1
+    meter = LayerMeter(weight.numel(), bits)
+    if weight.numel():
+        columns = weight.numel() // rows
+        meter.add(
+            weight.detach().float().reshape(rows, columns),
+            decoded.detach().float().reshape(rows, columns),
+            counts,
+            within=within,
+        )
+    return meter.result()
+
+
+def measure_counts(counts: Counts) -> LayerFigures:
+    """The figures that codes alone tell: levels used and entropy."""
+    return LayerFigures(**_code_figures([counts]))
+
+
+def unclipped_range(encoded: Affine) -> tuple[Tensor, Tensor]:
+    """Lowest and highest weight that a grid does not clip: half a step beyond its end levels.
+
+    returns  two float32 tensors shaped like the scale, [1 or rows, groups]
+    """
+    scale = from_half(encoded.scale, encoded.exponent)
+    if encoded.offset is not None:
+        lowest = from_half(encoded.offset, encoded.exponent)
+    elif encoded.zero_point is not None:
+        lowest = -scale * encoded.zero_point.float()
+    else:
+        assert encoded.convention is not None
+        lowest = -scale * middle(encoded.convention, encoded.bits)
+    start, end = lowest - scale / 2, lowest + scale * (2**encoded.bits - 0.5)
+    # A scale may be negative: the codes then run downwards.
+    return torch.minimum(start, end), torch.maximum(start, end)
+
+
+def sample_stride(numel: int) -> int:
+    """The smallest stride that takes at most SAMPLE of `numel` weights and has no factor in common with numel.
+
+    Sharing no factor, it meets every column of the rows and every tap of a kernel equally often.
+    """
+    stride = max(1, -(-numel // SAMPLE))
+    while math.gcd(stride, numel) > 1:
+        stride += 1
+    return stride
+
+
+def _energy(flat: Tensor, largest: float) -> float:
+    """The sum of squares: float32 within runs short enough for a relative 1e-5, float64 where squares leave float32."""
+    if largest == 0:
+        return 0.0
+    if not _SQUARES[0] < largest < _SQUARES[1]:
+        return float(flat.double().square().sum())
+    whole = len(flat) // _RUN * _RUN
+    norms = torch.linalg.vector_norm(flat[:whole].reshape(-1, _RUN), dim=1).double()
+    rest = torch.linalg.vector_norm(flat[whole:]).double()
+    return float(norms.square().sum() + rest.square())
+
+
+def _error(flat: Tensor, flat_decoded: Tensor) -> tuple[float, float]:
+    """The sum of squared errors and the largest error."""
+    error = flat - flat_decoded
+    largest = max(-float(error.amin()), float(error.amax()))
+    if not math.isfinite(largest):
+        error = flat.double() - flat_decoded.double()
+        largest = float(error.abs().amax())
+    return _energy(error, largest), largest
+
+
+def _clipped(weight: Tensor, low: Tensor, high: Tensor) -> int:
+    """How many weights lie outside [low, high] of their grid; float32 [1 or rows, groups]."""
+    grid_rows, groups = low.shape
+    # numpy compares some three times faster than torch here.
+    values = weight.reshape(grid_rows, groups, -1).numpy()
+    below = values < low.unsqueeze(-1).numpy()
+    return int(np.count_nonzero(below | (values > high.unsqueeze(-1).numpy())))
+
+
+def _relative(error_energy: float, energy: float) -> float:
+    """Squared error over squared weight: 0 without error, infinite where a zero tensor decodes to anything else."""
+    if error_energy == 0:
+        return 0.0
+    return error_energy / energy if energy else math.inf
+
+
+def _share(parts: list[int | None], whole: int) -> float | None:
+    total = 0
+    for part in parts:
+        if part is None:
+            return None
+        total += part
+    return total / whole
+
+
+def _code_figures(parts: list[Counts | None]) -> dict[str, Any]:
+    """levels_used and entropy in bits a code, from histograms of codes; both None where one is not known."""
+    counts = [part for part in parts if part is not None]
+    if len(counts) < len(parts) or not counts:
+        return {}
+    total = np.sum(counts, axis=0)
+    used = total[total > 0]
+    share = used / max(1, used.sum())
+    entropy = float(-(share * np.log2(share)).sum())
+    # Not -0.0 where one level takes all.
+    return {"levels_used": len(used), "entropy": abs(entropy)}
+
+
+def _sample_figures(before: Sample, after: Sample, low: float, high: float) -> dict[str, Any]:
+    """Outlier share, kurtosis and histograms, all read off the samples, float32 and sorted."""
+    first, third = _quantile(before, 0.25), _quantile(before, 0.75)
+    reach = 1.5 * (third - first)
+    fences = _least_float32(np.array([first - reach, -(third + reach)]))
+    below = np.searchsorted(before, fences[0], "left")
+    above = len(before) - np.searchsorted(before, -fences[1], "right")
+    edges = _least_float32(np.linspace(low, high, BINS + 1)[1:-1])
+    return {
+        "outlier_share": int(below + above) / len(before),
+        "kurtosis": _kurtosis(before),
+        "histogram_before": _histogram(before, edges),
+        "histogram_after": _histogram(after, edges),
+    }
+
+
+def _least_float32(values: Sample) -> Sample:
+    """The least float32 at or above each float64: a float32 is below the one exactly where it is below the other."""
+    with np.errstate(over="ignore"):
+        nearest = values.astype(np.float32)
+    return np.where(nearest < values, np.nextafter(nearest, np.float32(np.inf)), nearest)
+
+
+def _quantile(ordered: Sample, share: float) -> float:
+    """Interpolated linearly between the two nearest of the sorted values, as numpy's default does."""
+    position = share * (len(ordered) - 1)
+    left = math.floor(position)
+    low, high = float(ordered[left]), float(ordered[min(left + 1, len(ordered) - 1)])
+    return low + (position - left) * (high - low)
+
+
+def _kurtosis(ordered: Sample) -> float | None:
+    """Pearson's, 3 for a normal distribution; None where all values are equal."""
+    spread = float(ordered[-1]) - float(ordered[0])
+    if spread == 0:
+        return None
+    centred = torch.from_numpy(ordered / np.float32(spread / 2))
+    # The first mean is rounded to float32, which is coarse where the values lie close together; the second is not.
+    centred -= centred.mean()
+    centred -= centred.mean()
+    squares = centred.square_()
+    return float(torch.dot(squares, squares)) * len(squares) / float(squares.sum()) ** 2
+
+
+def _histogram(ordered: Sample, inner_edges: Sample) -> tuple[int, ...]:
+    """Counts between the inner edges; a value on an edge belongs to the bin above it."""
+    places = np.searchsorted(ordered, inner_edges, "left")
+    return tuple(np.diff(places, prepend=0, append=len(ordered)).tolist())

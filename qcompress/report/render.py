@@ -1,0 +1,44 @@
+"""One or several reports -> the text that a command prints. Imports no torch; rich only for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
+
+from qcompress.report.compare import compare_reports, comparison_json
+from qcompress.report.document import Report
+from qcompress.report.document_json import json_text, report_text
+from qcompress.report.render_text import render_csv, render_markdown, render_plain
+from qcompress.report.view import view_comparison, view_report
+
+Format: TypeAlias = Literal["table", "json", "markdown", "csv"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+def render(
+    reports: Sequence[Report],
+    form: Format,
+    *,
+    terminal: bool = False,
+    width: int = 80,
+    color: bool = True,
+) -> str:
+    """The text of one or more reports, ending in a newline.
+
+    form      table; json: exactly one document; markdown: for a pull request; csv: a line for each tensor
+    terminal  a table is drawn for a terminal of `width` columns, with colours where `color`; else plain aligned text
+    """
+    comparison = compare_reports(reports) if len(reports) > 1 else None
+    if form == "json":
+        return json_text(comparison_json(comparison)) if comparison else report_text(reports[0])
+    if form == "csv":
+        return render_csv(reports)
+    view = view_comparison(comparison) if comparison else view_report(reports[0])
+    if form == "markdown":
+        return render_markdown(view)
+    if not terminal:
+        return render_plain(view)
+
+    from qcompress.report.render_table import render_terminal
+
+    return render_terminal(view, width, color=color)

@@ -1,0 +1,63 @@
+"""Plan -> the output's files: which tensors each holds, and where their bytes will lie. Imports no torch.
+
+An artifact has one file for each file of its checkpoint, of the same name, each with a manifest of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import qcompress
+from qcompress.artifact.layout import Layout, make_layout
+from qcompress.artifact.manifest import Manifest
+from qcompress.checkpoint import Checkpoint
+from qcompress.coding.payload import CodingChoice
+from qcompress.container import Container
+from qcompress.recipe import recipe_hash, recipe_json
+from qcompress.types import Decision, Plan
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One input file on its way to one output file."""
+
+    source: Container
+    decisions: tuple[Decision, ...]
+    layout: Layout
+    manifest: Manifest
+    file: str
+
+
+def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> list[Shard]:
+    """The files of the artifact in the order of the checkpoint's, each with its layout from headers alone."""
+    by_name = {decision.tensor.name: decision for decision in plan.decisions}
+    recipe, recipe_sha256 = recipe_json(plan.recipe), recipe_hash(plan.recipe)
+    dropped = {d.tensor.name: d.tied_to for d in plan.decisions if d.tied_to is not None}
+    stored = set(by_name) - set(dropped)
+    shards = []
+    for source in checkpoint.shards:
+        decisions = tuple(by_name[info.name] for info in source.tensors)
+        own = {d.tensor.name for d in decisions}
+        aliases = {a: t for a, t in checkpoint.tied.items() if a not in by_name and t in own}
+        tied = {name: twin for name, twin in dropped.items() if name in own} | aliases
+        manifest = Manifest(
+            tool=f"qcompress {qcompress.__version__}",
+            recipe=recipe,
+            recipe_sha256=recipe_sha256,
+            input_bytes=source.file_bytes,
+            input_sha256="",
+            sha256="",
+            tensors={},
+            tied={name: _stored_twin(twin, dropped) for name, twin in tied.items() if name not in stored},
+            metadata={key: value for key, value in source.metadata.items() if (key, value) != ("format", "pt")},
+        )
+        layout = make_layout(decisions, choice, manifest)
+        shards.append(Shard(source, decisions, layout, manifest, source.path.name))
+    return shards
+
+
+def _stored_twin(name: str, dropped: Mapping[str, str]) -> str:
+    while name in dropped:
+        name = dropped[name]
+    return name

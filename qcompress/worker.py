@@ -1,0 +1,223 @@
+"""One tensor on its way: surveyed, cut into row blocks, encoded, packed, measured, and handed to the writer.
+
+Runs on a thread of its own for each tensor. Every block fits the cache, so that the passes over it cost little.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+
+from qcompress.artifact.layout import PARTS, grid_of, part_name
+from qcompress.artifact.manifest import Entry
+from qcompress.artifact.writer import SlotWriter
+from qcompress.checkpoint import tensor_view
+from qcompress.coding.affine import decode_rows, exponent_for, take_rows
+from qcompress.coding.packing import count_codes, pack, row_bytes
+from qcompress.coding.payload import Coding, CodingChoice, encode_payload
+from qcompress.coding.rows import rows_from_weight
+from qcompress.container import Container
+from qcompress.errors import CheckpointError
+from qcompress.registry import METHODS
+from qcompress.report.document import LayerFigures
+from qcompress.report.figures import LayerMeter, unclipped_range
+from qcompress.types import Affine, Decision, TensorInfo, row_shape
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+Payload: TypeAlias = bytes | memoryview
+
+BLOCK_WEIGHTS = 1 << 18
+SURVEY_BYTES = 1 << 20
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+MAGNITUDES = {"F64": ("i8", "u8"), "F32": ("i4", "u4"), "F16": ("i2", "u2"), "BF16": ("i2", "u2")}
+
+
+class Stopped(Exception):
+    """Another part of the run failed or was interrupted."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a pass over a tensor's bytes tells: their CRC-32, and of weights the largest |weight|, maybe NaN or Inf."""
+
+    crc32: int
+    largest: float
+
+    @property
+    def finite(self) -> bool:
+        return self.largest <= FLOAT32_MAX
+
+
+def survey_bytes(raw: memoryview, dtype: str) -> Survey:
+    """The survey of a tensor's bytes; `largest` is 0 for dtypes that are not weights."""
+    crc, signed_top, unsigned_top = 0, 0, 0
+    formats = MAGNITUDES.get(dtype)
+    for start in range(0, len(raw), SURVEY_BYTES):
+        piece = raw[start : start + SURVEY_BYTES]
+        crc = zlib.crc32(piece, crc)
+        if formats is not None:
+            # Bit patterns of floats of one sign are ordered like their magnitudes, NaN and Inf above all.
+            top = int(np.frombuffer(piece, dtype=f"<{formats[0]}").max())
+            signed_top = max(signed_top, top & ((1 << (8 * int(formats[0][1]) - 1)) - 1))
+            unsigned_top = max(unsigned_top, int(np.frombuffer(piece, dtype=f"<{formats[1]}").max()))
+    if formats is None:
+        return Survey(crc, 0.0)
+    size = int(formats[0][1])
+    bits = max(signed_top, unsigned_top & ((1 << (8 * size - 1)) - 1))
+    return Survey(crc, _float_from_bits(bits, dtype, size))
+
+
+def _float_from_bits(bits: int, dtype: str, size: int) -> float:
+    if dtype == "BF16":
+        bits, size = bits << 16, 4
+    return float(np.frombuffer(bits.to_bytes(size, "little"), dtype=f"<f{size}")[0])
+
+
+def count_nonfinite(weight: Tensor) -> int:
+    """How many values are NaN, Inf, or beyond float32."""
+    flat = weight.reshape(-1)
+    parts = (flat[start : start + BLOCK_WEIGHTS] for start in range(0, flat.numel(), BLOCK_WEIGHTS))
+    return sum(part.numel() - int(torch.isfinite(part.float()).sum()) for part in parts)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One tensor, encoded: what manifest and report say of it, and its codes if they still have to be written."""
+
+    decision: Decision
+    entry: Entry
+    figures: LayerFigures
+    input_crc32: int
+    payload: Payload | None
+
+
+def encode_tensor(
+    source: Container,
+    decision: Decision,
+    writer: SlotWriter,
+    choice: CodingChoice,
+    device: str,
+    stop: threading.Event,
+) -> Finished:
+    """Encode one weight. Its grid goes to the writer, and its codes too where nothing but packing awaits them.
+
+    Raises CheckpointError where the weight holds NaN or Inf; Stopped once `stop` is set.
+    """
+    tensor = decision.tensor
+    survey = survey_bytes(source.bytes_of(tensor.name), tensor.dtype)
+    weight = tensor_view(source, tensor)
+    if not survey.finite:
+        raise _nonfinite(source, tensor, count_nonfinite(weight))
+    exponent = exponent_for(survey.largest)
+    rows = rows_from_weight(weight, decision.axis)
+    meter = LayerMeter(tensor.numel, decision.config.bits)
+    codes = _Codes(writer, tensor.name, choice)
+    grids: dict[str, list[Tensor]] = {}
+    for block, encoded in _encoded_blocks(rows, decision, exponent, device):
+        if stop.is_set():
+            raise Stopped
+        packed = pack(encoded.codes.numpy(), encoded.bits)
+        counts = count_codes(packed, encoded.bits, encoded.codes.shape[1])
+        meter.add(block, decode_rows(encoded), counts, within=unclipped_range(encoded))
+        codes.add(packed)
+        if decision.config.granularity != "tensor" or not grids:
+            _collect_grid(grids, encoded)
+    crc = codes.crc32
+    for part in PARTS[1:]:
+        if part in grids:
+            data = torch.cat(grids[part]).numpy().data
+            crc = zlib.crc32(data, crc)
+            writer.put(part_name(tensor.name, part), data)
+    coding, payload = codes.finish(decision)
+    entry = Entry(
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        axis=decision.axis,
+        bits=decision.config.bits,
+        grid=grid_of(decision),
+        coding=coding,
+        exponent=exponent,
+        crc32=crc,
+    )
+    return Finished(decision, entry, meter.result(), survey.crc32, payload)
+
+
+def _nonfinite(source: Container, tensor: TensorInfo, count: int) -> CheckpointError:
+    what = f"{count} of its {tensor.numel} values are NaN, Inf or beyond float32"
+    mend = "repair the checkpoint, or pass --skip-nonfinite to keep this tensor as it is"
+    return CheckpointError(f"{source.path}: tensor {tensor.name!r}", what, mend)
+
+
+def _encoded_blocks(rows: Tensor, decision: Decision, exponent: int, device: str) -> Iterator[tuple[Tensor, Affine]]:
+    """Row blocks as float32 [rows, columns] on the CPU, each with its codes and grid."""
+    encode: Callable[[Tensor, object, int], Affine] = METHODS[decision.method or ""].load()
+    count = rows.shape[0]
+    step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
+    if decision.config.granularity == "tensor":
+        whole = _to_cpu(encode(_float_rows(rows, device), decision.config, exponent))
+        for start in range(0, count, step):
+            block = _float_rows(rows[start : start + step], "cpu")
+            yield block.reshape(len(block), -1), take_rows(whole, start, start + step)
+        return
+    for start in range(0, count, step):
+        block = _float_rows(rows[start : start + step], "cpu")
+        encoded = _to_cpu(encode(block.to(device), decision.config, exponent))
+        yield block.reshape(len(block), -1), encoded
+
+
+def _float_rows(rows: Tensor, device: str) -> Tensor:
+    return rows.to(device=device, dtype=torch.float32).contiguous()
+
+
+def _to_cpu(encoded: Affine) -> Affine:
+    if encoded.codes.device.type == "cpu":
+        return encoded
+    moved = {part: getattr(encoded, part) for part in PARTS}
+    return replace(encoded, **{part: value.cpu() for part, value in moved.items() if value is not None})
+
+
+def _collect_grid(grids: dict[str, list[Tensor]], encoded: Affine) -> None:
+    for part in PARTS[1:]:
+        value = getattr(encoded, part)
+        if value is not None:
+            grids.setdefault(part, []).append(value)
+
+
+class _Codes:
+    """Packed codes of one tensor: straight to their slot, or gathered until entropy coding can see them all."""
+
+    def __init__(self, writer: SlotWriter, tensor: str, choice: CodingChoice) -> None:
+        self.crc32 = 0
+        self._slot = part_name(tensor, "codes")
+        self._writer = writer
+        self._choice = choice
+        self._gathered: list[NDArray[np.uint8]] = []
+
+    def add(self, packed: NDArray[np.uint8]) -> None:
+        self.crc32 = zlib.crc32(packed.data, self.crc32)
+        if self._choice == "packed":
+            self._writer.put(self._slot, packed.data)
+        else:
+            self._gathered.append(packed)
+
+    def finish(self, decision: Decision) -> tuple[Coding, Payload | None]:
+        """The coding that was chosen, and the payload unless it is written already."""
+        if self._choice == "packed":
+            return "packed", None
+        bits = decision.config.bits
+        shape = row_shape(decision.tensor.shape, decision.axis)
+        columns = decision.tensor.numel // shape[0]
+        packed = np.concatenate(self._gathered)
+        self._gathered.clear()
+        assert packed.shape == (shape[0], row_bytes(columns, bits))
+        return encode_payload(packed, bits, columns, self._choice)

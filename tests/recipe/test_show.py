@@ -1,0 +1,145 @@
+"""The resolved recipe: canonical, complete, and read back as itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcompress.recipe import parse_recipe, recipe_hash, recipe_json, recipe_yaml
+from qcompress.registry import METHODS, HqqConfig, MseConfig, RtnConfig, SquantConfig
+from qcompress.types import Gates, Recipe, Rule
+
+
+def made(config: type, **options: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    """Configs of valid options; those that exclude each other are passed over."""
+
+    def build(chosen: dict[str, object]) -> object | None:
+        try:
+            return config(**chosen)
+        except ValueError:
+            return None
+
+    shared = {
+        "granularity": st.sampled_from([None, "tensor", "channel", "group"]),
+        "group_size": st.none() | st.integers(2, 10**6),
+        "symmetric": st.booleans(),
+        "axis": st.none() | st.integers(-3, 3) | st.lists(st.integers(-3, 3), max_size=3).map(tuple),
+    }
+    drawn = st.fixed_dictionaries({"bits": st.integers(1, 8)}, optional=shared | options)
+    return drawn.map(build).filter(lambda made: made is not None)
+
+
+POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
+CONFIGS = {
+    "rtn": made(RtnConfig, convention=st.sampled_from(["full-range", "narrow", "aimet", "gptq", "mid-rise"])),
+    "mse": made(MseConfig, search=st.sampled_from(["als", "grid"]), norm=POSITIVE),
+    "squant": made(SquantConfig, range=st.sampled_from(["minmax", "clip"]), stages=st.sampled_from(["E", "EK", "EKC"])),
+    "hqq": made(HqqConfig, norm=st.floats(0.01, 1), beta=POSITIVE, round_zero=st.booleans()),
+}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+METRICS = st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False), max_size=3)
+RULES = st.lists(
+    st.tuples(
+        st.lists(TEXT | st.sampled_from(["*", "null", "4e5", "1:30", "- a", "a: b", "yes"]), min_size=1, max_size=3),
+        st.just((None, None)) | st.sampled_from(sorted(CONFIGS)).flatmap(lambda m: st.tuples(st.just(m), CONFIGS[m])),
+    ),
+    min_size=1,
+    max_size=4,
+).map(
+    lambda rules: tuple(
+        Rule(pattern, *action, f"rules[{index}]")
+        for index, (patterns, action) in enumerate(rules)
+        for pattern in patterns
+    )
+)
+GATES = st.builds(
+    Gates,
+    max_size=st.none() | st.integers(1, 2**63 - 1),
+    max_bpw=st.none() | POSITIVE,
+    min_sqnr=st.none() | st.floats(-1e9, 1e9),
+    min_metric=METRICS,
+    max_drop=METRICS,
+)
+RECIPES = st.builds(Recipe, st.just("quantize"), RULES, seed=st.integers(0, 2**63 - 1), gates=GATES)
+
+
+def test_strategies_cover_the_registry() -> None:
+    assert set(CONFIGS) == set(METHODS)
+
+
+@settings(deadline=None)
+@given(RECIPES)
+def test_yaml_reads_back_as_the_same_recipe(recipe: Recipe) -> None:
+    again = parse_recipe(recipe_yaml(recipe), "r.yaml")
+    assert [(r.match, r.method, r.config) for r in again.rules] == [(r.match, r.method, r.config) for r in recipe.rules]
+    assert (again.seed, again.gates, again.family) == (recipe.seed, recipe.gates, recipe.family)
+    assert recipe_json(again) == recipe_json(recipe)
+    assert recipe_hash(again) == recipe_hash(recipe)
+    assert parse_recipe(json.dumps(recipe_json(recipe)), "r.json").rules[-1].config == recipe.rules[-1].config
+
+
+@settings(deadline=None)
+@given(RECIPES)
+def test_another_reader_finds_the_same_data(recipe: Recipe) -> None:
+    """PyYAML reads YAML 1.1: what is shown must not depend on the version."""
+    assert yaml.safe_load(recipe_yaml(recipe)) == recipe_json(recipe)
+
+
+SMALL = 'version: 1\nrules:\n  - {match: [a, b], rtn: {bits: 4, axis: [1]}}\n  - {match: "*", keep: {}}\n'
+
+
+def test_shown_recipe() -> None:
+    recipe = parse_recipe(SMALL + "gates: {max_size: 2KB, max_bpw: 1e-7, min_metric: {top1: 1}}\n", "r.yaml")
+    assert recipe_yaml(recipe).splitlines() == [
+        "version: 1",
+        "seed: 0",
+        "rules:",
+        '  - match: ["a", "b"]',
+        "    rtn: {bits: 4, granularity: channel, symmetric: false, axis: [1]}",
+        '  - match: "*"',
+        "    keep: {}",
+        "gates:",
+        "  max_size: 2000",
+        "  max_bpw: 1.0e-07",
+        "  min_metric: {top1: 1.0}",
+    ]
+
+
+def test_canonical_data() -> None:
+    data = recipe_json(parse_recipe(SMALL, "r.yaml"))
+    assert data == {
+        "version": 1,
+        "seed": 0,
+        "rules": [
+            {"match": ["a", "b"], "rtn": {"bits": 4, "granularity": "channel", "symmetric": False, "axis": [1]}},
+            {"match": "*", "keep": {}},
+        ],
+    }
+    assert json.dumps(data) == json.dumps(data, sort_keys=True)
+
+
+def test_hash_is_of_what_is_decided() -> None:
+    base = recipe_hash(parse_recipe(SMALL, "r.yaml"))
+    assert re.fullmatch("[0-9a-f]{64}", base)
+    same = SMALL.replace("bits: 4", "granularity: channel, bits: 4").replace("\nrules", "\n# comment\nseed: 0\nrules")
+    assert recipe_hash(parse_recipe(same, "other.yaml")) == base
+    for old, new in (
+        ("bits: 4", "bits: 3"),
+        ("[a, b]", "[b, a]"),
+        ("[1]", "1"),
+        ("rtn", "squant"),
+        ("{}}", "{}}\nseed: 1"),
+    ):
+        assert recipe_hash(parse_recipe(SMALL.replace(old, new), "r.yaml")) != base
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_left_out_when_none_is_none_by_default(method: str) -> None:
+    for option in dataclasses.fields(METHODS[method].config):
+        assert option.default in (None, dataclasses.MISSING) or "None" not in str(option.type), option.name

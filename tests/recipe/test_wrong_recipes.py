@@ -1,0 +1,352 @@
+"""Ways to be wrong: (recipe, exit code, every line of the message)."""
+
+from __future__ import annotations
+
+import pytest
+
+from qcompress import registry
+from qcompress.errors import InputError, QcompressError
+from qcompress.recipe import parse_recipe, recipe_schema
+from qcompress.recipe.frame import LATER_KEYS, LATER_METHODS
+from qcompress.registry import Method, RtnConfig, refuse_grid
+
+HEAD = "version: 1\nrules:\n"
+RULE = HEAD + '  - {match: "*", rtn: {bits: 4}}\n'
+
+
+def rtn(options: str) -> str:
+    return HEAD + f"  - match: a\n    rtn: {options}\n"
+
+
+ANY_METHOD = "`match`, `keep`, `rtn`, `mse`, `squant`, `hqq`"
+QUOTE_STAR = 'put text that starts with * in quotes, as "*.weight"'
+
+WRONG: dict[str, tuple[str, list[str]]] = {
+    # The file as a whole.
+    "empty": ("", ["r.yaml:1: the recipe is empty; start with `version: 1` and `rules:`"]),
+    "only a comment": ("# x\n", ["r.yaml:1: the recipe is empty; start with `version: 1` and `rules:`"]),
+    "a list": (
+        "\n- a\n",
+        ["r.yaml:2: a list is not a mapping; write `key: value` lines, the first one `version: 1`"],
+    ),
+    "a scalar": ("4\n", ["r.yaml:1: 4 is not a mapping; write `key: value` lines, the first one `version: 1`"]),
+    "two documents": (RULE + "---\nversion: 1\n", ["r.yaml:4: a second YAML document; keep one recipe a file"]),
+    "unclosed list": (
+        "version: 1\nrules: [a,\nseed: 1",
+        ["r.yaml:3: not YAML: expected ',' or ']', but got '<stream end>'; look at what starts on line 2"],
+    ),
+    "tab": (
+        "version: 1\nrules:\n\t- a\n",
+        ["r.yaml:3: not YAML: found character '\\t' that cannot start any token; indent with spaces, not tabs"],
+    ),
+    "colon": (
+        "version: 1\nseed: a: b\n",
+        [
+            "r.yaml:2: not YAML: mapping values are not allowed here; "
+            "check the indentation; text that holds `: ` needs quotes"
+        ],
+    ),
+    "at sign": (
+        "version: @1\n",
+        ["r.yaml:1: not YAML: found character '@' that cannot start any token; put the text in quotes"],
+    ),
+    "bare glob": (
+        HEAD + "  - match: *.weight\n",
+        [f"r.yaml:3: not YAML: expected alphabetic or numeric character, but found '.'; {QUOTE_STAR}"],
+    ),
+    "control character": ("version: 1\na: \x07\n", ["r.yaml:2: character U+0007 is not allowed in YAML; remove it"]),
+    "escape past Unicode": (
+        'version: 1\nx: "\\UFFFFFFFF"\n',
+        ["r.yaml:2: an escape names no Unicode character; correct the escape"],
+    ),
+    "half a surrogate": (
+        HEAD + '  - {match: "\\ud800", keep: {}}\n',
+        ["r.yaml:3: rules[0].match: half a surrogate pair is no text; correct the escape"],
+    ),
+    # More than data.
+    "anchor": (
+        HEAD + "  - {match: a, rtn: &x {bits: 4}}\n",
+        ["r.yaml:3: rules[0].rtn: anchor `&x`: a recipe has no anchors; remove it"],
+    ),
+    "alias": (
+        HEAD + "  - {match: a, rtn: *x}\n",
+        [f"r.yaml:3: rules[0].rtn: alias `*x`: a recipe has no aliases; {QUOTE_STAR}"],
+    ),
+    "merge key": (
+        rtn("{bits: 4, <<: {axis: 0}}"),
+        ["r.yaml:4: rules[0].rtn: merge key `<<`: a recipe has no anchors; write the values out"],
+    ),
+    "python tag": (
+        RULE + 'seed: !!python/object/apply:os.system ["true"]\n',
+        [
+            "r.yaml:4: seed: tag `!!python/object/apply:os.system`: a recipe is nothing but data; remove the tag",
+            "r.yaml:4: seed: a list is not an integer; give an integer between 0 and 9223372036854775807",
+        ],
+    ),
+    "standard tag": (
+        RULE + "seed: !!int 4\n",
+        ["r.yaml:4: seed: tag `!!int`: a recipe is nothing but data; remove the tag"],
+    ),
+    "local tag": (RULE + "seed: !x 4\n", ["r.yaml:4: seed: tag `!x`: a recipe is nothing but data; remove the tag"]),
+    "duplicate key": (
+        rtn("\n      bits: 4\n      axis: 0\n      bits: 3"),
+        ["r.yaml:7: rules[0].rtn: key `bits` is given twice, first at r.yaml:5; remove one of the two"],
+    ),
+    "key that is a number": (RULE + "1: 2\n", ["r.yaml:4: key `1` is not text; put it in quotes"]),
+    "key that is a list": (RULE + "[a]: 2\n", ["r.yaml:4: a key that is not text; write `key: value`"]),
+    # The frame.
+    "no version": (RULE.removeprefix("version: 1\n"), ["r.yaml:1: `version` is missing; add `version: 1`"]),
+    "later version": (
+        "version: 2\nwhatever: 1\n",
+        ["r.yaml:1: version: version 2 is not known here; use `version: 1`, or a newer qcompress"],
+    ),
+    "version as text": (
+        RULE.replace("1", '"1"', 1),
+        ["r.yaml:1: version: `1` is not a version; write `version: 1`"],
+    ),
+    "version true": (
+        RULE.replace("1", "true", 1),
+        ["r.yaml:1: version: `true` is not a version; write `version: 1`"],
+    ),
+    "no rules": ("version: 1\nseed: 1\n", ["r.yaml:1: `rules` is missing; add `rules`, a list of rules"]),
+    "empty rules": (
+        "version: 1\nrules: []\n",
+        ['r.yaml:2: rules: no rules; add one, as {match: "*.weight", squant: {bits: 4}}'],
+    ),
+    "rules a mapping": (
+        "version: 1\nrules: {match: a}\n",
+        ["r.yaml:2: rules: a mapping is not a list; write `- {match: ..., METHOD: {...}}` lines"],
+    ),
+    "unknown key": (
+        RULE + "gate: {}\n",
+        ["r.yaml:4: gate: unknown key `gate`; did you mean `gates`?"],
+    ),
+    "unknown key, none near": (
+        RULE + "zzz: {}\n",
+        ["r.yaml:4: zzz: unknown key `zzz`; valid here: `version`, `seed`, `rules`, `gates`"],
+    ),
+    "later key": (
+        RULE + "model: {factory: a:b}\n",
+        ["r.yaml:4: model: `model` is not available in this version; remove it"],
+    ),
+    "negative seed": (
+        RULE + "seed: -1\n",
+        ["r.yaml:4: seed: -1 is out of range; must be between 0 and 9223372036854775807"],
+    ),
+    "huge seed": (
+        RULE + f"seed: {'9' * 5000}\n",
+        [f"r.yaml:4: seed: `{'9' * 57}...` is too large a number; give a smaller one"],
+    ),
+    "real seed": (
+        RULE + "seed: 1.0\n",
+        ["r.yaml:4: seed: 1.0 is not an integer; give an integer between 0 and 9223372036854775807"],
+    ),
+    # Rules.
+    "rule that is text": (
+        HEAD + "  - a\n",
+        ['r.yaml:3: rules[0]: `a` is not a mapping; write {match: "*.weight", METHOD: {...}}'],
+    ),
+    "no match": (
+        HEAD + "  - rtn: {bits: 4}\n",
+        ["r.yaml:3: rules[0]: `match` is missing; add `match`, a glob over tensor names"],
+    ),
+    "empty match": (
+        HEAD + '  - {match: "", keep: {}}\n',
+        ['r.yaml:3: rules[0].match: an empty pattern; give a glob over tensor names, as "*.weight"'],
+    ),
+    "empty list of matches": (
+        HEAD + "  - {match: [], keep: {}}\n",
+        ['r.yaml:3: rules[0].match: a list without a pattern; give at least one glob, as "*.weight"'],
+    ),
+    "number as match": (
+        HEAD + "  - {match: [a, 3], keep: {}}\n",
+        ['r.yaml:3: rules[0].match[1]: 3 is not a pattern; give a glob over tensor names, as "*.weight"'],
+    ),
+    "no method": (
+        HEAD + "  - {match: a}\n",
+        ["r.yaml:3: rules[0]: a rule without a method; add one of `keep`, `rtn`, `mse`, `squant`, `hqq`"],
+    ),
+    "two methods": (
+        HEAD + "  - {match: a, rtn: {bits: 4}, mse: {bits: 4}}\n",
+        ["r.yaml:3: rules[0]: a rule with 2 methods: `rtn`, `mse`; make it one rule each"],
+    ),
+    "unknown method": (
+        HEAD + "  - {match: a, squand: {bits: 4}}\n",
+        ["r.yaml:3: rules[0].squand: unknown key or method `squand`; did you mean `squant`?"],
+    ),
+    "unknown method, none near": (
+        HEAD + "  - {match: a, zzz: {bits: 4}}\n",
+        [f"r.yaml:3: rules[0].zzz: unknown key or method `zzz`; valid here: {ANY_METHOD}"],
+    ),
+    "later method": (
+        HEAD + "  - {match: a, pdquant: {bits: 4}}\n",
+        ["r.yaml:3: rules[0].pdquant: `pdquant` is not available in this version; remove it"],
+    ),
+    "keep with options": (
+        HEAD + "  - {match: a, keep: {bits: 4}}\n",
+        ["r.yaml:3: rules[0].keep.bits: unknown key `bits`; write `keep: {}`, which has no options"],
+    ),
+    "keep with nothing": (
+        HEAD + "  - {match: a, keep: }\n",
+        ["r.yaml:3: rules[0].keep: `null` is not a mapping; write `keep: {}`"],
+    ),
+    # Options.
+    "options missing": (
+        rtn(""),
+        ["r.yaml:4: rules[0].rtn: `bits` is missing; add `bits`, an integer between 1 and 8"],
+    ),
+    "options a number": (rtn("4"), ["r.yaml:4: rules[0].rtn: 4 is not a mapping; write the options of rtn: {bits: 4}"]),
+    "bit for bits": (
+        rtn("{bit: 4}"),
+        ["r.yaml:4: rules[0].rtn.bit: unknown key `bit`; did you mean `bits`?"],
+    ),
+    "9 bits": (rtn("{bits: 9}"), ["r.yaml:4: rules[0].rtn.bits: 9 is out of range; must be between 1 and 8"]),
+    "bits as text": (
+        rtn('{bits: "4"}'),
+        ["r.yaml:4: rules[0].rtn.bits: `4` is not an integer; give an integer between 1 and 8"],
+    ),
+    "bits true": (
+        rtn("{bits: true}"),
+        ["r.yaml:4: rules[0].rtn.bits: `true` is not an integer; give an integer between 1 and 8"],
+    ),
+    "bits null": (
+        rtn("{bits: ~}"),
+        ["r.yaml:4: rules[0].rtn.bits: `null` is not an integer; give an integer between 1 and 8"],
+    ),
+    "bits a real": (
+        rtn("{bits: 4.0}"),
+        ["r.yaml:4: rules[0].rtn.bits: 4.0 is not an integer; give an integer between 1 and 8"],
+    ),
+    "yes is text": (
+        rtn("{bits: 4, symmetric: yes}"),
+        ["r.yaml:4: rules[0].rtn.symmetric: `yes` is not true or false; give true or false"],
+    ),
+    "near choice": (
+        rtn("{bits: 4, granularity: chanel}"),
+        ["r.yaml:4: rules[0].rtn.granularity: unknown value `chanel`; did you mean `channel`?"],
+    ),
+    "no near choice": (
+        rtn("{bits: 4, granularity: zzz}"),
+        ["r.yaml:4: rules[0].rtn.granularity: unknown value `zzz`; valid here: `tensor`, `channel`, `group`"],
+    ),
+    "group of one": (
+        rtn("{bits: 4, group_size: 1}"),
+        ["r.yaml:4: rules[0].rtn.group_size: 1 is out of range; must be at least 2"],
+    ),
+    "axis as text": (
+        rtn("{bits: 4, axis: [0, x]}"),
+        [
+            "r.yaml:4: rules[0].rtn.axis: a list is not an integer or a list of integers; "
+            "give an integer or a list of integers"
+        ],
+    ),
+    "infinite": (
+        HEAD + "  - {match: a, hqq: {bits: 4, beta: .inf}}\n",
+        ["r.yaml:3: rules[0].hqq.beta: `.inf` is not a finite number; give a finite number"],
+    ),
+    "two bounds": (
+        HEAD + "  - {match: a, hqq: {bits: 4, norm: 0}}\n",
+        ["r.yaml:3: rules[0].hqq.norm: 0 is out of range; must be above 0 and at most 1"],
+    ),
+    "options that exclude each other": (
+        rtn("{bits: 4, granularity: channel, group_size: 8}"),
+        ["r.yaml:4: rules[0].rtn: group_size needs granularity: group, not channel; see `rtn` in docs/recipes.md"],
+    ),
+    "exclusion with a mend": (
+        rtn("{bits: 1, symmetric: true, convention: narrow}"),
+        ["r.yaml:4: rules[0].rtn: a narrow grid of 1 bit has no step; use mid-rise"],
+    ),
+    # Gates.
+    "gates a list": (
+        RULE + "gates: [1]\n",
+        ["r.yaml:4: gates: a list is not a mapping; write `gates: {max_size: 2MB}`"],
+    ),
+    "unknown gate": (
+        RULE + "gates: {max_sise: 2MB}\n",
+        ["r.yaml:4: gates.max_sise: unknown key `max_sise`; did you mean `max_size`?"],
+    ),
+    "no size": (
+        RULE + "gates: {max_size: 2M}\n",
+        ["r.yaml:4: gates.max_size: `2M` is not a size; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB"],
+    ),
+    "size a real": (
+        RULE + "gates: {max_size: 1.5}\n",
+        ["r.yaml:4: gates.max_size: 1.5 is not a size; give a number of bytes, or text like 2MB"],
+    ),
+    "size zero": (RULE + "gates: {max_size: 0}\n", ["r.yaml:4: gates.max_size: 0 is out of range; must be at least 1"]),
+    "bpw zero": (RULE + "gates: {max_bpw: 0}\n", ["r.yaml:4: gates.max_bpw: 0 is out of range; must be above 0"]),
+    "metric as text": (
+        RULE + "gates: {min_metric: {top1: high}}\n",
+        ["r.yaml:4: gates.min_metric.top1: `high` is not a number; give a number"],
+    ),
+    "metrics a number": (
+        RULE + "gates: {max_drop: 0.1}\n",
+        ["r.yaml:4: gates.max_drop: 0.1 is not a mapping; give a number for each metric, as {top1: 0.1}"],
+    ),
+    # What could disturb a terminal is escaped.
+    "escape sequence": (
+        RULE + '"\\e[31m": 1\n',
+        [
+            "r.yaml:4: \\x1b[31m: unknown key `\\x1b[31m`; valid here: `version`, `seed`, `rules`, `gates`",
+        ],
+    ),
+    "several, by line": (
+        "seed: x\nversion: 1\nrules:\n  - {match: a, rtn: {bits: 0, axes: 1}}\n  - {match: b}\nsead: 1\n",
+        [
+            "r.yaml:1: seed: `x` is not an integer; give an integer between 0 and 9223372036854775807",
+            "r.yaml:4: rules[0].rtn.axes: unknown key `axes`; did you mean `axis`?",
+            "r.yaml:4: rules[0].rtn.bits: 0 is out of range; must be between 1 and 8",
+            "r.yaml:5: rules[1]: a rule without a method; add one of `keep`, `rtn`, `mse`, `squant`, `hqq`",
+            "r.yaml:6: sead: unknown key `sead`; did you mean `seed`?",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_message(case: str) -> None:
+    text, expected = WRONG[case]
+    with pytest.raises(QcompressError) as caught:
+        parse_recipe(text, "r.yaml")
+    assert caught.value.lines() == expected
+    assert caught.value.exit_code == 3
+
+
+def test_parts_of_an_error() -> None:
+    with pytest.raises(InputError) as caught:
+        parse_recipe(rtn("{bit: 4}"), "recipe.yaml")
+    error = caught.value
+    assert error.where == "recipe.yaml:4: rules[0].rtn.bit"
+    assert error.what == "unknown key `bit`"
+    assert error.mend == "did you mean `bits`?"
+
+
+def test_one_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = {
+        "rtn": registry.METHODS["rtn"],
+        "codes": Method("codes", "cluster", RtnConfig, "weights", False, refuse_grid, "a:b"),
+    }
+    monkeypatch.setattr(registry, "METHODS", methods)
+    codes = "  - {match: b, codes: {bits: 2}}\n"
+    keep = "  - {match: c, keep: {}}\n"
+    assert parse_recipe(HEAD + keep + codes, "r.yaml").family == "cluster"
+    assert parse_recipe(HEAD + keep, "r.yaml", family="cluster").family == "cluster"
+    assert parse_recipe(RULE, "r.yaml", family="cluster").family == "quantize"
+    with pytest.raises(InputError) as caught:
+        parse_recipe(RULE + keep + codes, "r.yaml")
+    what = "`codes` is a cluster method, but rules[0].rtn is of family quantize"
+    assert caught.value.lines() == [f"r.yaml:5: rules[2].codes: {what}; a recipe holds one family: make two recipes"]
+
+
+def test_what_is_built_is_not_refused_as_later() -> None:
+    assert set(LATER_METHODS).isdisjoint(registry.METHODS)
+    assert set(LATER_KEYS).isdisjoint(recipe_schema()["properties"])
+
+
+def test_errors_are_counted_past_a_hundred() -> None:
+    with pytest.raises(InputError) as caught:
+        parse_recipe(HEAD + "  - {match: a}\n" * 150, "r.yaml")
+    lines = caught.value.lines()
+    assert len(lines) == 101
+    assert lines[0].startswith("r.yaml:3: ")
+    assert lines[-1] == "r.yaml: 50 more errors; mend these first"
