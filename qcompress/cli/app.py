@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
 from qcompress import __version__
+from qcompress.cli import options as opt
 from qcompress.cli.export import export
 from qcompress.cli.quantize import quantize
 from qcompress.cli.recipe import recipe
@@ -64,16 +66,21 @@ app.add_typer(recipe, name="recipe")
 
 @app.command()
 def demo(
-    folder: Annotated[
-        str, typer.Argument(metavar="[DIR]", help="Where to put the network and its recipes.")
-    ] = "qcompress-demo",
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to put network, recipes and results.")] = Path(
+        "qcompress-demo"
+    ),
+    force: opt.Force = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Train a small network on scikit-learn's digits, then compress it with the real commands."""
-    from pathlib import Path
-
+    from qcompress.cli.streams import print_result
     from qcompress.demo import run_demo
 
-    run_demo(Path(folder))
+    def say(text: str) -> None:
+        print_result(text)
+        sys.stdout.flush()
+
+    run_demo(folder, say, force=force)
 
 
 def main() -> NoReturn:

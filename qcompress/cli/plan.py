@@ -11,10 +11,14 @@ from qcompress.cli.streams import print_result, terminal_of, write_json
 if TYPE_CHECKING:
     from qcompress.checkpoint import Checkpoint
     from qcompress.coding.payload import CodingChoice
+    from qcompress.report.view import View
     from qcompress.types import Decision, Plan
 
 SCHEMA = "qcompress.plan/1"
 COLUMNS = ("tensor", "shape", "dtype", "method", "bits", "grid", "axis", "bytes", "why")
+NUMBERS = {"bits", "bytes"}
+SPARE = {"shape": 2, "dtype": 3, "axis": 1}
+"""How soon a narrow terminal drops a column."""
 
 
 def print_plan(
@@ -28,6 +32,8 @@ def print_plan(
     no_color: bool,
 ) -> None:
     """The plan as a table or as JSON; with -q the output's path."""
+    from qcompress.report.render import render_view
+
     document = plan_json(source, plan, target, choice)
     if json_to is not None:
         write_json(document, json_to)
@@ -36,7 +42,7 @@ def print_plan(
     if quiet:
         print_result(str(target))
         return
-    print_result(_table(document, no_color))
+    print_result(render_view(_view(document), **terminal_of(sys.stdout, no_color)))
 
 
 def plan_json(source: Checkpoint, plan: Plan, target: Path, choice: CodingChoice) -> dict[str, Any]:
@@ -87,43 +93,25 @@ def _tensor_json(decision: Decision, n_bytes: int) -> dict[str, Any]:
     return row
 
 
-def _table(document: dict[str, Any], no_color: bool) -> str:
+def _view(document: dict[str, Any]) -> View:
+    from qcompress.report.view import Column, Table, View
     from qcompress.report.words import size_words
 
-    rows = [_cells(row) for row in document["tensors"]]
+    size, baseline = document["artifact_bytes"], document["baseline_bytes"]
     bound = "" if document["exact"] else "at most "
-    total = f"{bound}{document['artifact_bytes']:,} bytes"
-    summary = (
-        f"{document['output']}: {total} ({size_words(document['artifact_bytes'])}), "
-        f"from {size_words(document['baseline_bytes'])}"
-    )
-    drawing = terminal_of(sys.stdout, no_color)
-    if not drawing["terminal"]:
-        widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(len(COLUMNS))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [COLUMNS, *rows]
-        ]
-        return "\n".join([*lines, "", summary])
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=drawing["width"], no_color=not drawing["color"], force_terminal=True)
-    table = Table(box=None, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    with console.capture() as capture:
-        console.print(table)
-        console.print(f"\n{summary}", highlight=False)
-    return capture.get()
+    facts = (("size", f"{size_words(baseline)} -> {bound}{size_words(size)}, {size:,} bytes"),)
+    columns = tuple(Column(title, right=title in NUMBERS, spare=SPARE.get(title, 0)) for title in COLUMNS)
+    rows = tuple(_cells(row) for row in document["tensors"])
+    kept = frozenset(index for index, row in enumerate(document["tensors"]) if row["method"] == "kept")
+    return View(f"plan of {document['output']}", facts, (Table(columns, rows, kept),), ())
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    from qcompress.report.words import name_words, shape_words
+
     grid = row.get("granularity", "")
     if row.get("group_size"):
         grid = f"{grid} {row['group_size']}"
     axis = ",".join(map(str, row.get("axis", [])))
-    shape = "x".join(map(str, row["shape"])) or "scalar"
-    bits = str(row.get("bits", ""))
-    return (row["name"], shape, row["dtype"], row["method"], bits, grid, axis, f"{row['bytes']:,}", row["reason"])
+    name, shape, bits = name_words(row["name"]), shape_words(tuple(row["shape"])), str(row.get("bits", ""))
+    return (name, shape, row["dtype"], row["method"], bits, grid, axis, f"{row['bytes']:,}", row["reason"])

@@ -6,7 +6,7 @@ moves z; both in turn. As in the official code beta never grows, and it counts i
 small weights sees less shrinkage than the same tensor scaled up.
 
 We differ from the official code in this:
-- each block keeps its best iterate under the l_p norm that is being minimised; the official code stops all blocks at the
+- each block keeps its best iterate under the l_p norm being minimised; the official code stops all blocks at the
   first rise of the mean error over the tensor and keeps the last, so that there the result depends on how it is cut;
 - the zero point is kept as the offset -S z, rounded to float16 before its codes are chosen, and so is the scale;
 - a block's range may be as small as it likes: the official code gives up below 1e-4.

@@ -37,9 +37,7 @@ def make_config(method: str, config: type[Any], node: Node, problems: Problems) 
 
     Lists stand for tuples and integers for reals; nothing else is converted.
     """
-    options = node.value
-    if options is None:
-        options = {}
+    options = {} if node.value is None else node.value
     if not isinstance(options, dict):
         if not node.is_broken:
             problems.add(node, f"{shown(node.data())} is not a mapping", f"write the options of {method}: {{bits: 4}}")
@@ -54,7 +52,7 @@ def make_config(method: str, config: type[Any], node: Node, problems: Problems) 
         made = _reader(config)[0].validate_json(json.dumps(known))
     except ValidationError as error:
         meant = {nearest(name, names) for name in unknown} | set(broken)
-        _translate(error, method, config, node, options, meant, problems)
+        _translate(error, method, Node(options, node.place, node.path), options_schema(config), meant, problems)
         return None
     return None if unknown or broken else made
 
@@ -62,14 +60,14 @@ def make_config(method: str, config: type[Any], node: Node, problems: Problems) 
 def _translate(
     error: ValidationError,
     method: str,
-    config: type[Any],
     node: Node,
-    options: dict[str, Node],
+    schema: dict[str, Any],
     meant: set[str | None],
     problems: Problems,
 ) -> None:
     """One problem for each option that pydantic refuses; none for a missing one that an unknown key stands for."""
-    fragments = options_schema(config)["properties"]
+    assert isinstance(node.value, dict)
+    fragments = schema["properties"]
     seen: set[str] = set()
     for reason in error.errors(include_url=False):
         if not reason["loc"]:
@@ -81,7 +79,7 @@ def _translate(
         if name in seen or name in meant:
             continue
         seen.add(name)
-        if name in options:
-            refuse(options[name], fragments[name], problems)
+        if name in node.value:
+            refuse(node.value[name], fragments[name], problems)
         else:
             problems.add(node, f"{quoted(name)} is missing", f"add {quoted(name)}, {expected(fragments[name])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -43,11 +44,9 @@ def fits(value: object, fragment: Fragment) -> TypeGuard[int | float]:
         return False
     if fragment["type"] == "integer" and not isinstance(value, int):
         return False
-    return (
-        fragment.get("minimum", value) <= value <= fragment.get("maximum", value)
-        and not fragment.get("exclusiveMinimum", value - 1) >= value
-        and not fragment.get("exclusiveMaximum", value + 1) <= value
-    )
+    return fragment.get("minimum", -math.inf) <= value <= fragment.get("maximum", math.inf) and fragment.get(
+        "exclusiveMinimum", -math.inf
+    ) < value < fragment.get("exclusiveMaximum", math.inf)
 
 
 def make_number(node: Node, fragment: Fragment, problems: Problems) -> float:

@@ -24,7 +24,7 @@ GATES: dict[str, dict[str, Any]] = {
         "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE_PATTERN}],
     },
     "max_bpw": {
-        "description": "Most bits per weight, over the compressed weights",
+        "description": "Most bits per weight",
         "type": "number",
         "exclusiveMinimum": 0,
     },

@@ -22,7 +22,7 @@ def parse_size(text: str) -> int:
 
     Raises ValueError, its text fit for the user, where `text` is no size or less than a byte.
     """
-    if not re.match(SIZE_PATTERN, text) or not text.isascii():
+    if not re.fullmatch(SIZE_PATTERN, text):
         raise ValueError(f"{quoted(text)} is not a size; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
     number = text.strip().rstrip("KMGTIBkmgtib ")
     unit = text.strip()[len(number) :].strip().lower()

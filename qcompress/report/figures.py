@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qcompress.coding.affine import from_half, middle
+from qcompress.report.counts import Counts, measure_counts
 from qcompress.report.document import BINS, LayerFigures
 from qcompress.types import Affine
 
-Counts: TypeAlias = NDArray[np.int64]
 Sample: TypeAlias = NDArray[Any]
 
 SAMPLE = 2**18
@@ -115,12 +115,14 @@ class LayerMeter:
             return LayerFigures()
         energy = math.fsum(block.energy for block in blocks)
         error_energy = math.fsum(block.error_energy for block in blocks)
+        codes = measure_counts(*(block.counts for block in blocks))
         figures = LayerFigures(
             relative_error=_relative(error_energy, energy),
             max_error=float(np.max([block.max_error for block in blocks])),
             clipped_share=_share([block.clipped for block in blocks], self.numel),
             sampled=self._stride > 1,
-            **_code_figures([block.counts for block in blocks]),
+            levels_used=codes.levels_used,
+            entropy=codes.entropy,
         )
         low, high = float(np.min([block.low for block in blocks])), float(np.max([block.high for block in blocks]))
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -156,11 +158,6 @@ def measure_decoded(
             within=within,
         )
     return meter.result()
-
-
-def measure_counts(counts: Counts) -> LayerFigures:
-    """The figures that codes alone tell: levels used and entropy."""
-    return LayerFigures(**_code_figures([counts]))
 
 
 def unclipped_range(encoded: Affine) -> tuple[Tensor, Tensor]:
@@ -237,19 +234,6 @@ def _share(parts: list[int | None], whole: int) -> float | None:
             return None
         total += part
     return total / whole
-
-
-def _code_figures(parts: list[Counts | None]) -> dict[str, Any]:
-    """levels_used and entropy in bits a code, from histograms of codes; both None where one is not known."""
-    counts = [part for part in parts if part is not None]
-    if len(counts) < len(parts) or not counts:
-        return {}
-    total = np.sum(counts, axis=0)
-    used = total[total > 0]
-    share = used / max(1, used.sum())
-    entropy = float(-(share * np.log2(share)).sum())
-    # Not -0.0 where one level takes all.
-    return {"levels_used": len(used), "entropy": abs(entropy)}
 
 
 def _sample_figures(before: Sample, after: Sample, low: float, high: float) -> dict[str, Any]:

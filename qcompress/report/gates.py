@@ -40,7 +40,7 @@ def gate_error(results: Sequence[GateResult]) -> GateFailed | None:
     failed = [result for result in results if not result.passed]
     if not failed:
         return None
-    mend = "loosen the limit or compress differently; artifact and report are written all the same"
+    mend = "loosen the limit or change the recipe"
     if len(failed) == 1:
         return GateFailed(f"gate {failed[0].name}", failure_words(failed[0]), mend)
     return GateFailed("gates", "; ".join(f"{result.name} {failure_words(result)}" for result in failed), mend)

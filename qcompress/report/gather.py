@@ -59,7 +59,7 @@ def gather_report(path: Path, baseline: Checkpoint | None = None) -> Report:
 
 def _stored_report(artifact: Artifact) -> Report:
     """What the artifact's own bytes tell: sizes, and the entropy of its codes."""
-    from qcompress.report.figures import measure_counts
+    from qcompress.report.counts import measure_counts
 
     layers = []
     for file in artifact.files:

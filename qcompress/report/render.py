@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
 from qcompress.report.compare import compare_reports, comparison_json
 from qcompress.report.document import Report
 from qcompress.report.document_json import json_text, report_text
 from qcompress.report.render_text import render_csv, render_markdown, render_plain
-from qcompress.report.view import view_comparison, view_report
+from qcompress.report.view import View, view_comparison, view_report
 
 Format: TypeAlias = Literal["table", "json", "markdown", "csv"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -35,7 +36,14 @@ def render(
         return render_csv(reports)
     view = view_comparison(comparison) if comparison else view_report(reports[0])
     if form == "markdown":
-        return render_markdown(view)
+        # A table stands beside its warnings on stderr; Markdown is pasted where nobody sees them.
+        warnings = tuple(f"warning: {warning}" for report in reports for warning in report.warnings)
+        return render_markdown(replace(view, notes=view.notes + warnings))
+    return render_view(view, terminal=terminal, width=width, color=color)
+
+
+def render_view(view: View, *, terminal: bool = False, width: int = 80, color: bool = True) -> str:
+    """The text of a view: for a terminal of `width` columns, with colours where `color`; else plain and aligned."""
     if not terminal:
         return render_plain(view)
 

@@ -37,7 +37,7 @@ def render_terminal(view: View, width: int, *, color: bool) -> str:
         if view.notes:
             console.print()
         for note in view.notes:
-            console.print(Text(note, style="yellow" if note.startswith("warning:") else "dim"), soft_wrap=True)
+            console.print(Text(note, style="dim"), soft_wrap=True)
     return capture.get()
 
 

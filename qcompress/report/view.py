@@ -90,7 +90,6 @@ def view_report(report: Report) -> View:
     facts += [("accuracy", text) for text in accuracy_words(report)]
     facts += [("gate", gate_words(gate)) for gate in report.gates]
     layers, notes = _shown(report.layers)
-    notes += [f"warning: {warning}" for warning in report.warnings]
     return View(name_words(report.artifact.name), tuple(facts), (_layer_table(layers, report),), tuple(notes))
 
 

@@ -204,6 +204,10 @@ DOCUMENT = report_json(small_report())
         (json.dumps(DOCUMENT | {"size": None}), "damaged report: size:"),
         (json.dumps(DOCUMENT | {"recipe_hash": 3}), "damaged report: recipe_hash:"),
         (
+            json.dumps(DOCUMENT | {"size": DOCUMENT["size"] | {"artifact_bytes": "248"}}),
+            "damaged report: size.artifact_bytes:",
+        ),
+        (
             json.dumps(DOCUMENT | {"size": DOCUMENT["size"] | {"artifact_bytes": 1}}),
             "damaged report: size: the parts sum to 248 bytes",
         ),

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qcompress.coding.affine import decode_rows
+from qcompress.report.counts import measure_counts
 from qcompress.report.figures import (
     SAMPLE,
     LayerMeter,
-    measure_counts,
     measure_decoded,
     sample_stride,
     unclipped_range,

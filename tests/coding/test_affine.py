@@ -1,0 +1,212 @@
+"""Affine grids: rounding to the disk's float16, and decoding against a slow reference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcompress.coding.affine import (
+    HALF_MAX,
+    HALF_TINY,
+    TORCH_DTYPES,
+    decode,
+    decode_rows,
+    exponent_for,
+    from_half,
+    middle,
+    round_offset,
+    round_scale,
+)
+from qcompress.coding.rows import grid_shape, row_shape
+from qcompress.types import Affine, Convention, Kept
+
+EXPONENTS = [-100, -12, 0, 3, 100]
+CONVENTIONS: list[Convention] = ["narrow", "full", "mid-rise"]
+positive = st.floats(2.0**-100, 2.0**100, width=32)
+
+
+def all_halves() -> torch.Tensor:
+    """Every finite float16 but zero."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    return patterns[patterns.isfinite() & (patterns != 0)]
+
+
+@given(positive)
+def test_exponent_centres_the_largest_weight(largest: float) -> None:
+    exponent = exponent_for(largest)
+    assert 2**11 <= largest * 2.0**-exponent < 2**12
+    spread = torch.tensor([15 * largest, largest, largest * 2.0**-12, largest * 2.0**-25], dtype=torch.float64)
+    stored = round_scale(spread, exponent).double() * 2.0**exponent
+    assert ((stored - spread).abs() <= spread * 2.0**-11).all()
+
+
+def test_exponent_at_the_ends() -> None:
+    assert exponent_for(0.0) == 0
+    for largest in (1e-45, 3.4e38):
+        exponent = exponent_for(largest)
+        assert math.isfinite(float(np.float32(2.0**exponent)))
+        assert 2.0**exponent >= 2.0**-126
+
+
+@pytest.mark.parametrize("exponent", EXPONENTS)
+@pytest.mark.parametrize("up", [False, True])
+def test_a_scale_of_the_grid_stays(exponent: int, up: bool) -> None:
+    halves = all_halves()
+    again = round_scale(from_half(halves, exponent), exponent, up=up)
+    assert torch.equal(again.view(torch.int16), halves.view(torch.int16))
+
+
+@pytest.mark.parametrize("exponent", EXPONENTS)
+def test_an_offset_of_the_grid_stays(exponent: int) -> None:
+    halves = torch.cat([all_halves(), torch.zeros(1, dtype=torch.float16)])
+    assert torch.equal(round_offset(from_half(halves, exponent), exponent), halves)
+
+
+@given(st.lists(st.floats(-60000, 60000, width=32), min_size=1, max_size=50), st.sampled_from(EXPONENTS))
+def test_rounding_is_to_nearest(values: list[float], exponent: int) -> None:
+    real = torch.tensor(values, dtype=torch.float32) * 2.0**exponent
+    nearest = (real.double() * 2.0**-exponent).numpy().astype(np.float16)
+    assert np.array_equal(round_offset(real, exponent).numpy(), nearest)
+    scale = round_scale(real, exponent).numpy()
+    assert np.array_equal(scale[nearest != 0], nearest[nearest != 0])
+    assert (scale[nearest == 0] == np.float16(HALF_TINY)).all()
+
+
+@given(st.lists(st.floats(-60000, 60000, width=32), min_size=1, max_size=50), st.sampled_from(EXPONENTS))
+@settings(max_examples=200)
+def test_up_covers_and_is_never_zero(values: list[float], exponent: int) -> None:
+    real = (torch.tensor(values, dtype=torch.float32) * 2.0**exponent).double()
+    up = round_scale(real.float(), exponent, up=True)
+    stored = up.double() * 2.0**exponent
+    assert (up != 0).all()
+    assert (stored.abs() >= real.abs() * (1 - 2.0**-20)).all()
+    # It is one of the two neighbours: the next float16 towards zero would not cover.
+    inner = torch.from_numpy(np.nextafter(up.numpy(), np.float16(0))).double() * 2.0**exponent
+    assert (inner.abs() <= real.abs()).all()
+    assert torch.equal(stored.sign()[real != 0], real.sign()[real != 0])
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_zero_becomes_the_least_scale(up: bool) -> None:
+    assert round_scale(torch.zeros(3), 5, up=up).tolist() == [HALF_TINY] * 3
+
+
+def test_what_does_not_fit_becomes_the_largest() -> None:
+    huge = torch.tensor([1e30, -1e30])
+    assert round_scale(huge, 0).tolist() == [HALF_MAX, -HALF_MAX]
+    assert round_offset(huge, 0).tolist() == [HALF_MAX, -HALF_MAX]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_middles(bits: int) -> None:
+    last = 2**bits - 1
+    assert middle("mid-rise", bits) - 0 == last - middle("mid-rise", bits)
+    assert middle("full", bits) - 0 == (last - middle("full", bits)) + 1
+    assert middle("narrow", bits) - 0 == (last - 1) - middle("narrow", bits)
+
+
+def make_encoded(
+    shape, axis, granularity, group_size, form: str, bits: int, convention: Convention, seed: int
+) -> Affine:
+    draw = torch.Generator().manual_seed(seed)
+    rows = row_shape(shape, axis)
+    columns = math.prod(rows[1:])
+    grids = grid_shape(rows, granularity, group_size)
+    scale = (torch.rand(grids, generator=draw) + 0.5).half()
+    return Affine(
+        codes=torch.randint(0, 2**bits, (rows[0], columns), generator=draw, dtype=torch.uint8),
+        bits=bits,
+        scale=scale,
+        exponent=-7,
+        shape=shape,
+        zero_point=torch.randint(0, 2**bits, grids, generator=draw, dtype=torch.uint8)
+        if form == "zero-point"
+        else None,
+        offset=torch.randn(grids, generator=draw).half() if form == "offset" else None,
+        convention=convention if form == "symmetric" else None,
+        axis=axis,
+    )
+
+
+def slow_value(encoded: Affine, row: int, column: int) -> float:
+    """One weight by the formulas of types.Affine, in Python's float64."""
+    grid_rows, groups = encoded.scale.shape
+    grid = (row if grid_rows > 1 else 0, column * groups // encoded.codes.shape[1])
+    code = int(encoded.codes[row, column])
+    scale = float(encoded.scale[grid]) * 2.0**encoded.exponent
+    if encoded.zero_point is not None:
+        return scale * (code - int(encoded.zero_point[grid]))
+    if encoded.offset is not None:
+        return scale * code + float(encoded.offset[grid]) * 2.0**encoded.exponent
+    half = 2 ** (encoded.bits - 1)
+    return scale * (code - {"narrow": half - 1, "full": half, "mid-rise": half - 0.5}[encoded.convention])
+
+
+@pytest.mark.parametrize(("granularity", "group_size"), [("tensor", None), ("channel", None), ("group", 3)])
+@pytest.mark.parametrize("form", ["symmetric", "zero-point", "offset"])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((4, 6), (0,)), ((3, 5), (1,)), ((3, 6, 2), (0, 2)), ((6,), (0,)), ((), (0,))]
+)
+def test_decode_against_the_slow_reference(shape, axis, form: str, granularity, group_size: int | None) -> None:
+    if group_size and math.prod(row_shape(shape, axis)[1:]) % group_size:
+        group_size = 1
+    for seed, bits in enumerate((1, 2, 5, 8)):
+        for convention in CONVENTIONS if form == "symmetric" else CONVENTIONS[:1]:
+            encoded = make_encoded(shape, axis, granularity, group_size, form, bits, convention, seed)
+            weight = decode(encoded)
+            assert weight.shape == shape
+            assert weight.dtype == torch.float32
+            rest = [index for index in range(len(shape)) if index not in axis] if len(shape) > 1 else [0]
+            channels = list(axis) if len(shape) > 1 else []
+            for where in np.ndindex(*shape):
+                row = (
+                    int(np.ravel_multi_index([where[i] for i in channels], [shape[i] for i in channels]))
+                    if channels
+                    else 0
+                )
+                inner = [where[i] for i in rest] if shape else []
+                column = int(np.ravel_multi_index(inner, [shape[i] for i in rest])) if inner else 0
+                expected = slow_value(encoded, row, column)
+                # Two roundings to float32, of terms no larger than 256 scales and an offset.
+                assert float(weight[where]) == pytest.approx(expected, rel=2.0**-22, abs=2.0**-22 * 4)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_decode_gives_the_weights_dtype(dtype: str) -> None:
+    encoded = make_encoded((4, 6), (1,), "channel", None, "zero-point", 4, "full", 0)
+    as_dtype = Affine(**{name: getattr(encoded, name) for name in encoded.__slots__} | {"dtype": dtype})
+    weight = decode(as_dtype)
+    assert weight.dtype == TORCH_DTYPES[dtype]
+    assert torch.equal(weight, decode(encoded).to(TORCH_DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (6, 0), (0,), (3, 0, 2)])
+@pytest.mark.parametrize("form", ["symmetric", "zero-point", "offset"])
+def test_decode_of_nothing(shape: tuple[int, ...], form: str) -> None:
+    weight = decode(make_encoded(shape, (0,), "channel", None, form, 4, "full", 0))
+    assert weight.shape == shape
+    assert weight.dtype == torch.float32
+
+
+def test_a_zero_point_is_exactly_zero() -> None:
+    encoded = make_encoded((4, 6), (0,), "group", 3, "zero-point", 4, "full", 1)
+    assert encoded.zero_point is not None
+    encoded.codes.copy_(encoded.zero_point.repeat_interleave(3, dim=1))
+    assert not decode_rows(encoded).any()
+
+
+def test_decode_leaves_its_input_alone() -> None:
+    encoded = make_encoded((4, 6), (0,), "channel", None, "offset", 8, "full", 2)
+    before = encoded.codes.clone()
+    assert torch.equal(decode(encoded), decode(encoded))
+    assert torch.equal(encoded.codes, before)
+
+
+def test_kept_is_itself() -> None:
+    value = torch.arange(3)
+    assert decode(Kept(value)) is value
