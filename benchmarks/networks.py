@@ -271,9 +271,7 @@ class Case:
 CASES = {
     "resnet20": Case(lambda: CifarResNet(20), "cifar10/resnet20.safetensors", cifar_batches, 5000, "top1", 0.9146),
     "resnet32": Case(lambda: CifarResNet(32), "cifar10/resnet32.safetensors", cifar_batches, 5000, "top1", 0.9234),
-    "mobilenet": Case(
-        MobileNetV1, "imagenet/mobilenet_v1_075_224.safetensors", photo_batches, 400, "top1", 0.7875
-    ),
+    "mobilenet": Case(MobileNetV1, "imagenet/mobilenet_v1_075_224.safetensors", photo_batches, 400, "top1", 0.7875),
     "dscnn": Case(DsCnn, "kws/dscnn.safetensors", keyword_batches, 1000, "top1", 0.915),
     "stories": Case(Stories, "stories/stories260K.safetensors", story_batches, 300, "perplexity", 5.502),
 }

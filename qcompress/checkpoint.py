@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompress.container import Container, read_container
+from qcompress.container import RESERVED, Container, read_container
 from qcompress.errors import CheckpointError
 from qcompress.types import Axis, TensorInfo
 
@@ -72,6 +72,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if "qcompress" in shard.metadata:
             mend = "expand it first: qcompress export ARTIFACT --to safetensors"
             raise CheckpointError(str(shard.path), "is compressed already", mend)
+        reserved = next((info.name for info in shard.tensors if RESERVED in info.name), None)
+        if reserved is not None:
+            what = f"tensor {reserved!r} has {RESERVED!r} in its name, which is reserved for artifacts"
+            raise CheckpointError(str(shard.path), what, "rename it")
     checkpoint = Checkpoint(path, shards, {}, {})
     infos = {info.name: info for info in checkpoint.tensors}
     return Checkpoint(path, shards, _find_tied(shards, infos, config), _find_axes(infos, config))
@@ -141,7 +145,7 @@ def _find_tied(
         alias: name
         for shard in shards
         for alias, name in shard.metadata.items()
-        if alias not in infos and name in infos
+        if alias != "format" and alias not in infos and name in infos
     }
     if config.get("tie_word_embeddings") is True:
         sources = sorted(
@@ -162,7 +166,7 @@ def _same_header(one: TensorInfo, other: TensorInfo) -> bool:
 def _find_axes(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Axis]:
     configs = [config, *(part for part in config.values() if isinstance(part, dict))]
     kinds = {str(part.get("model_type")) for part in configs}
-    experts = {part.get(key) for part in configs for key in EXPERT_COUNTS}
+    experts = [part.get(key) for part in configs for key in EXPERT_COUNTS]
     axes: dict[str, Axis] = {}
     for name, info in infos.items():
         if len(info.shape) == 2 and kinds & TRANSPOSED_MODELS and name.endswith(TRANSPOSED_LAYERS):

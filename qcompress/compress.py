@@ -18,10 +18,18 @@ import torch
 import qcompress
 from qcompress.artifact.layout import Slot, make_slots, part_name, render_header
 from qcompress.artifact.manifest import artifact_hash, input_hash
-from qcompress.artifact.writer import SlotWriter, Written, copy_companions, staged_output, write_index
+from qcompress.artifact.writer import (
+    SlotWriter,
+    Written,
+    copy_companions,
+    refuse_own_input,
+    staged_output,
+    write_index,
+)
 from qcompress.checkpoint import Checkpoint, tensor_view
+from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice
-from qcompress.errors import CheckpointError, OutputError, ResourceError
+from qcompress.errors import CheckpointError, ResourceError
 from qcompress.recipe import recipe_hash
 from qcompress.report.document import ArtifactFile, LayerReport, Report, RunFigures, make_size
 from qcompress.shards import Shard, make_shards
@@ -82,10 +90,8 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options) -> Report:
     _refuse_untrue_ties(checkpoint, plan)
     threads = _fitting_threads(plan, options)
     shards = make_shards(checkpoint, plan, options.choice)
-    with staged_output(options.output, force=options.force) as staged:
+    with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
         _refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
-        if checkpoint.is_folder:
-            staged.mkdir()
         done = [
             _write_shard(shard, staged / shard.file if checkpoint.is_folder else staged, threads, options)
             for shard in shards
@@ -103,16 +109,6 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options) -> Report:
         versions=versions(),
     )
     return _make_report(checkpoint, plan, done, index_bytes, options.output.name, run)
-
-
-def refuse_own_input(source: Path, output: Path) -> None:
-    """Raise OutputError where `output` is the input, a link to it, or a folder around it."""
-    inputs = [source, *source.glob("*.safetensors")] if source.is_dir() else [source]
-    real = output.resolve()
-    for path in inputs:
-        same = output.exists() and path.exists() and output.samefile(path)
-        if same or real == path.resolve() or (output.exists() and real in path.resolve().parents):
-            raise OutputError(str(output), "is the input itself", "choose another -o")
 
 
 def _refuse_untrue_ties(checkpoint: Checkpoint, plan: Plan) -> None:
@@ -215,7 +211,7 @@ def _encode_all(shard: Shard, writer: SlotWriter, threads: int, options: Options
                     running.append(pool.submit(encode_tensor, *job))
                 finished = running.pop(0).result()
                 if finished.payload is not None:
-                    _put_payload(shard, writer, finished)
+                    _put_payload(writer, finished)
                 _report_progress(options, finished.decision.tensor)
                 yield replace(finished, payload=None)
         finally:
@@ -224,12 +220,12 @@ def _encode_all(shard: Shard, writer: SlotWriter, threads: int, options: Options
                 future.cancel()
 
 
-def _put_payload(shard: Shard, writer: SlotWriter, finished: Finished) -> None:
+def _put_payload(writer: SlotWriter, finished: Finished) -> None:
     name = part_name(finished.decision.tensor.name, "codes")
     data = memoryview(finished.payload or b"")
-    planned = next(slot for slot in shard.layout.slots if slot.name == name)
-    shape = planned.shape if finished.entry.coding == "packed" else (data.nbytes,)
-    writer.put_varying(name, data, shape)
+    entry = finished.entry
+    packed = (entry.rows, row_bytes(entry.columns, entry.bits))
+    writer.put_varying(name, data, packed if entry.coding == "packed" else (data.nbytes,))
 
 
 def _make_report(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from qcompress.types import DTYPE_BITS, TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses longer headers."""
+
+RESERVED = ".qc."
+"""What stands between tensor and part in the names of an artifact's parts, and in no other name."""
 
 FOREIGN_MAGIC = {
     b"PK\x03\x04": "a zip archive, most likely a PyTorch pickle",
@@ -42,19 +47,16 @@ class Container:
     metadata: Mapping[str, str]
     data_start: int
     data_bytes: int
-    _map: mmap.mmap | None = field(repr=False, compare=False)
+    mapped: mmap.mmap = field(repr=False, compare=False)
 
     def bytes_of(self, name: str) -> memoryview:
         """The stored bytes of a tensor: a read-only view of the mapped file."""
         begin, end = self.spans[name]
-        if self._map is None or begin == end:
-            return memoryview(b"")
-        return memoryview(self._map)[self.data_start + begin : self.data_start + end]
+        return memoryview(self.mapped)[self.data_start + begin : self.data_start + end]
 
-    @property
-    def mapped(self) -> mmap.mmap | None:
-        """The whole file, None where it holds no data."""
-        return self._map
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorInfo]:
+        return {info.name: info for info in self.tensors}
 
     @property
     def file_bytes(self) -> int:
@@ -77,7 +79,7 @@ def read_container(path: Path, error: type[InputError]) -> Container:
             size = os.fstat(file.fileno()).st_size
             raw = _read_header(file.fileno(), size)
             tensors, spans, metadata = _parse_header(raw, size - 8 - len(raw))
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size > 8 + len(raw) else None
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except _Broken as broken:
         raise error(str(path), broken.what, broken.mend) from None
     except FileNotFoundError:
@@ -86,6 +88,8 @@ def read_container(path: Path, error: type[InputError]) -> Container:
         raise error(str(path), "is a folder, not a file", "name a .safetensors file") from None
     except OSError as os_error:
         raise error(str(path), os_error.strerror or str(os_error), "check that the file can be read") from None
+    except ValueError:
+        raise error(ascii(str(path)), "is no name that a file can have", "check the path") from None
     return Container(path, tensors, spans, metadata, 8 + len(raw), size - 8 - len(raw), mapped)
 
 
@@ -93,8 +97,9 @@ def _read_header(descriptor: int, size: int) -> bytes:
     if size == 0:
         raise _Broken("is empty")
     start = os.pread(descriptor, 64, 0)
+    # A header of 640 bytes begins with the length 80 02, as a pickle does: only what no header follows is foreign.
     for magic, what in FOREIGN_MAGIC.items():
-        if start.startswith(magic):
+        if start.startswith(magic) and start[8:9] != b"{":
             raise _Broken(f"is {what}", "convert it to safetensors first; pickles are never loaded")
     if size < 8:
         raise _Broken(f"has {size} bytes, fewer than the 8 that a safetensors file begins with")
@@ -115,10 +120,10 @@ def _parse_header(
     raw: bytes, data_bytes: int
 ) -> tuple[tuple[TensorInfo, ...], dict[str, tuple[int, int]], dict[str, str]]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        header = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError:
         raise _Broken("has a header that is not UTF-8") from None
-    except (ValueError, RecursionError) as problem:
+    except ValueError as problem:
         raise _Broken(f"has a header that is not JSON ({str(problem)[:80]})") from None
     if not isinstance(header, dict):
         raise _Broken("has a header that is not a JSON object")
@@ -134,11 +139,25 @@ def _parse_header(
     return tuple(tensors), spans, metadata
 
 
+def parse_json(text: str) -> Any:
+    """JSON as the standard has it: no key twice, no NaN, no half of a surrogate pair. Raises ValueError."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"key {twice!r} stands twice")
     return found
 

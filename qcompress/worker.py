@@ -19,7 +19,7 @@ from qcompress.artifact.manifest import Entry
 from qcompress.artifact.writer import SlotWriter
 from qcompress.checkpoint import tensor_view
 from qcompress.coding.affine import decode_rows, exponent_for, take_rows
-from qcompress.coding.packing import count_codes, pack, row_bytes
+from qcompress.coding.packing import pack, row_bytes
 from qcompress.coding.payload import Coding, CodingChoice, encode_payload
 from qcompress.coding.rows import rows_from_weight
 from qcompress.container import Container
@@ -127,7 +127,7 @@ def encode_tensor(
         if stop.is_set():
             raise Stopped
         packed = pack(encoded.codes.numpy(), encoded.bits)
-        counts = count_codes(packed, encoded.bits, encoded.codes.shape[1])
+        counts = torch.bincount(encoded.codes.reshape(-1), minlength=2**encoded.bits).numpy()
         meter.add(block, decode_rows(encoded), counts, within=unclipped_range(encoded))
         codes.add(packed)
         if decision.config.granularity != "tensor" or not grids:

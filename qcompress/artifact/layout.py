@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qcompress.artifact.manifest import METADATA_KEY, Entry, Grid, Manifest, manifest_text
+from qcompress.artifact.manifest import BLANK_SHA256, METADATA_KEY, Entry, Grid, Manifest, manifest_text
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice, bound_bytes
 from qcompress.coding.rows import grid_shape
+from qcompress.container import RESERVED
 from qcompress.types import DTYPE_BITS, Decision, Shape, row_shape
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -20,7 +21,7 @@ PARTS = ("codes", "scale", "zero_point", "offset")
 
 
 def part_name(tensor: str, part: str) -> str:
-    return f"{tensor}.qc.{part}"
+    return f"{tensor}{RESERVED}{part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +99,14 @@ def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: M
     """The layout of one file; `manifest` holds all that is known before the data, its `tensors` are not read."""
     slots = sorted((slot for d in decisions for slot in make_slots(d, choice)), key=_file_order)
     entries = {d.tensor.name: widest_entry(d, choice) for d in decisions if d.compresses}
-    widest = replace(manifest, tensors=entries, sha256="0" * 64, input_sha256="0" * 64)
+    widest = replace(manifest, tensors=entries, sha256=BLANK_SHA256, input_sha256=BLANK_SHA256)
     header = render_header(slots, widest)
     return Layout(tuple(slots), 8 + -(-len(header) // 8) * 8)
 
 
-def _file_order(slot: Slot) -> tuple[int, bool, str]:
-    # Wide dtypes first keeps every tensor aligned; codes whose length varies come last, so that all else has its place.
-    return (-DTYPE_BITS[slot.dtype], slot.name.endswith(".qc.codes"), slot.name)
+def _file_order(slot: Slot) -> tuple[bool, int, str]:
+    # Codes, whose length may vary, come last, so that all else has its place; wide dtypes first keep that aligned.
+    return (slot.name.endswith(".qc.codes"), -DTYPE_BITS[slot.dtype], slot.name)
 
 
 def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from qcompress.coding.payload import Coding
+from qcompress.container import RESERVED, parse_json
 from qcompress.types import WEIGHT_DTYPES, Convention, Shape, TensorInfo, row_shape
 
 FORMAT = 1
@@ -20,7 +22,13 @@ Grid: TypeAlias = Literal["zero-point", "offset"] | Convention
 """What places a grid: a stored zero point, a stored offset, or a symmetric convention."""
 GRIDS = (*get_args(get_args(Grid)[0]), *get_args(Convention))
 CODINGS: tuple[Coding, ...] = get_args(Coding)
-LIMITS = {"exponent": (-126, 126), "crc32": (0, 2**32 - 1), "bits": (1, 8)}
+LIMITS = {"exponent": (-126, 100), "crc32": (0, 2**32 - 1), "bits": (1, 8)}
+"""Under an exponent of 100 no code of any grid leaves float32."""
+MAX_DIMENSIONS = 64
+BLANK_SHA256 = "0" * 64
+"""Stands where a file's SHA-256 will, while that is computed."""
+REQUIRED = {"defaults", "format", "input_bytes", "input_sha256", "recipe", "recipe_sha256", "sha256", "tensors", "tool"}
+OPTIONAL = {"tied", "metadata"}
 
 
 class ManifestError(ValueError):
@@ -58,7 +66,7 @@ class Manifest:
 
     recipe    the resolved recipe as JSON data, and its SHA-256
     input     its bytes, and SHA-256 over names, dtypes, shapes and CRC-32s of its tensors
-    sha256    of this file's data
+    sha256    of this file, taken with BLANK_SHA256 in its place
     tied      name -> the tensor that stands for it
     metadata  of the input file
     """
@@ -120,9 +128,9 @@ def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def parse_manifest(text: str) -> Manifest:
     """The manifest that `text` holds, each value checked. Raises ManifestError."""
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ManifestError("its manifest is not JSON") from None
+        document = parse_json(text)
+    except ValueError as problem:
+        raise ManifestError(f"its manifest is not JSON ({str(problem)[:80]})") from None
     if not isinstance(document, dict):
         raise ManifestError("its manifest is not a JSON object")
     version = document.get("format")
@@ -130,15 +138,18 @@ def parse_manifest(text: str) -> Manifest:
         raise ManifestError("its manifest has no format number")
     if version > FORMAT:
         raise ManifestError(f"its format {version} is newer than the {FORMAT} that this version reads")
+    odd = sorted((REQUIRED - set(document)) | (set(document) - REQUIRED - OPTIONAL))
+    if odd:
+        raise ManifestError(f"its manifest has {odd[0]!r} missing or unknown")
     defaults = _object(document, "defaults")
     tensors = {name: _parse_entry(name, defaults, entry) for name, entry in _object(document, "tensors").items()}
     return Manifest(
         tool=_text(document, "tool"),
         recipe=_object(document, "recipe"),
-        recipe_sha256=_text(document, "recipe_sha256"),
+        recipe_sha256=_digest(document, "recipe_sha256"),
         input_bytes=_size(document, "input_bytes"),
-        input_sha256=_text(document, "input_sha256"),
-        sha256=_text(document, "sha256"),
+        input_sha256=_digest(document, "input_sha256"),
+        sha256=_digest(document, "sha256"),
         tensors=tensors,
         tied=_text_map(document, "tied"),
         metadata=_text_map(document, "metadata"),
@@ -159,6 +170,13 @@ def _text(document: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def _digest(document: Mapping[str, Any], key: str) -> str:
+    value = _text(document, key)
+    if not re.fullmatch("[0-9a-f]{64}", value):
+        raise ManifestError(f"its manifest has a {key!r} that is not 64 hexadecimal digits")
+    return value
+
+
 def _size(document: Mapping[str, Any], key: str) -> int:
     value = document.get(key)
     if type(value) is not int or value < 0:
@@ -174,6 +192,8 @@ def _text_map(document: Mapping[str, Any], key: str) -> dict[str, str]:
 
 
 def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
+    if RESERVED in name:
+        raise ManifestError(f"tensor {name!r} has {RESERVED!r} in its name, which only parts of tensors have")
     if not isinstance(own, dict):
         raise ManifestError(f"tensor {name!r} has no entry in the manifest")
     values = {**defaults, **own}
@@ -192,7 +212,11 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
         if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
             raise ManifestError(f"tensor {name!r} has the {key} {value!r}, not a list of numbers")
     shape, axis = tuple(values["shape"]), tuple(values["axis"])
-    if len(set(axis)) != len(axis) or (len(shape) > 1 and not (0 < len(axis) < len(shape) and max(axis) < len(shape))):
+    if 0 in shape or len(shape) > MAX_DIMENSIONS:
+        raise ManifestError(f"tensor {name!r} has the shape {list(shape)[:MAX_DIMENSIONS]}, which is not compressed")
+    # A vector or scalar is one row, whatever its axis.
+    rank = max(len(shape), 2)
+    if len(set(axis)) != len(axis) or not (0 < len(axis) < rank and max(axis) < rank):
         raise ManifestError(f"tensor {name!r} of shape {list(shape)} has the channel axes {list(axis)}")
     return Entry(**{**values, "shape": shape, "axis": axis})
 

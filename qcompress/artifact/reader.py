@@ -6,7 +6,6 @@ A tensor is decoded from its codes only after their length, their CRC-32 and the
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ import numpy as np
 
 from qcompress.artifact.layout import INDEX_NAME, PARTS, Slot, part_name
 from qcompress.artifact.manifest import (
+    BLANK_SHA256,
     METADATA_KEY,
     Entry,
     Manifest,
@@ -27,7 +27,7 @@ from qcompress.artifact.manifest import (
 )
 from qcompress.coding.packing import row_bytes, unpack
 from qcompress.coding.payload import decode_payload
-from qcompress.container import Container, read_container
+from qcompress.container import RESERVED, Container, parse_json, read_container
 from qcompress.errors import ArtifactError
 from qcompress.types import TensorInfo
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from qcompress.types import Affine
 
 REFETCH = "the file is damaged: fetch or make it again"
-MAX_EXPANSION = 1 << 17
-"""Weights that one stored byte of codes may stand for at most: above what any coding reaches, below a bomb."""
+MAX_EXPANSION = 1 << 18
+"""Weights that one stored byte of codes may stand for at most: a chunk that `ans` codes takes a byte of index."""
 
 GRID_PARTS = {"zero-point": ("codes", "scale", "zero_point"), "offset": ("codes", "scale", "offset")}
 PART_DTYPES = {"codes": "U8", "scale": "F16", "zero_point": "U8", "offset": "F16"}
@@ -61,12 +61,11 @@ class ArtifactFile:
         entry = self.manifest.tensors.get(name)
         if entry is not None:
             return TensorInfo(name, entry.shape, entry.dtype)
-        return next(info for info in self.kept if info.name == name)
+        return self.container.by_name[name]
 
     def parts_of(self, name: str) -> dict[str, TensorInfo]:
         """part -> its stored tensor, for a compressed tensor, in the order of PARTS."""
-        stored = {info.name: info for info in self.container.tensors}
-        return {part: stored[part_name(name, part)] for part in PARTS if part_name(name, part) in stored}
+        return _find_parts(self.container, name)
 
     def slots(self) -> list[Slot]:
         """What the file holds, as the writer's slots, in file order."""
@@ -77,7 +76,7 @@ class ArtifactFile:
         ]
 
     def packed_codes(self, name: str) -> NDArray[np.uint8]:
-        """The packed codes [rows, row_bytes] of a compressed tensor, checked by its CRC-32. Raises ArtifactError."""
+        """The packed codes [rows, row_bytes] of a compressed tensor, checked with its grid. Raises ArtifactError."""
         entry = self.manifest.tensors[name]
         payload = self.container.bytes_of(part_name(name, "codes"))
         try:
@@ -90,7 +89,18 @@ class ArtifactFile:
                 crc = zlib.crc32(self.container.bytes_of(part_name(name, part)), crc)
         if crc != entry.crc32:
             raise ArtifactError(f"{self.path}: tensor {name!r}", "its checksum does not hold", REFETCH)
+        if not all(np.isfinite(grid).all() for grid in self._grids(name).values()):
+            raise ArtifactError(f"{self.path}: tensor {name!r}", "its grid holds NaN or Inf", REFETCH)
         return packed
+
+    def _grids(self, name: str) -> dict[str, NDArray[Any]]:
+        """part -> its values, of scale and zero point or offset; views of the file."""
+        grids = {}
+        for part, info in self.parts_of(name).items():
+            if part != "codes":
+                dtype = np.uint8 if info.dtype == "U8" else np.dtype("<f2")
+                grids[part] = np.frombuffer(self.container.bytes_of(info.name), dtype).reshape(info.shape)
+        return grids
 
     def read_encoded(self, name: str) -> Affine:
         """A compressed tensor's codes and grid. Raises ArtifactError."""
@@ -100,20 +110,11 @@ class ArtifactFile:
 
         entry = self.manifest.tensors[name]
         codes = unpack(self.packed_codes(name), entry.bits, entry.columns)
-        grids = {
-            part: torch.from_numpy(self._array(part_name(name, part), info.dtype).reshape(info.shape).copy())
-            for part, info in self.parts_of(name).items()
-            if part != "codes"
-        }
-        scale = grids["scale"]
-        if not bool(torch.isfinite(scale).all()) or (
-            "offset" in grids and not bool(torch.isfinite(grids["offset"]).all())
-        ):
-            raise ArtifactError(f"{self.path}: tensor {name!r}", "its grid holds NaN or Inf", REFETCH)
+        grids = {part: torch.from_numpy(values.copy()) for part, values in self._grids(name).items()}
         return Affine(
             codes=torch.from_numpy(codes),
             bits=entry.bits,
-            scale=scale,
+            scale=grids["scale"],
             exponent=entry.exponent,
             shape=entry.shape,
             zero_point=grids.get("zero_point"),
@@ -123,16 +124,13 @@ class ArtifactFile:
             dtype=entry.dtype,
         )
 
-    def _array(self, stored: str, dtype: str) -> NDArray[Any]:
-        return np.frombuffer(self.container.bytes_of(stored), dtype=np.uint8 if dtype == "U8" else np.dtype("<f2"))
-
-    def check_data(self) -> None:
-        """Hold the data against the manifest's SHA-256. Raises ArtifactError."""
-        digest = hashlib.sha256()
-        if self.container.mapped is not None:
-            digest.update(memoryview(self.container.mapped)[self.container.data_start :])
-        if digest.hexdigest() != self.manifest.sha256:
-            raise ArtifactError(str(self.path), "its data do not have the SHA-256 that its manifest names", REFETCH)
+    def check_digest(self) -> None:
+        """Hold the whole file against the manifest's SHA-256. Raises ArtifactError."""
+        start, sha256 = self.container.data_start, self.manifest.sha256
+        digest = hashlib.sha256(self.container.mapped[:start].replace(sha256.encode(), BLANK_SHA256.encode()))
+        digest.update(memoryview(self.container.mapped)[start:])
+        if digest.hexdigest() != sha256:
+            raise ArtifactError(str(self.path), "does not have the SHA-256 that its manifest names", REFETCH)
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class Artifact:
     def verify(self) -> Iterator[tuple[str, Entry]]:
         """Each compressed tensor once it has decoded to what was written. Raises ArtifactError at the first else."""
         for file in self.files:
-            file.check_data()
+            file.check_digest()
             for name, entry in file.manifest.tensors.items():
                 file.packed_codes(name)
                 yield name, entry
@@ -171,7 +169,8 @@ class Artifact:
 def is_artifact(path: Path) -> bool:
     """Whether `path` holds a manifest of ours; False for anything that cannot be read as one."""
     try:
-        files = _artifact_paths(path)
+        index = path / INDEX_NAME
+        files = _find_files(path, _read_index(index) if index.is_file() else None)
         return METADATA_KEY in read_container(files[0], ArtifactError).metadata
     except ArtifactError:
         return False
@@ -179,7 +178,12 @@ def is_artifact(path: Path) -> bool:
 
 def read_artifact(path: Path) -> Artifact:
     """The artifact at `path`, a file or a folder: headers and manifests, checked. Raises ArtifactError."""
-    artifact = Artifact(path, tuple(read_artifact_file(file) for file in _artifact_paths(path)))
+    weight_map = _read_index(path / INDEX_NAME) if (path / INDEX_NAME).is_file() else None
+    artifact = Artifact(path, tuple(read_artifact_file(file) for file in _find_files(path, weight_map)))
+    held = {info.name: file.path.name for file in artifact.files for info in file.container.tensors}
+    if weight_map is not None and held != weight_map:
+        odd = sorted(dict(held.items() ^ weight_map.items()))[0]
+        raise ArtifactError(str(path / INDEX_NAME), f"is wrong about the file that holds {odd!r}", REFETCH)
     names = [name for file in artifact.files for name in (*file.manifest.tensors, *(info.name for info in file.kept))]
     if len(set(names)) != len(names):
         raise ArtifactError(str(path), "holds a tensor in two of its files", REFETCH)
@@ -189,23 +193,28 @@ def read_artifact(path: Path) -> Artifact:
     return artifact
 
 
-def _artifact_paths(path: Path) -> list[Path]:
+def _read_index(index: Path) -> dict[str, str]:
+    """Stored tensor -> the file that holds it. Raises ArtifactError."""
+    try:
+        weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(str(index), "has no weight_map from tensor to file", REFETCH) from None
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ArtifactError(str(index), "names files outside its folder, or none", REFETCH)
+    return dict(weight_map)
+
+
+def _find_files(path: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
+    """The files of an artifact, those that its index need not name because all they held is tied to others included."""
     if not path.is_dir():
         return [path]
-    index = path / INDEX_NAME
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            raise ArtifactError(str(index), "has no weight_map from tensor to file", REFETCH) from None
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise ArtifactError(str(index), "names files outside its folder, or none", REFETCH)
-        return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
+    files = {file.name for file in path.glob("*.safetensors")}
+    if weight_map is not None:
+        files |= set(weight_map.values())
+    elif len(files) != 1:
         raise ArtifactError(str(path), f"holds {len(files)} .safetensors files and no {INDEX_NAME}", "name one file")
-    return files
+    return [path / name for name in sorted(files)]
 
 
 def read_artifact_file(path: Path) -> ArtifactFile:
@@ -227,10 +236,12 @@ def read_artifact_file(path: Path) -> ArtifactFile:
 
 def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, ...]:
     """The tensors that are not parts of compressed ones. Raises ManifestError where header and manifest differ."""
-    stored = {info.name: info for info in container.tensors}
+    stored = dict(container.by_name)
     for name, entry in manifest.tensors.items():
         wanted = GRID_PARTS.get(entry.grid, ("codes", "scale"))
-        found = {part: stored.pop(part_name(name, part)) for part in PARTS if part_name(name, part) in stored}
+        found = _find_parts(container, name)
+        for info in found.values():
+            del stored[info.name]
         if set(found) != set(wanted):
             odd = sorted(set(found) ^ set(wanted))[0]
             raise ManifestError(f"tensor {name!r} has its {odd} missing or too many")
@@ -238,7 +249,7 @@ def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, 
             if info.dtype != PART_DTYPES[part]:
                 raise ManifestError(f"tensor {name!r} has a {part} of {info.dtype}, not {PART_DTYPES[part]}")
         _check_shapes(name, entry, found)
-    broken = next((name for name in stored if name in manifest.tensors or ".qc." in name), None)
+    broken = next((name for name in stored if name in manifest.tensors or RESERVED in name), None)
     if broken is not None:
         raise ManifestError(f"tensor {broken!r} has no entry in the manifest, or stands beside its codes")
     known = set(stored) | set(manifest.tensors)
@@ -246,6 +257,11 @@ def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, 
     if twice is not None:
         raise ManifestError(f"tensor {twice!r} is called tied and is stored too")
     return tuple(stored.values())
+
+
+def _find_parts(container: Container, name: str) -> dict[str, TensorInfo]:
+    stored = {part: container.by_name.get(part_name(name, part)) for part in PARTS}
+    return {part: info for part, info in stored.items() if info is not None}
 
 
 def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:

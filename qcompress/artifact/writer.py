@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, index_text
+from qcompress.artifact.manifest import BLANK_SHA256
 from qcompress.errors import OutputError, ResourceError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ INDEX_SUFFIX = ".index.json"
 
 @dataclass(frozen=True)
 class Written:
-    """One finished file: its slots with their real sizes, its header's bytes, and the SHA-256 of its data."""
+    """One finished file: its slots with their real sizes, its header's bytes, and its SHA-256 as `finish` takes it."""
 
     slots: tuple[Slot, ...]
     header_bytes: int
@@ -45,30 +46,28 @@ class Written:
 
 
 @contextlib.contextmanager
-def staged_output(output: Path, *, force: bool) -> Iterator[Path]:
+def staged_output(output: Path, *, force: bool, folder: bool) -> Iterator[Path]:
     """A hidden folder beside `output` to build it in; on leaving without an error, its one entry becomes `output`.
 
+    folder  whether the output is one, which is then made
     yields  the path to write to, a file or a folder of the output's own name
-    raises  OutputError where the output exists without `force` or another run is writing it; ResourceError where the
-            folder cannot be written
+    raises  OutputError where the output exists without `force`, is of another kind, or is being written by another run;
+            ResourceError where the folder around it cannot be written
     """
-    _refuse_existing(output, force)
+    _refuse_existing(output, force, folder)
     staging = output.parent / f".{output.name}.partial"
     with reporting_resources(output.parent):
         staging.mkdir(exist_ok=True)
-    lock = os.open(staging, os.O_RDONLY)
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
+        _lock(lock, staging, output)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(
-                str(output), "is being written by another run", "wait for it, or choose another -o"
-            ) from None
-        try:
-            _empty(staging)
             with reporting_resources(output.parent):
+                _empty(staging)
+                if folder:
+                    (staging / output.name).mkdir()
                 yield staging / output.name
-                _refuse_existing(output, force)
+                _refuse_existing(output, force, folder)
                 _replace(staging / output.name, output)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -76,9 +75,38 @@ def staged_output(output: Path, *, force: bool) -> Iterator[Path]:
         os.close(lock)
 
 
-def _refuse_existing(output: Path, force: bool) -> None:
-    if not force and (output.exists() or output.is_symlink()):
+def _lock(descriptor: int, staging: Path, output: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The run that held the lock may have removed this folder while we waited to open it.
+        alone = staging.exists() and os.path.samestat(os.fstat(descriptor), staging.stat())
+    except OSError:
+        alone = False
+    if not alone:
+        raise OutputError(str(output), "is being written by another run", "wait for it, or choose another -o")
+
+
+def _refuse_existing(output: Path, force: bool, folder: bool) -> None:
+    if not (output.exists() or output.is_symlink()):
+        return
+    if not force:
         raise OutputError(str(output), "exists already", "choose another -o, or replace it with --force")
+    if output.is_dir() != folder and output.exists():
+        kind, other = ("a folder", "a file") if output.is_dir() else ("a file", "a folder")
+        raise OutputError(str(output), f"is {kind}, and the output is {other}", "choose another -o")
+    if folder and any(output.iterdir()) and not any(output.glob("*.safetensors")):
+        raise OutputError(str(output), "is a folder that holds no .safetensors file", "choose another -o")
+
+
+def refuse_own_input(source: Path, output: Path) -> None:
+    """Raise OutputError where `output` is the input, a link to it, or a folder around it."""
+    inputs = [source, *source.glob("*.safetensors")] if source.is_dir() else [source]
+    real = output.resolve()
+    for path in inputs:
+        same = output.exists() and path.exists() and output.samefile(path)
+        around = real in path.resolve().parents or real in path.absolute().parents
+        if same or real == path.resolve() or (output.exists() and around):
+            raise OutputError(str(output), "is the input itself", "choose another -o")
 
 
 def _empty(folder: Path) -> None:
@@ -172,13 +200,18 @@ class SlotWriter:
             raise AssertionError(f"{name} has more bytes than its slot of {self._size[name]}")
         self._crc[name] = zlib.crc32(view, self._crc.get(name, 0))
         self._filled[name] = filled + len(view)
-        position = self._start[name] + filled
+        self._write_at(view, self._start[name] + filled)
+
+    def _write_at(self, view: memoryview, position: int) -> None:
         while view:
             done = os.pwrite(self._file.fileno(), view, position)
             view, position = view[done:], position + done
 
     def finish(self, render: Callable[[Sequence[Slot], str], bytes]) -> Written:
-        """Read everything back, then write the header that `render` makes of the slots and the SHA-256 of the data."""
+        """Read everything back, then write the header that `render` makes of the slots and the file's SHA-256.
+
+        That digest is of the whole file with BLANK_SHA256 in its place.
+        """
         slots = tuple(
             replace(slot, n_bytes=self._size[slot.name], shape=self._shape.get(slot.name, slot.shape))
             for slot in self._layout.slots
@@ -187,18 +220,28 @@ class SlotWriter:
         if missing:
             raise AssertionError(f"slot {missing[0]} was not filled")
         os.fsync(self._file.fileno())
-        sha256 = self._read_back(slots)
-        header = render(slots, sha256)
+        digest = hashlib.sha256(self._padded(render(slots, BLANK_SHA256)))
+        self._read_back(slots, digest)
+        sha256 = digest.hexdigest()
+        start = self._padded(render(slots, sha256))
+        self._write_at(memoryview(start), 0)
+        os.fsync(self._file.fileno())
+        if os.pread(self._file.fileno(), len(start), 0) != start:
+            raise self._differs("its header")
+        return Written(slots, self._layout.header_bytes, sha256)
+
+    def _padded(self, header: bytes) -> bytes:
         room = self._layout.header_bytes - 8
         if len(header) > room:
             raise AssertionError(f"the header needs {len(header)} bytes and has room for {room}")
-        os.pwrite(self._file.fileno(), room.to_bytes(8, "little") + header.ljust(room), 0)
-        os.fsync(self._file.fileno())
-        return Written(slots, self._layout.header_bytes, sha256)
+        return room.to_bytes(8, "little") + header.ljust(room)
 
-    def _read_back(self, slots: Sequence[Slot]) -> str:
-        """The SHA-256 of the data as the disk holds them; ResourceError where they differ from what was written."""
-        digest = hashlib.sha256()
+    def _differs(self, what: str) -> ResourceError:
+        mend = "check the disk and memory of this machine"
+        return ResourceError(str(self.path), f"{what} reads back other bytes than were written", mend)
+
+    def _read_back(self, slots: Sequence[Slot], digest: hashlib._Hash) -> None:
+        """Add the data as the disk holds them to `digest`; ResourceError where they differ from what was written."""
         for slot in slots:
             crc, position, left = 0, self._start[slot.name], slot.n_bytes
             while left:
@@ -209,9 +252,7 @@ class SlotWriter:
                 digest.update(piece)
                 position, left = position + len(piece), left - len(piece)
             if left or crc != self._crc.get(slot.name, 0):
-                what = f"tensor {slot.name!r} reads back other bytes than were written"
-                raise ResourceError(str(self.path), what, "check the disk and memory of this machine")
-        return digest.hexdigest()
+                raise self._differs(f"tensor {slot.name!r}")
 
     def __enter__(self) -> Self:
         return self

@@ -18,6 +18,7 @@ from qcompress.cli.export import export
 from qcompress.cli.quantize import quantize
 from qcompress.cli.recipe import recipe
 from qcompress.cli.report import report
+from qcompress.cli.streams import print_note
 from qcompress.cli.verify import verify
 from qcompress.errors import QcompressError
 
@@ -86,7 +87,19 @@ def demo(
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
+    _open_closed_streams()
+    if os.environ.get("NO_COLOR") or "--no-color" in sys.argv:
+        # The help's drawing drops colours then but keeps bold and dim, which a dumb terminal has not.
+        os.environ["TERM"] = "dumb"
     sys.exit(run(sys.argv[1:]))
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where the caller closed stdout or stderr: no output file may take their place."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -101,7 +114,7 @@ def run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except QcompressError as error:
         for line in error.lines():
-            _say(f"error: {line}")
+            print_note(f"error: {line}")
         return error.exit_code
     except CommandLineError as error:
         return _refuse_command_line(error)
@@ -110,16 +123,16 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted: nothing was written")
+        print_note("interrupted: nothing was written")
         return INTERRUPTED
     except Terminated:
-        _say("terminated: nothing was written")
+        print_note("terminated: nothing was written")
         return TERMINATED
     except MemoryError:
-        _say("error: memory: ran out of it; use --max-memory, --threads 1 or --coding packed")
+        print_note("error: memory: ran out of it; use --max-memory, --threads 1 or --coding packed")
         return OUT_OF_RESOURCE
     except OSError as error:
-        _say(f"error: {error.filename or 'output'}: {error.strerror or error}; check the disk and permissions")
+        print_note(f"error: {error.filename or 'output'}: {error.strerror or error}; check the disk and permissions")
         return OUT_OF_RESOURCE
     except Exception as bug:
         return _report_bug(bug, arguments)
@@ -131,23 +144,21 @@ def _refuse_command_line(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "qcompress"
     if type(error).__name__ == "NoArgsIsHelpError":
-        _say(message)
+        print(message, file=sys.stderr)  # noqa: T201
         return 2
-    _say(f"error: {command}: {' '.join(message.split()).rstrip('.')}; see {command} --help")
+    print_note(f"error: {command}: {' '.join(message.split()).rstrip('.')}; see {command} --help")
     return 2
 
 
 def _report_bug(bug: Exception, arguments: list[str]) -> int:
     """Exit code 1: the trace with -v, else one line that says how to get it."""
     if isinstance(bug, RuntimeError) and "out of memory" in str(bug).lower():
-        _say("error: memory: the device ran out of it; use --device cpu, --threads 1 or --max-memory")
+        print_note("error: memory: the device ran out of it; use --device cpu, --threads 1 or --max-memory")
         return OUT_OF_RESOURCE
     if {"-v", "--verbose"} & set(arguments):
         traceback.print_exception(bug)
     else:
-        _say(f"bug: {type(bug).__name__}: {' '.join(str(bug).split())}; run again with -v for the trace, and report it")
+        print_note(
+            f"bug: {type(bug).__name__}: {' '.join(str(bug).split())}; run again with -v for the trace, and report it"
+        )
     return 1
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qcompress.errors import UsageError
+from qcompress.errors import UnmeasuredError, UsageError, raise_all
 from qcompress.types import Gates
+
+_METRIC_MEND = "use --max-size, --max-bpw or --min-sqnr"
 
 
 def make_gates(
@@ -31,6 +33,19 @@ def make_gates(
         min_sqnr=base.min_sqnr if min_sqnr is None else min_sqnr,
         min_metric={**base.min_metric, **dict(_named("--min-metric", text) for text in min_metric)},
         max_drop={**base.max_drop, **dict(_named("--max-drop", text) for text in max_drop)},
+    )
+
+
+def refuse_unmeasurable(gates: Gates) -> None:
+    """Raise UnmeasuredError (Refusals where several) for gates on metrics, which a run from weights alone never has."""
+    raise_all(
+        [
+            UnmeasuredError(
+                f"gate {kind} {metric}", "this run measures no metric: it has weights, but no data", _METRIC_MEND
+            )
+            for kind, limits in (("min-metric", gates.min_metric), ("max-drop", gates.max_drop))
+            for metric in limits
+        ]
     )
 
 

@@ -60,7 +60,7 @@ def quantize(
 
     qcompress quantize model.safetensors -r recipe.yaml --min-sqnr 12 --json -
     """
-    from qcompress.cli.gates import make_gates
+    from qcompress.cli.gates import make_gates, refuse_unmeasurable
     from qcompress.cli.streams import refuse_mixed
 
     refuse_mixed(json_to, quiet)
@@ -69,6 +69,7 @@ def quantize(
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
     asked = make_recipe(recipe, method, flags, overrides or [], seed)
     asked = _with_gates(asked, make_gates(asked.gates, max_size, max_bpw, min_sqnr, min_metric or [], max_drop or []))
+    refuse_unmeasurable(asked.gates)
     source, plan = _read_and_plan(checkpoint, asked)
     target = output or default_output(checkpoint, recipe, f"w{bits}")
     if dry_run:
@@ -190,8 +191,10 @@ def _compress(
         plan = keep_nonfinite(source, plan)
     with progress(sum(tensor.n_bytes for tensor in source.tensors), quiet=quiet, no_color=no_color) as advance:
         report = compress(source, plan, Options(target, progress=advance, **run))
-    report = replace(report, gates=check_gates(plan.recipe.gates, report))
-    write_report(report, report_path(target))
+    try:
+        report = replace(report, gates=check_gates(plan.recipe.gates, report))
+    finally:
+        write_report(report, report_path(target))
     print_report(report, target, json_to=json_to, quiet=quiet, no_color=no_color)
     failed: GateFailed | None = gate_error(report.gates)
     if failed is not None:

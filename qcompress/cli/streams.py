@@ -26,8 +26,11 @@ def print_result(text: str) -> None:
 
 
 def print_note(text: str) -> None:
-    """Progress, warnings and hints go to stderr."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    """Progress, warnings, hints and errors go to stderr, a line each."""
+    from qcompress.report.words import name_words
+
+    # Names come from files: one that holds control characters must not steer the terminal.
+    print(name_words(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def is_drawn_on(stream: TextIO, no_color: bool) -> bool:

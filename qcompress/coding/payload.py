@@ -331,7 +331,7 @@ def _parse_table(data: memoryview, bits: int) -> tuple[_Table, int]:
             code += 1
             missing -= value
         absent_before = value == 0
-        if code > 1 << bits or missing < 0 or (absent_before and code == 1 << bits):
+        if code > 1 << bits or missing < 0:
             raise ValueError(f"the frequency table does not sum to 2**{data[0]} within {1 << bits} codes")
     return _Table(data[0], np.array(codes, np.uint8), np.array(frequencies, np.int64)), at
 

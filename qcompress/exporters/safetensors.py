@@ -10,9 +10,8 @@ from torch import Tensor
 
 from qcompress.artifact.layout import Layout, Slot, header_text
 from qcompress.artifact.reader import Artifact, ArtifactFile
-from qcompress.artifact.writer import SlotWriter, copy_companions, staged_output, write_index
+from qcompress.artifact.writer import SlotWriter, copy_companions, refuse_own_input, staged_output, write_index
 from qcompress.coding.affine import decode, take_rows
-from qcompress.errors import OutputError
 from qcompress.types import DTYPE_BITS, TensorInfo
 
 BLOCK_WEIGHTS = 1 << 20
@@ -24,12 +23,9 @@ def export(artifact: Artifact, output: Path, *, force: bool) -> int:
     Tied copies that the checkpoint stored are stored again. Raises ArtifactError where a tensor is damaged, OutputError
     and ResourceError where the output cannot be written; nothing is left behind then.
     """
-    if output.exists() and output.samefile(artifact.path):
-        raise OutputError(str(output), "is the artifact itself", "choose another -o")
+    refuse_own_input(artifact.path, output)
     folder = artifact.path.is_dir()
-    with staged_output(output, force=force) as staged:
-        if folder:
-            staged.mkdir()
+    with staged_output(output, force=force, folder=folder) as staged:
         layouts = {
             file.path.name: _export_file(artifact, file, staged / file.path.name if folder else staged)
             for file in artifact.files

@@ -33,7 +33,7 @@ def option_names(config: type[Any]) -> list[str]:
 
 
 def make_config(method: str, config: type[Any], node: Node, problems: Problems) -> Any | None:
-    """The config of the options in `node`, or None with every reason in `problems`.
+    """The config of the options in `node`, or None; whatever is refused is in `problems`.
 
     Lists stand for tuples and integers for reals; nothing else is converted.
     """
@@ -49,12 +49,11 @@ def make_config(method: str, config: type[Any], node: Node, problems: Problems) 
     broken = [name for name in options if options[name].is_broken]
     known = {name: child.data() for name, child in options.items() if name in names and name not in broken}
     try:
-        made = _reader(config)[0].validate_json(json.dumps(known))
+        return _reader(config)[0].validate_json(json.dumps(known))
     except ValidationError as error:
         meant = {nearest(name, names) for name in unknown} | set(broken)
         _translate(error, method, Node(options, node.place, node.path), options_schema(config), meant, problems)
         return None
-    return None if unknown or broken else made
 
 
 def _translate(
@@ -76,10 +75,8 @@ def _translate(
                 problems.add(node, what, mend or f"see {quoted(method)} in docs/recipes.md")
             continue
         name = str(reason["loc"][0])
-        if name in seen or name in meant:
-            continue
-        seen.add(name)
-        if name in node.value:
+        if reason["type"] != "missing" and name not in seen:
             refuse(node.value[name], fragments[name], problems)
-        else:
+        elif name not in seen and name not in meant:
             problems.add(node, f"{quoted(name)} is missing", f"add {quoted(name)}, {expected(fragments[name])}")
+        seen.add(name)

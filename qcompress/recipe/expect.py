@@ -44,9 +44,9 @@ def fits(value: object, fragment: Fragment) -> TypeGuard[int | float]:
         return False
     if fragment["type"] == "integer" and not isinstance(value, int):
         return False
-    return fragment.get("minimum", -math.inf) <= value <= fragment.get("maximum", math.inf) and fragment.get(
-        "exclusiveMinimum", -math.inf
-    ) < value < fragment.get("exclusiveMaximum", math.inf)
+    low, high = fragment.get("minimum", -math.inf), fragment.get("maximum", math.inf)
+    above, below = fragment.get("exclusiveMinimum", -math.inf), fragment.get("exclusiveMaximum", math.inf)
+    return bool(low <= value <= high and above < value < below)
 
 
 def make_number(node: Node, fragment: Fragment, problems: Problems) -> float:

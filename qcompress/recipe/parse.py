@@ -46,7 +46,7 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), *, famil
     problems = Problems()
     if len(text) > LARGEST_BYTES:
         raise RecipeError(source, f"larger than {LARGEST_BYTES} bytes", "a recipe is a short YAML file: use globs")
-    root = compose(text.removeprefix("\ufeff"), source, problems)
+    root = compose(text, source, problems)
     if not isinstance(root.value, Broken):
         apply_overrides(root, overrides, problems)
     recipe = _make_recipe(root, source, family, problems)
@@ -67,7 +67,7 @@ def _read_text(path: Path) -> str:
     if len(data) > LARGEST_BYTES:
         raise RecipeError(str(path), f"larger than {LARGEST_BYTES} bytes", "a recipe is a short YAML file: use globs")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"{path}:{line}", "not UTF-8 text", "a recipe is a YAML file in UTF-8") from None

@@ -67,7 +67,12 @@ def _ladder(end: Tensor, sigma: Tensor, bits: int, rungs: int) -> list[Tensor]:
 
 
 def _shrunken_ranges(chunk: Chunk, low: Tensor, high: Tensor, bits: int) -> Iterator[Start]:
-    """Both ends drawn in, each on its own: that finds better grids than drawing in both alike."""
+    """Both ends drawn in, each on its own: that finds better grids than drawing in both alike.
+
+    First the whole range with a level on the mean: beside one huge value the rest then shares that level, not two.
+    """
+    whole = ((high - low) / (2**bits - 1)).clamp_min(HALF_TINY)
+    yield whole, (low / whole).round() * whole
     sigma = _root_mean_square(chunk)
     below, above = (_ladder(end.clamp_min(0), sigma, bits, RUNGS) for end in (-low, high))
     for down, up in product(below, above):

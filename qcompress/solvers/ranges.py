@@ -90,7 +90,7 @@ def _shrink(chunk: Chunk, bits: int, convention: Convention | None, norm: float)
     for changes in (COARSE, FINE):
         start = factor
         for change in changes:
-            candidate = (start + change).clamp(max=1)
+            candidate = (start + change).clamp(0.2, 1)
             error = grid_error(chunk, shrunken(candidate), bits, norm, steps)
             factor = torch.where(error < least, candidate, factor)
             least = torch.minimum(error, least)
@@ -140,7 +140,7 @@ def power(values: Tensor, exponent: float) -> Tensor:
         # torch's power rounds differently where a row does not fill a vector register; numpy's does not.
         array = values.numpy()
         with np.errstate(over="ignore", under="ignore"):
-            np.power(array, np.float32(exponent), out=array)
+            values.pow_(exponent)
     return values
 
 

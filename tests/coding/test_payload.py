@@ -237,6 +237,18 @@ def test_frequencies_are_the_best_of_all(counts: list[int], precision: int) -> N
     assert cost(tuple(found.tolist())) == pytest.approx(least, rel=1e-9)
 
 
+@given(st.lists(st.floats(0, 25), min_size=2, max_size=60), st.integers(6, 9))
+@settings(deadline=None, max_examples=60)
+def test_frequencies_are_those_of_unit_after_unit(log_counts: list[float], precision: int) -> None:
+    """Handing out one unit at a time, each to the code that gains most, is the best for a concave gain."""
+    counts = np.round(2.0 ** np.array(log_counts))
+    greedy = np.ones(len(counts))
+    for _ in range(2**precision - len(counts)):
+        greedy[(counts * np.log1p(1 / greedy)).argmax()] += 1
+    found = payloads._integer_frequencies(counts, precision)
+    assert (counts * np.log2(found)).sum() == pytest.approx((counts * np.log2(greedy)).sum(), rel=1e-9)
+
+
 @given(st.lists(st.integers(1, 10**9), min_size=2, max_size=256), st.integers(8, 20))
 @settings(deadline=None, max_examples=60)
 def test_frequencies_always_sum(counts: list[int], precision: int) -> None:
@@ -291,6 +303,17 @@ def test_auto_is_the_smallest_that_saves_two_percent(bits: int, make, shape: tup
     assert len(data) == min(worth, default=packed.size)
     assert len(data) == sizes[chosen]
     assert chosen == "packed" or worth
+
+
+@pytest.mark.parametrize(("saving", "worth"), [(0.017, False), (0.023, True)])
+def test_two_percent_is_the_border(saving: float, worth: bool) -> None:
+    uniform_codes = uniform(400, 512, 4)
+    order = np.random.default_rng(3).random(uniform_codes.shape)
+    shares = np.linspace(0, 0.3, 301)
+    entropies = [entropy_bits(np.bincount(np.where(order < share, 7, uniform_codes).ravel())) for share in shares]
+    share = np.interp(4 * (1 - saving), entropies[::-1], shares[::-1])
+    packed = pack(np.where(order < share, 7, uniform_codes).astype(np.uint8), 4)
+    assert (encode_payload(packed, 4, 512, "auto")[0] == "ans") == worth
 
 
 def test_auto_samples_what_is_large() -> None:

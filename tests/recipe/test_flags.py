@@ -38,6 +38,8 @@ def test_bits_alone_is_the_default_method() -> None:
 
 def test_wrong_flags() -> None:
     assert error("rtn", {"bits": 9}) == "--bits 9: 9 is out of range; must be between 1 and 8"
+    assert error("rtn", {"bits": 9, "granularity": "x"}).startswith("--bits 9: ")
+    assert error("rtn", {"granularity": "x", "bits": 9}).startswith("--granularity x: ")
     assert error(None, {}) == "command line: --bits is missing; add --bits, an integer between 1 and 8"
     assert error("rtn", {}) == "--method rtn: --bits is missing; add --bits, an integer between 1 and 8"
     assert error("rtm", {"bits": 4}) == "--method rtm: unknown method `rtm`; did you mean `rtn`?"

@@ -124,6 +124,11 @@ def test_canonical_data() -> None:
     assert json.dumps(data) == json.dumps(data, sort_keys=True)
 
 
+def test_rules_stay_apart() -> None:
+    text = "version: 1\nrules:\n  - {match: a, rtn: {bits: 4}}\n  - {match: b, rtn: {bits: 4}}\n"
+    assert [rule["match"] for rule in recipe_json(parse_recipe(text, "r.yaml"))["rules"]] == ["a", "b"]
+
+
 def test_hash_is_of_what_is_decided() -> None:
     base = recipe_hash(parse_recipe(SMALL, "r.yaml"))
     assert re.fullmatch("[0-9a-f]{64}", base)

@@ -59,6 +59,10 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         'version: 1\nx: "\\UFFFFFFFF"\n',
         ["r.yaml:2: an escape names no Unicode character; correct the escape"],
     ),
+    "escape just past Unicode": (
+        'version: 1\nx: "\\U00110000"\n',
+        ["r.yaml:2: an escape names no Unicode character; correct the escape"],
+    ),
     "half a surrogate": (
         HEAD + '  - {match: "\\ud800", keep: {}}\n',
         ["r.yaml:3: rules[0].match: half a surrogate pair is no text; correct the escape"],
@@ -200,6 +204,14 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         rtn("{bit: 4}"),
         ["r.yaml:4: rules[0].rtn.bit: unknown key `bit`; did you mean `bits`?"],
     ),
+    "value below its key": (
+        rtn("\n      bits:\n\n        nine"),
+        ["r.yaml:5: rules[0].rtn.bits: `nine` is not an integer; give an integer between 1 and 8"],
+    ),
+    "exclusion by a missing word": (
+        rtn("{bits: 4, symetric: true, convention: narrow}"),
+        ["r.yaml:4: rules[0].rtn.symetric: unknown key `symetric`; did you mean `symmetric`?"],
+    ),
     "9 bits": (rtn("{bits: 9}"), ["r.yaml:4: rules[0].rtn.bits: 9 is out of range; must be between 1 and 8"]),
     "bits as text": (
         rtn('{bits: "4"}'),
@@ -268,6 +280,10 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "no size": (
         RULE + "gates: {max_size: 2M}\n",
         ["r.yaml:4: gates.max_size: `2M` is not a size; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB"],
+    ),
+    "size true": (
+        RULE + "gates: {max_size: true}\n",
+        ["r.yaml:4: gates.max_size: `true` is not a size; give a number of bytes, or text like 2MB"],
     ),
     "size a real": (
         RULE + "gates: {max_size: 1.5}\n",
