@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby
 
 from qcompress.errors import InputError, RecipeError, raise_all
 from qcompress.registry import METHODS
@@ -89,23 +90,29 @@ def _channel_axis(tensor: TensorInfo, rule: Rule, known: Axis | None) -> tuple[t
 
 
 def _idle_rules(recipe: Recipe, tensors: Sequence[TensorInfo], decisions: Sequence[Decision]) -> list[InputError]:
-    """An error for each rule that decides nothing; a method's rule must compress at least one tensor."""
-    names = [tensor.name for tensor in tensors]
-    compressed = {decision.tensor.name for decision in decisions if decision.compresses}
+    """An error for each rule that decides nothing; a method's rule must compress at least one tensor.
+
+    A rule with a list of globs has come here as one Rule a glob, all of the same `where`, and is judged as one.
+    """
+    deciders = {tensor.name: _first_match(recipe.rules, tensor.name) for tensor in tensors}
     errors: list[InputError] = []
-    for index, rule in enumerate(recipe.rules):
-        matched = [name for name in names if fnmatchcase(name, rule.match)]
-        decided = [name for name in matched if _first_match(recipe.rules, name) is rule]
+    for where, group in groupby(recipe.rules, key=lambda rule: rule.where):
+        rules = list(group)
+        globs = [rule.match for rule in rules]
+        shown = f"match {globs[0] if len(globs) == 1 else globs!r}"
+        matched = {
+            name: decider for name, decider in deciders.items() if any(fnmatchcase(name, glob) for glob in globs)
+        }
+        decided = [d for d in decisions if (rule := matched.get(d.tensor.name)) is not None and rule.where == where]
         if not matched:
-            close = difflib.get_close_matches(rule.match, names, n=3, cutoff=0.0)
+            close = difflib.get_close_matches(globs[0], deciders, n=3, cutoff=0.0)
             mend = f"nearest names: {', '.join(close)}" if close else "the checkpoint has no tensors"
-            errors.append(RecipeError(rule.where, f"match {rule.match!r} fits no tensor", mend))
+            errors.append(RecipeError(where, f"{shown} fits no tensor", mend))
         elif not decided:
-            earlier = next(other for other in recipe.rules[:index] if fnmatchcase(matched[0], other.match))
-            what = f"match {rule.match!r} decides nothing: {earlier.where} comes first"
-            errors.append(RecipeError(rule.where, what, "put the narrower rule first"))
-        elif rule.method is not None and compressed.isdisjoint(decided):
-            kept = next(d for d in decisions if d.tensor.name == decided[0])
-            what = f"match {rule.match!r} compresses nothing: {kept.tensor.name}: {kept.reason}"
-            errors.append(RecipeError(rule.where, what, "match weights of two dimensions or more, or use keep: {}"))
+            earlier = next(rule for rule in matched.values() if rule is not None)
+            what = f"{shown} decides nothing: {earlier.where} comes first"
+            errors.append(RecipeError(where, what, "put the narrower rule first"))
+        elif rules[0].method is not None and not any(decision.compresses for decision in decided):
+            what = f"{shown} compresses nothing: {decided[0].tensor.name}: {decided[0].reason}"
+            errors.append(RecipeError(where, what, "match weights of two dimensions or more, or use keep: {}"))
     return errors

@@ -69,7 +69,7 @@ class Rule:
     """One line of a recipe: which tensors, and what happens to them.
 
     `method` None keeps; `config` is the method's config dataclass. `where` names the rule in errors
-    ("rules[0].rtn, line 7").
+    ("recipe.yaml:7: rules[0].rtn").
     """
 
     match: str

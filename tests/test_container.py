@@ -190,7 +190,7 @@ def test_any_file_of_the_library_is_read_alike(
 ) -> None:
     path = tmp_path_factory.mktemp("any") / "m.safetensors"
     tensors = {name: gaussian(*shape, seed=index) for index, (name, shape) in enumerate(shapes.items())}
-    save_checkpoint(path, tensors, metadata)
+    save_checkpoint(path, tensors, metadata or None)
     container = read_container(path, CheckpointError)
     assert container.metadata == metadata
     assert {info.name: list(info.shape) for info in container.tensors} == shapes

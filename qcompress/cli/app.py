@@ -34,6 +34,7 @@ app = typer.Typer(
     name="qcompress",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 2 command line, 3 bad input, 4 a gate failed, 5 out of a resource, 1 a bug.",
 )
@@ -111,6 +112,9 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="qcompress", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:
+            # Newer versions of typer turn Ctrl-C into its exit code, older ones into Abort.
+            raise typer.Abort
         return code if isinstance(code, int) else 0
     except QcompressError as error:
         for line in error.lines():
@@ -119,9 +123,12 @@ def run(arguments: list[str]) -> int:
     except CommandLineError as error:
         return _refuse_command_line(error)
     except BrokenPipeError:
-        # The reader has left: leave too, as SIGPIPE would, and keep Python from flushing into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
+        return _leave_pipe()
+    except SystemExit as leaving:
+        # typer leaves with 1 where the pipe closed while a command or the help was printing.
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        return _leave_pipe()
     except (KeyboardInterrupt, typer.Abort):
         print_note("interrupted: nothing was written")
         return INTERRUPTED
@@ -136,6 +143,12 @@ def run(arguments: list[str]) -> int:
         return OUT_OF_RESOURCE
     except Exception as bug:
         return _report_bug(bug, arguments)
+
+
+def _leave_pipe() -> int:
+    """The exit code of SIGPIPE, for the reader of stdout has left; keeps Python from flushing into the closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return PIPE_CLOSED
 
 
 def _refuse_command_line(error: Exception) -> int:

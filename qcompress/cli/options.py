@@ -18,7 +18,7 @@ Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What qcompre
 
 RecipeFile = Annotated[
     Path | None,
-    typer.Option("--recipe", "-r", metavar="FILE", envvar="QCOMPRESS_RECIPE", help="A recipe; - reads standard input."),
+    typer.Option("--recipe", "-r", metavar="FILE", help="A recipe; - reads standard input."),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one value of the recipe.")

@@ -13,7 +13,7 @@ from qcompress.cli import options as opt
 if TYPE_CHECKING:
     from qcompress.types import Recipe
 
-recipe = typer.Typer(help="Check and show recipes.", no_args_is_help=True)
+recipe = typer.Typer(help="Check and show recipes.", no_args_is_help=True, rich_markup_mode=None)
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; - reads standard input.")]
 

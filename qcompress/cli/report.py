@@ -45,7 +45,7 @@ def report(
 
     from qcompress.checkpoint import read_checkpoint
     from qcompress.cli.gates import make_gates
-    from qcompress.cli.streams import print_note, print_result, refuse_mixed, terminal_of
+    from qcompress.cli.streams import print_note, print_result, refuse_mixed, terminal_of, write_text
     from qcompress.report.gates import check_gates, gate_error
     from qcompress.report.gather import gather_report
     from qcompress.report.render import render
@@ -65,22 +65,9 @@ def report(
         for warning in found.warnings:
             print_note(f"warning: {warning}")
     if json_to is not None:
-        _write(render(reports, "json"), json_to)
+        write_text(render(reports, "json"), json_to)
     if json_to != "-" and not quiet:
         print_result(render(reports, FORMATS[form], **terminal_of(sys.stdout, no_color)))
-    failures = [error for found in reports if gates != Gates() and (error := gate_error(found.gates)) is not None]
-    if failures:
-        raise failures[0]
-
-
-def _write(text: str, json_to: str) -> None:
-    from qcompress.cli.streams import print_result
-    from qcompress.errors import ResourceError
-
-    if json_to == "-":
-        print_result(text)
-        return
-    try:
-        Path(json_to).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(json_to, error.strerror or str(error), "choose a writable file for --json") from error
+    failed = gate_error([gate for found in reports for gate in found.gates]) if gates != Gates() else None
+    if failed is not None:
+        raise failed

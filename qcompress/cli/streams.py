@@ -47,7 +47,11 @@ def refuse_mixed(json_to: str | None, quiet: bool) -> None:
 
 def write_json(document: Mapping[str, Any], json_to: str) -> None:
     """One JSON document, to stdout for "-", else to a file."""
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", json_to)
+
+
+def write_text(text: str, json_to: str) -> None:
+    """A JSON document's text, to stdout for "-", else to a file. Raises ResourceError."""
     if json_to == "-":
         print_result(text)
         return
@@ -59,13 +63,13 @@ def write_json(document: Mapping[str, Any], json_to: str) -> None:
 
 def print_report(report: Report, output: Path, *, json_to: str | None, quiet: bool, no_color: bool) -> None:
     """The result of a command that made an artifact: the table, the JSON, or with -q the path."""
-    from qcompress.report.document_json import report_json
+    from qcompress.report.document_json import report_text
     from qcompress.report.render import render
 
     for warning in report.warnings:
         print_note(f"warning: {warning}")
     if json_to is not None:
-        write_json(report_json(report), json_to)
+        write_text(report_text(report), json_to)
     if json_to == "-":
         return
     if quiet:

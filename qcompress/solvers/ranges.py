@@ -140,7 +140,7 @@ def power(values: Tensor, exponent: float) -> Tensor:
         # torch's power rounds differently where a row does not fill a vector register; numpy's does not.
         array = values.numpy()
         with np.errstate(over="ignore", under="ignore"):
-            values.pow_(exponent)
+            np.power(array, np.float32(exponent), out=array)
     return values
 
 

@@ -21,6 +21,7 @@ from qcompress.coding.affine import (
     middle,
     round_offset,
     round_scale,
+    take_rows,
 )
 from qcompress.coding.rows import grid_shape, row_shape
 from qcompress.types import Affine, Convention, Kept
@@ -219,6 +220,15 @@ def test_decode_leaves_its_input_alone() -> None:
     before = encoded.codes.clone()
     assert torch.equal(decode(encoded), decode(encoded))
     assert torch.equal(encoded.codes, before)
+
+
+@pytest.mark.parametrize(("granularity", "group_size"), [("tensor", None), ("channel", None), ("group", 3)])
+@pytest.mark.parametrize("form", ["symmetric", "zero-point", "offset"])
+@pytest.mark.parametrize(("start", "stop"), [(0, 4), (1, 3), (3, 4), (2, 2)])
+def test_rows_taken_decode_to_rows(start: int, stop: int, form: str, granularity, group_size: int | None) -> None:
+    encoded = make_encoded((6, 4), (1,), granularity, group_size, form, 4, "full", 3)
+    taken = take_rows(encoded, start, stop)
+    assert torch.equal(decode(taken), decode_rows(encoded)[start:stop])
 
 
 def test_kept_is_itself() -> None:

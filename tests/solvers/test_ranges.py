@@ -159,14 +159,15 @@ def test_least_squares_on_blocks_longer_than_a_piece(symmetric):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_beside_one_huge_value_the_rest_is_not_split(bits):
-    blocks = gaussian(4, 700)
+@pytest.mark.parametrize("length", [700, 20000])
+def test_beside_one_huge_value_the_rest_is_not_split(bits, length):
+    blocks = gaussian(4, length)
     blocks[:, 33] = torch.tensor([300.0, -300.0, 200.0, -250.0])
     exponent = exponent_of(blocks)
     error = error_of(blocks, least_squares_grid(blocks, bits, False, exponent), bits, exponent)
     rest = blocks.double().square().sum(1) - blocks[:, 33].double().square()
     # What it costs to hold the rest as one level, as far as float16 places it beside the huge value.
-    assert (error <= rest + 700 * (blocks[:, 33].double() * 2.0**-11).square()).all()
+    assert (error <= rest + length * (blocks[:, 33].double() * 2.0**-11).square()).all()
 
 
 def test_one_bit_is_the_best_split_in_two():
