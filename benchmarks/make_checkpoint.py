@@ -45,12 +45,29 @@ def shapes_for(n_weights: int, width: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def resnet50_shapes() -> dict[str, tuple[int, ...]]:
+    """The weights of ResNet-50: 25.5 M in 54 tensors."""
+    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
+    inputs = 64
+    for stage, (width, depth) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)], start=1):
+        for block in range(depth):
+            prefix = f"layer{stage}.{block}"
+            shapes[f"{prefix}.conv1.weight"] = (width, inputs, 1, 1)
+            shapes[f"{prefix}.conv2.weight"] = (width, width, 3, 3)
+            shapes[f"{prefix}.conv3.weight"] = (4 * width, width, 1, 1)
+            if block == 0:
+                shapes[f"{prefix}.downsample.0.weight"] = (4 * width, inputs, 1, 1)
+            inputs = 4 * width
+    return shapes | {"fc.weight": (1000, 2048)}
+
+
 def make_weight(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """One tensor; norms are ones."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=dtype)
     weight = torch.randn(shape, generator=generator)
-    weight *= 0.02 * torch.exp(0.4 * torch.randn(shape[0], 1, generator=generator))
+    scale = 0.02 * torch.exp(0.4 * torch.randn(shape[0], generator=generator))
+    weight *= scale.reshape(-1, *[1] * (len(shape) - 1))
     n_outliers = max(1, weight.numel() // 1000)
     where = torch.randint(weight.numel(), (n_outliers,), generator=generator)
     weight.view(-1)[where] *= 8
@@ -63,11 +80,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="F32")
     parser.add_argument("--size", default="100MB")
     parser.add_argument("--width", type=int, default=None)
+    parser.add_argument("--resnet50", action="store_true")
     arguments = parser.parse_args()
     dtype = DTYPES[arguments.dtype]
     n_weights = parse_size(arguments.size) // dtype.itemsize
     width = arguments.width or (2048 if n_weights > 2e8 else 512)
-    shapes = shapes_for(n_weights, width)
+    shapes = resnet50_shapes() if arguments.resnet50 else shapes_for(n_weights, width)
     header, position = {}, 0
     for name, shape in shapes.items():
         n_bytes = torch.Size(shape).numel() * dtype.itemsize

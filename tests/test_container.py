@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from artifact.examples import Header, entry, gaussian, write_raw
+from artifact.examples import save as save_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 
-from artifact.examples import Header, entry, gaussian, write_raw
-from artifact.examples import save as save_checkpoint
 from qcompress.container import FOREIGN_MAGIC, MAX_HEADER_BYTES, read_container
 from qcompress.errors import ArtifactError, CheckpointError, InputError
 from qcompress.types import DTYPE_BITS

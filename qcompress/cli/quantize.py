@@ -66,6 +66,8 @@ def quantize(
     refuse_mixed(json_to, quiet)
     if resume:
         raise UsageError("--resume", "not available in this version", "start the run again; it leaves nothing behind")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("torchrun", "splitting over ranks is not available in this version", "run qcompress by itself")
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
     asked = make_recipe(recipe, method, flags, overrides or [], seed)
     asked = _with_gates(asked, make_gates(asked.gates, max_size, max_bpw, min_sqnr, min_metric or [], max_drop or []))

@@ -25,11 +25,12 @@ HALF_TINY = 2.0**-24
 def exponent_for(largest: float) -> int:
     """The exponent under which a scale or offset of about `largest`, the largest |weight|, lies near 2**12 in float16.
 
-    Sixteen times `largest` still fits, and scales down to 2**-26 of it keep all 11 bits.
+    Eight times `largest` still fits, and scales down to 2**-25 of it keep all 11 bits.
     """
     if largest == 0.0:
-        return 0
-    return max(-126, min(100, math.frexp(largest)[1] - 12))
+        # The least scale that there is, for grids without a level at zero.
+        return -126
+    return max(-126, min(112, math.frexp(largest)[1] - 12))
 
 
 def round_scale(scale: Tensor, exponent: int, *, up: bool = False) -> Tensor:
@@ -43,7 +44,7 @@ def round_scale(scale: Tensor, exponent: int, *, up: bool = False) -> Tensor:
     reduced = scale.double() * 2.0**-exponent
     half = reduced.clamp(-HALF_MAX, HALF_MAX).half()
     if up:
-        short = half.double().abs() < reduced.abs() * (1 - 2.0**-20)
+        short = (half.double().abs() < reduced.abs() * (1 - 2.0**-20)) & (half.abs() < HALF_MAX)
         # One step of a float16's bit pattern is one step away from zero, whatever the sign.
         half = torch.where(short, (half.view(torch.int16) + 1).view(torch.float16), half)
     return torch.where(half == 0, torch.full_like(half, HALF_TINY), half)

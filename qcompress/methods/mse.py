@@ -7,6 +7,7 @@ from torch import Tensor
 from qcompress.coding.rows import blocks_from_rows, grid_shape
 from qcompress.registry import MseConfig
 from qcompress.solvers.grids import affine_from_grid
+from qcompress.solvers.least_squares import HIGH, NORMAL
 from qcompress.solvers.ranges import least_squares_grid, shrunken_grid
 from qcompress.types import Affine
 
@@ -22,7 +23,8 @@ def encode(weight: Tensor, config: MseConfig, exponent: int) -> Affine:
     assert config.granularity is not None and config.norm is not None
     blocks = blocks_from_rows(weight, config.granularity, config.group_size)
     if config.search == "als":
-        grid = least_squares_grid(blocks, config.bits, config.symmetric, exponent)
+        effort = HIGH if config.effort == "high" else NORMAL
+        grid = least_squares_grid(blocks, config.bits, config.symmetric, exponent, effort)
     else:
         grid = shrunken_grid(blocks, config.bits, config.symmetric, config.norm, exponent)
     shape = grid_shape(tuple(weight.shape), config.granularity, config.group_size)

@@ -89,7 +89,7 @@ def encode(weight: Tensor, config: SquantConfig, exponent: int) -> Affine:
     values = weight.reshape(rows, columns)
     grid = _make_grid(blocks_from_rows(weight, granularity, config.group_size), config, exponent)
     gains = None
-    if config.range == "clip" and weight.ndim > 2:
+    if config.range == "clip" and weight.ndim > 2 and weight.numel():
         gains, centre = _gains(values, layout, grid, config.bits, exponent)
         grid = _stretched(grid, gains, centre)
     codes = torch.empty(rows, columns, dtype=torch.uint8)
@@ -191,12 +191,14 @@ def flipped_codes(positions: Tensor, layout: Layout, bits: int, stages: str) -> 
 
 def _nearest(positions: Tensor) -> Tensor:
     """Whole steps, ties to even, in the integer dtype of the positions."""
-    return (positions + (STEP // 2 - 1) + ((positions >> FRACTION_BITS) & 1)) >> FRACTION_BITS
+    odd = (positions >> FRACTION_BITS) & 1
+    return odd.add_(positions).add_(STEP // 2 - 1) >> FRACTION_BITS
 
 
 def _within(positions: Tensor, bits: int) -> Tensor:
     """1 where a position lies on the grid, which is where both its neighbours exist, else 0."""
-    return ((positions >= 0) & (positions <= (2**bits - 1) << FRACTION_BITS)).to(torch.int32)
+    inside: Tensor = (positions >= 0) & (positions <= (2**bits - 1) << FRACTION_BITS)
+    return inside.to(torch.int32)
 
 
 def _kernel_moves(error: Tensor, free: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

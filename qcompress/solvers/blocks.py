@@ -41,7 +41,7 @@ class Chunk:
     dim     along which a block runs in a piece: 0 for short blocks, which lie side by side as [length, blocks] so that
             every operation is long; else 1
     held    the only piece, where the blocks fit in one
-    room    float32, one piece's worth for each of up to TERMS sums, to be written to
+    room    float32, one piece's worth for each of up to TERMS sums, to be written to; chunks of one walk share it
     centre  float32, what is taken from every piece, broadcast over it; None is nothing
     """
 
@@ -51,10 +51,6 @@ class Chunk:
     held: Tensor | None
     room: Tensor
     centre: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        return self.blocks.shape[0]
 
     @property
     def length(self) -> int:

@@ -8,6 +8,7 @@ the best start goes on. All is in units of 2**exponent: see `blocks.Chunk`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate, product
 
 import numpy as np
@@ -20,16 +21,34 @@ from qcompress.solvers.blocks import Chunk
 OUTER_SIGMA = (0.798, 1.494, 2.05, 2.51, 2.92, 3.28, 3.61, 3.93)
 """By bits: the outermost level of the best uniform grid for a Gaussian, in standard deviations (Max, 1960)."""
 
-RUNGS = 4
-"""Starts for either end of a range: more than 4 gain less than 0.02 dB."""
-SCALE_RUNGS = 8
-ROUNDS = 4
+
+@dataclass(frozen=True)
+class Effort:
+    """How many starts are tried, and how many rounds follow from the best.
+
+    corners      pairs of rungs (of the low end, of the high end), rung 0 being the whole range
+    scale_rungs  starts for a grid of fixed zero
+    """
+
+    corners: tuple[tuple[int, int], ...]
+    scale_rungs: int
+    rounds: int
+
+    @property
+    def rungs(self) -> int:
+        return 1 + max(max(corner) for corner in self.corners)
+
+
+NORMAL = Effort(((0, 0), (1, 1), (2, 2), (0, 1), (1, 0)), scale_rungs=4, rounds=2)
+"""Within 0.13 dB of HIGH, at less than half its cost."""
+HIGH = Effort(tuple(product(range(4), range(4))), scale_rungs=8, rounds=4)
+"""More than 4 rungs for either end gain less than 0.02 dB."""
 
 Start = tuple[Tensor, Tensor | None]
 """The scale of each block and its lowest level, float64 [blocks]; None where the code of zero is fixed."""
 
 
-def fit_affine(chunk: Chunk, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def fit_affine(chunk: Chunk, low: Tensor, high: Tensor, bits: int, effort: Effort) -> tuple[Tensor, Tensor]:
     """(scale, mean code), float64 [blocks]: scale * (code - mean code) fits the blocks, which are centred.
 
     The lowest level is left to the caller, who rounds the scale first: the best one for any scale puts the mean code on
@@ -38,20 +57,20 @@ def fit_affine(chunk: Chunk, low: Tensor, high: Tensor, bits: int) -> tuple[Tens
 
     low, high  float64 [blocks], the blocks' ends, centred too
     """
-    starts = _splits(chunk, low, high) if bits == 1 else _shrunken_ranges(chunk, low, high, bits)
-    scale, _, mean_code = _descend(chunk, starts, bits, None)
+    starts = _splits(chunk, low, high) if bits == 1 else _shrunken_ranges(chunk, low, high, bits, effort)
+    scale, _, mean_code = _descend(chunk, starts, bits, None, effort.rounds)
     return scale, mean_code
 
 
-def fit_scale(chunk: Chunk, absmax: Tensor, bits: int, zero: float, *, signed: bool) -> Tensor:
+def fit_scale(chunk: Chunk, absmax: Tensor, bits: int, zero: float, effort: Effort, *, signed: bool) -> Tensor:
     """The scale, float64 [blocks], for levels scale * (code - zero); of either sign where `signed`.
 
     absmax  float64 [blocks]
     """
-    rungs = _ladder(absmax, _root_mean_square(chunk), bits, SCALE_RUNGS)
+    rungs = _ladder(absmax, _root_mean_square(chunk), bits, effort.scale_rungs)
     signs = (1.0, -1.0) if signed else (1.0,)
     starts = ((rung * (sign * 2 / (2**bits - 1)), None) for rung, sign in product(rungs, signs))
-    return _descend(chunk, starts, bits, zero)[0]
+    return _descend(chunk, starts, bits, zero, effort.rounds)[0]
 
 
 def _root_mean_square(chunk: Chunk) -> Tensor:
@@ -69,7 +88,7 @@ def _ladder(end: Tensor, sigma: Tensor, bits: int, rungs: int) -> list[Tensor]:
     return list(accumulate(range(rungs - 1), lambda rung, _: rung * ratio, initial=first))
 
 
-def _shrunken_ranges(chunk: Chunk, low: Tensor, high: Tensor, bits: int) -> Iterator[Start]:
+def _shrunken_ranges(chunk: Chunk, low: Tensor, high: Tensor, bits: int, effort: Effort) -> Iterator[Start]:
     """Both ends drawn in, each on its own: that finds better grids than drawing in both alike.
 
     First the whole range with a level on the mean: beside one huge value the rest then shares that level, not two.
@@ -77,9 +96,9 @@ def _shrunken_ranges(chunk: Chunk, low: Tensor, high: Tensor, bits: int) -> Iter
     whole = ((high - low) / (2**bits - 1)).clamp_min(HALF_TINY)
     yield whole, (low / whole).round() * whole
     sigma = _root_mean_square(chunk)
-    below, above = (_ladder(end.clamp_min(0), sigma, bits, RUNGS) for end in (-low, high))
-    for down, up in product(below, above):
-        yield (down + up) / (2**bits - 1), -down
+    below, above = (_ladder(end.clamp_min(0), sigma, bits, effort.rungs) for end in (-low, high))
+    for down, up in effort.corners:
+        yield (below[down] + above[up]) / (2**bits - 1), -below[down]
 
 
 def _splits(chunk: Chunk, low: Tensor, high: Tensor) -> Iterator[Start]:
@@ -103,8 +122,10 @@ def _splits(chunk: Chunk, low: Tensor, high: Tensor) -> Iterator[Start]:
         yield scale, threshold - scale / 2
 
 
-def _descend(chunk: Chunk, starts: Iterator[Start], bits: int, zero: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale, gain, mean code), float64 [blocks]: a round from each start, then ROUNDS more from each block's best."""
+def _descend(
+    chunk: Chunk, starts: Iterator[Start], bits: int, zero: float | None, rounds: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, gain, mean code), float64 [blocks]: a round from each start, then more from each block's best."""
     scale, gain, mean_code = _round(chunk, next(starts), bits, zero)
     for start in starts:
         other = _round(chunk, start, bits, zero)
@@ -112,7 +133,7 @@ def _descend(chunk: Chunk, starts: Iterator[Start], bits: int, zero: float | Non
         scale, gain, mean_code = (
             torch.where(better, new, old) for new, old in zip(other, (scale, gain, mean_code), strict=True)
         )
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         scale, gain, mean_code = _round(chunk, (scale, -scale * mean_code), bits, zero)
     return scale, gain, mean_code
 

@@ -20,44 +20,39 @@ from qcompress.solvers.grids import (
     symmetric_grid,
     zero_point_grid,
 )
-from qcompress.solvers.least_squares import fit_affine, fit_scale
-from qcompress.types import Convention
+from qcompress.solvers.least_squares import HIGH, Effort, fit_affine, fit_scale
+from qcompress.types import Convention, searched_convention
 
-__all__ = ["Grid", "least_squares_grid", "minmax_grid", "nearest_codes", "searched_convention", "shrunken_grid"]
+__all__ = ["Grid", "least_squares_grid", "minmax_grid", "nearest_codes", "shrunken_grid"]
 
 COARSE = tuple(-hundredths / 100 for hundredths in range(4, 81, 4))
 FINE = tuple(hundredths / 100 for hundredths in (-3, -2, -1, 1, 2, 3))
 
 
-def searched_convention(bits: int) -> Convention:
-    """The symmetric grid with the least squared error on bell-shaped weights, one for all blocks of a tensor."""
-    return "mid-rise" if bits <= 2 else "full"
-
-
-def least_squares_grid(blocks: Tensor, bits: int, symmetric: bool, exponent: int) -> Grid:
+def least_squares_grid(blocks: Tensor, bits: int, symmetric: bool, exponent: int, effort: Effort = HIGH) -> Grid:
     """The grid of least squared error that alternating least squares finds: real offset, or `searched_convention`.
 
     blocks   float32 [blocks, length]
     returns  for no block worse than the min-max grid of the same form
     """
     fit = _fit_symmetric if symmetric else _fit_offset
-    return joined_grid(fit(chunk, bits) for chunk in walk(blocks, exponent))
+    return joined_grid(fit(chunk, bits, effort) for chunk in walk(blocks, exponent))
 
 
-def _fit_offset(chunk: Chunk, bits: int) -> Grid:
+def _fit_offset(chunk: Chunk, bits: int, effort: Effort) -> Grid:
     low, high = chunk.extremes()
     centred, mean = chunk.centred()
-    scale, mean_code = fit_affine(centred, low.double() - mean, high.double() - mean, bits)
+    scale, mean_code = fit_affine(centred, low.double() - mean, high.double() - mean, bits, effort)
     rounded = round_scale(scale, 0)
     fitted = Grid(rounded, offset=round_offset(mean - rounded.double() * mean_code, 0))
     return _best(chunk, [offset_grid(low, high, bits, 0), fitted], bits)
 
 
-def _fit_symmetric(chunk: Chunk, bits: int) -> Grid:
+def _fit_symmetric(chunk: Chunk, bits: int, effort: Effort) -> Grid:
     low, high = chunk.extremes()
     convention = searched_convention(bits)
     absmax = torch.maximum(high, -low).double()
-    scale = fit_scale(chunk, absmax, bits, middle(convention, bits), signed=convention == "full")
+    scale = fit_scale(chunk, absmax, bits, middle(convention, bits), effort, signed=convention == "full")
     fitted = Grid(round_scale(scale, 0), convention=convention)
     return _best(chunk, [symmetric_grid(low, high, bits, convention, 0), fitted], bits)
 

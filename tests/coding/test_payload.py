@@ -12,9 +12,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompress.coding import payload as payloads
+from qcompress.coding import ans
+from qcompress.coding.ans import CHUNK_CODES
 from qcompress.coding.packing import count_codes, pack, row_bytes
-from qcompress.coding.payload import CHUNK_CODES, Coding, bound_bytes, decode_payload, encode_payload, entropy_bits
+from qcompress.coding.payload import Coding, bound_bytes, decode_payload, encode_payload, entropy_bits
 
 CODINGS = get_args(Coding)
 SHAPES = [(0, 5), (5, 0), (0, 0), (1, 1), (1, 8), (7, 3), (5, 9), (64, 27), (33, 130)]
@@ -216,7 +217,7 @@ def test_ans_is_as_short_as_the_entropy_allows(bits: int) -> None:
 
 def test_the_table_loses_next_to_nothing() -> None:
     counts = np.bincount(bell_codes(1000, 1000, 8).ravel(), minlength=256)
-    table = payloads._fit_table(counts)
+    table = ans.fit_table(counts)
     used = counts[table.codes]
     cross = -(used * np.log2(table.frequencies / 2.0**table.precision)).sum() / used.sum()
     assert cross <= entropy_bits(counts) * 1.0001
@@ -231,7 +232,7 @@ def test_frequencies_are_the_best_of_all(counts: list[int], precision: int) -> N
     total = 2**precision
     others = itertools.product(range(1, total), repeat=len(counts) - 1)
     least = min(cost((*rest, total - sum(rest))) for rest in others if sum(rest) < total)
-    found = payloads._integer_frequencies(np.array(counts, np.float64), precision)
+    found = ans.integer_frequencies(np.array(counts, np.float64), precision)
     assert found.sum() == total
     assert found.min() >= 1
     assert cost(tuple(found.tolist())) == pytest.approx(least, rel=1e-9)
@@ -245,14 +246,14 @@ def test_frequencies_are_those_of_unit_after_unit(log_counts: list[float], preci
     greedy = np.ones(len(counts))
     for _ in range(2**precision - len(counts)):
         greedy[(counts * np.log1p(1 / greedy)).argmax()] += 1
-    found = payloads._integer_frequencies(counts, precision)
+    found = ans.integer_frequencies(counts, precision)
     assert (counts * np.log2(found)).sum() == pytest.approx((counts * np.log2(greedy)).sum(), rel=1e-9)
 
 
 @given(st.lists(st.integers(1, 10**9), min_size=2, max_size=256), st.integers(8, 20))
 @settings(deadline=None, max_examples=60)
 def test_frequencies_always_sum(counts: list[int], precision: int) -> None:
-    found = payloads._integer_frequencies(np.array(counts, np.float64), precision)
+    found = ans.integer_frequencies(np.array(counts, np.float64), precision)
     assert found.sum() == 2**precision
     assert found.min() >= 1
 
@@ -262,9 +263,9 @@ def test_frequencies_always_sum(counts: list[int], precision: int) -> None:
 def test_tables_round_trip(used: set[int], precision: int, seed: int) -> None:
     codes = np.array(sorted(used), np.uint8)
     counts = np.random.default_rng(seed).lognormal(0, 3, len(codes))
-    table = payloads._Table(precision, codes, payloads._integer_frequencies(counts, precision))
-    data = payloads._table_bytes(table)
-    parsed, end = payloads._parse_table(memoryview(data + b"\xff\xff"), 8)
+    table = ans.Table(precision, codes, ans.integer_frequencies(counts, precision))
+    data = ans.table_bytes(table)
+    parsed, end = ans.parse_table(memoryview(data + b"\xff\xff"), 8)
     assert end == len(data)
     assert np.array_equal(parsed.codes, table.codes)
     assert np.array_equal(parsed.frequencies, table.frequencies)
@@ -274,11 +275,11 @@ def test_chunks_decode_alone() -> None:
     rows, columns, bits = 8, CHUNK_CODES // 2, 3
     codes = bell_codes(rows, columns, bits)
     data = memoryview(bytearray(encode_payload(pack(codes, bits), bits, columns, "ans")[1]))
-    table, at = payloads._parse_table(data, bits)
-    streams = payloads._parse_streams(data, at, 4)
+    table, at = ans.parse_table(data, bits)
+    streams = ans.parse_streams(data, at, 4)
     for stream in (streams[0], streams[1], streams[3]):
         stream[:] = bytes(len(stream))
-    third = payloads._decode_chunk(streams[2], table, table.model(), CHUNK_CODES)
+    third = ans.decode_chunk(streams[2], table, table.model(), CHUNK_CODES)
     assert np.array_equal(third, codes[4:6].ravel())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise, product
 
@@ -214,14 +215,14 @@ def test_no_line_through_the_codes_fits_better(bits):
     assert (error >= torch.tensor(lines) * (1 - 1e-6)).all()
 
 
-def test_more_rounds_are_never_worse(monkeypatch):
+def test_more_rounds_are_never_worse():
     (chunk,) = walk(laplace(300, 64) * 1000, 0)
     low, high = (end.double() for end in chunk.extremes())
     centred, mean = chunk.centred()
     errors = []
     for rounds in (0, 1, 2, 4, 8):
-        monkeypatch.setattr(least_squares, "ROUNDS", rounds)
-        scale, mean_code = least_squares.fit_affine(centred, low - mean, high - mean, 3)
+        effort = replace(least_squares.HIGH, rounds=rounds)
+        scale, mean_code = least_squares.fit_affine(centred, low - mean, high - mean, 3, effort)
         levels = (torch.arange(8.0, dtype=torch.float64) - mean_code.unsqueeze(1)) * scale.unsqueeze(
             1
         ) + mean.unsqueeze(1)
@@ -330,3 +331,12 @@ def test_a_high_norm_bounds_the_largest_error():
     # 64 values at the largest error weigh as much as one that is larger by this.
     assert (largest[0] <= largest[1] * 64 ** (1 / 60)).all()
     assert (largest[0] < largest[1] * 0.99).any()
+
+
+@pytest.mark.parametrize("source", [gaussian, laplace])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_normal_effort_is_close_to_high(source, bits):
+    blocks = source(512, 64)
+    high = error_of(blocks, least_squares_grid(blocks, bits, False, -8), bits, -8).sum()
+    normal = error_of(blocks, least_squares_grid(blocks, bits, False, -8, least_squares.NORMAL), bits, -8).sum()
+    assert float(10 * (normal / high).log10()) < 0.15

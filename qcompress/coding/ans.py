@@ -1,0 +1,240 @@
+"""Codes to streams of asymmetric numeral systems and back, under a static table of integer frequencies.
+
+artifact/SPEC.md describes the bytes, "Codes on disk"; the coder is constriction's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompress.coding.packing import Bytes, blocks, byte_span, pack, row_bytes, unpack
+
+CHUNK_CODES = 1 << 18
+"""Codes of one stream; part of the format."""
+
+MAX_PRECISION = 20
+"""Frequencies sum to at most 2**20; part of the format."""
+
+_MODEL_BITS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Integer frequencies of the codes that occur.
+
+    codes           uint8 [used], ascending
+    frequencies     int64 [used], each at least 1, together 2**precision
+    expected_bytes  of a payload, from the cross-entropy; 0 where the table was read
+    """
+
+    precision: int
+    codes: Bytes
+    frequencies: NDArray[np.int64]
+    expected_bytes: int = 0
+
+    def model(self) -> Any | None:
+        """The coder's model, exact on both sides because these quotients are; None where one code needs no stream."""
+        if len(self.codes) == 1:
+            return None
+        return constriction.stream.model.Categorical(self.frequencies * 2.0**-self.precision, perfect=False)
+
+
+def bound_ans(rows: int, columns: int, bits: int) -> int:
+    """The most bytes of a payload of any codes of this shape, which is not empty."""
+    used = min(1 << bits, rows * columns)
+    # A table of 2**16, each frequency at least 1 + floor(p * (2**16 - used)), is among those that are tried.
+    table_loss = -math.log2(1 - used / 2**16) - math.log2(1 - used / 2**_MODEL_BITS)
+    # A stream's state keeps at least 8 bits more than the model, so a step rounds up by at most 1 + 2**-8.
+    code_bits = math.log2(used) + table_loss + math.log2(1 + 2**-8)
+    table_bytes = 1 + used * (3 + 3)
+    return table_bytes + chunk_count(rows, columns) * (3 + 16) + math.ceil(rows * columns * code_bits / 8)
+
+
+def chunk_count(rows: int, columns: int) -> int:
+    return -(-rows // max(1, CHUNK_CODES // columns)) * -(-columns // CHUNK_CODES)
+
+
+def fit_table(counts: NDArray[np.int64]) -> Table:
+    """The table under which table and streams together take the fewest bytes."""
+    codes = np.flatnonzero(counts).astype(np.uint8)
+    used = counts[codes].astype(np.float64)
+    if len(codes) == 1:
+        return Table(0, codes, np.ones(1, np.int64), 0)
+    best: Table | None = None
+    # Below 2**7 a frequency takes no fewer bytes.
+    for precision in range(max(7, (len(codes) - 1).bit_length()), MAX_PRECISION + 1):
+        frequencies = integer_frequencies(used, precision)
+        code_bits = float((used * (precision - np.log2(frequencies))).sum())
+        table = Table(precision, codes, frequencies)
+        size = len(table_bytes(table)) + int(code_bits / 8)
+        if best is None or size < best.expected_bytes:
+            best = Table(precision, codes, frequencies, size)
+    assert best is not None
+    return best
+
+
+def integer_frequencies(used: NDArray[np.float64], precision: int) -> NDArray[np.int64]:
+    """The integers of least cross-entropy, int64 [used], each at least 1, together 2**precision.
+
+    The cost -sum(used * log2(f)) is separable and convex, so the integers are best when no unit that moves from one
+    code to another lowers it: units are spread by gain, and then moved while that helps.
+    """
+    wanted = 1 << precision
+    frequencies: NDArray[np.float64] = np.maximum(np.floor(used * (wanted / used.sum())), 1.0)
+    while (missing := int(wanted - frequencies.sum())) != 0:
+        if missing > 0:
+            order = np.argsort(-used * np.log1p(1 / frequencies), kind="stable")
+            frequencies[order[:missing]] += 1
+        else:
+            order = np.argsort(_loss_of_one(used, frequencies), kind="stable")
+            frequencies[order[: min(-missing, int((frequencies > 1).sum()))]] -= 1
+    while True:
+        gain = used * np.log1p(1 / frequencies)
+        loss = _loss_of_one(used, frequencies)
+        taker, giver = int(gain.argmax()), int(loss.argmin())
+        # A move that helps by no more than rounding could be taken back for ever.
+        if gain[taker] <= loss[giver] * (1 + 1e-9):
+            return frequencies.astype(np.int64)
+        frequencies[taker] += 1
+        frequencies[giver] -= 1
+
+
+def _loss_of_one(used: NDArray[np.float64], frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What each code's bits grow by, in nats, when its frequency falls by one; never below one."""
+    lower = np.maximum(frequencies - 1, 1.0)
+    loss: NDArray[np.float64] = np.where(frequencies > 1, used * np.log1p(1 / lower), np.inf)
+    return loss
+
+
+def table_bytes(table: Table) -> bytes:
+    """Precision, then for every code in turn its frequency, or 0 and the length less one of a run of absent codes."""
+    parts = [bytes([table.precision])]
+    following = 0
+    for code, frequency in zip(table.codes.tolist(), table.frequencies.tolist(), strict=True):
+        if code > following:
+            parts += [b"\0", _varint(code - following - 1)]
+        parts.append(_varint(frequency))
+        following = code + 1
+    return b"".join(parts)
+
+
+def parse_table(data: memoryview, bits: int) -> tuple[Table, int]:
+    """The table at the start of an ans payload, and where it ends."""
+    if not len(data) or data[0] > MAX_PRECISION:
+        raise ValueError("the frequency table is missing or of unknown precision")
+    codes: list[int] = []
+    frequencies: list[int] = []
+    at, code, missing = 1, 0, 1 << data[0]
+    absent_before = False
+    while missing:
+        value, at = _parse_varint(data, at)
+        if value == 0:
+            if absent_before:
+                raise ValueError("the frequency table has two runs of absent codes in a row")
+            run, at = _parse_varint(data, at)
+            code += run + 1
+        else:
+            codes.append(code)
+            frequencies.append(value)
+            code += 1
+            missing -= value
+        absent_before = value == 0
+        if code > 1 << bits or missing < 0:
+            raise ValueError(f"the frequency table does not sum to 2**{data[0]} within {1 << bits} codes")
+    return Table(data[0], np.array(codes, np.uint8), np.array(frequencies, np.int64)), at
+
+
+def encode_ans(packed: Bytes, bits: int, columns: int, table: Table) -> bytes:
+    model = table.model()
+    index_of = np.zeros(1 << bits, np.int32)
+    index_of[table.codes] = np.arange(len(table.codes))
+    streams = []
+    for row_span, column_span in blocks(len(packed), columns, CHUNK_CODES):
+        width = column_span.stop - column_span.start
+        codes = unpack(packed[row_span, byte_span(column_span, bits)], bits, width).reshape(-1)
+        streams.append(b"" if model is None else _encode_chunk(index_of.take(codes, mode="clip"), model))
+    index = b"".join(_varint(len(stream)) for stream in streams[:-1])
+    return b"".join([table_bytes(table), index, *streams])
+
+
+def _encode_chunk(indices: NDArray[np.int32], model: Any) -> bytes:
+    """The stream of one chunk: the coder's words, little-endian, less the zero bytes at the end."""
+    coder = constriction.stream.stack.AnsCoder()
+    coder.encode_reverse(indices, model)
+    words: NDArray[np.uint32] = coder.get_compressed()
+    return words.astype("<u4").tobytes().rstrip(b"\0")
+
+
+def decode_ans(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
+    table, at = parse_table(data, bits)
+    chunks = chunk_count(rows, columns)
+    # One byte of index a chunk: what bounds how far a small payload can expand.
+    if len(data) - at < chunks - 1:
+        raise ValueError(f"{len(data)} bytes of payload cannot hold {chunks} chunks")
+    model = table.model()
+    streams = parse_streams(data, at, chunks)
+    packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
+    for (row_span, column_span), stream in zip(blocks(rows, columns, CHUNK_CODES), streams, strict=True):
+        tall, wide = row_span.stop - row_span.start, column_span.stop - column_span.start
+        codes = decode_chunk(stream, table, model, tall * wide).reshape(tall, wide)
+        packed[row_span, byte_span(column_span, bits)] = pack(codes, bits)
+    return packed
+
+
+def parse_streams(data: memoryview, at: int, chunks: int) -> list[memoryview]:
+    """The bytes of every chunk; the last has all that the others leave."""
+    lengths = []
+    for _ in range(chunks - 1):
+        length, at = _parse_varint(data, at)
+        lengths.append(length)
+    left = len(data) - at - sum(lengths)
+    if left < 0:
+        raise ValueError(f"the chunks are longer than the payload by {-left} bytes")
+    streams = []
+    for length in [*lengths, left]:
+        streams.append(data[at : at + length])
+        at += length
+    return streams
+
+
+def decode_chunk(stream: memoryview, table: Table, model: Any | None, count: int) -> Bytes:
+    """The `count` codes of one chunk, flat; an empty stream is the lowest code throughout."""
+    if not len(stream):
+        return np.full(count, table.codes[0])
+    if model is None or stream[-1] == 0:
+        raise ValueError("a chunk has bytes that no code needs")
+    words = np.zeros(-(-len(stream) // 4), "<u4")
+    words.view(np.uint8)[: len(stream)] = stream
+    coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32))
+    indices: NDArray[np.int32] = coder.decode(model, count)
+    if not coder.is_empty():
+        raise ValueError("a chunk does not end where its codes do")
+    return table.codes.take(indices, mode="clip")
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, lowest first, the high bit set on all but the last."""
+    coded = bytearray()
+    while value > 127:
+        coded.append(value & 127 | 128)
+        value >>= 7
+    coded.append(value)
+    return bytes(coded)
+
+
+def _parse_varint(data: memoryview, at: int) -> tuple[int, int]:
+    """The integer at `at`, and where it ends; at most five bytes, and no more than it needs."""
+    value = 0
+    for place, byte in enumerate(data[at : at + 5]):
+        value |= (byte & 127) << 7 * place
+        if byte < 128:
+            if byte == 0 and place:
+                break
+            return value, at + place + 1
+    raise ValueError(f"no integer at byte {at} of the payload")

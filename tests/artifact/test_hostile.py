@@ -1,0 +1,411 @@
+"""Every way in which an artifact can lie, one named case each: refused with exit code 3, before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from artifact.educational_decoder import expand
+from artifact.examples import (
+    Header,
+    denses,
+    entry,
+    gaussian,
+    make_artifact,
+    recipe,
+    rewrite,
+    rtn,
+    rule,
+    run,
+    save,
+    save_folder,
+    seal,
+    verify,
+)
+from qcompress.artifact.layout import INDEX_NAME
+from qcompress.artifact.reader import is_artifact, read_artifact
+from qcompress.errors import ArtifactError
+from qcompress.load import load_into, load_state_dict
+
+Change = Callable[[Header, Header, bytearray], Any]
+
+
+def refusal(path: Path, read: Callable[[Path], Any] = verify) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        read(path)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def field(name: str, key: str, value: Any) -> Change:
+    """Set a field of one tensor's entry; None takes it out."""
+
+    def change(_header: Header, manifest: Header, _data: bytearray) -> None:
+        manifest["tensors"][name][key] = value
+
+    return change
+
+
+def top(key: str, value: Any) -> Change:
+    def change(_header: Header, manifest: Header, _data: bytearray) -> None:
+        manifest[key] = value
+
+    return change
+
+
+def stored(name: str, **values: Any) -> Change:
+    """Change what the header says of one stored tensor."""
+
+    def change(header: Header, _manifest: Header, _data: bytearray) -> None:
+        header[name] |= values
+
+    return change
+
+
+def without(*path: str) -> Change:
+    def change(_header: Header, manifest: Header, _data: bytearray) -> None:
+        place = manifest
+        for key in path[:-1]:
+            place = place[key]
+        del place[path[-1]]
+
+    return change
+
+
+def add_tensor(name: str, like: Header, content: bytes) -> Change:
+    def change(header: Header, _manifest: Header, data: bytearray) -> None:
+        header[name] = like | {"data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+
+    return change
+
+
+def drop_tensor(name: str) -> Change:
+    """Take a stored tensor out, and its bytes, so that the container stays sound."""
+
+    def change(header: Header, _manifest: Header, data: bytearray) -> None:
+        begin, end = header.pop(name)["data_offsets"]
+        del data[begin:end]
+        for key, one in header.items():
+            if key != "__metadata__" and one["data_offsets"][0] >= end:
+                one["data_offsets"] = [place - (end - begin) for place in one["data_offsets"]]
+
+    return change
+
+
+def fill(name: str, value: bytes) -> Change:
+    """Overwrite the first value of a stored tensor and make the CRC-32 true again."""
+
+    def change(header: Header, manifest: Header, data: bytearray) -> None:
+        begin = header[name]["data_offsets"][0]
+        data[begin : begin + len(value)] = value
+        seal(header, manifest, data, name.split(".qc.")[0])
+
+    return change
+
+
+ENTRIES: dict[str, tuple[Change, str]] = {
+    "bits 0": (field("w", "bits", 0), "tensor 'w' has the bits 0, not a number in [1, 8]"),
+    "bits 9": (field("w", "bits", 9), "tensor 'w' has the bits 9"),
+    "bits true": (field("w", "bits", True), "tensor 'w' has the bits True"),
+    "bits real": (field("w", "bits", 3.0), "tensor 'w' has the bits 3.0"),
+    "bits of other codes": (field("w", "bits", 4), "tensor 'w' has codes of shape [6, 4], not [6, 5]"),
+    "exponent too high": (field("w", "exponent", 101), "tensor 'w' has the exponent 101"),
+    "exponent too low": (field("w", "exponent", -127), "tensor 'w' has the exponent -127"),
+    "exponent text": (field("w", "exponent", "1"), "tensor 'w' has the exponent '1'"),
+    "crc negative": (field("w", "crc32", -1), "tensor 'w' has the crc32 -1"),
+    "crc too long": (field("w", "crc32", 2**32), "tensor 'w' has the crc32 4294967296"),
+    "crc of something else": (field("w", "crc32", 1), "tensor 'w': its checksum does not hold"),
+    "no crc": (without("tensors", "w", "crc32"), "tensor 'w' has an entry with 'crc32' missing or unknown"),
+    "no shape": (without("tensors", "w", "shape"), "tensor 'w' has an entry with 'shape' missing or unknown"),
+    "unknown field": (field("w", "note", 1), "tensor 'w' has an entry with 'note' missing or unknown"),
+    "no entry at all": (top("tensors", {"w": None}), "tensor 'w' has no entry in the manifest"),
+    "dtype of integers": (field("w", "dtype", "I32"), "tensor 'w' has the unknown dtype 'I32'"),
+    "dtype a list": (field("w", "dtype", ["F32"]), "tensor 'w' has the unknown dtype ['F32']"),
+    "unknown grid": (field("w", "grid", "log"), "tensor 'w' has the unknown grid 'log'"),
+    "unknown coding": (field("w", "coding", "gzip"), "tensor 'w' has the unknown coding 'gzip'"),
+    "another coding": (field("w", "coding", "zstd"), "tensor 'w' has coded bytes of 2 dimensions, not 1"),
+    "grid without its zero point": (field("v", "grid", "zero-point"), "tensor 'v' has its zero_point missing or too many"),
+    "grid with a zero point too many": (field("w", "grid", "full"), "tensor 'w' has its zero_point missing or too many"),
+    "grid with the wrong side": (field("w", "grid", "offset"), "tensor 'w' has its offset missing or too many"),
+    "shape of other codes": (field("w", "shape", [5, 10]), "tensor 'w' has codes of shape [6, 4], not [5, 4]"),
+    "shape negative": (field("w", "shape", [-6, -10]), "tensor 'w' has the shape [-6, -10], not a list of numbers"),
+    "shape of text": (field("w", "shape", ["6", 10]), "tensor 'w' has the shape"),
+    "shape a number": (field("w", "shape", 60), "tensor 'w' has the shape 60"),
+    "shape with a zero": (field("w", "shape", [0, 10]), "tensor 'w' has the shape [0, 10], which is not compressed"),
+    "shape beyond 63 bits": (field("w", "shape", [2**63, 1]), "tensor 'w' has the shape"),
+    "shape of a hundred sizes": (field("w", "shape", [60] + [1] * 99), "which is not compressed"),
+    "axis beyond": (field("w", "axis", [2]), "tensor 'w' of shape [6, 10] has the channel axes [2]"),
+    "axis negative": (field("w", "axis", [-1]), "tensor 'w' has the axis [-1]"),
+    "axis twice": (field("w", "axis", [0, 0]), "tensor 'w' of shape [6, 10] has the channel axes [0, 0]"),
+    "all axes": (field("w", "axis", [0, 1]), "tensor 'w' of shape [6, 10] has the channel axes [0, 1]"),
+    "no axis": (field("w", "axis", []), "tensor 'w' of shape [6, 10] has the channel axes []"),
+    "axis a number": (field("w", "axis", 0), "tensor 'w' has the axis 0, not a list of numbers"),
+    "another axis": (field("w", "axis", [1]), "tensor 'w' has codes of shape [6, 4], not [10, 3]"),
+}  # fmt: skip
+
+PARTS: dict[str, tuple[Change, str]] = {
+    "codes missing": (drop_tensor("w.qc.codes"), "tensor 'w' has its codes missing"),
+    "scale missing": (drop_tensor("w.qc.scale"), "tensor 'w' has its scale missing"),
+    "zero point missing": (drop_tensor("w.qc.zero_point"), "tensor 'w' has its zero_point missing"),
+    "offset too many": (add_tensor("w.qc.offset", entry("F16", [6, 1], 0, 0), bytes(12)), "tensor 'w' has its offset missing or too many"),
+    "unknown part": (add_tensor("w.qc.table", entry("U8", [4], 0, 0), bytes(4)), "tensor 'w.qc.table' has no entry in the manifest"),
+    "part of nothing": (add_tensor("u.qc.codes", entry("U8", [4], 0, 0), bytes(4)), "tensor 'u.qc.codes' has no entry in the manifest"),
+    "dense too": (add_tensor("w", entry("F32", [1], 0, 0), bytes(4)), "tensor 'w' has no entry in the manifest, or stands beside its codes"),
+    "entry missing": (without("tensors", "w"), "tensor 'w.qc."),
+    "reserved name": (top("tensors", {"w.qc.x": {}}), "tensor 'w.qc.x' has '.qc.' in its name"),
+    "scale of bytes": (stored("w.qc.scale", dtype="I16"), "tensor 'w' has a scale of I16, not F16"),
+    "scale of BF16": (stored("w.qc.scale", dtype="BF16"), "tensor 'w' has a scale of BF16, not F16"),
+    "codes signed": (stored("w.qc.codes", dtype="I8"), "tensor 'w' has a codes of I8, not U8"),
+    "zero point signed": (stored("w.qc.zero_point", dtype="I8"), "tensor 'w' has a zero_point of I8, not U8"),
+    "codes flat": (stored("w.qc.codes", shape=[24]), "tensor 'w' has codes of shape [24], not [6, 4]"),
+    "codes turned": (stored("w.qc.codes", shape=[4, 6]), "tensor 'w' has codes of shape [4, 6], not [6, 4]"),
+    "scale flat": (stored("w.qc.scale", shape=[6]), "tensor 'w' has a scale of shape [6] for codes [6, 10]"),
+    "scale turned": (stored("w.qc.scale", shape=[1, 6]), "tensor 'w' has a scale of shape [1, 6] for codes [6, 10]"),
+    "scale of half the rows": (stored("w.qc.scale", shape=[3, 2]), "tensor 'w' has a scale of shape [3, 2] for codes [6, 10]"),
+    "scale of three dimensions": (stored("w.qc.scale", shape=[6, 1, 1]), "tensor 'w' has a scale of shape [6, 1, 1]"),
+    "zero point of another shape": (stored("w.qc.zero_point", shape=[2, 3]), "tensor 'w' has a zero_point of another shape than its scale"),
+    "scale NaN": (fill("w.qc.scale", b"\x00\x7e"), "tensor 'w': its grid holds NaN or Inf"),
+    "scale Inf": (fill("v.qc.scale", b"\x00\x7c"), "tensor 'v': its grid holds NaN or Inf"),
+    "scale -Inf": (fill("w.qc.scale", b"\x00\xfc"), "tensor 'w': its grid holds NaN or Inf"),
+    "padding bits": (fill("w.qc.codes", b"\0\0\0\x80"), "tensor 'w': the bits that fill up a row are not zero"),
+}  # fmt: skip
+
+MANIFEST: dict[str, tuple[Change, str]] = {
+    "no manifest": (lambda header, *_: header["__metadata__"].clear(), ""),
+    "format 2": (top("format", 2), "its format 2 is newer than the 1 that this version reads; update qcompress"),
+    "format 0": (top("format", 0), "its manifest has no format number"),
+    "format true": (top("format", True), "its manifest has no format number"),
+    "format text": (top("format", "1"), "its manifest has no format number"),
+    "format missing": (without("format"), "its manifest has no format number"),
+    "unknown key": (top("pooled", {}), "its manifest has 'pooled' missing or unknown"),
+    "tensors missing": (without("tensors"), "its manifest has 'tensors' missing or unknown"),
+    "tensors a list": (top("tensors", []), "its manifest has no object 'tensors'"),
+    "defaults a list": (top("defaults", []), "its manifest has no object 'defaults'"),
+    "defaults missing": (without("defaults"), "its manifest has 'defaults' missing or unknown"),
+    "defaults with an unknown field": (top("defaults", {"axis": [0], "note": 1}), "tensor 'v' has an entry with"),
+    "recipe text": (top("recipe", "{}"), "its manifest has no object 'recipe'"),
+    "tool a number": (top("tool", 1), "its manifest has no text 'tool'"),
+    "input size negative": (top("input_bytes", -1), "its manifest has no size 'input_bytes'"),
+    "input size real": (top("input_bytes", 1.0), "its manifest has no size 'input_bytes'"),
+    "input hash short": (top("input_sha256", "00"), "'input_sha256' that is not 64 hexadecimal digits"),
+    "recipe hash of capitals": (top("recipe_sha256", "A" * 64), "'recipe_sha256' that is not 64 hexadecimal digits"),
+    "recipe hash a number": (top("recipe_sha256", 0), "its manifest has no text 'recipe_sha256'"),
+    "tied to nothing": (top("tied", {"u": "nothing"}), "ties 'u' to 'nothing', which it does not hold"),
+    "tied to itself": (top("tied", {"u": "u"}), "ties 'u' to 'u', which it does not hold"),
+    "tied to a part": (top("tied", {"u": "w.qc.codes"}), "ties 'u' to 'w.qc.codes', which it does not hold"),
+    "tied and compressed": (top("tied", {"w": "v"}), "tensor 'w' is called tied and is stored too"),
+    "tied and kept": (top("tied", {"b": "v"}), "tensor 'b' is called tied and is stored too"),
+    "tied a list": (top("tied", ["w"]), "'tied' that is not a map from text to text"),
+    "tied to a number": (top("tied", {"u": 1}), "'tied' that is not a map from text to text"),
+    "metadata of numbers": (top("metadata", {"a": 1}), "'metadata' that is not a map from text to text"),
+}  # fmt: skip
+
+CASES = {**ENTRIES, **PARTS, **MANIFEST}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "no manifest"])
+def test_an_artifact_that_lies_is_refused(name: str, tmp_path: Path) -> None:
+    change, what = CASES[name]
+    path = make_artifact(tmp_path)
+    text = refusal(rewrite(path, change))
+    assert what in text
+    assert str(path) in text
+    if not what.startswith("ties") and name not in MANIFEST:
+        refusal(path, load_state_dict)
+
+
+def test_a_sound_artifact_is_accepted_after_the_same_rewriting(tmp_path: Path) -> None:
+    """What the cases above change is what they are refused for."""
+    path = rewrite(make_artifact(tmp_path), lambda *_: None)
+    assert {info.name for info in verify(path).files[0].kept} == {"b"}
+    assert denses(load_state_dict(path)) == expand(path)
+
+
+MANIFEST_TEXTS = {
+    "not JSON": ("{", "its manifest is not JSON"),
+    "a list": ("[]", "its manifest is not a JSON object"),
+    "a number": ("1", "its manifest is not a JSON object"),
+    "a key twice": ('{"format": 1, "format": 1}', "key 'format' stands twice"),
+    "a number that is none": ('{"format": NaN}', "NaN is no number"),
+    "half a surrogate pair": ('{"tool": "\\ud800"}', "its manifest is not JSON"),
+    "nested": ("[" * 100_000, "nested too deep"),
+    "empty": ("", "its manifest is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", MANIFEST_TEXTS)
+def test_a_manifest_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
+    text, what = MANIFEST_TEXTS[name]
+    path = save(tmp_path / "m.safetensors", {"w": gaussian(2, 2)}, {"qcompress": text})
+    assert what in refusal(path)
+
+
+def test_a_plain_checkpoint_is_no_artifact(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.safetensors", {"w": gaussian(2, 2)})
+    assert "is a plain safetensors file, not an artifact; compress it: qcompress quantize" in refusal(path)
+    assert not is_artifact(path)
+    assert not is_artifact(tmp_path / "missing")
+    assert is_artifact(make_artifact(tmp_path))
+    assert "no such file" in refusal(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("choice", ["packed", "zstd", "ans"])
+def test_every_flipped_bit_is_found(choice: str, tmp_path: Path) -> None:
+    """Header, manifest, padding, kept tensors, codes and grids: there is no bit that verifying does not see."""
+    path = make_artifact(tmp_path, {"w": gaussian(6, 10).sign(), "b": gaussian(2)}, choice)
+    assert read_artifact(path).files[0].manifest.tensors["w"].coding == choice
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            with pytest.raises(ArtifactError):
+                verify(path)
+    path.write_bytes(whole)
+    verify(path)
+
+
+@pytest.mark.parametrize("choice", ["packed", "zstd", "ans"])
+def test_truncated_at_every_byte(choice: str, tmp_path: Path) -> None:
+    path = make_artifact(tmp_path, choice=choice)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ArtifactError):
+            verify(path)
+
+
+@pytest.mark.parametrize("choice", ["packed", "zstd", "ans"])
+def test_loading_finds_every_flipped_bit_of_codes_and_grids(choice: str, tmp_path: Path) -> None:
+    """Loading checks no SHA-256, and still decodes no compressed tensor from wrong bytes."""
+    path = make_artifact(tmp_path, {"w": gaussian(6, 10).sign()}, choice)
+    whole = path.read_bytes()
+    for place in range(8 + int.from_bytes(whole[:8], "little"), len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        refusal(path, load_state_dict)
+
+
+@pytest.mark.parametrize("coding", ["zstd", "ans"])
+@pytest.mark.parametrize("shape", [[2**31, 2**31], [1, 2**40], [2**40, 1], [2**20, 2**20]])
+def test_a_small_file_that_declares_much_is_refused_at_once(coding: str, shape: list[int], tmp_path: Path) -> None:
+    path = make_artifact(tmp_path, {"w": torch.zeros(1, 1)}, coding)
+
+    def declare(header: Header, manifest: Header, _data: bytearray) -> None:
+        manifest["tensors"]["w"]["shape"] = shape
+
+    rewrite(path, declare)
+    tracemalloc.start()
+    assert "declares" in refusal(path)
+    refusal(path, load_state_dict)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_the_most_that_a_byte_can_stand_for_is_still_read(tmp_path: Path) -> None:
+    """Constant weights cost a byte for each chunk of codes: that is no bomb."""
+    path = make_artifact(tmp_path, {"w": torch.zeros(1 << 11, 1 << 11)}, "ans")
+    assert path.stat().st_size < 20_000
+    assert not load_state_dict(path)["w"].any()
+
+
+def test_a_module_of_another_shape_is_refused(tmp_path: Path) -> None:
+    path = make_artifact(tmp_path, {"weight": gaussian(3, 5), "bias": gaussian(3)})
+    load_into(torch.nn.Linear(5, 3), path)
+    assert "does not fit Linear: " in refusal(path, lambda one: load_into(torch.nn.Linear(4, 3), one))
+
+
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    source = save_folder(tmp_path / "in", {A: {"w": gaussian(6, 10)}, B: {"v": gaussian(4, 8), "b": gaussian(3)}})
+    run(source, tmp_path / "out", rtn(3))
+    return tmp_path / "out"
+
+
+def remap(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        index = json.loads((folder / INDEX_NAME).read_text())
+        change(index["weight_map"])
+        (folder / INDEX_NAME).write_text(json.dumps(index))
+
+    return apply
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "shard missing": (lambda f: (f / B).unlink(), f"{B}: no such file"),
+    "shard truncated": (lambda f: (f / B).write_bytes((f / B).read_bytes()[:-1]), f"{B}: is truncated"),
+    "shard of another model": (lambda f: (f / B).write_bytes((f / A).read_bytes()), "is wrong about the file that holds"),
+    "shard that is plain": (lambda f: save(f / B, {"v": gaussian(4, 8)}), "is a plain safetensors file"),
+    "shard too many": (lambda f: (f / "c.safetensors").write_bytes((f / A).read_bytes()), "is wrong about the file that holds 'w.qc.codes'"),
+    "index not JSON": (lambda f: (f / INDEX_NAME).write_text("{"), "has no weight_map"),
+    "index a list": (lambda f: (f / INDEX_NAME).write_text("[]"), "has no weight_map"),
+    "index nested": (lambda f: (f / INDEX_NAME).write_text("[" * 100_000), "has no weight_map"),
+    "index of numbers": (remap(lambda m: m.update({"w.qc.codes": 1})), "names files outside its folder"),
+    "index of lists": (remap(lambda m: m.update({"w.qc.codes": []})), "has no weight_map"),
+    "index empty": (remap(lambda m: m.clear()), "names files outside its folder, or none"),
+    "index lacks a part": (remap(lambda m: m.pop("w.qc.scale")), "is wrong about the file that holds 'w.qc.scale'"),
+    "index has a part too many": (remap(lambda m: m.update({"u": A})), "is wrong about the file that holds 'u'"),
+    "index swaps files": (remap(lambda m: m.update({"w.qc.scale": B})), "is wrong about the file that holds 'w.qc.scale'"),
+    "file above": (remap(lambda m: m.update({"b": "../x.safetensors"})), "names files outside its folder"),
+    "file elsewhere": (remap(lambda m: m.update({"b": "/etc/passwd"})), "names files outside its folder"),
+    "the folder above": (remap(lambda m: m.update({"b": ".."})), "is a folder, not a file"),
+    "no file name": (remap(lambda m: m.update({"b": "a\0b"})), "no name that a file can have"),
+    "no index": (lambda f: (f / INDEX_NAME).unlink(), f"holds 2 .safetensors files and no {INDEX_NAME}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_that_lies_is_refused(name: str, folder: Path) -> None:
+    verify(folder)
+    change, what = FOLDERS[name]
+    change(folder)
+    assert what in refusal(folder, read_artifact)
+
+
+def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
+    """Even where the index agrees: each file holds other parts of a tensor that both call their own."""
+    (folder / A).write_bytes((folder / B).read_bytes())
+    (folder / INDEX_NAME).write_text(
+        json.dumps({"weight_map": dict.fromkeys(read_artifact(folder / B).files[0].container.spans, B)})
+    )
+    assert "holds a tensor in two of its files" in refusal(folder)
+
+
+def test_the_library_opens_what_it_should_and_nothing_is_added(tmp_path: Path) -> None:
+    path = make_artifact(tmp_path)
+    with safe_open(path, "pt") as library:
+        assert set(library.metadata()) == {"format", "qcompress"}
+        assert library.metadata()["format"] == "pt"
+        parts = {"w.qc.codes", "w.qc.scale", "w.qc.zero_point", "v.qc.codes", "v.qc.scale", "b"}
+        assert set(library.keys()) == parts
+        assert torch.equal(library.get_tensor("b"), gaussian(3, seed=2))
+        assert library.get_tensor("w.qc.codes").shape == (6, 4)
+
+
+def test_the_manifest_is_short_sorted_and_silent_about_the_machine(tmp_path: Path) -> None:
+    source = save(tmp_path / "m.safetensors", {"w": gaussian(6, 10), "v": gaussian(4, 7)}, {"note": "kept"})
+    run(source, tmp_path / "a.safetensors", recipe(rule("v", "rtn", bits=2), rule("w", "rtn", bits=3)))
+    with safe_open(tmp_path / "a.safetensors", "pt") as library:
+        text = library.metadata()["qcompress"]
+    manifest = json.loads(text)
+    assert text == json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    assert manifest["metadata"] == {"note": "kept"}
+    assert manifest["defaults"] == {"axis": [0], "bits": 2, "coding": "packed", "dtype": "F32", "grid": "zero-point"}
+    assert set(manifest["tensors"]["v"]) == {"crc32", "exponent", "shape"}
+    assert set(manifest["tensors"]["w"]) == {"bits", "crc32", "exponent", "shape"}
+    assert str(tmp_path) not in text
+    assert manifest["input_bytes"] == source.stat().st_size

@@ -1,0 +1,265 @@
+"""What a plan decides, why, what it refuses, and that the sizes it foretells are those of the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifact.examples import gaussian, plan_for, recipe, rtn, rule, save, verify
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcompress.artifact.layout import grid_of, make_slots
+from qcompress.checkpoint import read_checkpoint
+from qcompress.compress import Options, compress
+from qcompress.errors import QcompressError, RecipeError, Refusals
+from qcompress.plan import make_plan
+from qcompress.registry import METHODS
+from qcompress.shards import make_shards
+from qcompress.types import Axis, Decision, Plan, Recipe, Rule, TensorInfo
+
+INFOS = (
+    TensorInfo("a.weight", (8, 4), "F32"),
+    TensorInfo("a.bias", (8,), "F32"),
+    TensorInfo("b.weight", (8, 2, 3), "BF16"),
+    TensorInfo("steps", (), "I64"),
+    TensorInfo("scale", (), "F32"),
+    TensorInfo("mask", (4, 4), "BOOL"),
+    TensorInfo("empty", (0, 4), "F32"),
+    TensorInfo("twin", (8, 4), "F32"),
+)
+TIED = {"twin": "a.weight"}
+
+
+def decide(
+    asked: Recipe, infos: tuple[TensorInfo, ...] = INFOS, axes: dict[str, Axis] | None = None
+) -> dict[str, Decision]:
+    plan = make_plan(asked, infos, TIED, axes or {})
+    assert [decision.tensor for decision in plan.decisions] == list(infos)
+    assert plan.recipe is asked
+    return {decision.tensor.name: decision for decision in plan.decisions}
+
+
+def refusals(asked: Recipe, infos: tuple[TensorInfo, ...] = INFOS, axes: dict[str, Axis] | None = None) -> list[str]:
+    with pytest.raises(QcompressError) as caught:
+        make_plan(asked, infos, TIED, axes or {})
+    assert isinstance(caught.value, RecipeError | Refusals)
+    assert caught.value.exit_code == 3
+    return caught.value.lines()
+
+
+def test_a_wildcard_compresses_matrices_and_says_why_it_keeps_the_rest() -> None:
+    found = decide(rtn())
+    assert {name for name, decision in found.items() if decision.compresses} == {"a.weight", "b.weight"}
+    assert {name: decision.reason for name, decision in found.items()} == {
+        "a.weight": "rule *",
+        "a.bias": "fewer than two dimensions",
+        "b.weight": "rule *",
+        "steps": "dtype I64 is kept",
+        "scale": "fewer than two dimensions",
+        "mask": "dtype BOOL is kept",
+        "empty": "no elements",
+        "twin": "tied to a.weight, stored once",
+    }
+    assert found["twin"].tied_to == "a.weight"
+
+
+def test_the_first_rule_that_matches_decides_and_the_rest_is_kept() -> None:
+    found = (
+        decide(
+            recipe(rule("b.*"), rule("*.weight", "rtn", bits=2), rule("a.weight*", "rtn", bits=8), rule("a.*")),
+            INFOS[:3],
+        )
+        if False
+        else decide(
+            recipe(rule("b.*"), rule("a.weight", "rtn", bits=8), rule("*.weight", "rtn", bits=2)),
+            (*INFOS[:3], TensorInfo("c.weight", (2, 2), "F16")),
+        )
+    )
+    assert [(name, d.config and d.config.bits, d.reason) for name, d in found.items()] == [
+        ("a.weight", 8, "rule a.weight"),
+        ("a.bias", None, "no rule matches"),
+        ("b.weight", None, "kept by rule b.*"),
+        ("c.weight", 2, "rule *.weight"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.bias", "scale", "twin"])
+def test_a_name_without_a_wildcard_compresses_vectors_scalars_and_copies(name: str) -> None:
+    found = decide(recipe(rule(name, "rtn", bits=8)))
+    assert {one for one, decision in found.items() if decision.compresses} == {name}
+    assert found[name].tied_to is None
+
+
+def test_a_name_without_a_wildcard_keeps_a_copy_by_itself() -> None:
+    assert decide(recipe(rule("twin")))["twin"].tied_to is None
+
+
+@pytest.mark.parametrize(("name", "why"), [("steps", "dtype I64 is kept"), ("mask", "dtype BOOL is kept")])
+def test_what_cannot_be_compressed_is_refused_where_it_is_named(name: str, why: str) -> None:
+    (line,) = refusals(recipe(rule(name, "rtn", bits=8)))
+    assert line == f"rule {name}: rtn cannot compress {name}: {why}; use keep: {{}}"
+
+
+def test_rules_that_decide_nothing_are_refused_all_at_once() -> None:
+    lines = refusals(
+        recipe(
+            rule("*.weight", "rtn", bits=4),
+            rule("a.weight", "rtn", bits=8),
+            rule("c.*", "rtn", bits=4),
+            rule("*.bias", "rtn", bits=4),
+            rule("b.weight"),
+            rule("mas?", "rtn", bits=4),
+            rule("nowhere*"),
+        )
+    )
+    assert len(lines) == 6
+    assert (
+        lines[0]
+        == "rule a.weight: match 'a.weight' decides nothing: rule *.weight comes first; put the narrower rule first"
+    )
+    assert lines[1].startswith("rule c.*: match 'c.*' fits no tensor; nearest names: ")
+    assert "compresses nothing: a.bias: fewer than two dimensions" in lines[2]
+    assert lines[3].startswith("rule b.weight: match 'b.weight' decides nothing")
+    assert "compresses nothing: mask: dtype BOOL is kept" in lines[4]
+    assert lines[5].startswith("rule nowhere*: match 'nowhere*' fits no tensor")
+
+
+def test_nothing_to_match_is_refused() -> None:
+    assert refusals(rtn(), ()) == ["rule *: match '*' fits no tensor; the checkpoint has no tensors"]
+
+
+def test_every_tensor_whose_groups_do_not_divide_is_named() -> None:
+    infos = (*INFOS[:3], TensorInfo("c.weight", (3, 90), "F32"))
+    lines = refusals(rtn(group_size=64), infos)
+    assert len(lines) == 3
+    assert "a.weight [8, 4]: group_size 64 does not divide its 4 values a channel; nearest that does: 4" in lines[0]
+    assert "b.weight [8, 2, 3]: group_size 64 does not divide its 6 values a channel" in lines[1]
+    assert (
+        "c.weight [3, 90]: group_size 64 does not divide its 90 values a channel; nearest that does: 90" in lines[2]
+        or "45" in lines[2]
+    )
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.family == "quantize"])
+def test_every_method_refuses_groups_that_do_not_divide(method: str) -> None:
+    assert len(refusals(recipe(rule("a.weight", method, bits=4, group_size=3)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("axis", "axes"),
+    [(0, (0,)), (1, (1,)), (2, (2,)), (-1, (2,)), (-3, (0,)), ((0, 2), (0, 2)), ((2, 0), (2, 0)), ((-1, 0), (2, 0))],
+)
+def test_axes_are_counted_from_either_end(axis: Any, axes: tuple[int, ...]) -> None:
+    assert decide(recipe(rule("b.weight", "rtn", bits=4, axis=axis)))["b.weight"].axis == axes
+
+
+@pytest.mark.parametrize("axis", [3, -4, (0, 0), (0, -3), (0, 1, 2), (), (0, 3)])
+def test_axes_that_a_tensor_does_not_have_are_refused(axis: Any) -> None:
+    (line,) = refusals(recipe(rule("b.weight", "rtn", bits=4, axis=axis)))
+    assert "is none of b.weight [8, 2, 3]; give one to 2 different axes below 3" in line
+
+
+def test_the_recipe_has_its_say_on_axes_before_the_checkpoint() -> None:
+    axes = {"a.weight": Axis((1,), "config.json: Conv1D, stored transposed")}
+    found = decide(rtn(), axes=axes)
+    assert found["a.weight"].axis == (1,)
+    assert found["a.weight"].reason == "rule *; config.json: Conv1D, stored transposed"
+    found = decide(recipe(rule("a.weight", "rtn", bits=4, axis=0)), axes=axes)
+    assert (found["a.weight"].axis, found["a.weight"].reason) == ((0,), "rule a.weight")
+
+
+def test_groups_are_held_against_the_channels_of_the_axis() -> None:
+    infos = (TensorInfo("a.weight", (8, 4), "F32"),)
+    assert decide(recipe(rule("*", "rtn", bits=4, group_size=8, axis=1)), infos)["a.weight"].compresses
+    assert refusals(recipe(rule("*", "rtn", bits=4, group_size=8)), infos)
+
+
+def test_case_matters_and_brackets_are_classes() -> None:
+    infos = (TensorInfo("A.w", (2, 2), "F32"), TensorInfo("a.w", (2, 2), "F32"), TensorInfo("x[0]", (2, 2), "F32"))
+    found = decide(recipe(rule("a.*", "rtn", bits=4), rule("x[[]0]", "rtn", bits=4)), infos)
+    assert [name for name, decision in found.items() if decision.compresses] == ["a.w", "x[0]"]
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@st.composite
+def checkpoints_and_rules(draw: st.DrawFn) -> tuple[dict[str, torch.Tensor], list[Rule], dict[str, str]]:
+    names = draw(st.lists(st.text('abç"\\\n.', min_size=1, max_size=6), min_size=1, max_size=5, unique=True))
+    tensors, rules = {}, []
+    for index, name in enumerate(names):
+        shape = draw(st.lists(st.integers(1, 6), max_size=3))
+        columns = 2 * draw(st.integers(1, 4))
+        tensors[name] = gaussian(*shape, columns, seed=index, dtype=draw(st.sampled_from(DTYPES)))
+        if draw(st.booleans()) or not rules:
+            options: dict[str, Any] = {"bits": draw(st.integers(2, 8)), "symmetric": draw(st.booleans())}
+            options |= draw(st.sampled_from([{}, {"granularity": "tensor"}, {"group_size": 2}]))
+            method = draw(st.sampled_from(["rtn", "mse"]))
+            rules.append(rule(name, method, **options))
+    return (
+        tensors,
+        rules,
+        draw(st.dictionaries(st.text('xyz"ü', min_size=1, max_size=4), st.text(max_size=5), max_size=2)),
+    )
+
+
+@given(checkpoints_and_rules(), st.sampled_from(["packed", "zstd", "ans", "auto"]))
+@settings(deadline=None, max_examples=60)
+def test_the_foretold_size_is_that_of_the_file(
+    tmp_path_factory: pytest.TempPathFactory,
+    made: tuple[dict[str, torch.Tensor], list[Rule], dict[str, str]],
+    choice: Any,
+) -> None:
+    tensors, rules, metadata = made
+    folder = tmp_path_factory.mktemp("size")
+    source = save(folder / "m.safetensors", tensors, metadata or None)
+    checkpoint = read_checkpoint(source)
+    plan = plan_for(checkpoint, recipe(*rules))
+    (shard,) = make_shards(checkpoint, plan, choice)
+    compress(checkpoint, plan, Options(folder / "a.safetensors", choice=choice))
+    size = (folder / "a.safetensors").stat().st_size
+    assert size <= shard.layout.file_bytes
+    if choice == "packed":
+        assert size == shard.layout.file_bytes
+        assert shard.layout.exact
+    verify(folder / "a.safetensors")
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.family == "quantize"])
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 2, "granularity": "tensor"}, {"bits": 4, "group_size": 2}])
+def test_every_method_stores_the_grid_that_its_config_foretells(method: str, options: dict[str, Any]) -> None:
+    from qcompress.coding.affine import exponent_for
+
+    weight = gaussian(6, 8)
+    config = METHODS[method].config(**options)
+    decision = Decision(TensorInfo("w", (6, 8), "F32"), method, config, "")
+    encoded = METHODS[method].load()(weight, config, exponent_for(float(weight.abs().max())))
+    slots = {slot.name.removeprefix("w.qc."): slot for slot in make_slots(decision, "packed")}
+    for part in ("scale", "zero_point", "offset"):
+        value = getattr(encoded, part)
+        assert (value is not None) == (part in slots)
+        assert value is None or tuple(value.shape) == slots[part].shape
+    grid = (
+        "zero-point"
+        if encoded.zero_point is not None
+        else "offset"
+        if encoded.offset is not None
+        else encoded.convention
+    )
+    assert grid_of(decision) == grid
+
+
+def test_a_plan_is_a_value() -> None:
+    asked = rtn()
+    assert make_plan(asked, INFOS, TIED, {}) == make_plan(asked, INFOS, TIED, {})
+    assert isinstance(make_plan(asked, INFOS, TIED, {}), Plan)
+
+
+def test_planning_reads_no_weight(tmp_path: Path) -> None:
+    """Headers alone decide: the plan of a file whose data are gone is that of the whole one."""
+    whole = read_checkpoint(save(tmp_path / "m.safetensors", {"w": gaussian(64, 64)}))
+    plan = plan_for(whole, rtn())
+    assert make_plan(rtn(), whole.tensors, {}, {}) == plan
