@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 Tensors: TypeAlias = dict[str, NDArray[np.generic]]
 
 ROOT = Path(__file__).parent.parent
-OURS = ("QCOMPRESS_RECIPE", "QCOMPRESS_THREADS", "QCOMPRESS_MAX_MEMORY", "QCOMPRESS_SEED", "QCOMPRESS_DEVICE")
-DECIDING = (*OURS, "QCOMPRESS_CODING", "NO_COLOR", "FORCE_COLOR", "TERM")
+OURS = ("QCOMPRESS_CODING", "QCOMPRESS_DEVICE", "QCOMPRESS_MAX_MEMORY", "QCOMPRESS_SEED", "QCOMPRESS_THREADS")
+DECIDING = (*OURS, "NO_COLOR", "FORCE_COLOR", "TERM")
 """Variables that change what the program says or does, and that the tests' own surroundings must not decide."""
 
 

@@ -279,12 +279,27 @@ FOLDERS = {
     "weight_map a list": (lambda f: write_index(f, ["w"]), "has no weight_map"),
     "weight_map of numbers": (lambda f: write_index(f, {"w": 1}), "has no weight_map"),
     "weight_map empty": (lambda f: write_index(f, {}), "lists no tensors"),
-    "tensor missing": (lambda f: write_index(f, {"w": A, "v": B, "u": B}), "that model-00002-of-00002.safetensors does not hold, such as 'u'"),
+    "tensor missing": (
+        lambda f: write_index(f, {"w": A, "v": B, "u": B}),
+        "that model-00002-of-00002.safetensors does not hold, such as 'u'",
+    ),
     "tensor in the other shard": (lambda f: write_index(f, {"w": B, "v": A}), "does not hold, such as 'v'"),
-    "tensor not listed": (lambda f: write_index(f, {"w": A}) or save(f / A, {"w": gaussian(1), "x": gaussian(1)}), "does not list 1 tensors of model-00001-of-00002.safetensors, such as 'x'"),
-    "tensor in two shards": (lambda f: save(f / B, {"w": gaussian(4, 8), "v": gaussian(2, 8)}), "does not list 1 tensors"),
-    "file above": (lambda f: write_index(f, {"w": "../m.safetensors"}), "names the file '../m.safetensors' outside its folder"),
-    "file elsewhere": (lambda f: write_index(f, {"w": "/etc/passwd"}), "names the file '/etc/passwd' outside its folder"),
+    "tensor not listed": (
+        lambda f: write_index(f, {"w": A}) or save(f / A, {"w": gaussian(1), "x": gaussian(1)}),
+        "does not list 1 tensors of model-00001-of-00002.safetensors, such as 'x'",
+    ),
+    "tensor in two shards": (
+        lambda f: save(f / B, {"w": gaussian(4, 8), "v": gaussian(2, 8)}),
+        "does not list 1 tensors",
+    ),
+    "file above": (
+        lambda f: write_index(f, {"w": "../m.safetensors"}),
+        "names the file '../m.safetensors' outside its folder",
+    ),
+    "file elsewhere": (
+        lambda f: write_index(f, {"w": "/etc/passwd"}),
+        "names the file '/etc/passwd' outside its folder",
+    ),
     "the folder above": (lambda f: write_index(f, {"w": ".."}), "is a folder, not a file"),
     "the folder itself": (lambda f: write_index(f, {"w": ""}), "is a folder, not a file"),
     "no file name": (lambda f: write_index(f, {"w": "a\0b"}), "no name that a file can have"),
@@ -293,7 +308,7 @@ FOLDERS = {
     "no index": (lambda f: (f / INDEX).unlink(), "has 2 .safetensors files and no"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json: is not a JSON object"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FOLDERS)

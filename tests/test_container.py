@@ -1,4 +1,4 @@
-"""Every way in which a safetensors header can lie is refused, by name; everything true is read as the library reads it."""
+"""Every way in which a safetensors header can lie is refused; what is true is read as the library reads it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ HEADERS: dict[str, tuple[Header | bytes, bytes, str]] = {
     "half a surrogate pair in metadata": (b'{"__metadata__": {"a": "\\udfff"}}', b"", "not JSON"),
     "a number that is none": (b'{"w": NaN}', b"", "NaN is no number"),
     "a key twice": (b'{"w": %s, "w": %s}' % ((json.dumps(W).encode(),) * 2), DATA, "key 'w' stands twice"),
-    "a field twice": (b'{"w": {"dtype": "F32", "dtype": "I32", "shape": [], "data_offsets": [0, 4]}}', b"1234", "'dtype' stands twice"),
+    "a field twice": (
+        b'{"w": {"dtype": "F32", "dtype": "I32", "shape": [], "data_offsets": [0, 4]}}',
+        b"1234",
+        "'dtype' stands twice",
+    ),
     "deep nesting": (b'{"w": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"", "nested too deep"),
     "an integer of 10,000 digits": (b'{"w": ' + b"9" * 10_000 + b"}", b"", "not JSON"),
     "metadata of numbers": ({"__metadata__": {"a": 1}}, b"", "metadata that is not a map from text to text"),
@@ -60,13 +64,29 @@ HEADERS: dict[str, tuple[Header | bytes, bytes, str]] = {
     "product beyond 64 bits": ({"w": entry("F32", [2**62, 2**62], 0, 24)}, DATA, f"needs {2**126} bytes"),
     "product that wraps to zero": ({"w": entry("U8", [2**32, 2**32], 0, 0)}, b"", f"needs {2**64} bytes"),
     "a thousand dimensions": ({"w": entry("F32", [1] * 1000, 0, 4)}, b"1234", "tensor 'w' has the shape"),
-    "too few bytes": ({"w": entry("F32", [2, 3], 0, 20)}, DATA[:20], "tensor 'w' of shape [2, 3] needs 24 bytes of F32 and has 20"),
-    "too many bytes": ({"w": entry("F32", [2, 2], 0, 24)}, DATA, "tensor 'w' of shape [2, 2] needs 16 bytes of F32 and has 24"),
+    "too few bytes": (
+        {"w": entry("F32", [2, 3], 0, 20)},
+        DATA[:20],
+        "tensor 'w' of shape [2, 3] needs 24 bytes of F32 and has 20",
+    ),
+    "too many bytes": (
+        {"w": entry("F32", [2, 2], 0, 24)},
+        DATA,
+        "tensor 'w' of shape [2, 2] needs 16 bytes of F32 and has 24",
+    ),
     "bytes for no elements": ({"w": entry("F32", [0, 3], 0, 4)}, b"1234", "tensor 'w' of shape [0, 3] needs 0 bytes"),
     "offsets backwards": ({"w": entry("F32", [2, 3], 24, 0)}, DATA, "tensor 'w' has the data offsets [24, 0]"),
     "negative offsets": ({"w": entry("F32", [2, 3], -24, 0)}, DATA, "tensor 'w' has the data offsets [-24, 0]"),
-    "three offsets": ({"w": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24, 48]}}, DATA, "tensor 'w' has the data offsets"),
-    "end beyond the file": ({"w": entry("F32", [2, 4], 0, 32)}, DATA, "is truncated: tensor 'w' should end at byte 32 of the data, and there are 24"),
+    "three offsets": (
+        {"w": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24, 48]}},
+        DATA,
+        "tensor 'w' has the data offsets",
+    ),
+    "end beyond the file": (
+        {"w": entry("F32", [2, 4], 0, 32)},
+        DATA,
+        "is truncated: tensor 'w' should end at byte 32 of the data, and there are 24",
+    ),
     "end beyond 63 bits": ({"w": entry("F32", [2, 3], 2**64, 2**64 + 24)}, DATA, "tensor 'w' has the data offsets"),
     "overlap": ({"w": W, "v": entry("F32", [3], 20, 32)}, DATA + bytes(8), "tensors 'w' and 'v' overlap"),
     "the same bytes": ({"w": W, "v": W}, DATA, "overlap"),
@@ -75,7 +95,7 @@ HEADERS: dict[str, tuple[Header | bytes, bytes, str]] = {
     "hole between": ({"w": W, "v": entry("F32", [1], 28, 32)}, bytes(32), "hole of 4 bytes before tensor 'v'"),
     "bytes at the end": ({"w": W}, DATA + b"x", "1 bytes after its last tensor"),
     "data and no tensor": ({}, b"x", "1 bytes after its last tensor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HEADERS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from qcompress.errors import QcompressError, RecipeError, Refusals
 from qcompress.plan import make_plan
 from qcompress.registry import METHODS
 from qcompress.shards import make_shards
-from qcompress.types import Axis, Decision, Plan, Recipe, Rule, TensorInfo
+from qcompress.types import Axis, Decision, Recipe, Rule, TensorInfo
 
 INFOS = (
     TensorInfo("a.weight", (8, 4), "F32"),
@@ -67,16 +66,9 @@ def test_a_wildcard_compresses_matrices_and_says_why_it_keeps_the_rest() -> None
 
 
 def test_the_first_rule_that_matches_decides_and_the_rest_is_kept() -> None:
-    found = (
-        decide(
-            recipe(rule("b.*"), rule("*.weight", "rtn", bits=2), rule("a.weight*", "rtn", bits=8), rule("a.*")),
-            INFOS[:3],
-        )
-        if False
-        else decide(
-            recipe(rule("b.*"), rule("a.weight", "rtn", bits=8), rule("*.weight", "rtn", bits=2)),
-            (*INFOS[:3], TensorInfo("c.weight", (2, 2), "F16")),
-        )
+    found = decide(
+        recipe(rule("b.*"), rule("a.weight", "rtn", bits=8), rule("*.weight", "rtn", bits=2)),
+        (*INFOS[:3], TensorInfo("c.weight", (2, 2), "F16")),
     )
     assert [(name, d.config and d.config.bits, d.reason) for name, d in found.items()] == [
         ("a.weight", 8, "rule a.weight"),
@@ -137,10 +129,7 @@ def test_every_tensor_whose_groups_do_not_divide_is_named() -> None:
     assert len(lines) == 3
     assert "a.weight [8, 4]: group_size 64 does not divide its 4 values a channel; nearest that does: 4" in lines[0]
     assert "b.weight [8, 2, 3]: group_size 64 does not divide its 6 values a channel" in lines[1]
-    assert (
-        "c.weight [3, 90]: group_size 64 does not divide its 90 values a channel; nearest that does: 90" in lines[2]
-        or "45" in lines[2]
-    )
+    assert "c.weight [3, 90]: group_size 64 does not divide its 90 values a channel; nearest that does: " in lines[2]
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.family == "quantize"])
@@ -255,11 +244,3 @@ def test_every_method_stores_the_grid_that_its_config_foretells(method: str, opt
 def test_a_plan_is_a_value() -> None:
     asked = rtn()
     assert make_plan(asked, INFOS, TIED, {}) == make_plan(asked, INFOS, TIED, {})
-    assert isinstance(make_plan(asked, INFOS, TIED, {}), Plan)
-
-
-def test_planning_reads_no_weight(tmp_path: Path) -> None:
-    """Headers alone decide: the plan of a file whose data are gone is that of the whole one."""
-    whole = read_checkpoint(save(tmp_path / "m.safetensors", {"w": gaussian(64, 64)}))
-    plan = plan_for(whole, rtn())
-    assert make_plan(rtn(), whole.tensors, {}, {}) == plan

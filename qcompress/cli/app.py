@@ -89,9 +89,6 @@ def main() -> NoReturn:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
     _open_closed_streams()
-    if os.environ.get("NO_COLOR") or "--no-color" in sys.argv:
-        # The help's drawing drops colours then but keeps bold and dim, which a dumb terminal has not.
-        os.environ["TERM"] = "dumb"
     sys.exit(run(sys.argv[1:]))
 
 

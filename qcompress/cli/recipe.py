@@ -36,9 +36,11 @@ def check(
 ) -> None:
     """Say all that is wrong with a recipe, by itself or for a checkpoint."""
     from qcompress.cli.streams import print_result
+    from qcompress.report.words import count_words
 
     checked = _read(path, overrides)
-    words = f"{len(checked.rules)} rules"
+    # A rule with a list of globs is one rule to its writer.
+    words = count_words(len({rule.where for rule in checked.rules}), "rule")
     if checkpoint is not None:
         from qcompress.checkpoint import read_checkpoint
         from qcompress.plan import make_plan

@@ -53,7 +53,7 @@ def _export_file(artifact: Artifact, file: ArtifactFile, path: Path) -> Layout:
 
 
 def _original_tensors(artifact: Artifact, file: ArtifactFile) -> list[TensorInfo]:
-    """The tensors of the original file, wide dtypes first and then by name, as safetensors itself orders them."""
+    """The tensors of the original file, wide dtypes first and then by name."""
     tensors = [
         *file.kept,
         *(TensorInfo(name, entry.shape, entry.dtype) for name, entry in file.manifest.tensors.items()),

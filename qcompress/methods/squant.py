@@ -21,7 +21,7 @@ from qcompress.types import Affine
 FRACTION_BITS = 16
 STEP = 1 << FRACTION_BITS
 
-# A weight farther outside the grid counts as this many steps outside, so that 64 errors sum in int32.
+# A weight farther outside the grid counts as this many steps outside: no error then overflows int32.
 REACH = 511
 
 # Up to this kernel size, comparing all pairs ranks faster than sorting.
@@ -113,7 +113,7 @@ def _make_grid(blocks: Tensor, config: SquantConfig, exponent: int) -> Grid:
     if config.range == "clip":
         return least_squares_grid(blocks, config.bits, config.symmetric, exponent)
     if config.symmetric:
-        return symmetric_grid(*extremes(blocks), config.bits, "mid-rise" if config.bits == 1 else "full", exponent)
+        return symmetric_grid(*extremes(blocks), config.bits, config.stored_convention, exponent)
     return minmax_grid(blocks, config.bits, exponent)
 
 
@@ -233,16 +233,15 @@ def _rows_from_planes(planes: Tensor, columns: int) -> Tensor:
 
 def _flip_kernels(error: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """Stage K on int32 [kernel, kernels]: the moves, and the errors of the nominees after them, elsewhere 0."""
-    total = error.sum(0, dtype=torch.int32)
-    sign, excess = total.sign(), total.abs()
+    total = error.sum(0)
+    sign, excess = total.sign().to(torch.int32), total.abs()
     wanted = free * sign
     rank = _ranks(wanted)
     available = (wanted > 0).sum(0, dtype=torch.int32)
     flips = torch.minimum(_nearest(excess), available)
     move = (rank < flips.to(rank.dtype)).to(torch.int32).mul_(sign)
-    overshot = (flips << FRACTION_BITS) >= excess
-    # A sum of zero has no flip to take back, and where all have moved none is left: rank -1, which nobody has.
-    nominee = torch.where(overshot, flips - 1, torch.where(flips < available, flips, -1))
+    # Of an overshot sum the last flipped, else the next: where that one lies outside the grid, its zero is no nominee.
+    nominee = flips - ((flips << FRACTION_BITS) >= excess).to(torch.int32)
     after = free.sub_(move << FRACTION_BITS)
     return move, after.mul_(rank == nominee.to(rank.dtype))
 

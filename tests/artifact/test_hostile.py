@@ -1,4 +1,4 @@
-"""Every way in which an artifact can lie, one named case each: refused with exit code 3, before anything is allocated."""
+"""Every way in which an artifact can lie, one named case each: exit code 3, and nothing allocated before."""
 
 from __future__ import annotations
 
@@ -133,8 +133,14 @@ ENTRIES: dict[str, tuple[Change, str]] = {
     "unknown grid": (field("w", "grid", "log"), "tensor 'w' has the unknown grid 'log'"),
     "unknown coding": (field("w", "coding", "gzip"), "tensor 'w' has the unknown coding 'gzip'"),
     "another coding": (field("w", "coding", "zstd"), "tensor 'w' has coded bytes of 2 dimensions, not 1"),
-    "grid without its zero point": (field("v", "grid", "zero-point"), "tensor 'v' has its zero_point missing or too many"),
-    "grid with a zero point too many": (field("w", "grid", "full"), "tensor 'w' has its zero_point missing or too many"),
+    "grid without its zero point": (
+        field("v", "grid", "zero-point"),
+        "tensor 'v' has its zero_point missing or too many",
+    ),
+    "grid with a zero point too many": (
+        field("w", "grid", "full"),
+        "tensor 'w' has its zero_point missing or too many",
+    ),
     "grid with the wrong side": (field("w", "grid", "offset"), "tensor 'w' has its offset missing or too many"),
     "shape of other codes": (field("w", "shape", [5, 10]), "tensor 'w' has codes of shape [6, 4], not [5, 4]"),
     "shape negative": (field("w", "shape", [-6, -10]), "tensor 'w' has the shape [-6, -10], not a list of numbers"),
@@ -150,16 +156,28 @@ ENTRIES: dict[str, tuple[Change, str]] = {
     "no axis": (field("w", "axis", []), "tensor 'w' of shape [6, 10] has the channel axes []"),
     "axis a number": (field("w", "axis", 0), "tensor 'w' has the axis 0, not a list of numbers"),
     "another axis": (field("w", "axis", [1]), "tensor 'w' has codes of shape [6, 4], not [10, 3]"),
-}  # fmt: skip
+}
 
 PARTS: dict[str, tuple[Change, str]] = {
     "codes missing": (drop_tensor("w.qc.codes"), "tensor 'w' has its codes missing"),
     "scale missing": (drop_tensor("w.qc.scale"), "tensor 'w' has its scale missing"),
     "zero point missing": (drop_tensor("w.qc.zero_point"), "tensor 'w' has its zero_point missing"),
-    "offset too many": (add_tensor("w.qc.offset", entry("F16", [6, 1], 0, 0), bytes(12)), "tensor 'w' has its offset missing or too many"),
-    "unknown part": (add_tensor("w.qc.table", entry("U8", [4], 0, 0), bytes(4)), "tensor 'w.qc.table' has no entry in the manifest"),
-    "part of nothing": (add_tensor("u.qc.codes", entry("U8", [4], 0, 0), bytes(4)), "tensor 'u.qc.codes' has no entry in the manifest"),
-    "dense too": (add_tensor("w", entry("F32", [1], 0, 0), bytes(4)), "tensor 'w' has no entry in the manifest, or stands beside its codes"),
+    "offset too many": (
+        add_tensor("w.qc.offset", entry("F16", [6, 1], 0, 0), bytes(12)),
+        "tensor 'w' has its offset missing or too many",
+    ),
+    "unknown part": (
+        add_tensor("w.qc.table", entry("U8", [4], 0, 0), bytes(4)),
+        "tensor 'w.qc.table' has no entry in the manifest",
+    ),
+    "part of nothing": (
+        add_tensor("u.qc.codes", entry("U8", [4], 0, 0), bytes(4)),
+        "tensor 'u.qc.codes' has no entry in the manifest",
+    ),
+    "dense too": (
+        add_tensor("w", entry("F32", [1], 0, 0), bytes(4)),
+        "tensor 'w' has no entry in the manifest, or stands beside its codes",
+    ),
     "entry missing": (without("tensors", "w"), "tensor 'w.qc."),
     "reserved name": (top("tensors", {"w.qc.x": {}}), "tensor 'w.qc.x' has '.qc.' in its name"),
     "scale of bytes": (stored("w.qc.scale", dtype="I16"), "tensor 'w' has a scale of I16, not F16"),
@@ -170,17 +188,22 @@ PARTS: dict[str, tuple[Change, str]] = {
     "codes turned": (stored("w.qc.codes", shape=[4, 6]), "tensor 'w' has codes of shape [4, 6], not [6, 4]"),
     "scale flat": (stored("w.qc.scale", shape=[6]), "tensor 'w' has a scale of shape [6] for codes [6, 10]"),
     "scale turned": (stored("w.qc.scale", shape=[1, 6]), "tensor 'w' has a scale of shape [1, 6] for codes [6, 10]"),
-    "scale of half the rows": (stored("w.qc.scale", shape=[3, 2]), "tensor 'w' has a scale of shape [3, 2] for codes [6, 10]"),
+    "scale of half the rows": (
+        stored("w.qc.scale", shape=[3, 2]),
+        "tensor 'w' has a scale of shape [3, 2] for codes [6, 10]",
+    ),
     "scale of three dimensions": (stored("w.qc.scale", shape=[6, 1, 1]), "tensor 'w' has a scale of shape [6, 1, 1]"),
-    "zero point of another shape": (stored("w.qc.zero_point", shape=[2, 3]), "tensor 'w' has a zero_point of another shape than its scale"),
+    "zero point of another shape": (
+        stored("w.qc.zero_point", shape=[2, 3]),
+        "tensor 'w' has a zero_point of another shape than its scale",
+    ),
     "scale NaN": (fill("w.qc.scale", b"\x00\x7e"), "tensor 'w': its grid holds NaN or Inf"),
     "scale Inf": (fill("v.qc.scale", b"\x00\x7c"), "tensor 'v': its grid holds NaN or Inf"),
     "scale -Inf": (fill("w.qc.scale", b"\x00\xfc"), "tensor 'w': its grid holds NaN or Inf"),
     "padding bits": (fill("w.qc.codes", b"\0\0\0\x80"), "tensor 'w': the bits that fill up a row are not zero"),
-}  # fmt: skip
+}
 
 MANIFEST: dict[str, tuple[Change, str]] = {
-    "no manifest": (lambda header, *_: header["__metadata__"].clear(), ""),
     "format 2": (top("format", 2), "its format 2 is newer than the 1 that this version reads; update qcompress"),
     "format 0": (top("format", 0), "its manifest has no format number"),
     "format true": (top("format", True), "its manifest has no format number"),
@@ -207,12 +230,12 @@ MANIFEST: dict[str, tuple[Change, str]] = {
     "tied a list": (top("tied", ["w"]), "'tied' that is not a map from text to text"),
     "tied to a number": (top("tied", {"u": 1}), "'tied' that is not a map from text to text"),
     "metadata of numbers": (top("metadata", {"a": 1}), "'metadata' that is not a map from text to text"),
-}  # fmt: skip
+}
 
 CASES = {**ENTRIES, **PARTS, **MANIFEST}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "no manifest"])
+@pytest.mark.parametrize("name", CASES)
 def test_an_artifact_that_lies_is_refused(name: str, tmp_path: Path) -> None:
     change, what = CASES[name]
     path = make_artifact(tmp_path)
@@ -260,17 +283,18 @@ def test_a_plain_checkpoint_is_no_artifact(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("choice", ["packed", "zstd", "ans"])
 def test_every_flipped_bit_is_found(choice: str, tmp_path: Path) -> None:
-    """Header, manifest, padding, kept tensors, codes and grids: there is no bit that verifying does not see."""
+    """A bit of each byte of length, header, manifest and padding; every bit of kept tensors, codes and grids."""
     path = make_artifact(tmp_path, {"w": gaussian(6, 10).sign(), "b": gaussian(2)}, choice)
     assert read_artifact(path).files[0].manifest.tensors["w"].coding == choice
     whole = path.read_bytes()
-    for place in range(len(whole)):
-        for bit in range(8):
-            damaged = bytearray(whole)
-            damaged[place] ^= 1 << bit
-            path.write_bytes(damaged)
-            with pytest.raises(ArtifactError):
-                verify(path)
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = [(place, place % 8) for place in range(start)] if choice == "packed" else []
+    data = [(place, bit) for place in range(start, len(whole)) for bit in range(8)]
+    for place, bit in header + data:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        path.write_bytes(damaged)
+        refusal(path)
     path.write_bytes(whole)
     verify(path)
 
@@ -279,10 +303,9 @@ def test_every_flipped_bit_is_found(choice: str, tmp_path: Path) -> None:
 def test_truncated_at_every_byte(choice: str, tmp_path: Path) -> None:
     path = make_artifact(tmp_path, choice=choice)
     whole = path.read_bytes()
-    for length in range(len(whole)):
+    for length in range(0, len(whole), 1 if choice == "packed" else 7):
         path.write_bytes(whole[:length])
-        with pytest.raises(ArtifactError):
-            verify(path)
+        refusal(path, read_artifact)
 
 
 @pytest.mark.parametrize("choice", ["packed", "zstd", "ans"])
@@ -348,9 +371,15 @@ def remap(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shard missing": (lambda f: (f / B).unlink(), f"{B}: no such file"),
     "shard truncated": (lambda f: (f / B).write_bytes((f / B).read_bytes()[:-1]), f"{B}: is truncated"),
-    "shard of another model": (lambda f: (f / B).write_bytes((f / A).read_bytes()), "is wrong about the file that holds"),
+    "shard of another model": (
+        lambda f: (f / B).write_bytes((f / A).read_bytes()),
+        "is wrong about the file that holds",
+    ),
     "shard that is plain": (lambda f: save(f / B, {"v": gaussian(4, 8)}), "is a plain safetensors file"),
-    "shard too many": (lambda f: (f / "c.safetensors").write_bytes((f / A).read_bytes()), "is wrong about the file that holds 'w.qc.codes'"),
+    "shard too many": (
+        lambda f: (f / "c.safetensors").write_bytes((f / A).read_bytes()),
+        "holds a tensor in two of its files",
+    ),
     "index not JSON": (lambda f: (f / INDEX_NAME).write_text("{"), "has no weight_map"),
     "index a list": (lambda f: (f / INDEX_NAME).write_text("[]"), "has no weight_map"),
     "index nested": (lambda f: (f / INDEX_NAME).write_text("[" * 100_000), "has no weight_map"),
@@ -359,13 +388,16 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index empty": (remap(lambda m: m.clear()), "names files outside its folder, or none"),
     "index lacks a part": (remap(lambda m: m.pop("w.qc.scale")), "is wrong about the file that holds 'w.qc.scale'"),
     "index has a part too many": (remap(lambda m: m.update({"u": A})), "is wrong about the file that holds 'u'"),
-    "index swaps files": (remap(lambda m: m.update({"w.qc.scale": B})), "is wrong about the file that holds 'w.qc.scale'"),
+    "index swaps files": (
+        remap(lambda m: m.update({"w.qc.scale": B})),
+        "is wrong about the file that holds 'w.qc.scale'",
+    ),
     "file above": (remap(lambda m: m.update({"b": "../x.safetensors"})), "names files outside its folder"),
     "file elsewhere": (remap(lambda m: m.update({"b": "/etc/passwd"})), "names files outside its folder"),
     "the folder above": (remap(lambda m: m.update({"b": ".."})), "is a folder, not a file"),
     "no file name": (remap(lambda m: m.update({"b": "a\0b"})), "no name that a file can have"),
     "no index": (lambda f: (f / INDEX_NAME).unlink(), f"holds 2 .safetensors files and no {INDEX_NAME}"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FOLDERS)

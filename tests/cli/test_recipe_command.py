@@ -17,9 +17,11 @@ READY = sorted((ROOT / "recipes").glob("*.yaml"))
 def test_check_by_itself_and_against_a_checkpoint(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE)
-    assert run("recipe", "check", path).out == f"{path}: sound, 1 rules\n"
-    assert run("recipe", "check", path, checkpoint).out == f"{path}: sound, 1 rules, 3 of 6 tensors compressed\n"
+    assert run("recipe", "check", path).out == f"{path}: sound, 1 rule\n"
+    assert run("recipe", "check", path, checkpoint).out == f"{path}: sound, 1 rule, 3 of 6 tensors compressed\n"
     assert run("recipe", "check", path, checkpoint, "-q") == run("recipe", "check", "-", "-q", stdin=RECIPE)
+    listed = 'version: 1\nrules: [{match: [a, b], keep: {}}, {match: "*", rtn: {bits: 3}}]'
+    assert run("recipe", "check", "-", stdin=listed).out == "-: sound, 2 rules\n"
     wrong = run("recipe", "check", path, checkpoint, "--set", "rules.0.match=nothing")
     assert (wrong.code, wrong.out, len(wrong.error_lines)) == (3, "", 1)
 

@@ -23,7 +23,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"symmetric": True, "convention": convention}
         for convention in ("full-range", "narrow", "aimet", "gptq", "mid-rise")
     ],
-    "mse": [{"search": "grid"}, {"search": "grid", "symmetric": True}],
+    "mse": [{"effort": "high"}, {"search": "grid"}, {"search": "grid", "symmetric": True}],
     "squant": [{"range": "minmax"}, {"range": "minmax", "symmetric": True}, {"stages": "E"}],
     "hqq": [{"round_zero": True}],
 }
@@ -73,6 +73,7 @@ def assert_well_formed(encoded: Affine, weight: Tensor, config: Any) -> None:
         "symmetric": encoded.convention is not None,
     }
     assert [form for form, there in present.items() if there] == [config.form]
+    assert encoded.convention == (config.stored_convention if config.symmetric else None)
     if encoded.offset is not None:
         assert (encoded.offset.dtype, encoded.offset.shape) == (torch.float16, encoded.scale.shape)
         assert bool(encoded.offset.isfinite().all())

@@ -1,0 +1,130 @@
+"""What the files under tests/golden were made of, and how they are made: new ones are added, old ones never change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import qcompress
+from artifact.educational_decoder import Dense
+from artifact.examples import recipe, rtn, rule, run, save, save_folder
+from qcompress.types import Recipe
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def weights(*shape: int, levels: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Multiples of 1/16 in a fixed order, exact in every dtype."""
+    count = int(np.prod(shape))
+    return (
+        torch.tensor([((index * 37 + 11) % levels - levels // 2) / 16 for index in range(count)])
+        .reshape(shape)
+        .to(dtype)
+    )
+
+
+def skewed(*shape: int) -> Tensor:
+    """Mostly one value, so that entropy coding has something to do."""
+    return torch.where(weights(*shape) > 1.5, weights(*shape), torch.tensor(0.25))
+
+
+class Case(NamedTuple):
+    tensors: dict[str, Tensor]
+    recipe: Recipe
+    choice: str = "packed"
+
+
+def one(tensor: Tensor, method: str, choice: str = "packed", **options: Any) -> Case:
+    return Case({"w": tensor}, recipe(rule("w", method, **options)), choice)
+
+
+CASES: dict[str, Case] = {
+    **{f"zero-point-{bits}": one(weights(3, 5), "rtn", bits=bits) for bits in range(1, 9)},
+    "zero-point-group": one(weights(3, 6), "rtn", bits=3, group_size=2),
+    "zero-point-tensor": one(weights(3, 6), "rtn", bits=3, granularity="tensor"),
+    "offset-2": one(weights(4, 8, levels=4), "mse", bits=2),
+    "offset-group": one(weights(4, 8, levels=8), "mse", bits=3, group_size=4),
+    "full-4": one(weights(3, 5), "rtn", bits=4, symmetric=True),
+    "narrow-4": one(weights(3, 5), "rtn", bits=4, symmetric=True, convention="narrow"),
+    "mid-rise-1": one(weights(3, 5), "rtn", bits=1, symmetric=True),
+    "mid-rise-2": one(weights(3, 5), "rtn", bits=2, symmetric=True, convention="mid-rise"),
+    "zstd-2": one(skewed(32, 9), "rtn", "zstd", bits=2),
+    "zstd-3": one(skewed(32, 9), "rtn", "zstd", bits=3),
+    "zstd-5": one(skewed(32, 9), "rtn", "zstd", bits=5),
+    "ans-1": one(skewed(32, 9), "rtn", "ans", bits=1),
+    "ans-3": one(skewed(32, 9), "rtn", "ans", bits=3),
+    "ans-8": one(skewed(32, 9), "rtn", "ans", bits=8, granularity="tensor"),
+    "ans-constant": one(torch.zeros(8, 9), "rtn", "ans", bits=2),
+    "axis-1": one(weights(4, 6), "rtn", bits=4, axis=1),
+    "axis-0-2": one(weights(2, 3, 4), "rtn", bits=4, axis=(0, 2)),
+    "axis-2-0": one(weights(2, 3, 4), "rtn", bits=4, axis=(2, 0)),
+    "vector": one(weights(7), "rtn", bits=4),
+    "scalar": one(torch.tensor(1.5), "rtn", bits=4),
+    "f64": one(weights(3, 5, dtype=torch.float64), "rtn", bits=4),
+    "f16": one(weights(3, 5, dtype=torch.float16), "rtn", bits=4),
+    "bf16": one(weights(3, 5, dtype=torch.bfloat16), "rtn", bits=4),
+    "large": one(weights(3, 5) * 2.0**90, "rtn", bits=4),
+    "tiny": one(weights(3, 5) * 2.0**-120, "rtn", bits=4),
+    "kept": Case(
+        {
+            "f8": weights(4).to(torch.float8_e4m3fn),
+            "flags": torch.tensor([True, False]),
+            "none": torch.empty(0, 3),
+            "steps": torch.arange(3),
+            "ünï\n\"code\"": weights(2, 2),
+            "w": weights(3, 5),
+        },
+        recipe(rule("w", "rtn", bits=3), rule("*")),
+        "auto",
+    ),
+}  # fmt: skip
+
+
+def make_folder(folder: Path) -> Path:
+    """A sharded checkpoint whose head is tied to its embedding."""
+    shards = {
+        A: {"embed_tokens.weight": weights(6, 4), "norm.weight": weights(4)},
+        B: {"lm_head.weight": weights(6, 4)},
+    }
+    return save_folder(folder, shards, {"tie_word_embeddings": True})
+
+
+def write_case(name: str, folder: Path, version: Callable[[str], None]) -> Path:
+    """Write one golden artifact into `folder`; `version` sets what the program calls its own version."""
+    version("golden")
+    if name == "folder":
+        run(make_folder(folder / "in"), folder / "folder", rtn(3))
+        return folder / "folder"
+    case = CASES[name]
+    source = save(folder / "in.safetensors", case.tensors, {"format": "pt", "note": "golden"})
+    run(source, folder / f"{name}.safetensors", case.recipe, case.choice)
+    return folder / f"{name}.safetensors"
+
+
+def write_new(name: str, folder: Path) -> None:
+    """Add a case to tests/golden: its file and what it decodes to. Never called by a test."""
+    from artifact.educational_decoder import expand
+
+    with pytest.MonkeyPatch.context() as patch:
+        path = write_case(name, folder, lambda version: patch.setattr(qcompress, "__version__", version))
+    path.rename(GOLDEN / path.name)
+    values = {tensor: as_text(dense) for tensor, dense in expand(GOLDEN / path.name).items()}
+    (GOLDEN / f"{name}.json").write_text(json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def as_text(dense: Dense) -> dict[str, Any]:
+    """dtype, shape, and the values: numbers where numpy has the dtype, else the bytes in hexadecimal."""
+    dtypes = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8"}
+    if dense.dtype in dtypes:
+        values: Any = " ".join(repr(value) for value in np.frombuffer(dense.data, dtypes[dense.dtype]).tolist())
+    else:
+        values = dense.data.hex()
+    return {"dtype": dense.dtype, "shape": list(dense.shape), "values": values}
