@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shlex
 import subprocess
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, Any, TypeAlias
 
 # Before anything imports torch: more threads than work make small tensors slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,7 +21,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-Tensors: TypeAlias = dict[str, NDArray[np.generic]]
+Tensors: TypeAlias = dict[str, NDArray[Any]]
 
 ROOT = Path(__file__).parent.parent
 OURS = ("QCOMPRESS_CODING", "QCOMPRESS_DEVICE", "QCOMPRESS_MAX_MEMORY", "QCOMPRESS_SEED", "QCOMPRESS_THREADS")
@@ -75,13 +76,20 @@ def program(*arguments: object) -> list[str]:
 
 @pytest.fixture
 def run_process() -> Run:
-    """Like `run`, in a process of its own. `env` adds variables; other keywords go to subprocess.run."""
+    """Like `run`, in a process of its own. `env` adds variables; `stdout` takes what else would be in the result."""
 
-    def call(*arguments: object, env: Mapping[str, str] | None = None, **keywords: object) -> Ran:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **keywords}
-        environment = process_environment(**(env or {}))
-        done = subprocess.run(program(*arguments), env=environment, text=True, timeout=120, check=False, **pipes)
-        return Ran(done.returncode, done.stdout or "", done.stderr or "")
+    def call(*arguments: object, env: Mapping[str, str] | None = None, stdout: int | IO[str] = subprocess.PIPE) -> Ran:
+        done = subprocess.run(
+            program(*arguments),
+            env=process_environment(**(env or {})),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return Ran(done.returncode, done.stdout or "", done.stderr)
 
     return call
 
@@ -144,13 +152,11 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """A Hugging Face folder: two shards with their index, config and tokenizer files."""
-    import json
-
     folder = tmp_path / "network"
     folder.mkdir()
     tensors = small_tensors()
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[:3], names[3:]), start=1):
         file = f"model-{number:05}-of-00002.safetensors"
         write_checkpoint(folder / file, {name: tensors[name] for name in part})

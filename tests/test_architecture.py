@@ -19,7 +19,7 @@ NOUNS = {"errors", "types"}
 KNOWN = {"errors", "types", "registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
-VERBS = ("allocate", "compress", "demo", "evaluate", "finetune", "load", "sensitivity", "shards", "worker")
+VERBS = ("allocate", "compress", "demo", "evaluate", "finetune", "journal", "load", "sensitivity", "shards", "worker")
 
 MAY_IMPORT = {
     "errors": set(),
@@ -50,7 +50,7 @@ ONLY_IN = {
     "typer": ("cli",),
     "click": ("cli",),
     "safetensors": ("checkpoint.py", "artifact", "exporters"),
-    "constriction": ("coding/payload.py",),
+    "constriction": ("coding/ans.py",),
     "zstandard": ("coding/payload.py",),
     "pickle": (),
     "marshal": (),

@@ -121,9 +121,12 @@ def test_constant_weights_lose_no_more_than_their_grid_must(value: float, tmp_pa
 
 @pytest.mark.parametrize("method", QUANTIZERS)
 @pytest.mark.parametrize("bits", [2, 4])
-def test_the_largest_halves_stay_finite(method: str, bits: int, tmp_path: Path) -> None:
-    """A grid may reach beyond the largest float16, and what it decodes to must not."""
-    weight = torch.tensor([[65504.0, -3.0, 7.0, 1.0], [65504.0, 65000.0, -65504.0, 2.0]]).half()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_numbers_stay_finite(method: str, bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A grid may reach beyond the largest number of a dtype, and what it decodes to must not."""
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    weight = most * torch.tensor([[1.0, -4e-5, 1e-4, 1e-5], [1.0, 0.99, -1.0, 3e-5]], dtype=torch.float64)
+    weight = weight.to(dtype)
     source = save(tmp_path / "m.safetensors", {"w": weight})
     run(source, tmp_path / "a.safetensors", recipe(rule("*", method, bits=bits)))
     found = load_state_dict(tmp_path / "a.safetensors")

@@ -22,8 +22,8 @@ Grid: TypeAlias = Literal["zero-point", "offset"] | Convention
 """What places a grid: a stored zero point, a stored offset, or a symmetric convention."""
 GRIDS = (*get_args(get_args(Grid)[0]), *get_args(Convention))
 CODINGS: tuple[Coding, ...] = get_args(Coding)
-LIMITS = {"exponent": (-126, 100), "crc32": (0, 2**32 - 1), "bits": (1, 8)}
-"""Under an exponent of 100 no code of any grid leaves float32."""
+LIMITS = {"exponent": (-126, 112), "crc32": (0, 2**32 - 1), "bits": (1, 8)}
+"""Under an exponent of 112 every scale and offset is a finite float32."""
 MAX_DIMENSIONS = 64
 BLANK_SHA256 = "0" * 64
 """Stands where a file's SHA-256 will, while that is computed."""

@@ -127,10 +127,10 @@ def run(arguments: list[str]) -> int:
             raise
         return _leave_pipe()
     except (KeyboardInterrupt, typer.Abort):
-        print_note("interrupted: nothing was written")
+        print_note("interrupted: nothing is left half-written")
         return INTERRUPTED
     except Terminated:
-        print_note("terminated: nothing was written")
+        print_note("terminated: nothing is left half-written")
         return TERMINATED
     except MemoryError:
         print_note("error: memory: ran out of it; use --max-memory, --threads 1 or --coding packed")

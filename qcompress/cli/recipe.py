@@ -56,9 +56,10 @@ def check(
 @recipe.command()
 def show(path: RecipeArgument, overrides: opt.Overrides = None, json_to: opt.Json = None) -> None:
     """Print a recipe as it will run: every default filled in."""
-    from qcompress.cli.streams import print_result, write_json
+    from qcompress.cli.streams import print_result, refuse_mixed, write_json
     from qcompress.recipe import recipe_json, recipe_yaml
 
+    refuse_mixed(json_to, quiet=False)
     resolved = _read(path, overrides)
     if json_to is not None:
         write_json(recipe_json(resolved), json_to)

@@ -40,9 +40,11 @@ def is_drawn_on(stream: TextIO, no_color: bool) -> bool:
 
 
 def refuse_mixed(json_to: str | None, quiet: bool) -> None:
-    """--json - and -q both claim stdout."""
+    """--json - and -q both claim stdout; --json FILE never takes the place of weights."""
     if json_to == "-" and quiet:
         raise UsageError("--json - --quiet", "both say what stdout holds", "give one of them, or --json FILE")
+    if json_to is not None and Path(json_to).suffix == ".safetensors":
+        raise UsageError(f"--json {json_to}", "is a place for weights", "name another file, or - for stdout")
 
 
 def write_json(document: Mapping[str, Any], json_to: str) -> None:

@@ -77,7 +77,8 @@ def decode(entry: dict[str, Any], parts: dict[str, bytes], grids: list[int]) -> 
     codes = decode_payload(parts["codes"], entry["coding"], bits, rows, columns)
     checked = pack(codes, bits) + b"".join(parts.get(part, b"") for part in ("scale", "zero_point", "offset"))
     assert zlib.crc32(checked) == entry["crc32"]
-    values = values_of(codes, parts, grids, entry["grid"], bits, entry["exponent"])
+    with np.errstate(over="ignore"):
+        values = values_of(codes, parts, grids, entry["grid"], bits, entry["exponent"])
     permuted = values.reshape([shape[index] for index in order])
     return in_dtype(np.moveaxis(permuted, range(len(order)), order) if order else permuted, entry["dtype"])
 
@@ -104,11 +105,11 @@ def values_of(
 
 def in_dtype(values: np.ndarray, dtype: str) -> bytes:
     """float32 of any shape to the bytes of `dtype`, row-major."""
+    limit = {"F16": 65504.0, "BF16": 2.0**128 - 2.0**120}.get(dtype, float(np.finfo(np.float32).max))
+    values = values.clip(np.float32(-limit), np.float32(limit))
     if dtype == "BF16":
         words = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
         return ((words + 0x7FFF + (words >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)).astype("<u2").tobytes()
-    if dtype == "F16":
-        values = values.clip(-65504, 65504)
     return values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
 
 

@@ -118,7 +118,7 @@ ENTRIES: dict[str, tuple[Change, str]] = {
     "bits true": (field("w", "bits", True), "tensor 'w' has the bits True"),
     "bits real": (field("w", "bits", 3.0), "tensor 'w' has the bits 3.0"),
     "bits of other codes": (field("w", "bits", 4), "tensor 'w' has codes of shape [6, 4], not [6, 5]"),
-    "exponent too high": (field("w", "exponent", 101), "tensor 'w' has the exponent 101"),
+    "exponent too high": (field("w", "exponent", 113), "tensor 'w' has the exponent 113"),
     "exponent too low": (field("w", "exponent", -127), "tensor 'w' has the exponent -127"),
     "exponent text": (field("w", "exponent", "1"), "tensor 'w' has the exponent '1'"),
     "crc negative": (field("w", "crc32", -1), "tensor 'w' has the crc32 -1"),

@@ -44,4 +44,4 @@ def test_every_word_and_limit_of_the_format_is_in_the_spec() -> None:
     assert f"format {FORMAT}" in SPEC
     low, high = LIMITS["exponent"]
     assert f"| {low} to {high}:" in SPEC
-    assert 2**18 == MAX_EXPANSION
+    assert MAX_EXPANSION == 2**18

@@ -53,8 +53,8 @@ def running(large: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str]
 @pytest.mark.parametrize(
     ("number", "code", "words"),
     [
-        (signal.SIGINT, 130, "interrupted: nothing was written\n"),
-        (signal.SIGTERM, 143, "terminated: nothing was written\n"),
+        (signal.SIGINT, 130, "interrupted: nothing is left half-written\n"),
+        (signal.SIGTERM, 143, "terminated: nothing is left half-written\n"),
     ],
     ids=["SIGINT", "SIGTERM"],
 )

@@ -184,6 +184,7 @@ def test_flags_beat_the_environment_which_beats_the_recipe(
     monkeypatch.setenv("QCOMPRESS_SEED", "6")
     assert seed() == 6
     assert seed("--seed", 7) == 7
+    assert seed("--seed", 0) == 0
 
 
 def test_the_environment_names_the_coding(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run, files_under, small_tensors, write_checkpoint
+from conftest import Ran, Run, files_under, small_tensors, write_checkpoint
 
 NOBODY = 65534
 
@@ -39,13 +39,12 @@ def as_ordinary_user() -> Iterator[None]:
         os.seteuid(0)
 
 
-def assert_out_of_resource(ran: object, *words: str) -> None:
+def assert_out_of_resource(ran: Ran, *words: str) -> None:
     """Exit code 5 with one line of error that holds `words`, and nothing on stdout."""
-    code, out, err = (getattr(ran, name) for name in ("code", "out", "err"))
-    assert (code, out, err.count("\n")) == (5, "", 1), err
-    assert err.startswith("error: ")
+    assert (ran.code, ran.out, ran.err.count("\n")) == (5, "", 1), ran.err
+    assert ran.err.startswith("error: ")
     for word in words:
-        assert word in err
+        assert word in ran.err
 
 
 def test_an_unwritable_folder(run: Run, public_folder: Path) -> None:
@@ -144,14 +143,15 @@ def test_any_failing_call_leaves_the_old_file(
     assert not list(checkpoint.parent.glob(".*partial"))
 
 
+@pytest.mark.parametrize("place", ["data", "header"])
 def test_a_disk_that_returns_other_bytes_is_noticed(
-    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     real = os.pwrite
 
     def flip(descriptor: int, data: memoryview, position: int) -> int:
         changed = bytearray(data)
-        changed[0] ^= 1
+        changed[-1] ^= (position == 0) == (place == "header")
         return real(descriptor, changed, position)
 
     before = files_under(checkpoint.parent)

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Run, process_environment, program, write_checkpoint
+from conftest import Run, process_environment, program, small_tensors, write_checkpoint
 
 from qcompress.cli.streams import _PlainProgress
 
@@ -183,8 +183,6 @@ def test_a_closed_stdout_or_stderr_is_no_bug(shell: Run, artifact: Path) -> None
 
 
 def test_a_name_cannot_write_escape_codes(run: Run, tmp_path: Path) -> None:
-    from conftest import small_tensors
-
     tensors = {f"{ESCAPE}[31m{name}": tensor for name, tensor in small_tensors().items()}
     checkpoint = write_checkpoint(tmp_path / "model.safetensors", tensors)
     for extra in (["--dry-run"], []):
