@@ -177,6 +177,13 @@ def _find_axes(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> di
     return axes
 
 
+def write_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write plain tensors as one safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+
+
 def tensor_view(container: Container, info: TensorInfo) -> Tensor:
     """A weight (F64, F32, F16 or BF16) in its own shape and dtype: backed by the mapped file, so never write to it."""
     import torch

@@ -168,8 +168,8 @@ def _write_shard(shard: Shard, path: Path, threads: int, options: Options) -> _D
             tensors={name: one.entry for name, one in finished.items()},
         )
 
-        def render(slots: Sequence[Slot], sha256: str) -> bytes:
-            return render_header(slots, replace(manifest, sha256=sha256))
+        def render(slots: Sequence[Slot], sha256: str, crc32: str) -> bytes:
+            return render_header(slots, replace(manifest, sha256=sha256, header_crc32=crc32))
 
         written = writer.finish(render)
     return _Done(shard, written, {name: replace(one, payload=None) for name, one in finished.items()})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qcompress.checkpoint import write_checkpoint
 from qcompress.errors import InputError, OutputError, UsageError
 from qcompress.load import load_into
 from qcompress.report.render import render_view
@@ -97,9 +98,7 @@ def run_demo(folder: Path, say: Callable[[str], None], *, force: bool = False) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = _train(digits)
-    from safetensors.torch import save_file
-
-    save_file(net.state_dict(), folder / "model.safetensors")
+    write_checkpoint(net.state_dict(), folder / "model.safetensors")
     (folder / "mixed.yaml").write_text(MIXED_RECIPE, encoding="utf-8")
     (folder / "naive.yaml").write_text(NAIVE_RECIPE, encoding="utf-8")
     say(f"Wrote model.safetensors, mixed.yaml and naive.yaml to {folder}")

@@ -94,17 +94,22 @@ class MseConfig(GridConfig):
 
     search  `als` refits scale and real offset to the codes (squared error); `grid` tries shrunken min-max ranges with
             an integer zero point (error to the power `norm`)
-    effort  of als: `high` tries three times as many starts, for about 0.1 dB
+    effort  of als: `high` tries three times as many starts, for about 0.1 dB; `normal` in groups where absent, else
+            `high`
     """
 
     search: Literal["als", "grid"] = "als"
-    effort: Literal["normal", "high"] = "normal"
+    effort: Literal["normal", "high"] | None = None
     norm: Annotated[float, Gt(0)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.search == "als" and self.norm not in (None, 2.0):
             raise ValueError("norm needs search: grid; least squares has norm 2")
+        if self.search == "grid" and self.effort is not None:
+            raise ValueError("effort needs search: als; the grid search knows one effort")
+        if self.search == "als" and self.effort is None:
+            object.__setattr__(self, "effort", "normal" if self.granularity == "group" else "high")
         if self.norm is None:
             object.__setattr__(self, "norm", 2.0 if self.search == "als" else 2.4)
 
@@ -119,7 +124,8 @@ class MseConfig(GridConfig):
 class SquantConfig(GridConfig):
     """SQuant: flip roundings until the errors of each kernel and each channel sum to nearly nothing.
 
-    range   `minmax` as published, or `clip`: the least-squares range, with the clipped error counted in the sums
+    range   `minmax` as published, or `clip`: the least-squares range, in convolutions stretched so that what is coded
+            keeps its size, with the clipped error counted in the sums
     stages  E rounds, K flips within kernels, C flips within channels
     """
 

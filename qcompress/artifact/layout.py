@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qcompress.artifact.manifest import BLANK_SHA256, METADATA_KEY, Entry, Grid, Manifest, manifest_text
+from qcompress.artifact.manifest import METADATA_KEY, Entry, Grid, Manifest, manifest_text
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice, bound_bytes
 from qcompress.coding.rows import grid_shape
@@ -99,7 +99,7 @@ def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: M
     """The layout of one file; `manifest` holds all that is known before the data, its `tensors` are not read."""
     slots = sorted((slot for d in decisions for slot in make_slots(d, choice)), key=_file_order)
     entries = {d.tensor.name: widest_entry(d, choice) for d in decisions if d.compresses}
-    widest = replace(manifest, tensors=entries, sha256=BLANK_SHA256, input_sha256=BLANK_SHA256)
+    widest = replace(manifest, tensors=entries, sha256="0" * 64, input_sha256="0" * 64)
     header = render_header(slots, widest)
     return Layout(tuple(slots), 8 + -(-len(header) // 8) * 8)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,9 +26,10 @@ CODINGS: tuple[Coding, ...] = get_args(Coding)
 LIMITS = {"exponent": (-126, 112), "crc32": (0, 2**32 - 1), "bits": (1, 8)}
 """Under an exponent of 112 every scale and offset is a finite float32."""
 MAX_DIMENSIONS = 64
-BLANK_SHA256 = "0" * 64
-"""Stands where a file's SHA-256 will, while that is computed."""
-REQUIRED = {"defaults", "format", "input_bytes", "input_sha256", "recipe", "recipe_sha256", "sha256", "tensors", "tool"}
+BLANK_CRC32 = "0" * 8
+"""Stands where the header's CRC-32 will, while that is computed."""
+HASHES = {"header_crc32", "input_sha256", "recipe_sha256", "sha256"}
+REQUIRED = HASHES | {"defaults", "format", "input_bytes", "recipe", "tensors", "tool"}
 OPTIONAL = {"tied", "metadata"}
 
 
@@ -64,11 +66,12 @@ class Entry:
 class Manifest:
     """Everything under the metadata key `qcompress`.
 
-    recipe    the resolved recipe as JSON data, and its SHA-256
-    input     its bytes, and SHA-256 over names, dtypes, shapes and CRC-32s of its tensors
-    sha256    of this file, taken with BLANK_SHA256 in its place
-    tied      name -> the tensor that stands for it
-    metadata  of the input file
+    recipe        the resolved recipe as JSON data, and its SHA-256
+    input         its bytes, and SHA-256 over names, dtypes, shapes and CRC-32s of its tensors
+    sha256        of this file's data
+    header_crc32  of all before the data, taken with BLANK_CRC32 in its place
+    tied          name -> the tensor that stands for it
+    metadata      of the input file
     """
 
     tool: str
@@ -78,6 +81,7 @@ class Manifest:
     input_sha256: str
     sha256: str
     tensors: Mapping[str, Entry]
+    header_crc32: str = BLANK_CRC32
     tied: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -89,6 +93,7 @@ def manifest_text(manifest: Manifest) -> str:
     document: dict[str, Any] = {
         "defaults": defaults,
         "format": FORMAT,
+        "header_crc32": manifest.header_crc32,
         "input_bytes": manifest.input_bytes,
         "input_sha256": manifest.input_sha256,
         "recipe": manifest.recipe,
@@ -150,6 +155,7 @@ def parse_manifest(text: str) -> Manifest:
         input_bytes=_size(document, "input_bytes"),
         input_sha256=_digest(document, "input_sha256"),
         sha256=_digest(document, "sha256"),
+        header_crc32=_digest(document, "header_crc32", 8),
         tensors=tensors,
         tied=_text_map(document, "tied"),
         metadata=_text_map(document, "metadata"),
@@ -170,10 +176,10 @@ def _text(document: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def _digest(document: Mapping[str, Any], key: str) -> str:
+def _digest(document: Mapping[str, Any], key: str, digits: int = 64) -> str:
     value = _text(document, key)
-    if not re.fullmatch("[0-9a-f]{64}", value):
-        raise ManifestError(f"its manifest has a {key!r} that is not 64 hexadecimal digits")
+    if not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
+        raise ManifestError(f"its manifest has a {key!r} that is not {digits} hexadecimal digits")
     return value
 
 
@@ -235,3 +241,10 @@ def artifact_hash(files: Sequence[tuple[str, str]]) -> str:
     if len(files) == 1:
         return files[0][1]
     return hashlib.sha256("".join(f"{sha256}  {name}\n" for name, sha256 in sorted(files)).encode()).hexdigest()
+
+
+def header_crc32(start: bytes, written: str = BLANK_CRC32) -> str:
+    """The CRC-32 of all before an artifact's data, as 8 digits; `written` are those that stand in it already."""
+    field = '\\"header_crc32\\":\\"'
+    blanked = start.replace(f"{field}{written}".encode(), f"{field}{BLANK_CRC32}".encode())
+    return f"{zlib.crc32(blanked):08x}"

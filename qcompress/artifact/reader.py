@@ -17,12 +17,12 @@ import numpy as np
 
 from qcompress.artifact.layout import INDEX_NAME, PARTS, Slot, part_name
 from qcompress.artifact.manifest import (
-    BLANK_SHA256,
     METADATA_KEY,
     Entry,
     Manifest,
     ManifestError,
     artifact_hash,
+    header_crc32,
     parse_manifest,
 )
 from qcompress.coding.packing import row_bytes, unpack
@@ -124,13 +124,13 @@ class ArtifactFile:
             dtype=entry.dtype,
         )
 
-    def check_digest(self) -> None:
-        """Hold the whole file against the manifest's SHA-256. Raises ArtifactError."""
-        start, sha256 = self.container.data_start, self.manifest.sha256
-        digest = hashlib.sha256(self.container.mapped[:start].replace(sha256.encode(), BLANK_SHA256.encode()))
-        digest.update(memoryview(self.container.mapped)[start:])
-        if digest.hexdigest() != sha256:
-            raise ArtifactError(str(self.path), "does not have the SHA-256 that its manifest names", REFETCH)
+    def check_digests(self) -> None:
+        """Hold header and data against the manifest's checksums of them. Raises ArtifactError."""
+        start, mapped = self.container.data_start, self.container.mapped
+        if header_crc32(mapped[:start], self.manifest.header_crc32) != self.manifest.header_crc32:
+            raise ArtifactError(str(self.path), "its header does not have the CRC-32 that its manifest names", REFETCH)
+        if hashlib.sha256(memoryview(mapped)[start:]).hexdigest() != self.manifest.sha256:
+            raise ArtifactError(str(self.path), "its data do not have the SHA-256 that its manifest names", REFETCH)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Artifact:
     def verify(self) -> Iterator[tuple[str, Entry]]:
         """Each compressed tensor once it has decoded to what was written. Raises ArtifactError at the first else."""
         for file in self.files:
-            file.check_digest()
+            file.check_digests()
             for name, entry in file.manifest.tensors.items():
                 file.packed_codes(name)
                 yield name, entry

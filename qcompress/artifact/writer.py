@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, index_text
-from qcompress.artifact.manifest import BLANK_SHA256
+from qcompress.artifact.manifest import BLANK_CRC32, header_crc32
 from qcompress.errors import OutputError, ResourceError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ INDEX_SUFFIX = ".index.json"
 
 @dataclass(frozen=True)
 class Written:
-    """One finished file: its slots with their real sizes, its header's bytes, and its SHA-256 as `finish` takes it."""
+    """One finished file: its slots with their real sizes, its header's bytes, and the SHA-256 of its data."""
 
     slots: tuple[Slot, ...]
     header_bytes: int
@@ -207,10 +207,10 @@ class SlotWriter:
             done = os.pwrite(self._file.fileno(), view, position)
             view, position = view[done:], position + done
 
-    def finish(self, render: Callable[[Sequence[Slot], str], bytes]) -> Written:
-        """Read everything back, then write the header that `render` makes of the slots and the file's SHA-256.
+    def finish(self, render: Callable[[Sequence[Slot], str, str], bytes]) -> Written:
+        """Read everything back, then write the header that `render` makes of the slots and two checksums.
 
-        That digest is of the whole file with BLANK_SHA256 in its place.
+        The first is the SHA-256 of the data, the second the header's own CRC-32.
         """
         slots = tuple(
             replace(slot, n_bytes=self._size[slot.name], shape=self._shape.get(slot.name, slot.shape))
@@ -220,10 +220,9 @@ class SlotWriter:
         if missing:
             raise AssertionError(f"slot {missing[0]} was not filled")
         os.fsync(self._file.fileno())
-        digest = hashlib.sha256(self._padded(render(slots, BLANK_SHA256)))
-        self._read_back(slots, digest)
-        sha256 = digest.hexdigest()
-        start = self._padded(render(slots, sha256))
+        sha256 = self._read_back(slots)
+        crc32 = header_crc32(self._padded(render(slots, sha256, BLANK_CRC32)))
+        start = self._padded(render(slots, sha256, crc32))
         self._write_at(memoryview(start), 0)
         os.fsync(self._file.fileno())
         if os.pread(self._file.fileno(), len(start), 0) != start:
@@ -240,8 +239,9 @@ class SlotWriter:
         mend = "check the disk and memory of this machine"
         return ResourceError(str(self.path), f"{what} reads back other bytes than were written", mend)
 
-    def _read_back(self, slots: Sequence[Slot], digest: hashlib._Hash) -> None:
-        """Add the data as the disk holds them to `digest`; ResourceError where they differ from what was written."""
+    def _read_back(self, slots: Sequence[Slot]) -> str:
+        """The SHA-256 of the data as the disk holds them; ResourceError where they differ from what was written."""
+        digest = hashlib.sha256()
         for slot in slots:
             crc, position, left = 0, self._start[slot.name], slot.n_bytes
             while left:
@@ -253,6 +253,7 @@ class SlotWriter:
                 position, left = position + len(piece), left - len(piece)
             if left or crc != self._crc.get(slot.name, 0):
                 raise self._differs(f"tensor {slot.name!r}")
+        return digest.hexdigest()
 
     def __enter__(self) -> Self:
         return self

@@ -154,7 +154,7 @@ def _refuse_command_line(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "qcompress"
     if type(error).__name__ == "NoArgsIsHelpError":
-        print(message, file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"{message}\n")
         return 2
     print_note(f"error: {command}: {' '.join(message.split()).rstrip('.')}; see {command} --help")
     return 2

@@ -30,7 +30,8 @@ def print_note(text: str) -> None:
     from qcompress.report.words import name_words
 
     # Names come from files: one that holds control characters must not steer the terminal.
-    print(name_words(text), file=sys.stderr, flush=True)  # noqa: T201
+    sys.stderr.write(f"{name_words(text)}\n")
+    sys.stderr.flush()
 
 
 def is_drawn_on(stream: TextIO, no_color: bool) -> bool:

@@ -104,5 +104,8 @@ def decode(encoded: Encoded) -> Tensor:
         case Kept(value):
             return value
         case Affine():
-            rows = decode_rows(encoded)
-            return weight_from_rows(rows, encoded.shape, encoded.axis).to(TORCH_DTYPES[encoded.dtype])
+            dtype = TORCH_DTYPES[encoded.dtype]
+            # A grid may reach past the largest number of a dtype, which is nearer to the weight than infinity.
+            most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+            rows = decode_rows(encoded).clamp_(-most, most)
+            return weight_from_rows(rows, encoded.shape, encoded.axis).to(dtype)

@@ -48,7 +48,7 @@ def _export_file(artifact: Artifact, file: ArtifactFile, path: Path) -> Layout:
         for slot in slots:
             for data in _dense_bytes(artifact.file_of(slot.tensor), slot.tensor):
                 writer.put(slot.name, data)
-        writer.finish(lambda final, _sha256: _render_header(final, file))
+        writer.finish(lambda final, *_: _render_header(final, file))
     return layout
 
 

@@ -49,14 +49,17 @@ def expand(path: Path) -> dict[str, Dense]:
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], bytes, dict[str, Any]]:
-    """Header without metadata, data, and manifest, after the file's SHA-256 was checked."""
+    """Header without metadata, data, and manifest, after their checksums were checked."""
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     manifest = json.loads(header.pop("__metadata__")["qcompress"])
     assert manifest["format"] == 1
-    blanked = raw[:start].replace(manifest["sha256"].encode(), b"0" * 64) + raw[start:]
-    assert hashlib.sha256(blanked).hexdigest() == manifest["sha256"]
+    assert hashlib.sha256(raw[start:]).hexdigest() == manifest["sha256"]
+    before = b'\\"header_crc32\\":\\"'
+    place = raw.index(before) + len(before)
+    assert raw[place : place + 8].decode() == manifest["header_crc32"]
+    assert zlib.crc32(raw[:place] + b"00000000" + raw[place + 8 : start]) == int(manifest["header_crc32"], 16)
     return header, raw[start:], manifest
 
 

@@ -94,15 +94,18 @@ def make_artifact(folder: Path, tensors: Mapping[str, Tensor] | None = None, cho
 
 
 def rewrite(path: Path, change: Callable[[Header, Header, bytearray], None]) -> Path:
-    """Let `change` edit header, manifest and data of an artifact, and make its SHA-256 true again."""
+    """Let `change` edit header, manifest and data of an artifact, and make its checksums true again."""
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header, data = json.loads(raw[8:start]), bytearray(raw[start:])
     manifest = json.loads(header["__metadata__"]["qcompress"])
     change(header, manifest, data)
-    for sha256 in ("0" * 64, ""):
-        manifest["sha256"] = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
-        header["__metadata__"]["qcompress"] = json.dumps(manifest)
+    manifest["sha256"] = hashlib.sha256(data).hexdigest()
+    for crc32 in ("0" * 8, ""):
+        raw = path.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        manifest["header_crc32"] = crc32 or f"{zlib.crc32(raw[:start]):08x}"
+        header["__metadata__"]["qcompress"] = json.dumps(manifest, separators=(",", ":"))
         write_raw(path, header, bytes(data))
     return path
 
