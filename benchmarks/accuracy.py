@@ -33,7 +33,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "rtn symmetric": ("rtn", {"symmetric": True}),
     "mse": ("mse", {}),
-    "mse high": ("mse", {"effort": "high"}),
+    "mse normal": ("mse", {"effort": "normal"}),
     "mse symmetric": ("mse", {"symmetric": True}),
     "mse grid": ("mse", {"search": "grid"}),
     "hqq": ("hqq", {}),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import resource
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 import qcompress
-from qcompress.artifact.layout import Slot, make_slots, part_name, render_header
+from qcompress.artifact.layout import PARTS, Slot, make_slots, part_name, render_header
 from qcompress.artifact.manifest import artifact_hash, input_hash
 from qcompress.artifact.writer import (
     SlotWriter,
@@ -30,6 +31,7 @@ from qcompress.checkpoint import Checkpoint, tensor_view
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice
 from qcompress.errors import CheckpointError, ResourceError
+from qcompress.journal import Journal, Record, run_key
 from qcompress.recipe import recipe_hash
 from qcompress.report.document import ArtifactFile, LayerReport, Report, RunFigures, make_size
 from qcompress.shards import Shard, make_shards
@@ -54,6 +56,7 @@ class Options:
     threads: int = 1
     device: str = "cpu"
     max_memory: int | None = None
+    resume: bool = False
     progress: Progress | None = None
 
 
@@ -88,16 +91,17 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options) -> Report:
     torch.set_num_threads(1)
     refuse_own_input(checkpoint.path, options.output)
     _refuse_untrue_ties(checkpoint, plan)
-    threads = _fitting_threads(plan, options)
+    options = replace(options, threads=_fitting_threads(plan, options))
     shards = make_shards(checkpoint, plan, options.choice)
-    with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
+    folder, resume = checkpoint.is_folder, options.resume
+    with staged_output(options.output, force=options.force, folder=folder, resume=resume) as staged:
         _refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
         done = [
-            _write_shard(shard, staged / shard.file if checkpoint.is_folder else staged, threads, options)
+            _write_shard(shard, staged / shard.file if folder else staged, _journal(shard, staged, options), options)
             for shard in shards
         ]
         index_bytes = 0
-        if checkpoint.is_folder:
+        if folder:
             copy_companions(checkpoint.path, staged)
         if len(done) > 1:
             index_bytes = write_index(staged, {one.shard.file: one.written.slots for one in done})
@@ -155,13 +159,21 @@ def _refuse_full_disk(output: Path, needed: int) -> None:
         raise ResourceError(str(output), what, "free some space, or write to another disk with -o")
 
 
-def _write_shard(shard: Shard, path: Path, threads: int, options: Options) -> _Done:
-    with SlotWriter(path, shard.layout) as writer:
+def _journal(shard: Shard, staged: Path, options: Options) -> Journal | None:
+    if not options.resume:
+        return None
+    return Journal(staged.parent / f"{shard.file}.journal", run_key(shard.layout, shard.manifest, options.device))
+
+
+def _write_shard(shard: Shard, path: Path, journal: Journal | None, options: Options) -> _Done:
+    with SlotWriter(path, shard.layout, reopen=journal is not None) as writer, journal or contextlib.nullcontext():
+        finished = _restore(shard, writer, journal, options) if journal is not None else {}
         crcs = _copy_kept(shard, writer, options)
-        finished: dict[str, Finished] = {}
-        for one in _encode_all(shard, writer, threads, options):
+        for one in _encode_all(shard, writer, finished, options):
             finished[one.decision.tensor.name] = one
-            crcs[one.decision.tensor.name] = one.input_crc32
+            if journal is not None:
+                journal.append(_record(writer, one))
+        crcs |= {name: one.input_crc32 for name, one in finished.items()}
         manifest = replace(
             shard.manifest,
             input_sha256=input_hash(shard.source.tensors, crcs),
@@ -172,7 +184,35 @@ def _write_shard(shard: Shard, path: Path, threads: int, options: Options) -> _D
             return render_header(slots, replace(manifest, sha256=sha256, header_crc32=crc32))
 
         written = writer.finish(render)
-    return _Done(shard, written, {name: replace(one, payload=None) for name, one in finished.items()})
+    return _Done(shard, written, finished)
+
+
+def _record(writer: SlotWriter, one: Finished) -> Record:
+    name = one.decision.tensor.name
+    slots = writer.filled(part_name(name, part) for part in PARTS)
+    return Record(name, one.entry, one.figures, one.input_crc32, slots)
+
+
+def _restore(shard: Shard, writer: SlotWriter, journal: Journal, options: Options) -> dict[str, Finished]:
+    """What an earlier run finished, as far as its input and its output still hold the same bytes."""
+    finished: dict[str, Finished] = {}
+    records = []
+    for record, decision in zip(journal.read(), _in_order(shard), strict=False):
+        tensor = decision.tensor
+        same = survey_bytes(shard.source.bytes_of(tensor.name), tensor.dtype).crc32 == record.input_crc32
+        if record.tensor != tensor.name or not same or not writer.restore(record.slots):
+            break
+        finished[tensor.name] = Finished(decision, record.entry, record.figures, record.input_crc32, None)
+        records.append(record)
+        _report_progress(options, tensor)
+    journal.start(records)
+    return finished
+
+
+def _in_order(shard: Shard) -> list[Decision]:
+    """The compressing decisions in the order of their codes in the file."""
+    by_codes = {part_name(d.tensor.name, "codes"): d for d in shard.decisions if d.compresses}
+    return [by_codes[slot.name] for slot in shard.layout.slots if slot.name in by_codes]
 
 
 def _copy_kept(shard: Shard, writer: SlotWriter, options: Options) -> dict[str, int]:
@@ -196,17 +236,15 @@ def _report_progress(options: Options, tensor: TensorInfo) -> None:
         options.progress(tensor.name, tensor.n_bytes)
 
 
-def _encode_all(shard: Shard, writer: SlotWriter, threads: int, options: Options) -> Iterator[Finished]:
+def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], options: Options) -> Iterator[Finished]:
     """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
-    by_codes = {part_name(d.tensor.name, "codes"): d for d in shard.decisions if d.compresses}
-    waiting = [by_codes[slot.name] for slot in shard.layout.slots if slot.name in by_codes]
-    waiting.reverse()
+    waiting = [decision for decision in reversed(_in_order(shard)) if decision.tensor.name not in already]
     stop = threading.Event()
     running: list[Future[Finished]] = []
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(options.threads) as pool:
         try:
             while waiting or running:
-                while waiting and len(running) <= threads:
+                while waiting and len(running) <= options.threads:
                     job = (shard.source, waiting.pop(), writer, options.choice, options.device, stop)
                     running.append(pool.submit(encode_tensor, *job))
                 finished = running.pop(0).result()

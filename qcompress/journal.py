@@ -12,21 +12,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from qcompress.artifact.layout import Layout, render_header
 from qcompress.artifact.manifest import Entry, Manifest
+from qcompress.artifact.writer import Filled
 from qcompress.report.document import LayerFigures
-
-
-@dataclass(frozen=True)
-class Filled:
-    """One slot's data as they lie in the unfinished file: where, how long, with which CRC-32 and shape."""
-
-    start: int
-    n_bytes: int
-    crc32: int
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,10 @@ class Journal:
         self._write(record)
         self._flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
 

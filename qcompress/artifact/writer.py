@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, index_text
 from qcompress.artifact.manifest import BLANK_CRC32, header_crc32
 from qcompress.errors import OutputError, ResourceError
+from qcompress.types import Shape
 
 if TYPE_CHECKING:
     from typing import Self
@@ -45,11 +46,22 @@ class Written:
         return self.header_bytes + sum(slot.n_bytes for slot in self.slots)
 
 
+@dataclass(frozen=True)
+class Filled:
+    """One slot's data as they lie in an unfinished file: where, how long, with which CRC-32 and shape."""
+
+    start: int
+    n_bytes: int
+    crc32: int
+    shape: Shape
+
+
 @contextlib.contextmanager
-def staged_output(output: Path, *, force: bool, folder: bool) -> Iterator[Path]:
-    """A hidden folder beside `output` to build it in; on leaving without an error, its one entry becomes `output`.
+def staged_output(output: Path, *, force: bool, folder: bool, resume: bool = False) -> Iterator[Path]:
+    """A hidden folder beside `output` to build it in; on leaving without an error, what was built becomes `output`.
 
     folder  whether the output is one, which is then made
+    resume  find what an earlier run left there, and leave it there on an error; else the folder starts and ends empty
     yields  the path to write to, a file or a folder of the output's own name
     raises  OutputError where the output exists without `force`, is of another kind, or is being written by another run;
             ResourceError where the folder around it cannot be written
@@ -61,16 +73,20 @@ def staged_output(output: Path, *, force: bool, folder: bool) -> Iterator[Path]:
         lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         _lock(lock, staging, output)
+        keep = resume
         try:
             with reporting_resources(output.parent):
-                _empty(staging)
+                if not resume:
+                    _empty(staging)
                 if folder:
-                    (staging / output.name).mkdir()
+                    (staging / output.name).mkdir(exist_ok=resume)
                 yield staging / output.name
                 _refuse_existing(output, force, folder)
                 _replace(staging / output.name, output)
+                keep = False
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not keep:
+                shutil.rmtree(staging, ignore_errors=True)
     finally:
         os.close(lock)
 
@@ -160,10 +176,11 @@ def reporting_resources(place: Path) -> Iterator[None]:
 class SlotWriter:
     """One file being written. Slots are filled from any thread, each by one thread at a time and in its own order."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, *, reopen: bool = False) -> None:
+        """A new file at `path`; with `reopen` the unfinished one that may lie there."""
         self.path = path
         self._layout = layout
-        self._file = path.open("xb+", buffering=0)
+        self._file = path.open("rb+" if reopen and path.exists() else "xb+", buffering=0)
         self._start: dict[str, int] = {}
         self._size = {slot.name: slot.n_bytes for slot in layout.slots}
         self._filled: dict[str, int] = {}
@@ -207,6 +224,41 @@ class SlotWriter:
             done = os.pwrite(self._file.fileno(), view, position)
             view, position = view[done:], position + done
 
+    def filled(self, names: Iterable[str]) -> dict[str, Filled]:
+        """What those of the named slots that exist hold, for `restore` in a later run."""
+        return {
+            name: Filled(self._start[name], self._size[name], self._crc.get(name, 0), self._shape.get(name, ()))
+            for name in names
+            if name in self._filled
+        }
+
+    def restore(self, slots: Mapping[str, Filled]) -> bool:
+        """Take over a tensor's slots from an earlier run if the file still holds just that; in file order."""
+        for name, filled in slots.items():
+            place = (filled.start, filled.n_bytes)
+            planned = (self._start[name], self._size[name]) if name in self._start else (self._next, filled.n_bytes)
+            if place != planned or self._checksum(*place) != filled.crc32:
+                return False
+        for name, filled in slots.items():
+            self._filled[name], self._crc[name] = filled.n_bytes, filled.crc32
+            if name not in self._start:
+                self._start[name], self._size[name], self._shape[name] = filled.start, filled.n_bytes, filled.shape
+                self._next += filled.n_bytes
+        return True
+
+    def _checksum(self, position: int, n_bytes: int, digest: hashlib._Hash | None = None) -> int | None:
+        """The CRC-32 of what the file holds there, which `digest` sees too; None where it ends before."""
+        crc = 0
+        while n_bytes:
+            piece = os.pread(self._file.fileno(), min(n_bytes, READ_BACK_BYTES), position)
+            if not piece:
+                return None
+            crc = zlib.crc32(piece, crc)
+            if digest is not None:
+                digest.update(piece)
+            position, n_bytes = position + len(piece), n_bytes - len(piece)
+        return crc
+
     def finish(self, render: Callable[[Sequence[Slot], str, str], bytes]) -> Written:
         """Read everything back, then write the header that `render` makes of the slots and two checksums.
 
@@ -243,15 +295,7 @@ class SlotWriter:
         """The SHA-256 of the data as the disk holds them; ResourceError where they differ from what was written."""
         digest = hashlib.sha256()
         for slot in slots:
-            crc, position, left = 0, self._start[slot.name], slot.n_bytes
-            while left:
-                piece = os.pread(self._file.fileno(), min(left, READ_BACK_BYTES), position)
-                if not piece:
-                    break
-                crc = zlib.crc32(piece, crc)
-                digest.update(piece)
-                position, left = position + len(piece), left - len(piece)
-            if left or crc != self._crc.get(slot.name, 0):
+            if self._checksum(self._start[slot.name], slot.n_bytes, digest) != self._crc.get(slot.name, 0):
                 raise self._differs(f"tensor {slot.name!r}")
         return digest.hexdigest()
 

@@ -46,7 +46,7 @@ Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", min=0, envvar="QCOMPRESS_SEED", help="Instead of the recipe's seed."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was killed (not available yet).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run with --resume stopped.")]
 
 
 class Device(StrEnum):

@@ -64,8 +64,6 @@ def quantize(
     from qcompress.cli.streams import refuse_mixed
 
     refuse_mixed(json_to, quiet)
-    if resume:
-        raise UsageError("--resume", "not available in this version", "start the run again; it leaves nothing behind")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("torchrun", "splitting over ranks is not available in this version", "run qcompress by itself")
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
@@ -82,6 +80,7 @@ def quantize(
     run = {
         "choice": coding.value,
         "force": force,
+        "resume": resume,
         "threads": threads or default_threads(),
         "device": _device(device),
         "max_memory": _parse_size("--max-memory", max_memory),

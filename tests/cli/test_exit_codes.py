@@ -50,7 +50,6 @@ COMMAND_LINE = {
     "metric that is no number": (["report", "M", "--max-drop", "top1=nan"], "top1=0.7"),
     "unknown coding": (["quantize", "M", "-b", "2", "--coding", "rar"], "--coding"),
     "unknown device": (["quantize", "M", "-b", "2", "--device", "tpu"], "--device"),
-    "resume": (["quantize", "M", "-b", "2", "--resume"], "--resume: not available in this version"),
     "html": (["report", "M", "--format", "html"], "--format html: not available in this version"),
     "JSON over the checkpoint": (["quantize", "M", "-b", "2", "--json", "M"], "is a place for weights"),
     "JSON over an artifact": (["report", "M", "--json", "M"], "is a place for weights"),

@@ -84,6 +84,34 @@ def test_a_kill_leaves_the_old_file_and_the_next_run_cleans_up(
     assert {path.name for path in output.parent.iterdir()} == {"out.safetensors", "out.report.json"}
 
 
+def test_a_killed_run_resumes_to_the_bytes_of_an_unbroken_one(
+    large: Path, tmp_path: Path, run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    output = tmp_path / "out.safetensors"
+    words = ("quantize", large, "--bits", 3, "--method", "hqq", "--threads", 1)
+    process = subprocess.Popen(
+        program(*words, "-o", output, "--resume"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=process_environment(),
+    )
+    journal = tmp_path / ".out.safetensors.partial" / f"{large.name}.journal"
+    started = time.monotonic()
+    # Its first line is the key; two more are two finished tensors.
+    while not journal.exists() or len(journal.read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - started < DEADLINE_SECONDS
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=DEADLINE_SECONDS)
+    assert not output.exists()
+    assert run(*words, "-o", output, "--resume").code == 0
+    whole = tmp_path_factory.mktemp("whole") / "out.safetensors"
+    assert run(*words, "-o", whole).code == 0
+    assert output.read_bytes() == whole.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"out.safetensors", "out.report.json"}
+
+
 def test_a_second_run_does_not_touch_the_first(
     running: tuple[subprocess.Popen[str], Path], run: Run, large: Path
 ) -> None:
