@@ -39,8 +39,8 @@ class Effort:
         return 1 + max(max(corner) for corner in self.corners)
 
 
-NORMAL = Effort(((0, 0), (1, 1), (2, 2), (0, 1), (1, 0)), scale_rungs=4, rounds=2)
-"""Within 0.13 dB of HIGH, at less than half its cost."""
+NORMAL = Effort(((1, 1), (2, 2), (1, 3), (3, 1)), scale_rungs=4, rounds=1)
+"""Within 0.16 dB of HIGH, at well under half its cost."""
 HIGH = Effort(tuple(product(range(4), range(4))), scale_rungs=8, rounds=4)
 """More than 4 rungs for either end gain less than 0.02 dB."""
 
