@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 GROUP = 64
-OURS = {
-    "qcompress rtn 4": ("rtn", 4, "packed"),
-    "qcompress mse 4": ("mse", 4, "packed"),
-    "qcompress mse 2": ("mse", 2, "packed"),
-    "qcompress rtn 4 auto": ("rtn", 4, "auto"),
+OURS: dict[str, tuple[str, int, str, dict[str, int]]] = {
+    "qcompress rtn 4": ("rtn", 4, "packed", {"group_size": GROUP}),
+    "qcompress rtn 4 auto": ("rtn", 4, "auto", {"group_size": GROUP}),
+    "qcompress mse 4": ("mse", 4, "packed", {"group_size": GROUP}),
+    "qcompress mse 2": ("mse", 2, "packed", {"group_size": GROUP}),
+    "qcompress hqq 4": ("hqq", 4, "packed", {"group_size": GROUP}),
+    "qcompress squant 4, channel": ("squant", 4, "packed", {}),
 }
 PEERS = ("torch rtn 4", "quanto 4", "compressed-tensors 4", "hqq 4", "hqq 2")
 
@@ -175,13 +177,13 @@ def run_ours(tool: str, path: Path, with_error: bool) -> dict[str, float]:
     from qcompress.registry import METHODS
 
     torch.set_num_threads(1)
-    method, bits, coding = OURS[tool]
+    method, bits, coding, grid = OURS[tool]
     METHODS[method].load()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output = Path(folder) / "out.safetensors"
         watch, started = PeakWatch(), time.process_time()
         source = read_checkpoint(path)
-        recipe = recipe_from_flags(method, {"bits": bits, "group_size": GROUP})
+        recipe = recipe_from_flags(method, {"bits": bits, **grid})
         plan = make_plan(recipe, source.tensors, source.tied, source.axes)
         report = compress(source, plan, Options(output, choice=coding))
         cpu = time.process_time() - started
@@ -234,7 +236,7 @@ def main() -> None:
         return
     arguments = parser.parse_args()
     results = {}
-    print(f"{'tool':24}{'cpu s':>8}{'M w/core-s':>12}{'anon MB':>10}{'bits/w':>9}{'rel. error':>12}")
+    print(f"{'tool':28}{'cpu s':>8}{'M w/core-s':>12}{'anon MB':>10}{'bits/w':>9}{'rel. error':>12}")
     for tool in arguments.tools:
         needs_peers = tool in PEERS and not tool.startswith("torch")
         if needs_peers and not arguments.peers:
@@ -244,7 +246,7 @@ def main() -> None:
         error = f"{one['error']:.5f}" if "error" in one else "-"
         rate = one["weights"] / one["cpu"] / 1e6
         print(
-            f"{tool:24}{one['cpu']:8.2f}{rate:12.1f}{one['anon'] / 1e6:10.0f}{one['bits_per_weight']:9.3f}{error:>12}"
+            f"{tool:28}{one['cpu']:8.2f}{rate:12.1f}{one['anon'] / 1e6:10.0f}{one['bits_per_weight']:9.3f}{error:>12}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Payload: TypeAlias = bytes | memoryview
 
-BLOCK_WEIGHTS = 1 << 18
+BLOCK_WEIGHTS = 1 << 19
 SURVEY_BYTES = 1 << 20
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 

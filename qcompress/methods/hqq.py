@@ -53,7 +53,7 @@ def _fit(chunk: Chunk, config: HqqConfig, exponent: int) -> Grid:
         offset = round_offset((from_half(offset, 0) / scale).round() * scale, 0)
     # |error| ** (norm - 1) / beta, in the weights' units, seen in units of 2**exponent.
     strength = min(2.0 ** (exponent * (config.norm - 2)) / config.beta, 2.0**100)
-    best, least = offset, torch.full(scale.shape, torch.inf, dtype=torch.float64)
+    best, least = offset, torch.full_like(scale, torch.inf, dtype=torch.float64)
     # One more look than there are steps: the last step's result must be measured too.
     for _ in range(config.iterations + 1):
         error, following = _step(chunk, scale, from_half(offset, 0), config, strength)

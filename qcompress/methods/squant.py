@@ -92,7 +92,7 @@ def encode(weight: Tensor, config: SquantConfig, exponent: int) -> Affine:
     if config.range == "clip" and weight.ndim > 2 and weight.numel():
         gains, centre = _gains(values, layout, grid, config.bits, exponent)
         grid = _stretched(grid, gains, centre)
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    codes = weight.new_empty(rows, columns, dtype=torch.uint8)
     for chunk, grids in layout.chunks():
         positions = _positions(values[chunk], layout, grid, grids, config.bits, exponent)
         if gains is not None:
@@ -126,7 +126,7 @@ def _gains(values: Tensor, layout: Layout, grid: Grid, bits: int, exponent: int)
 
     returns  gains float64 [grids] in [1, 2], mean positions float64 [grids] in steps
     """
-    powers = torch.zeros(3, grid.scale.numel(), dtype=torch.float64)
+    powers = values.new_zeros(3, grid.scale.numel(), dtype=torch.float64)
     unit = layout.unit
     for chunk, grids in layout.chunks():
         positions = _positions(values[chunk], layout, grid, grids, bits, exponent)
@@ -212,7 +212,7 @@ def _kernel_moves(error: Tensor, free: Tensor, layout: Layout) -> tuple[Tensor, 
     if length % kernel == 0:
         move, nominee = _flip_kernels(error, free)
     else:
-        column = torch.arange(columns)
+        column = torch.arange(columns, device=error.device)
         part = (column // length - column // kernel * kernel // length).reshape(-1, kernel).t()
         move, nominee = torch.zeros_like(error), torch.zeros_like(error)
         for number in range(int(part.max()) + 1):
@@ -251,8 +251,10 @@ def _ranks(values: Tensor) -> Tensor:
     kernel = values.shape[0]
     if kernel > PAIRWISE_MAX:
         order = values.argsort(dim=0, descending=True, stable=True)
-        return torch.empty_like(order).scatter_(0, order, torch.arange(kernel).unsqueeze(1).expand_as(order))
-    ranks = torch.arange(kernel - 1, -1, -1, dtype=torch.int8).unsqueeze(1).repeat(1, values.shape[1])
+        places = torch.arange(kernel, device=values.device).unsqueeze(1)
+        return torch.empty_like(order).scatter_(0, order, places.expand_as(order))
+    ranks = torch.arange(kernel - 1, -1, -1, dtype=torch.int8, device=values.device).unsqueeze(1)
+    ranks = ranks.repeat(1, values.shape[1])
     for first in range(kernel - 1):
         ahead = (values[first] >= values[first + 1 :]).view(torch.int8)
         ranks[first + 1 :] += ahead
@@ -272,6 +274,6 @@ def _flip_channels(error: Tensor, free: Tensor) -> Tensor:
     # The place in the row makes every key its own, so that the last flip's key alone tells who flips.
     length = error.shape[1]
     key = wanted if length <= 2 ** (31 - FRACTION_BITS) else wanted.long()
-    key = (key * length).sub_(torch.arange(length, dtype=key.dtype))
+    key = (key * length).sub_(torch.arange(length, dtype=key.dtype, device=key.device))
     last = key.topk(most).values.gather(1, (flips - 1).clamp_min(0).unsqueeze(1))
     return (key >= last).to(torch.int32).mul_(sign * (flips > 0).unsqueeze(1))

@@ -83,8 +83,15 @@ class LayerMeter:
             return
         flat, flat_decoded = weight.reshape(-1), decoded.reshape(-1)
         self._take_sample(first * columns, flat, flat_decoded)
-        low, high = float(flat.amin()), float(flat.amax())
+        grids = within[0].shape if within is not None else (1, 1)
+        by_grid = weight.reshape(*grids, -1)
+        lowest, highest = by_grid.amin(2), by_grid.amax(2)
+        low, high = float(lowest.amin()), float(highest.amax())
         error_energy, max_error = _error(flat, flat_decoded)
+        clipped = None
+        if within is not None:
+            any_clipped = bool((lowest < within[0]).any()) or bool((highest > within[1]).any())
+            clipped = _clipped(by_grid, *within) if any_clipped else 0
         self._blocks.append(
             _Block(
                 weights=weight.numel(),
@@ -93,7 +100,7 @@ class LayerMeter:
                 low=low,
                 high=high,
                 max_error=max_error,
-                clipped=None if within is None else _clipped(weight, *within),
+                clipped=clipped,
                 counts=counts,
             )
         )
@@ -211,14 +218,10 @@ def _error(flat: Tensor, flat_decoded: Tensor) -> tuple[float, float]:
     return _energy(error, largest), largest
 
 
-def _clipped(weight: Tensor, low: Tensor, high: Tensor) -> int:
-    """How many weights lie outside [low, high] of their grid; float32 [1 or rows, groups]."""
-    grid_rows, groups = low.shape
-    blocks = weight.reshape(grid_rows, groups, -1)
-    if bool((blocks.amin(2) >= low).all()) and bool((blocks.amax(2) <= high).all()):
-        return 0
+def _clipped(by_grid: Tensor, low: Tensor, high: Tensor) -> int:
+    """How many weights, float32 [1 or rows, groups, length], lie outside [low, high] of their grid."""
     # numpy compares some three times faster than torch here.
-    values = blocks.numpy()
+    values = by_grid.numpy()
     below = values < low.unsqueeze(-1).numpy()
     return int(np.count_nonzero(below | (values > high.unsqueeze(-1).numpy())))
 

@@ -99,7 +99,7 @@ def walk(blocks: Tensor, exponent: int) -> Iterator[Chunk]:
     unit = 2.0**-exponent
     dim = 0 if length <= LANES_UP_TO else 1
     rows_at_once = max(1, CHUNK_VALUES // length)
-    room = torch.empty(TERMS * min(rows_at_once, max(1, count)) * min(length, PIECE_VALUES))
+    room = blocks.new_empty(TERMS * min(rows_at_once, max(1, count)) * min(length, PIECE_VALUES))
     for rows in spans(max(1, count), rows_at_once):
         part = blocks[rows]
         held = None

@@ -89,14 +89,14 @@ def nearest_codes(blocks: Tensor, grid: Grid, bits: int, exponent: int) -> Tenso
     if exponent < -100:
         # The reciprocal of a scale would not fit float32.
         return nearest_codes(blocks * 2.0**64, grid, bits, exponent + 64)
-    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    codes = blocks.new_empty(blocks.shape, dtype=torch.uint8)
     if not blocks.numel():
         return codes
     count, length = blocks.shape
     rate = (2.0**-exponent / grid.scale.double()).float().unsqueeze(1)
     shift, zero = _shift_and_zero(grid, bits, exponent)
     n_rows, n_columns = max(1, CHUNK_VALUES // length), min(length, CHUNK_VALUES)
-    buffer = torch.empty(min(count, n_rows) * n_columns)
+    buffer = blocks.new_empty(min(count, n_rows) * n_columns)
     for rows, columns in product(spans(count, n_rows), spans(length, n_columns)):
         source = blocks[rows, columns]
         scaled = buffer[: source.numel()].view(source.shape)

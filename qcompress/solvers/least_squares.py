@@ -84,7 +84,8 @@ def _ladder(end: Tensor, sigma: Tensor, bits: int, rungs: int) -> list[Tensor]:
     first = end * (1 + step / 4)
     last = torch.minimum(OUTER_SIGMA[bits - 1] * sigma, end * max(1 - 0.875 * step, 0.25))
     # numpy's power: torch's rounds differently where the blocks do not fill a vector register.
-    ratio = torch.from_numpy(np.power((last / first.clamp_min(HALF_TINY)).numpy(), 1 / (rungs - 1)))
+    shrinkage = (last / first.clamp_min(HALF_TINY)).cpu().numpy()
+    ratio = torch.from_numpy(np.power(shrinkage, 1 / (rungs - 1))).to(end.device)
     return list(accumulate(range(rungs - 1), lambda rung, _: rung * ratio, initial=first))
 
 
@@ -110,9 +111,9 @@ def _splits(chunk: Chunk, low: Tensor, high: Tensor) -> Iterator[Start]:
         thresholds = [low]
     else:
         rows = chunk.held.t() if chunk.dim == 0 else chunk.held
-        values = torch.from_numpy(np.sort(rows.numpy(), axis=1)).double()
+        values = torch.from_numpy(np.sort(rows.cpu().numpy(), axis=1)).to(rows.device).double()
         left = values.cumsum(1)
-        count = torch.arange(1, chunk.length, dtype=torch.float64)
+        count = torch.arange(1, chunk.length, dtype=torch.float64, device=values.device)
         # The squares that a split takes away, from the sums on its left about the block's mean.
         inside = left[:, :-1] - left[:, -1:] * (count / chunk.length)
         best = (inside.square() / (count * (chunk.length - count))).argmax(1, keepdim=True)

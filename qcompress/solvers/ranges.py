@@ -131,7 +131,9 @@ def power(values: Tensor, exponent: float) -> Tensor:
     """values**exponent in place, float32 and not negative."""
     if exponent == 2.0:
         return values.mul_(values)
-    if exponent != 1.0:
+    if exponent != 1.0 and values.device.type != "cpu":
+        values.pow_(exponent)
+    elif exponent != 1.0:
         # torch's power rounds differently where a row does not fill a vector register; numpy's does not.
         array = values.numpy()
         with np.errstate(over="ignore", under="ignore"):

@@ -178,3 +178,26 @@ def test_more_bits_leave_less_error(method: Method) -> None:
         ]
         assert all(fine < coarse / 4 for coarse, fine in itertools.pairwise(errors))
         assert errors[-1] < 1e-3
+
+
+@pytest.mark.parametrize("method", WEIGHT_METHODS, ids=lambda method: method.name)
+def test_everything_is_made_where_the_weight_lies(method: Method) -> None:
+    """A tensor made without a device would be on `meta` here, as it would be on the CPU beside a weight on a GPU."""
+    for weight in (gaussian(5, 4, 3, 3), gaussian(5, 12), gaussian(2, 3, 5, 30)):
+        for config in configs(method, (1, 2, 4)):
+            if weight.shape[1:] == (3, 5, 30) and config.granularity == "group":
+                continue
+            expected = encoded_by(method, weight, config)
+            with torch.device("meta"):
+                encoded = encoded_by(method, weight, config)
+            assert torch.equal(decode(encoded), decode(expected))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", WEIGHT_METHODS, ids=lambda method: method.name)
+def test_a_gpu_codes_as_well_as_a_cpu(method: Method) -> None:
+    weight = gaussian(16, 8, 3, 3)
+    for config in configs(method, (2, 4)):
+        here, there = encoded_by(method, weight, config), encoded_by(method, weight.cuda(), config)
+        assert there.codes.is_cuda
+        assert there.codes.cpu().eq(here.codes).float().mean() > 0.99
