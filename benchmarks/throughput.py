@@ -65,7 +65,7 @@ def weights_of(path: Path) -> Iterator[tuple[str, Any]]:
 
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
-            if len(file.get_slice(name).get_shape()) == 2:
+            if len(file.get_slice(name).get_shape()) > 1:
                 yield name, file.get_tensor(name)
 
 
