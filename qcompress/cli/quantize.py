@@ -64,7 +64,7 @@ def quantize(
     from qcompress.cli.streams import refuse_mixed
 
     refuse_mixed(json_to, quiet)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise UsageError("torchrun", "splitting over ranks is not available in this version", "run qcompress by itself")
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
     asked = make_recipe(recipe, method, flags, overrides or [], seed)
