@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import platform
-import resource
 import shutil
 import threading
 import time
@@ -13,10 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import qcompress
 from qcompress.artifact.layout import PARTS, Slot, make_slots, part_name, render_header
 from qcompress.artifact.manifest import artifact_hash, input_hash
 from qcompress.artifact.writer import (
@@ -33,7 +29,8 @@ from qcompress.coding.payload import CodingChoice
 from qcompress.errors import CheckpointError, ResourceError
 from qcompress.journal import Journal, Record, run_key
 from qcompress.recipe import recipe_hash
-from qcompress.report.document import ArtifactFile, LayerReport, Report, RunFigures, make_size
+from qcompress.report.assemble import compressed_layer, kept_layer, run_figures
+from qcompress.report.document import ArtifactFile, Report, RunFigures, make_size
 from qcompress.shards import Shard, make_shards
 from qcompress.types import Decision, Plan, TensorInfo
 from qcompress.worker import BLOCK_WEIGHTS, Finished, count_nonfinite, encode_tensor, survey_bytes
@@ -105,13 +102,7 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options) -> Report:
             copy_companions(checkpoint.path, staged)
         if len(done) > 1:
             index_bytes = write_index(staged, {one.shard.file: one.written.slots for one in done})
-    run = RunFigures(
-        seconds=time.monotonic() - started,
-        cpu_seconds=time.process_time() - cpu_started,
-        peak_memory_bytes=peak_memory_bytes(),
-        device=options.device,
-        versions=versions(),
-    )
+    run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, options.device)
     return _make_report(checkpoint, plan, done, index_bytes, options.output.name, run)
 
 
@@ -274,7 +265,12 @@ def _make_report(
     for shard in done:
         for slot in shard.written.slots:
             sizes.setdefault(slot.tensor, {})[slot.name] = slot.n_bytes
-    layers = tuple(_layer(decision, sizes.get(decision.tensor.name, {}), finished) for decision in plan.decisions)
+    layers = tuple(
+        compressed_layer(d, sizes[d.tensor.name], finished[d.tensor.name].entry, finished[d.tensor.name].figures)
+        if d.compresses
+        else kept_layer(d, sum(sizes.get(d.tensor.name, {}).values()))
+        for d in plan.decisions
+    )
     size = make_size(
         checkpoint.file_bytes,
         sum(shard.written.file_bytes for shard in done) + index_bytes,
@@ -289,51 +285,3 @@ def _make_report(
         layers=layers,
         run=run,
     )
-
-
-def _layer(decision: Decision, sizes: Mapping[str, int], finished: Mapping[str, Finished]) -> LayerReport:
-    tensor = decision.tensor
-    total = sum(sizes.values())
-    if not decision.compresses:
-        return LayerReport(
-            name=tensor.name,
-            shape=tensor.shape,
-            dtype=tensor.dtype,
-            bytes=total,
-            baseline_bytes=tensor.n_bytes,
-            reason=decision.reason,
-            tied_to=decision.tied_to,
-        )
-    config, one = decision.config, finished[tensor.name]
-    return LayerReport(
-        name=tensor.name,
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-        bytes=total,
-        baseline_bytes=tensor.n_bytes,
-        reason=decision.reason,
-        method=decision.method or "",
-        bits=config.bits,
-        granularity=config.granularity,
-        group_size=config.group_size,
-        form=config.form,
-        coding=one.entry.coding,
-        side_information_bytes=total - sizes[part_name(tensor.name, "codes")],
-        figures=one.figures,
-    )
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def versions() -> dict[str, str]:
-    """What a figure may depend on."""
-    return {
-        "qcompress": qcompress.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }

@@ -18,8 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+
+# A shared machine may be slow at any moment, which says nothing about the code.
+settings.register_profile("patient", settings(), deadline=None)
+settings.load_profile("patient")
 
 Tensors: TypeAlias = dict[str, NDArray[Any]]
 

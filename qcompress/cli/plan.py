@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompress.cli.streams import print_result, terminal_of, write_json
+from qcompress.cli.streams import Streams, print_result, terminal_of, write_json
 
 if TYPE_CHECKING:
     from qcompress.checkpoint import Checkpoint
@@ -26,23 +26,20 @@ def print_plan(
     plan: Plan,
     target: Path,
     choice: CodingChoice,
-    *,
-    json_to: str | None,
-    quiet: bool,
-    no_color: bool,
+    streams: Streams,
 ) -> None:
     """The plan as a table or as JSON; with -q the output's path."""
     from qcompress.report.render import render_view
 
     document = plan_json(source, plan, target, choice)
-    if json_to is not None:
-        write_json(document, json_to)
-    if json_to == "-":
+    if streams.json_to is not None:
+        write_json(document, streams.json_to)
+    if streams.json_to == "-":
         return
-    if quiet:
+    if streams.quiet:
         print_result(str(target))
         return
-    print_result(render_view(_view(document), **terminal_of(sys.stdout, no_color)))
+    print_result(render_view(_view(document), **terminal_of(sys.stdout, streams.no_color)))
 
 
 def plan_json(source: Checkpoint, plan: Plan, target: Path, choice: CodingChoice) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,7 @@ from qcompress.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
     from qcompress.checkpoint import Checkpoint
+    from qcompress.cli.streams import Streams
     from qcompress.types import Gates, Plan, Recipe
 
 MOST_THREADS = 8
@@ -61,9 +61,10 @@ def quantize(
     qcompress quantize model.safetensors -r recipe.yaml --min-sqnr 12 --json -
     """
     from qcompress.cli.gates import make_gates, refuse_unmeasurable
-    from qcompress.cli.streams import refuse_mixed
+    from qcompress.cli.streams import Streams, refuse_mixed
 
     refuse_mixed(json_to, quiet)
+    streams = Streams(json_to, quiet, verbose, no_color)
     if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise UsageError("torchrun", "splitting over ranks is not available in this version", "run qcompress by itself")
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
@@ -75,7 +76,7 @@ def quantize(
     if dry_run:
         from qcompress.cli.plan import print_plan
 
-        print_plan(source, plan, target, coding.value, json_to=json_to, quiet=quiet, no_color=no_color)
+        print_plan(source, plan, target, coding.value, streams)
         return
     run = {
         "choice": coding.value,
@@ -85,13 +86,14 @@ def quantize(
         "device": _device(device),
         "max_memory": _parse_size("--max-memory", max_memory),
     }
-    _compress(source, plan, target, run, skip_nonfinite, json_to=json_to, quiet=quiet, no_color=no_color)
+    _compress(source, plan, target, run, skip_nonfinite, streams)
 
 
 def make_recipe(
     recipe: Path | None, method: str | None, flags: dict[str, Any], overrides: list[str], seed: int | None
 ) -> Recipe:
     """The one visible recipe: from the file, or of one rule from the flags."""
+    from qcompress.cli.streams import read_stdin
     from qcompress.recipe import read_recipe, recipe_from_flags
 
     given = [f"--{name.replace('_', '-')}" for name, value in {"method": method, **flags}.items() if value is not None]
@@ -106,7 +108,7 @@ def make_recipe(
             key = given[0].removeprefix("--").replace("-", "_")
             mend = f"say it in the recipe, or with --set rules.0.METHOD.{key}=VALUE"
             raise UsageError(f"-r {recipe} {given[0]}", "the recipe decides this", mend)
-        text = sys.stdin.read() if str(recipe) == "-" else None
+        text = read_stdin() if str(recipe) == "-" else None
         made = read_recipe(None if text is not None else recipe, overrides, text=text)
     if seed is not None:
         from dataclasses import replace
@@ -175,10 +177,7 @@ def _compress(
     target: Path,
     run: dict[str, Any],
     skip_nonfinite: bool,
-    *,
-    json_to: str | None,
-    quiet: bool,
-    no_color: bool,
+    streams: Streams,
 ) -> None:
     from dataclasses import replace
 
@@ -190,13 +189,13 @@ def _compress(
 
     if skip_nonfinite:
         plan = keep_nonfinite(source, plan)
-    with progress(sum(tensor.n_bytes for tensor in source.tensors), quiet=quiet, no_color=no_color) as advance:
+    with progress(sum(tensor.n_bytes for tensor in source.tensors), streams) as advance:
         report = compress(source, plan, Options(target, progress=advance, **run))
     try:
         report = replace(report, gates=check_gates(plan.recipe.gates, report))
     finally:
         write_report(report, report_path(target))
-    print_report(report, target, json_to=json_to, quiet=quiet, no_color=no_color)
+    print_report(report, target, streams)
     failed: GateFailed | None = gate_error(report.gates)
     if failed is not None:
         raise failed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,9 +18,10 @@ RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML f
 
 
 def _read(path: Path, overrides: list[str] | None) -> Recipe:
+    from qcompress.cli.streams import read_stdin
     from qcompress.recipe import read_recipe
 
-    text = sys.stdin.read() if str(path) == "-" else None
+    text = read_stdin() if str(path) == "-" else None
     return read_recipe(None if text is not None else path, overrides or [], text=text)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.errors import UsageError
+from qcompress.errors import GateFailed, UsageError
 
 FORMATS: dict[opt.Format, Literal["table", "json", "markdown", "csv"]] = {
     opt.Format.table: "table",
@@ -68,6 +68,10 @@ def report(
         write_text(render(reports, "json"), json_to)
     if json_to != "-" and not quiet:
         print_result(render(reports, FORMATS[form], **terminal_of(sys.stdout, no_color)))
-    failed = gate_error([gate for found in reports for gate in found.gates]) if gates != Gates() else None
-    if failed is not None:
-        raise failed
+    checked = reports if gates != Gates() else []
+    errors = {path: gate_error(found.gates) for path, found in zip(artifacts, checked, strict=False)}
+    failed = {path: error for path, error in errors.items() if error is not None}
+    if failed:
+        what = "; ".join(f"{path}: {error.where} {error.what}" for path, error in failed.items())
+        first = next(iter(failed.values()))
+        raise first if len(reports) == 1 else GateFailed("gates", what, first.mend)

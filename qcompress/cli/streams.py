@@ -8,16 +8,35 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qcompress.errors import ResourceError, UsageError
+from qcompress.errors import RecipeError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from qcompress.report.document import Report
 
 PLAIN_LINE_SECONDS = 10.0
 NARROWEST = 60
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a command was told of where its words go."""
+
+    json_to: str | None
+    quiet: bool
+    verbose: bool
+    no_color: bool
+
+
+def read_stdin() -> str:
+    """All of standard input. Raises RecipeError, for nothing else is read there, where it is not text."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise RecipeError("stdin", "is not UTF-8 text", "send a recipe in YAML") from None
 
 
 def print_result(text: str) -> None:
@@ -64,21 +83,21 @@ def write_text(text: str, json_to: str) -> None:
         raise ResourceError(json_to, error.strerror or str(error), "choose a writable file for --json") from error
 
 
-def print_report(report: Report, output: Path, *, json_to: str | None, quiet: bool, no_color: bool) -> None:
+def print_report(report: Report, output: Path, streams: Streams) -> None:
     """The result of a command that made an artifact: the table, the JSON, or with -q the path."""
     from qcompress.report.document_json import report_text
     from qcompress.report.render import render
 
     for warning in report.warnings:
         print_note(f"warning: {warning}")
-    if json_to is not None:
-        write_text(report_text(report), json_to)
-    if json_to == "-":
+    if streams.json_to is not None:
+        write_text(report_text(report), streams.json_to)
+    if streams.json_to == "-":
         return
-    if quiet:
+    if streams.quiet:
         print_result(str(output))
     else:
-        print_result(render([report], "table", **terminal_of(sys.stdout, no_color)))
+        print_result(render([report], "table", **terminal_of(sys.stdout, streams.no_color)))
 
 
 def terminal_of(stream: TextIO, no_color: bool) -> dict[str, Any]:
@@ -92,11 +111,16 @@ def terminal_of(stream: TextIO, no_color: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def progress(total_bytes: int, *, quiet: bool, no_color: bool) -> Iterator[Any]:
-    """A callable (tensor name, bytes) that shows progress on stderr: a bar on a terminal, else a line now and then."""
-    if quiet:
+def progress(total_bytes: int, streams: Streams) -> Iterator[Any]:
+    """A callable (tensor name, bytes) that shows progress on stderr: a bar on a terminal, else a line now and then.
+
+    With -v it is a line for each tensor, whatever stderr is.
+    """
+    if streams.verbose:
+        yield _PlainProgress(total_bytes, every_seconds=0.0).advance
+    elif streams.quiet:
         yield lambda name, n_bytes: None
-    elif is_drawn_on(sys.stderr, no_color):
+    elif is_drawn_on(sys.stderr, streams.no_color):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -110,13 +134,14 @@ def progress(total_bytes: int, *, quiet: bool, no_color: bool) -> Iterator[Any]:
             task = bar.add_task("", total=max(total_bytes, 1))
             yield lambda name, n_bytes: bar.update(task, advance=n_bytes, description=name)
     else:
-        yield _PlainProgress(total_bytes).advance
+        yield _PlainProgress(total_bytes, PLAIN_LINE_SECONDS).advance
 
 
 class _PlainProgress:
     """A line every few seconds, so that a log stays short and a CI job is not taken for dead."""
 
-    def __init__(self, total_bytes: int) -> None:
+    def __init__(self, total_bytes: int, every_seconds: float) -> None:
+        self._every = every_seconds
         self._total = max(total_bytes, 1)
         self._done = 0
         self._started = self._said = time.monotonic()
@@ -124,7 +149,7 @@ class _PlainProgress:
     def advance(self, name: str, n_bytes: int) -> None:
         self._done += n_bytes
         now = time.monotonic()
-        if now - self._said >= PLAIN_LINE_SECONDS:
+        if now - self._said >= self._every:
             self._said = now
             left = (now - self._started) * (self._total / max(self._done, 1) - 1)
             print_note(f"{100 * self._done // self._total}% after {name}, about {left:.0f} s left")

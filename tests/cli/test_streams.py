@@ -157,7 +157,7 @@ def test_a_log_gets_a_plain_line_now_and_then(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr("qcompress.cli.streams.time.monotonic", lambda: clock[0])
-    progress = _PlainProgress(1000)
+    progress = _PlainProgress(1000, 10.0)
     for step in range(1, 11):
         clock[0] = 3.0 * step
         progress.advance(f"layer{step}", 100)
@@ -192,3 +192,13 @@ def test_a_name_cannot_write_escape_codes(run: Run, tmp_path: Path) -> None:
     ran = run("quantize", checkpoint, "--bits", 2, "--granularity", "group", "--group-size", 7, "-f")
     assert ran.code == 3
     assert ESCAPE not in ran.err
+
+
+def test_verbose_names_each_tensor_on_stderr(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    quiet = run("quantize", checkpoint, "--bits", 2, "-q", "-o", tmp_path / "a.safetensors")
+    verbose = run("quantize", checkpoint, "--bits", 2, "-q", "-v", "-o", tmp_path / "b.safetensors")
+    assert quiet.err == ""
+    assert verbose.out == f"{tmp_path / 'b.safetensors'}\n"
+    assert [line.split(" after ")[1].split(",")[0] for line in verbose.err.splitlines()] != []
+    for name in small_tensors():
+        assert f" after {name}," in verbose.err
