@@ -603,3 +603,12 @@ def test_peak_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) * 1024 - source.stat().st_size)
     assert peaks[1] - peaks[0] < 16 << 20
+
+
+def test_every_byte_of_a_layer_has_an_owner(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.safetensors", {"w": gaussian(6, 40)})
+    asked = {"zero": rtn(3), "offset": recipe(rule("*", "mse", bits=3)), "none": rtn(3, symmetric=True)}
+    for name, per_row in {"zero": 3, "offset": 4, "none": 2}.items():
+        (layer,) = run(source, tmp_path / f"{name}.safetensors", asked[name]).layers
+        assert layer.side_information_bytes == 6 * per_row
+        assert layer.bytes - layer.side_information_bytes == 6 * 15

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from artifact.examples import gaussian, recipe, rtn, rule, run, save, save_folder
+from artifact.examples import gaussian, plan_for, recipe, rtn, rule, run, save, save_folder
 
+from qcompress.checkpoint import read_checkpoint
+from qcompress.coding.payload import CodingChoice
+from qcompress.journal import Journal, run_key
 from qcompress.methods import rtn as rtn_method
-from qcompress.types import Affine
+from qcompress.shards import make_shards
+from qcompress.types import Affine, Recipe
 
 NAMES = [f"layer{index}.weight" for index in range(6)]
 
@@ -151,7 +156,7 @@ def test_what_does_not_hold_any_more_is_done_again(
 
 def test_another_recipe_or_coding_starts_anew(checkpoint: Path, tmp_path: Path, encoder: Encoder) -> None:
     other_recipe = recipe(rule("layer0*", "rtn", bits=3), rule("*", "rtn", bits=4))
-    for asked, choice in ((other_recipe, "ans"), (rtn(3), "packed"), (rtn(3), "zstd")):
+    for asked, choice in ((other_recipe, "ans"), (rtn(4), "ans"), (rtn(3), "packed"), (rtn(3), "zstd")):
         output = tmp_path / "out.safetensors"
         kill_after(3, encoder, checkpoint, output, "ans", force=True)
         run(checkpoint, output, asked, choice, resume=True, force=True)
@@ -168,3 +173,24 @@ def test_without_resume_nothing_is_kept_and_nothing_is_used(checkpoint: Path, tm
         run(checkpoint, output, rtn(3), "packed")
     assert encoder.calls == 4
     assert not partial(output).exists()
+
+
+def test_a_journal_speaks_only_to_the_run_of_its_own_key(checkpoint: Path, tmp_path: Path, encoder: Encoder) -> None:
+    output = tmp_path / "out.safetensors"
+    kill_after(3, encoder, checkpoint, output, "ans")
+    path = partial(output) / f"{checkpoint.name}.journal"
+    key = json.loads(path.read_text().splitlines()[0])["key"]
+    assert [record.tensor for record in Journal(path, key).read()] == NAMES[:3]
+    assert Journal(path, "0" * len(key)).read() == []
+    assert Journal(path.with_name("missing"), key).read() == []
+
+
+def test_the_key_changes_with_all_that_decides_the_bytes(checkpoint: Path) -> None:
+    def key(asked: Recipe, choice: CodingChoice = "ans", device: str = "cpu") -> str:
+        source = read_checkpoint(checkpoint)
+        (shard,) = make_shards(source, plan_for(source, asked), choice)
+        return run_key(shard.layout, shard.manifest, device)
+
+    others = [key(rtn(4)), key(rtn(3, symmetric=True)), key(rtn(3), "zstd"), key(rtn(3), device="cuda")]
+    assert len({key(rtn(3)), *others}) == 5
+    assert key(rtn(3)) == key(rtn(3))

@@ -261,3 +261,12 @@ def test_clipped_weights_are_counted_grid_by_grid() -> None:
     one_grid = (torch.tensor([[-2.9]]), torch.tensor([[4.0]]))
     assert measure_decoded(weight, weight, within=one_grid).clipped_share == 3 / 8
     assert measure_decoded(weight, weight).clipped_share is None
+
+
+@pytest.mark.parametrize("beyond", [-9.0, 9.0])
+def test_one_clipped_end_of_one_grid_is_counted(beyond: float) -> None:
+    weight = torch.zeros(3, 8)
+    weight[1, 2] = beyond
+    within = (torch.full((3, 1), -1.0), torch.full((3, 1), 1.0))
+    figures = measure_decoded(weight, weight.clamp(-1, 1), within=within)
+    assert figures.clipped_share == 1 / 24
