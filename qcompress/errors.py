@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 
 class QcompressError(Exception):
-    """An error with its place, its cause and its mend; `str()` is one line."""
+    """An error with its place, its cause and its mend; `str()` is one line, of Refusals one for each."""
 
     exit_code = 1
 

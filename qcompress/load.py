@@ -14,6 +14,9 @@ from qcompress.coding.affine import TORCH_DTYPES, decode
 from qcompress.errors import ArtifactError
 from qcompress.types import TensorInfo
 
+# torch has had these from some version on, later than the oldest that we work with.
+_NEWER_DTYPES = {"F8_E8M0": "float8_e8m0fnu"}
+
 KEPT_DTYPES = TORCH_DTYPES | {
     "I64": torch.int64,
     "I32": torch.int32,
@@ -29,7 +32,9 @@ KEPT_DTYPES = TORCH_DTYPES | {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    **{name: getattr(torch, dtype) for name, dtype in _NEWER_DTYPES.items() if hasattr(torch, dtype)},
 }
+"""Every dtype that a kept tensor can have in torch."""
 
 
 def load_state_dict(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:

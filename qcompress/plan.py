@@ -26,16 +26,17 @@ def make_plan(
     Raises RecipeError, or Refusals with one RecipeError for each rule that decides nothing and each tensor that cannot
     follow its rule.
     """
+    deciders = {tensor.name: _first_match(recipe.rules, tensor.name) for tensor in tensors}
+    twins = _stored_twins(deciders, tied)
     decisions: list[Decision] = []
     errors: list[InputError] = []
     for tensor in tensors:
-        rule = _first_match(recipe.rules, tensor.name)
         try:
-            decisions.append(_decide(tensor, rule, tied, axes))
+            decisions.append(_decide(tensor, deciders[tensor.name], twins.get(tensor.name), axes.get(tensor.name)))
         except RecipeError as error:
             errors.append(error)
     if not errors:
-        errors = _idle_rules(recipe, tensors, decisions)
+        errors = _idle_rules(recipe, deciders, decisions)
     raise_all(errors)
     return Plan(recipe, tuple(decisions))
 
@@ -44,9 +45,21 @@ def _first_match(rules: Sequence[Rule], name: str) -> Rule | None:
     return next((rule for rule in rules if fnmatchcase(name, rule.match)), None)
 
 
-def _decide(tensor: TensorInfo, rule: Rule | None, tied: Mapping[str, str], axes: Mapping[str, Axis]) -> Decision:
-    twin = tied.get(tensor.name)
-    if twin is not None and not (rule and rule.names_one_tensor):
+def _stored_twins(deciders: Mapping[str, Rule | None], tied: Mapping[str, str]) -> dict[str, str]:
+    """Tied name -> the tensor that is stored for it, which is no copy itself. A rule of its own unties a name."""
+    copies = {
+        name: tied[name] for name, rule in deciders.items() if name in tied and not (rule and rule.names_one_tensor)
+    }
+    twins = {}
+    for name, twin in copies.items():
+        while twin in copies:
+            twin = copies[twin]
+        twins[name] = twin
+    return twins
+
+
+def _decide(tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis | None) -> Decision:
+    if twin is not None:
         return Decision(tensor, None, None, f"tied to {twin}, stored once", tied_to=twin)
     if rule is None:
         return Decision(tensor, None, None, "no rule matches")
@@ -59,7 +72,7 @@ def _decide(tensor: TensorInfo, rule: Rule | None, tied: Mapping[str, str], axes
         return Decision(tensor, None, None, because)
     if len(tensor.shape) < 2 and not rule.names_one_tensor:
         return Decision(tensor, None, None, "fewer than two dimensions")
-    axis, reason = _channel_axis(tensor, rule, axes.get(tensor.name))
+    axis, reason = _channel_axis(tensor, rule, known)
     refusal = METHODS[rule.method].refuse(rule.config, row_shape(tensor.shape, axis))
     if refusal is not None:
         raise RecipeError(rule.where, f"{tensor.name} {list(tensor.shape)}: {refusal}", "change the rule or add one")
@@ -89,12 +102,11 @@ def _channel_axis(tensor: TensorInfo, rule: Rule, known: Axis | None) -> tuple[t
     return axes, rule.where
 
 
-def _idle_rules(recipe: Recipe, tensors: Sequence[TensorInfo], decisions: Sequence[Decision]) -> list[InputError]:
+def _idle_rules(recipe: Recipe, deciders: Mapping[str, Rule | None], decisions: Sequence[Decision]) -> list[InputError]:
     """An error for each rule that decides nothing; a method's rule must compress at least one tensor.
 
     A rule with a list of globs has come here as one Rule a glob, all of the same `where`, and is judged as one.
     """
-    deciders = {tensor.name: _first_match(recipe.rules, tensor.name) for tensor in tensors}
     errors: list[InputError] = []
     for where, group in groupby(recipe.rules, key=lambda rule: rule.where):
         rules = list(group)

@@ -159,14 +159,20 @@ def refuse_grid(config: GridConfig, rows: Shape) -> str | None:
     size = config.group_size
     if size is None or columns % size == 0:
         return None
-    divisors = [d for d in range(2, columns + 1) if columns % d == 0]
-    nearest = min(divisors, key=lambda d: (abs(math.log(d / size)), d), default=columns)
-    return f"group_size {size} does not divide its {columns} values a channel; nearest that does: {nearest}"
+    small = [d for d in range(1, math.isqrt(columns) + 1) if columns % d == 0]
+    divisors = {divisor for d in small for divisor in (d, columns // d)} - {1}
+    nearest = min(divisors, key=lambda d: (abs(math.log(d / size)), d), default=None)
+    mend = "use granularity: channel" if nearest is None else f"nearest that does: {nearest}"
+    return f"group_size {size} does not divide its {columns} values a channel; {mend}"
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method: `target` is "module:function", imported only when it runs."""
+    """One method: `target` is "module:function", imported only when it runs.
+
+    adjusts  whether it changes tensors that it was not given: batch norms, biases
+    refuse   (config, shape [rows, ...] of a weight) -> why the weight cannot have this grid, or None
+    """
 
     name: str
     family: Family
@@ -177,9 +183,14 @@ class Method:
     target: str
 
     def load(self) -> Callable[..., Any]:
-        module, function = self.target.split(":")
-        loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
-        return loaded
+        """The function: encode(weight float32 [rows, ...], config, exponent) -> Encoded where `needs` is weights."""
+        return _load(self.target)
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, function = target.split(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded
 
 
 def _grid_method(name: str, config: type[GridConfig]) -> Method:
@@ -210,9 +221,7 @@ class Exporter:
 
     def load(self) -> Callable[..., int]:
         """The function; only where `target` names one."""
-        module, function = (self.target or "").split(":")
-        loaded: Callable[..., int] = getattr(importlib.import_module(module), function)
-        return loaded
+        return _load(self.target or "")
 
 
 EXPORTERS: Mapping[str, Exporter] = {

@@ -5,7 +5,6 @@ An artifact has one file for each file of its checkpoint, of the same name, each
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import qcompress
@@ -34,13 +33,13 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> lis
     by_name = {decision.tensor.name: decision for decision in plan.decisions}
     recipe, recipe_sha256 = recipe_json(plan.recipe), recipe_hash(plan.recipe)
     dropped = {d.tensor.name: d.tied_to for d in plan.decisions if d.tied_to is not None}
-    stored = set(by_name) - set(dropped)
     shards = []
     for source in checkpoint.shards:
         decisions = tuple(by_name[info.name] for info in source.tensors)
         own = {d.tensor.name for d in decisions}
         aliases = {a: t for a, t in checkpoint.tied.items() if a not in by_name and t in own}
-        tied = {name: twin for name, twin in dropped.items() if name in own} | aliases
+        tied = {name: twin for name, twin in dropped.items() if name in own}
+        tied |= {alias: dropped.get(twin, twin) for alias, twin in aliases.items()}
         manifest = Manifest(
             tool=f"qcompress {qcompress.__version__}",
             recipe=recipe,
@@ -49,15 +48,14 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> lis
             input_sha256="",
             sha256="",
             tensors={},
-            tied={name: _stored_twin(twin, dropped) for name, twin in tied.items() if name not in stored},
-            metadata={key: value for key, value in source.metadata.items() if (key, value) != ("format", "pt")},
+            tied=tied,
+            # A copy that was dropped leaves the metadata: a name there is one that never had bytes of its own.
+            metadata={
+                key: value
+                for key, value in source.metadata.items()
+                if (key, value) != ("format", "pt") and key not in dropped
+            },
         )
         layout = make_layout(decisions, choice, manifest)
         shards.append(Shard(source, decisions, layout, manifest, source.path.name))
     return shards
-
-
-def _stored_twin(name: str, dropped: Mapping[str, str]) -> str:
-    while name in dropped:
-        name = dropped[name]
-    return name

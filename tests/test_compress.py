@@ -612,3 +612,10 @@ def test_every_byte_of_a_layer_has_an_owner(tmp_path: Path) -> None:
         (layer,) = run(source, tmp_path / f"{name}.safetensors", asked[name]).layers
         assert layer.side_information_bytes == 6 * per_row
         assert layer.bytes - layer.side_information_bytes == 6 * 15
+
+
+def test_a_folder_of_any_name_can_be_replaced(tmp_path: Path) -> None:
+    source = save_folder(tmp_path / "in", {"a.safetensors": {"w": gaussian(4, 8)}})
+    for bits in (2, 3):
+        run(source, tmp_path / "replaced", rtn(bits), force=True)
+    assert [entry.bits for _, entry in read_artifact(tmp_path / "replaced").verify()] == [3]

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from artifact.examples import dense, gaussian, make_artifact, rtn, run, save
+from artifact.examples import dense, entry, gaussian, make_artifact, recipe, rtn, rule, run, save, write_raw
 from torch import nn
 
 import qcompress
 from qcompress.errors import ArtifactError
+from qcompress.types import DTYPE_BITS
 
 
 class Net(nn.Module):
@@ -82,3 +83,22 @@ def test_what_is_no_artifact_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         qcompress.load_state_dict(tmp_path / name)
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("dtype", sorted(set(DTYPE_BITS) - {"F4", "F6_E2M3", "F6_E3M2"}))
+def test_a_kept_tensor_of_any_dtype_is_loaded_byte_for_byte(dtype: str, tmp_path: Path) -> None:
+    content = bytes(index % 2 for index in range(6 * DTYPE_BITS[dtype] // 8))
+    source = write_raw(tmp_path / "m.safetensors", {"t": entry(dtype, [2, 3], 0, len(content))}, content)
+    run(source, tmp_path / "a.safetensors", recipe(rule("*")))
+    found = qcompress.load_state_dict(tmp_path / "a.safetensors")["t"]
+    assert found.shape == (2, 3)
+    assert found.reshape(-1).view(torch.uint8).numpy().tobytes() == content
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3"])
+def test_a_dtype_that_torch_lacks_is_refused_with_a_way_out(dtype: str, tmp_path: Path) -> None:
+    content = bytes(4 * DTYPE_BITS[dtype] // 8)
+    source = write_raw(tmp_path / "m.safetensors", {"t": entry(dtype, [4], 0, len(content))}, content)
+    run(source, tmp_path / "a.safetensors", recipe(rule("*")))
+    with pytest.raises(ArtifactError, match=f"'t': dtype {dtype} has no counterpart in torch; .*--to safetensors"):
+        qcompress.load_state_dict(tmp_path / "a.safetensors")

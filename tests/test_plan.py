@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from qcompress.checkpoint import read_checkpoint
 from qcompress.compress import Options, compress
 from qcompress.errors import QcompressError, RecipeError, Refusals
 from qcompress.plan import make_plan
-from qcompress.registry import METHODS
+from qcompress.registry import METHODS, RtnConfig, refuse_grid
 from qcompress.shards import make_shards
 from qcompress.types import Axis, Decision, Recipe, Rule, TensorInfo
 
@@ -89,6 +90,16 @@ def test_a_name_without_a_wildcard_keeps_a_copy_by_itself() -> None:
     assert decide(recipe(rule("twin")))["twin"].tied_to is None
 
 
+def test_a_copy_of_a_copy_is_tied_to_what_is_stored() -> None:
+    tied = {"a.weight": "twin", "twin": "b.weight"}
+    for asked, stored in ((rtn(), "b.weight"), (recipe(rule("twin", "rtn", bits=4), rule("*", "rtn", bits=4)), "twin")):
+        plan = make_plan(asked, INFOS, tied, {})
+        found = {decision.tensor.name: decision for decision in plan.decisions}
+        assert found["a.weight"].tied_to == stored
+        assert found["a.weight"].reason == f"tied to {stored}, stored once"
+        assert found[stored].tied_to is None
+
+
 @pytest.mark.parametrize(("name", "why"), [("steps", "dtype I64 is kept"), ("mask", "dtype BOOL is kept")])
 def test_what_cannot_be_compressed_is_refused_where_it_is_named(name: str, why: str) -> None:
     (line,) = refusals(recipe(rule(name, "rtn", bits=8)))
@@ -130,6 +141,27 @@ def test_every_tensor_whose_groups_do_not_divide_is_named() -> None:
     assert "a.weight [8, 4]: group_size 64 does not divide its 4 values a channel; nearest that does: 4" in lines[0]
     assert "b.weight [8, 2, 3]: group_size 64 does not divide its 6 values a channel" in lines[1]
     assert "c.weight [3, 90]: group_size 64 does not divide its 90 values a channel; nearest that does: " in lines[2]
+
+
+def test_the_nearest_group_size_that_divides_is_named_for_any_width() -> None:
+    """A channel of a hundred million values has its divisors looked up, not tried one by one."""
+    for columns, mend in (
+        (1, "use granularity: channel"),
+        (97, "nearest that does: 97"),
+        (10**8, "nearest that does: 64"),
+        (10**8 + 7, "nearest that does: 100000007"),
+        (90, "nearest that does: 90"),
+    ):
+        size = 63 if columns == 10**8 else 64 if columns != 90 else 91
+        assert refuse_grid(RtnConfig(bits=4, group_size=size), (1, columns)) == (
+            f"group_size {size} does not divide its {columns} values a channel; {mend}"
+        )
+    for columns in range(2, 200):
+        divisors = [d for d in range(2, columns + 1) if columns % d == 0]
+        for size in (5, 16):
+            best = min(divisors, key=lambda d: (abs(math.log(d / size)), d))
+            refusal = refuse_grid(RtnConfig(bits=4, group_size=size), (3, columns))
+            assert refusal is None if columns % size == 0 else str(refusal).endswith(f": {best}")
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.family == "quantize"])

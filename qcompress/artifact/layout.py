@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qcompress.artifact.manifest import METADATA_KEY, Entry, Grid, Manifest, manifest_text
+from qcompress.artifact.manifest import METADATA_KEY, Entry, Manifest, Placement, manifest_text
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice, bound_bytes
 from qcompress.coding.rows import grid_shape
@@ -60,12 +60,12 @@ class Layout:
         return not any(slot.varies for slot in self.slots)
 
 
-def grid_of(decision: Decision) -> Grid:
+def grid_of(decision: Decision) -> Placement:
     """What places the grid that a compressing decision will store."""
     config = decision.config
     if config.form != "symmetric":
         return "zero-point" if config.form == "zero-point" else "offset"
-    convention: Grid = config.stored_convention
+    convention: Placement = config.stored_convention
     return convention
 
 

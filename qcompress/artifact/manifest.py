@@ -19,9 +19,9 @@ from qcompress.types import WEIGHT_DTYPES, Convention, Shape, TensorInfo, row_sh
 FORMAT = 1
 METADATA_KEY = "qcompress"
 
-Grid: TypeAlias = Literal["zero-point", "offset"] | Convention
+Placement: TypeAlias = Literal["zero-point", "offset"] | Convention
 """What places a grid: a stored zero point, a stored offset, or a symmetric convention."""
-GRIDS = (*get_args(get_args(Grid)[0]), *get_args(Convention))
+GRIDS = (*get_args(get_args(Placement)[0]), *get_args(Convention))
 CODINGS: tuple[Coding, ...] = get_args(Coding)
 LIMITS = {"exponent": (-126, 112), "crc32": (0, 2**32 - 1), "bits": (1, 8)}
 """Under an exponent of 112 every scale and offset is a finite float32."""
@@ -37,6 +37,10 @@ class ManifestError(ValueError):
     """What is wrong with a manifest; the reader adds where."""
 
 
+class NewerFormatError(ManifestError):
+    """The manifest is of a format that came after this version."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What the manifest says of one compressed tensor.
@@ -48,7 +52,7 @@ class Entry:
     dtype: str
     axis: tuple[int, ...]
     bits: int
-    grid: Grid
+    grid: Placement
     coding: Coding
     exponent: int
     crc32: int
@@ -142,7 +146,7 @@ def parse_manifest(text: str) -> Manifest:
     if type(version) is not int or version < 1:
         raise ManifestError("its manifest has no format number")
     if version > FORMAT:
-        raise ManifestError(f"its format {version} is newer than the {FORMAT} that this version reads")
+        raise NewerFormatError(f"its format {version} is newer than the {FORMAT} that this version reads")
     odd = sorted((REQUIRED - set(document)) | (set(document) - REQUIRED - OPTIONAL))
     if odd:
         raise ManifestError(f"its manifest has {odd[0]!r} missing or unknown")

@@ -9,7 +9,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from qcompress.artifact.manifest import (
     Entry,
     Manifest,
     ManifestError,
+    NewerFormatError,
     artifact_hash,
     header_crc32,
     parse_manifest,
@@ -135,7 +136,7 @@ class ArtifactFile:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compressed checkpoint: one file, or a folder of them."""
+    """A compressed checkpoint: one file, or a folder of them. The last part of `path` is its name."""
 
     path: Path
     files: tuple[ArtifactFile, ...]
@@ -155,7 +156,14 @@ class Artifact:
 
     @property
     def tied(self) -> Mapping[str, str]:
+        """Name -> the tensor that stands for it."""
         return {name: twin for file in self.files for name, twin in file.manifest.tied.items()}
+
+    def copies_of(self, file: ArtifactFile) -> dict[TensorInfo, str]:
+        """Tied copies that the checkpoint stored in this file -> what stands for them; a name in metadata has none."""
+        aliases = {name for each in self.files for name in each.manifest.metadata}
+        copies = {name: twin for name, twin in file.manifest.tied.items() if name not in aliases}
+        return {replace(self.file_of(twin).original(twin), name=name): twin for name, twin in copies.items()}
 
     def verify(self) -> Iterator[tuple[str, Entry]]:
         """Each compressed tensor once it has decoded to what was written. Raises ArtifactError at the first else."""
@@ -166,18 +174,10 @@ class Artifact:
                 yield name, entry
 
 
-def is_artifact(path: Path) -> bool:
-    """Whether `path` holds a manifest of ours; False for anything that cannot be read as one."""
-    try:
-        index = path / INDEX_NAME
-        files = _find_files(path, _read_index(index) if index.is_file() else None)
-        return METADATA_KEY in read_container(files[0], ArtifactError).metadata
-    except ArtifactError:
-        return False
-
-
 def read_artifact(path: Path) -> Artifact:
     """The artifact at `path`, a file or a folder: headers and manifests, checked. Raises ArtifactError."""
+    # `.` and `..` have no name of their own.
+    path = path.resolve() if path.name in ("", "..") else path
     weight_map = _read_index(path / INDEX_NAME) if (path / INDEX_NAME).is_file() else None
     artifact = Artifact(path, tuple(read_artifact_file(file) for file in _find_files(path, weight_map)))
     held = {info.name: file.path.name for file in artifact.files for info in file.container.tensors}
@@ -185,10 +185,13 @@ def read_artifact(path: Path) -> Artifact:
         odd = sorted(dict(held.items() ^ weight_map.items()))[0]
         raise ArtifactError(str(path / INDEX_NAME), f"is wrong about the file that holds {odd!r}", REFETCH)
     names = [name for file in artifact.files for name in (*file.manifest.tensors, *(info.name for info in file.kept))]
-    if len(set(names)) != len(names):
+    stored = set(names)
+    if len(stored) != len(names):
         raise ArtifactError(str(path), "holds a tensor in two of its files", REFETCH)
     for name, twin in artifact.tied.items():
-        if twin not in names:
+        if name in stored:
+            raise ArtifactError(str(path), f"tensor {name!r} is called tied and is stored too", REFETCH)
+        if twin not in stored:
             raise ArtifactError(str(path), f"ties {name!r} to {twin!r}, which it does not hold", REFETCH)
     return artifact
 
@@ -229,8 +232,8 @@ def read_artifact_file(path: Path) -> ArtifactFile:
         manifest = parse_manifest(text)
         kept = _check_parts(container, manifest)
     except ManifestError as error:
-        newer = "is newer" in str(error)
-        raise ArtifactError(str(path), str(error), "update qcompress" if newer else REFETCH) from None
+        mend = "update qcompress" if isinstance(error, NewerFormatError) else REFETCH
+        raise ArtifactError(str(path), str(error), mend) from None
     return ArtifactFile(container, manifest, kept)
 
 
@@ -252,10 +255,6 @@ def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, 
     broken = next((name for name in stored if name in manifest.tensors or RESERVED in name), None)
     if broken is not None:
         raise ManifestError(f"tensor {broken!r} has no entry in the manifest, or stands beside its codes")
-    known = set(stored) | set(manifest.tensors)
-    twice = next((name for name in manifest.tied if name in known), None)
-    if twice is not None:
-        raise ManifestError(f"tensor {twice!r} is called tied and is stored too")
     return tuple(stored.values())
 
 

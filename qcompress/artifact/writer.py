@@ -134,7 +134,7 @@ def _empty(folder: Path) -> None:
 def _replace(built: Path, output: Path) -> None:
     if output.is_dir() and not output.is_symlink():
         # A folder cannot be renamed over: the old one steps aside, and comes back if the new one cannot take its place.
-        old = built.parent / "replaced"
+        old = built.parent / f"{output.name}.replaced"
         output.rename(old)
         try:
             built.rename(output)
@@ -262,7 +262,8 @@ class SlotWriter:
     def finish(self, render: Callable[[Sequence[Slot], str, str], bytes]) -> Written:
         """Read everything back, then write the header that `render` makes of the slots and two checksums.
 
-        The first is the SHA-256 of the data, the second the header's own CRC-32.
+        The first is the SHA-256 of the data, the second the header's own CRC-32. Raises ResourceError where the disk
+        holds other bytes than were written.
         """
         slots = tuple(
             replace(slot, n_bytes=self._size[slot.name], shape=self._shape.get(slot.name, slot.shape))

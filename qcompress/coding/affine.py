@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def round_scale(scale: Tensor, exponent: int, *, up: bool = False) -> Tensor:
 
 
 def round_offset(offset: Tensor, exponent: int) -> Tensor:
-    """An offset as the disk holds it: float16, nearest, times 2**exponent."""
+    """An offset as the disk holds it: float16, shaped like the float one that is given, nearest, times 2**exponent."""
     return (offset.double() * 2.0**-exponent).clamp(-HALF_MAX, HALF_MAX).half()
 
 
@@ -69,6 +70,8 @@ def middle(convention: Convention, bits: int) -> float:
             return 2.0 ** (bits - 1)
         case "mid-rise":
             return (2.0**bits - 1) / 2
+        case _:
+            assert_never(convention)
 
 
 def decode_rows(encoded: Affine) -> Tensor:
@@ -109,3 +112,5 @@ def decode(encoded: Encoded) -> Tensor:
             most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
             rows = decode_rows(encoded).clamp_(-most, most)
             return weight_from_rows(rows, encoded.shape, encoded.axis).to(dtype)
+        case _:
+            assert_never(encoded)

@@ -125,7 +125,7 @@ def table_bytes(table: Table) -> bytes:
 
 
 def parse_table(data: memoryview, bits: int) -> tuple[Table, int]:
-    """The table at the start of an ans payload, and where it ends."""
+    """The table at the start of an ans payload, and where it ends. Raises ValueError where it breaks the format."""
     if not len(data) or data[0] > MAX_PRECISION:
         raise ValueError("the frequency table is missing or of unknown precision")
     codes: list[int] = []
@@ -151,6 +151,11 @@ def parse_table(data: memoryview, bits: int) -> tuple[Table, int]:
 
 
 def encode_ans(packed: Bytes, bits: int, columns: int, table: Table) -> bytes:
+    """The payload: table, index and streams.
+
+    packed  uint8 [rows, row_bytes(columns, bits)], not empty
+    table   of all the codes that occur
+    """
     model = table.model()
     index_of = np.zeros(1 << bits, np.int32)
     index_of[table.codes] = np.arange(len(table.codes))
@@ -172,6 +177,10 @@ def _encode_chunk(indices: NDArray[np.int32], model: Any) -> bytes:
 
 
 def decode_ans(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
+    """The packed codes, uint8 [rows, row_bytes(columns, bits)], of a payload that is not empty.
+
+    Raises ValueError where the payload is not that of a matrix of this shape.
+    """
     table, at = parse_table(data, bits)
     chunks = chunk_count(rows, columns)
     # One byte of index a chunk: what bounds how far a small payload can expand.
@@ -188,7 +197,7 @@ def decode_ans(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
 
 
 def parse_streams(data: memoryview, at: int, chunks: int) -> list[memoryview]:
-    """The bytes of every chunk; the last has all that the others leave."""
+    """The bytes of every chunk; the last has all that the others leave. Raises ValueError where they do not fit."""
     lengths = []
     for _ in range(chunks - 1):
         length, at = _parse_varint(data, at)
@@ -204,7 +213,10 @@ def parse_streams(data: memoryview, at: int, chunks: int) -> list[memoryview]:
 
 
 def decode_chunk(stream: memoryview, table: Table, model: Any | None, count: int) -> Bytes:
-    """The `count` codes of one chunk, flat; an empty stream is the lowest code throughout."""
+    """The codes of one chunk, uint8 [count]; an empty stream is the lowest code throughout.
+
+    Raises ValueError where the stream does not end with its codes.
+    """
     if not len(stream):
         return np.full(count, table.codes[0])
     if model is None or stream[-1] == 0:

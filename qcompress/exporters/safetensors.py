@@ -12,7 +12,7 @@ from qcompress.artifact.layout import Layout, Slot, header_text
 from qcompress.artifact.reader import Artifact, ArtifactFile
 from qcompress.artifact.writer import SlotWriter, copy_companions, refuse_own_input, staged_output, write_index
 from qcompress.coding.affine import decode, take_rows
-from qcompress.types import DTYPE_BITS, TensorInfo
+from qcompress.types import DTYPE_BITS
 
 BLOCK_WEIGHTS = 1 << 20
 
@@ -39,10 +39,11 @@ def export(artifact: Artifact, output: Path, *, force: bool) -> int:
 
 
 def _export_file(artifact: Artifact, file: ArtifactFile, path: Path) -> Layout:
-    slots = [
-        Slot(info.name, info.dtype, info.shape, info.n_bytes, file.manifest.tied.get(info.name, info.name))
-        for info in _original_tensors(artifact, file)
-    ]
+    """Write one file, wide dtypes first and then by name; where its bytes lie."""
+    copies = artifact.copies_of(file)
+    originals = [*file.kept, *map(file.original, file.manifest.tensors), *copies]
+    originals.sort(key=lambda info: (-DTYPE_BITS[info.dtype], info.name))
+    slots = [Slot(info.name, info.dtype, info.shape, info.n_bytes, copies.get(info, info.name)) for info in originals]
     layout = Layout(tuple(slots), 8 + -(-len(_render_header(slots, file)) // 8) * 8)
     with SlotWriter(path, layout) as writer:
         for slot in slots:
@@ -50,20 +51,6 @@ def _export_file(artifact: Artifact, file: ArtifactFile, path: Path) -> Layout:
                 writer.put(slot.name, data)
         writer.finish(lambda final, *_: _render_header(final, file))
     return layout
-
-
-def _original_tensors(artifact: Artifact, file: ArtifactFile) -> list[TensorInfo]:
-    """The tensors of the original file, wide dtypes first and then by name."""
-    tensors = [
-        *file.kept,
-        *(TensorInfo(name, entry.shape, entry.dtype) for name, entry in file.manifest.tensors.items()),
-    ]
-    for name, twin in file.manifest.tied.items():
-        # A name that the metadata tied had no bytes of its own, and gets none here.
-        if name not in file.manifest.metadata:
-            original = artifact.file_of(twin).original(twin)
-            tensors.append(TensorInfo(name, original.shape, original.dtype))
-    return sorted(tensors, key=lambda info: (-DTYPE_BITS[info.dtype], info.name))
 
 
 def _render_header(slots: Sequence[Slot], file: ArtifactFile) -> bytes:
@@ -86,4 +73,5 @@ def _dense_bytes(file: ArtifactFile, name: str) -> Iterator[memoryview]:
 
 
 def _raw(weight: Tensor) -> memoryview:
-    return weight.contiguous().view(torch.uint8).numpy().reshape(-1).data
+    # Flat first: a scalar cannot be seen as bytes.
+    return weight.reshape(-1).view(torch.uint8).numpy().data

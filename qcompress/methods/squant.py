@@ -35,7 +35,7 @@ CHUNK_WEIGHTS = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Cut:
     """How a weight of [rows, columns] is cut, in columns: a kernel, and a run that shares a grid within a row.
 
     shared  one grid serves all rows
@@ -85,19 +85,19 @@ def encode(weight: Tensor, config: SquantConfig, exponent: int) -> Affine:
     granularity = config.granularity or "channel"
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
     grid_rows, groups = grid_shape(tuple(weight.shape), granularity, config.group_size)
-    layout = Layout(rows, columns, math.prod(weight.shape[2:]), columns // max(groups, 1), granularity == "tensor")
+    cut = Cut(rows, columns, math.prod(weight.shape[2:]), columns // max(groups, 1), granularity == "tensor")
     values = weight.reshape(rows, columns)
     grid = _make_grid(blocks_from_rows(weight, granularity, config.group_size), config, exponent)
     gains = None
     if config.range == "clip" and weight.ndim > 2 and weight.numel():
-        gains, centre = _gains(values, layout, grid, config.bits, exponent)
+        gains, centre = _gains(values, cut, grid, config.bits, exponent)
         grid = _stretched(grid, gains, centre)
     codes = weight.new_empty(rows, columns, dtype=torch.uint8)
-    for chunk, grids in layout.chunks():
-        positions = _positions(values[chunk], layout, grid, grids, config.bits, exponent)
+    for chunk, grids in cut.chunks():
+        positions = _positions(values[chunk], grid, grids, config.bits, exponent)
         if gains is not None:
-            positions = _inflated(positions, layout, gains[grids], config.bits)
-        codes[chunk] = flipped_codes(positions, layout, config.bits, config.stages)
+            positions = _inflated(positions, cut, gains[grids], config.bits)
+        codes[chunk] = flipped_codes(positions, cut, config.bits, config.stages)
     return Affine(
         codes=codes,
         bits=config.bits,
@@ -117,7 +117,7 @@ def _make_grid(blocks: Tensor, config: SquantConfig, exponent: int) -> Grid:
     return minmax_grid(blocks, config.bits, exponent)
 
 
-def _gains(values: Tensor, layout: Layout, grid: Grid, bits: int, exponent: int) -> tuple[Tensor, Tensor]:
+def _gains(values: Tensor, cut: Cut, grid: Grid, bits: int, exponent: int) -> tuple[Tensor, Tensor]:
     """What makes up for the shrinking of weights on a clipped grid, and where the weights of a grid have their mean.
 
     With w and v the weights and their nearest levels, both less their means in each kernel (in each channel where
@@ -127,9 +127,9 @@ def _gains(values: Tensor, layout: Layout, grid: Grid, bits: int, exponent: int)
     returns  gains float64 [grids] in [1, 2], mean positions float64 [grids] in steps
     """
     powers = values.new_zeros(3, grid.scale.numel(), dtype=torch.float64)
-    unit = layout.unit
-    for chunk, grids in layout.chunks():
-        positions = _positions(values[chunk], layout, grid, grids, bits, exponent)
+    unit = cut.unit
+    for chunk, grids in cut.chunks():
+        positions = _positions(values[chunk], grid, grids, bits, exponent)
         codes = _nearest(positions).clamp_(0, 2**bits - 1).reshape(-1, unit).long()
         places = (positions >> GAIN_SHIFT).reshape(-1, unit).long()
         total = places.sum(1)
@@ -153,15 +153,15 @@ def _stretched(grid: Grid, gains: Tensor, centre: Tensor) -> Grid:
     return replace(grid, scale=scale, offset=round_offset(offset, 0))
 
 
-def _inflated(positions: Tensor, layout: Layout, gains: Tensor, bits: int) -> Tensor:
+def _inflated(positions: Tensor, cut: Cut, gains: Tensor, bits: int) -> Tensor:
     """The positions moved away from their mean in each unit by the gain: sums stay what they are."""
-    units = positions.reshape(gains.numel(), -1, layout.unit)
-    mean = (units.sum(2, dtype=torch.int64).double() / layout.unit).float().unsqueeze(2)
+    units = positions.reshape(gains.numel(), -1, cut.unit)
+    mean = (units.sum(2, dtype=torch.int64).double() / cut.unit).float().unsqueeze(2)
     more = (units - mean).mul_((gains - 1).float().view(-1, 1, 1)).round_().to(torch.int32)
     return more.add_(units).clamp_(-REACH * STEP, (2**bits - 1 + REACH) * STEP).reshape(positions.shape)
 
 
-def _positions(values: Tensor, layout: Layout, grid: Grid, grids: slice, bits: int, exponent: int) -> Tensor:
+def _positions(values: Tensor, grid: Grid, grids: slice, bits: int, exponent: int) -> Tensor:
     """Where values float32 [rows, columns] lie on their grids: int32, in units of 2**-16 steps from code 0."""
     scale = from_half(grid.scale[grids], 0).unsqueeze(1)
     steps = (values * 2.0**-exponent).reshape(scale.numel(), -1)
@@ -174,17 +174,17 @@ def _positions(values: Tensor, layout: Layout, grid: Grid, grids: slice, bits: i
     return steps.mul_(STEP).round_().to(torch.int32).reshape(values.shape)
 
 
-def flipped_codes(positions: Tensor, layout: Layout, bits: int, stages: str) -> Tensor:
+def flipped_codes(positions: Tensor, cut: Cut, bits: int, stages: str) -> Tensor:
     """The codes uint8 [rows, columns] after the named stages, for positions int32 in units of 2**-16 steps."""
     codes = _nearest(positions).clamp_(0, 2**bits - 1)
     error = (codes << FRACTION_BITS).sub_(positions)
     free = error * _within(positions, bits)
-    if "K" in stages and layout.kernel > 1:
-        move, free = _kernel_moves(error, free, layout)
+    if "K" in stages and cut.kernel > 1:
+        move, free = _kernel_moves(error, free, cut)
         codes -= move
         error -= move << FRACTION_BITS
     if "C" in stages:
-        length = layout.length
+        length = cut.length
         codes -= _flip_channels(error.reshape(-1, length), free.reshape(-1, length)).reshape(codes.shape)
     return codes.to(torch.uint8)
 
@@ -201,13 +201,13 @@ def _within(positions: Tensor, bits: int) -> Tensor:
     return inside.to(torch.int32)
 
 
-def _kernel_moves(error: Tensor, free: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def _kernel_moves(error: Tensor, free: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
     """Stage K: the moves int32 [rows, columns] to take off the codes, and the errors of the nominees, elsewhere 0.
 
     A kernel that crosses from one grid to the next is worked on part by part, the rest of it hidden as zeros.
     """
     rows, columns = error.shape
-    kernel, length = layout.kernel, layout.length
+    kernel, length = cut.kernel, cut.length
     error, free = (_planes(values, kernel) for values in (error, free))
     if length % kernel == 0:
         move, nominee = _flip_kernels(error, free)

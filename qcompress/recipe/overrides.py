@@ -65,8 +65,8 @@ def _child(parent: Node, segment: str, place: Place, problems: Problems) -> Node
             return parent.value.setdefault(segment, Node(None, place, path_of_key(parent.path, segment)))
         case list():
             items = parent.value
-            if segment.isascii() and segment.isdigit() and int(segment[:9]) < len(items):
-                return items[int(segment[:9])]
+            if segment.isascii() and segment.isdigit() and len(segment) < 10 and int(segment) < len(items):
+                return items[int(segment)]
             mend = f"give a number from 0 to {len(items) - 1}" if items else "the list is empty"
             problems.add(here, f"{quoted(segment)} is no item of a list of {len(items)}", mend)
         case scalar:

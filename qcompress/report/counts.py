@@ -7,6 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompress.coding.payload import entropy_bits
 from qcompress.report.document import LayerFigures
 
 Counts: TypeAlias = NDArray[np.int64]
@@ -21,7 +22,4 @@ def measure_counts(*blocks: Counts | None) -> LayerFigures:
     if len(known) < len(blocks) or not known:
         return LayerFigures()
     total = np.sum(known, axis=0)
-    used = total[total > 0]
-    share = used / max(1, used.sum())
-    # Not -0.0 where one level takes all.
-    return LayerFigures(levels_used=len(used), entropy=abs(float((share * np.log2(share)).sum())))
+    return LayerFigures(levels_used=int(np.count_nonzero(total)), entropy=entropy_bits(total))

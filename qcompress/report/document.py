@@ -51,7 +51,8 @@ def sqnr_db(relative_error: float) -> float:
     """The signal to quantization noise ratio in dB: +infinity without error, NaN of NaN."""
     if math.isnan(relative_error) or math.isinf(relative_error):
         return -relative_error
-    return -10 * math.log10(relative_error) if relative_error else math.inf
+    # Adding zero makes of the negative zero of a relative error of 1 a plain one.
+    return -10 * math.log10(relative_error) + 0.0 if relative_error else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

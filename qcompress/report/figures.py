@@ -139,34 +139,6 @@ class LayerMeter:
         return replace(figures, range=(low, high), **_sample_figures(self._before, self._after, low, high))
 
 
-def measure_decoded(
-    weight: Tensor,
-    decoded: Tensor,
-    bits: int | None = None,
-    *,
-    counts: Counts | None = None,
-    within: tuple[Tensor, Tensor] | None = None,
-) -> LayerFigures:
-    """The figures of a whole tensor, both of any floating dtype and of one shape [rows, ...].
-
-    counts and within as in `LayerMeter.add`, of the whole tensor; without them levels used, entropy and clipped
-    share stay None.
-    """
-    if weight.shape != decoded.shape:
-        raise ValueError(f"{tuple(decoded.shape)} decoded for a weight of {tuple(weight.shape)}")
-    rows = weight.shape[0] if weight.ndim > 1 else 1
-    meter = LayerMeter(weight.numel(), bits)
-    if weight.numel():
-        columns = weight.numel() // rows
-        meter.add(
-            weight.detach().float().reshape(rows, columns),
-            decoded.detach().float().reshape(rows, columns),
-            counts,
-            within=within,
-        )
-    return meter.result()
-
-
 def unclipped_range(encoded: Affine) -> tuple[Tensor, Tensor]:
     """Lowest and highest weight that a grid does not clip: half a step beyond its end levels.
 
@@ -211,7 +183,8 @@ def _energy(flat: Tensor, largest: float) -> float:
 def _error(flat: Tensor, flat_decoded: Tensor) -> tuple[float, float]:
     """The sum of squared errors and the largest error."""
     error = flat - flat_decoded
-    largest = max(-float(error.amin()), float(error.amax()))
+    # Adding zero makes of a negative zero a plain one.
+    largest = max(-float(error.amin()), float(error.amax())) + 0.0
     if not math.isfinite(largest):
         error = flat.double() - flat_decoded.double()
         largest = float(error.abs().amax())
@@ -275,14 +248,11 @@ def _quantile(ordered: Sample, share: float) -> float:
 
 def _kurtosis(ordered: Sample) -> float | None:
     """Pearson's, 3 for a normal distribution; None where all values are equal."""
-    spread = float(ordered[-1]) - float(ordered[0])
-    if spread == 0:
+    if ordered[0] == ordered[-1]:
         return None
-    centred = torch.from_numpy(ordered / np.float32(spread / 2))
-    # The first mean is rounded to float32, which is coarse where the values lie close together; the second is not.
-    centred -= centred.mean()
-    centred -= centred.mean()
-    squares = centred.square_()
+    # In float64 neither the mean of close values nor the fourth power of any float32 is lost.
+    centred = torch.from_numpy(ordered).double()
+    squares = centred.sub_(centred.mean()).square_()
     return float(torch.dot(squares, squares)) * len(squares) / float(squares.sum()) ** 2
 
 

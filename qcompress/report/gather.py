@@ -19,7 +19,7 @@ from qcompress.checkpoint import Checkpoint
 from qcompress.coding.packing import count_codes
 from qcompress.errors import ReportError
 from qcompress.report import document
-from qcompress.report.document import KEPT, LayerFigures, LayerReport, Report, make_size
+from qcompress.report.document import LayerFigures, LayerReport, Report, make_size
 from qcompress.report.document_json import read_report
 from qcompress.types import TensorInfo
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_WEIGHTS = 1 << 18
+REASON = "read from the artifact"
 
 
 def report_path(output: Path) -> Path:
@@ -47,7 +48,7 @@ def gather_report(path: Path, baseline: Checkpoint | None = None) -> Report:
     artifact = read_artifact(path)
     if baseline is not None:
         return _measure_report(artifact, baseline)
-    beside = report_path(path)
+    beside = report_path(artifact.path)
     if not beside.is_file():
         return _stored_report(artifact)
     found = read_report(beside)
@@ -61,13 +62,11 @@ def _stored_report(artifact: Artifact) -> Report:
     """What the artifact's own bytes tell: sizes, and the entropy of its codes."""
     from qcompress.report.counts import measure_counts
 
-    layers = []
+    figures = {}
     for file in artifact.files:
         for name, entry in file.manifest.tensors.items():
-            counts = count_codes(file.packed_codes(name), entry.bits, entry.columns)
-            layers.append(_layer(file, name, entry, measure_counts(counts)))
-        layers += _kept_layers(file)
-    return _make_report(artifact, layers)
+            figures[name] = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
+    return _make_report(artifact, figures)
 
 
 def _measure_report(artifact: Artifact, baseline: Checkpoint) -> Report:
@@ -75,20 +74,18 @@ def _measure_report(artifact: Artifact, baseline: Checkpoint) -> Report:
     from qcompress.checkpoint import tensor_view
 
     _refuse_other_baseline(artifact, baseline)
-    infos = {info.name: info for info in baseline.tensors}
-    layers = []
+    figures = {}
     for file in artifact.files:
-        for name, entry in file.manifest.tensors.items():
-            weight = tensor_view(baseline.shard_of(name), infos[name])
-            layers.append(_layer(file, name, entry, _measure_tensor(file, name, weight)))
-        layers += _kept_layers(file)
-    return _make_report(artifact, layers)
+        for name in file.manifest.tensors:
+            figures[name] = _measure_tensor(file, name, tensor_view(baseline.shard_of(name), file.original(name)))
+    return _make_report(artifact, figures)
 
 
 def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigures:
     """The figures of one tensor, block by block."""
+    import torch
+
     from qcompress.coding.affine import decode_rows, take_rows
-    from qcompress.coding.packing import pack
     from qcompress.coding.rows import rows_from_weight
     from qcompress.report.figures import LayerMeter, unclipped_range
 
@@ -99,39 +96,44 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
     for start in range(0, entry.rows, step):
         part = take_rows(encoded, start, start + step)
         block = rows[start : start + step].float().reshape(part.shape)
-        counts = count_codes(pack(part.codes.numpy(), entry.bits), entry.bits, entry.columns)
+        counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy()
         meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
     return meter.result()
 
 
 def _refuse_other_baseline(artifact: Artifact, baseline: Checkpoint) -> None:
+    made_from = f"the checkpoint that {artifact.path} was made from"
+    mend = "give the original checkpoint to --baseline"
     wanted = {file.path.name: file.manifest.input_sha256 for file in artifact.files}
-    for index, shard in enumerate(baseline.shards):
+    if len(baseline.shards) != len(wanted):
+        what = f"is not {made_from}: {len(baseline.shards)} files, not {len(wanted)}"
+        raise ReportError(str(baseline.path), what, mend)
+    for shard in baseline.shards:
         crcs = {info.name: zlib.crc32(shard.bytes_of(info.name)) for info in shard.tensors}
         # A single file may have any name; shards keep theirs.
         key = shard.path.name if len(wanted) > 1 else next(iter(wanted))
-        if index >= len(wanted) or wanted.get(key) != input_hash(shard.tensors, crcs):
-            what = f"is not the checkpoint that {artifact.path} was made from (its hash differs)"
-            raise ReportError(str(shard.path), what, "give the original checkpoint to --baseline")
+        if wanted.get(key) != input_hash(shard.tensors, crcs):
+            raise ReportError(str(shard.path), f"is not {made_from} (its hash differs)", mend)
 
 
-def _layer(file: ArtifactFile, name: str, entry: Entry, figures: LayerFigures) -> LayerReport:
+def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: LayerFigures) -> LayerReport:
     parts = {part: info.n_bytes for part, info in file.parts_of(name).items()}
     grids, groups = file.parts_of(name)["scale"].shape
     method, options = _rule_of(name, file.manifest.recipe)
-    grouped = groups > 1 or (options.get("granularity") == "group")
-    granularity = "group" if grouped else "tensor" if grids == 1 < entry.rows else "channel"
+    seen = "group" if groups > 1 else "channel" if grids > 1 else "tensor"
+    # One grid a row, or one for a single row, fits several granularities: the recipe says which was meant.
+    granularity = seen if groups > 1 else str(options.get("granularity", seen))
     return LayerReport(
         name=name,
         shape=entry.shape,
         dtype=entry.dtype,
         bytes=sum(parts.values()),
-        baseline_bytes=TensorInfo(name, entry.shape, entry.dtype).n_bytes,
-        reason="read from the artifact",
+        baseline_bytes=file.original(name).n_bytes,
+        reason=REASON,
         method=method,
         bits=entry.bits,
         granularity=granularity,
-        group_size=entry.columns // groups if grouped else None,
+        group_size=entry.columns // groups if granularity == "group" else None,
         form=entry.grid if entry.grid in ("zero-point", "offset") else "symmetric",
         coding=entry.coding,
         side_information_bytes=sum(parts.values()) - parts["codes"],
@@ -141,30 +143,38 @@ def _layer(file: ArtifactFile, name: str, entry: Entry, figures: LayerFigures) -
 
 def _rule_of(name: str, recipe: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """The method that the manifest's recipe gave a tensor, and its options."""
-    for rule in recipe.get("rules", ()):
-        if isinstance(rule, dict) and fnmatchcase(name, str(rule.get("match"))):
+    rules = recipe.get("rules")
+    for rule in rules if isinstance(rules, list) else []:
+        if not isinstance(rule, dict):
+            continue
+        match = rule.get("match")
+        globs = match if isinstance(match, list) else [match]
+        if any(fnmatchcase(name, glob) for glob in globs if isinstance(glob, str)):
             for method, options in rule.items():
                 if method != "match" and isinstance(options, dict):
                     return method, options
     return "unknown", {}
 
 
-def _kept_layers(file: ArtifactFile) -> list[LayerReport]:
-    return [
-        LayerReport(
-            name=info.name,
-            shape=info.shape,
-            dtype=info.dtype,
-            bytes=info.n_bytes,
-            baseline_bytes=info.n_bytes,
-            reason="read from the artifact",
-            method=KEPT,
-        )
-        for info in file.kept
-    ]
+def _kept_layer(info: TensorInfo, tied_to: str | None = None) -> LayerReport:
+    return LayerReport(
+        name=info.name,
+        shape=info.shape,
+        dtype=info.dtype,
+        bytes=info.n_bytes if tied_to is None else 0,
+        baseline_bytes=info.n_bytes,
+        tied_to=tied_to,
+        reason=REASON,
+    )
 
 
-def _make_report(artifact: Artifact, layers: list[LayerReport]) -> Report:
+def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Report:
+    """The report whose compressed tensors have these figures, its layers by name."""
+    layers: list[LayerReport] = []
+    for file in artifact.files:
+        layers += [_compressed_layer(file, name, entry, figures[name]) for name, entry in file.manifest.tensors.items()]
+        layers += [_kept_layer(info) for info in file.kept]
+        layers += [_kept_layer(info, twin) for info, twin in artifact.copies_of(file).items()]
     index = artifact.path / INDEX_NAME
     index_bytes = index.stat().st_size if artifact.path.is_dir() and index.is_file() else 0
     size = make_size(

@@ -11,6 +11,7 @@ from qcompress.report.document import Report
 from qcompress.report.document_json import json_text, report_text
 from qcompress.report.render_text import render_csv, render_markdown, render_plain
 from qcompress.report.view import View, view_comparison, view_report
+from qcompress.report.words import name_words
 
 Format: TypeAlias = Literal["table", "json", "markdown", "csv"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -37,7 +38,7 @@ def render(
     view = view_comparison(comparison) if comparison else view_report(reports[0])
     if form == "markdown":
         # A table stands beside its warnings on stderr; Markdown is pasted where nobody sees them.
-        warnings = tuple(f"warning: {warning}" for report in reports for warning in report.warnings)
+        warnings = tuple(f"warning: {name_words(warning)}" for report in reports for warning in report.warnings)
         return render_markdown(replace(view, notes=view.notes + warnings))
     return render_view(view, terminal=terminal, width=width, color=color)
 

@@ -134,7 +134,7 @@ def accuracy_words(report: Report) -> list[str]:
     lines = []
     for item in report.accuracy or ():
         before, after, drop = (number_words(value, 4) for value in (item.baseline, item.artifact, item.drop))
-        text = f"{item.metric} {before} -> {after}, drop {drop}"
+        text = f"{name_words(item.metric)} {before} -> {after}, drop {drop}"
         if item.interval:
             text += f" (95 %: {item.interval[0]:.4g} to {item.interval[1]:.4g})"
         lines.append(f"{text}, {count_words(item.samples, 'sample')}")
@@ -142,8 +142,9 @@ def accuracy_words(report: Report) -> list[str]:
 
 
 def gate_words(gate: GateResult) -> str:
+    name = name_words(gate.name)
     if not gate.passed:
-        return f"FAILED {gate.name} {failure_words(gate)}"
+        return f"FAILED {name} {failure_words(gate)}"
     value = (
         "exact"
         if gate.value in (None, math.inf)
@@ -153,7 +154,7 @@ def gate_words(gate: GateResult) -> str:
     )
     sign = "<=" if gate.name.startswith("max-") else ">="
     limit = f"{gate.limit:,}" if isinstance(gate.limit, int) else f"{gate.limit:.6g}"
-    return f"passed {gate.name} {value} {sign} {limit}"
+    return f"passed {name} {value} {sign} {limit}"
 
 
 def _shown(layers: Sequence[LayerReport]) -> tuple[list[LayerReport], list[str]]:
@@ -171,7 +172,7 @@ def _more(count: int, order: str) -> str:
 _LAYER_CELLS: tuple[tuple[Column, Callable[[LayerReport], str]], ...] = (
     (Column("layer", right=False), lambda layer: name_words(layer.name)),
     (Column("shape", right=False, spare=3), lambda layer: shape_words(layer.shape)),
-    (Column("method", right=False, spare=1), lambda layer: layer.method),
+    (Column("method", right=False, spare=1), lambda layer: name_words(layer.method)),
     (Column("bits"), lambda layer: NOT_MEASURED if layer.bits is None else str(layer.bits)),
     (Column("bytes"), lambda layer: size_words(layer.bytes)),
     (Column("b/weight", spare=2), lambda layer: bits_words(layer.bits_per_weight)),
@@ -242,7 +243,7 @@ def _file_table(comparison: Comparison) -> Table:
         Column("b/weight"),
         Column("worst dB"),
         Column("worst layer", right=False, spare=3),
-        *(Column(metric) for metric in metrics),
+        *(Column(name_words(metric)) for metric in metrics),
     )
     return Table(columns, tuple(rows))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from artifact.educational_decoder import expand
-from artifact.examples import denses, gaussian, make_artifact, recipe, rtn, rule, run, save, save_folder
+from artifact.examples import denses, gaussian, make_artifact, recipe, rewrite, rtn, rule, run, save, save_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 from torch import nn
@@ -87,6 +87,29 @@ def test_a_name_that_metadata_ties_stays_in_the_metadata(tmp_path: Path) -> None
     assert after.tensors == before.tensors
 
 
+def test_a_name_that_the_metadata_of_another_shard_ties_gets_no_data(tmp_path: Path) -> None:
+    source = save_folder(
+        tmp_path / "in", {"a.safetensors": {"w": gaussian(4, 8)}, "b.safetensors": {"v": gaussian(4, 8)}}
+    )
+    save(source / "a.safetensors", {"w": gaussian(4, 8)}, {"format": "pt", "alias": "v"})
+    run(source, tmp_path / "out", rtn(4))
+    export(read_artifact(tmp_path / "out"), tmp_path / "dense", force=False)
+    before, after = read_checkpoint(source), read_checkpoint(tmp_path / "dense")
+    assert (after.tied, after.tensors) == (before.tied, before.tensors) == ({"alias": "v"}, before.tensors)
+
+
+def test_a_vector_and_a_scalar_are_exported_whatever_their_axis(tmp_path: Path) -> None:
+    source = save(tmp_path / "m.safetensors", {"scalar": torch.tensor(2.5), "vector": gaussian(5)})
+    run(source, tmp_path / "a.safetensors", recipe(rule("scalar", "rtn", bits=8), rule("vector", "rtn", bits=8)))
+
+    def other_axes(_header: Any, manifest: Any, _data: bytearray) -> None:
+        manifest["defaults"]["axis"] = [1]
+
+    artifact = rewrite(tmp_path / "a.safetensors", other_axes)
+    export(read_artifact(artifact), tmp_path / "d.safetensors", force=False)
+    assert denses(load_file(tmp_path / "d.safetensors")) == denses(load_state_dict(artifact)) == expand(artifact)
+
+
 def test_a_copy_that_the_checkpoint_stored_is_stored_again_in_its_own_shard(tmp_path: Path) -> None:
     a, b = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     embedding = gaussian(16, 8)
@@ -141,3 +164,21 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ResourceError, match="free some space"):
         export(read_artifact(path), tmp_path / "d.safetensors", force=False)
     assert {one.name for one in tmp_path.iterdir()} == names
+
+
+def test_a_stored_copy_that_the_metadata_names_too_is_stored_again(tmp_path: Path) -> None:
+    weight = gaussian(8, 6)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    source = tmp_path / "in"
+    source.mkdir()
+    save(
+        source / "model.safetensors",
+        dict.fromkeys(names, weight.clone()) | {names[1]: weight.clone()},
+        {"format": "pt", names[1]: names[0]},
+    )
+    (source / "config.json").write_text('{"tie_word_embeddings": true}')
+    run(source, tmp_path / "small", rtn(4))
+    export(read_artifact(tmp_path / "small"), tmp_path / "dense", force=False)
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert set(dense) == set(names)
+    assert torch.equal(dense[names[0]], dense[names[1]])

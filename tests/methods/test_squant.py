@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompress.coding.affine import decode, exponent_for, from_half
 from qcompress.methods import squant
-from qcompress.methods.squant import Layout, encode, flipped_codes
+from qcompress.methods.squant import Cut, encode, flipped_codes
 from qcompress.registry import SquantConfig
 from qcompress.types import Affine
 
@@ -150,27 +150,27 @@ def test_codes_are_those_of_the_reference_with_ties_and_far_outside(data: st.Dat
     limit = 12 * 65536 // unit
     seed = data.draw(st.integers(0, 2**16))
     drawn = torch.randint(-limit, limit, (3, columns), generator=torch.Generator().manual_seed(seed)) * unit
-    codes = flipped_codes(drawn.to(torch.int32), Layout(3, columns, kernel, length, False), bits, stages)
+    codes = flipped_codes(drawn.to(torch.int32), Cut(3, columns, kernel, length, False), bits, stages)
     assert torch.equal(codes, reference_codes(drawn.double().numpy() / 65536, bits, kernel, length, stages))
 
 
 def test_worked_example() -> None:
     """Errors -.4 -.4 -.3 -.2 sum to -1.3: one flip, of the first of the two largest; the second would be next."""
     positions = (torch.tensor([[0.4, 0.4, 0.3, 0.2]]) * 65536).round().to(torch.int32)
-    assert flipped_codes(positions, Layout(1, 4, 4, 4, False), 1, "EKC").tolist() == [[1, 0, 0, 0]]
-    assert flipped_codes(positions, Layout(1, 4, 1, 4, False), 1, "EKC").tolist() == [[1, 0, 0, 0]]
+    assert flipped_codes(positions, Cut(1, 4, 4, 4, False), 1, "EKC").tolist() == [[1, 0, 0, 0]]
+    assert flipped_codes(positions, Cut(1, 4, 1, 4, False), 1, "EKC").tolist() == [[1, 0, 0, 0]]
     both = positions.repeat(1, 2)
     # Two kernels are left with -.3 each: -.6 in the channel takes one more flip, of the first nominee.
-    assert flipped_codes(both, Layout(1, 8, 4, 8, False), 1, "EKC").tolist() == [[1, 1, 0, 0, 1, 0, 0, 0]]
+    assert flipped_codes(both, Cut(1, 8, 4, 8, False), 1, "EKC").tolist() == [[1, 1, 0, 0, 1, 0, 0, 0]]
 
 
 def test_a_flip_that_met_its_sum_exactly_is_the_one_taken_back() -> None:
     """Sums 1, -3/8, -3/8: one flip in the first kernel, then -3/4 are left and taking it back costs least."""
     errors = torch.tensor([[0.375, 0.375, 0.25, 0, -0.25, -0.125, 0, 0, -0.25, -0.125, 0, 0]])
     positions = ((1 - errors) * 65536).to(torch.int32)
-    layout = Layout(1, 12, 4, 12, False)
-    assert flipped_codes(positions, layout, 2, "EK").tolist() == [[0, *[1] * 11]]
-    assert flipped_codes(positions, layout, 2, "EKC").tolist() == [[1] * 12]
+    cut = Cut(1, 12, 4, 12, False)
+    assert flipped_codes(positions, cut, 2, "EK").tolist() == [[0, *[1] * 11]]
+    assert flipped_codes(positions, cut, 2, "EKC").tolist() == [[1] * 12]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -214,7 +214,7 @@ def test_neighbours_make_up_for_a_clipped_weight() -> None:
     positions = torch.full((1, 9), 1.25)
     positions[0, 4] = 5.2
     fixed = (positions * 65536).round().to(torch.int32)
-    plain, flipped = (flipped_codes(fixed, Layout(1, 9, 9, 9, False), 2, stages) for stages in ("E", "EK"))
+    plain, flipped = (flipped_codes(fixed, Cut(1, 9, 9, 9, False), 2, stages) for stages in ("E", "EK"))
     assert plain.tolist() == [[1, 1, 1, 1, 3, 1, 1, 1, 1]]
     assert abs(float((flipped - positions).sum())) <= 0.5
     assert int(flipped[0, 4]) == 3

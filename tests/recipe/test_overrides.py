@@ -82,6 +82,10 @@ def test_paths_that_lead_nowhere() -> None:
     assert lines("rules.-1.rtn.bits=2") == [
         "--set rules.-1.rtn.bits=2: rules: `-1` is no item of a list of 2; give a number from 0 to 1"
     ]
+    # Ten digits are no shorter number with the rest cut off.
+    assert lines("rules.0000000001.rtn.bits=9") == [
+        "--set rules.0000000001.rtn.bits=9: rules: `0000000001` is no item of a list of 2; give a number from 0 to 1"
+    ]
     assert lines("rules.x=2", text="version: 1\nrules: []\n")[1] == (
         "--set rules.x=2: rules: `x` is no item of a list of 0; the list is empty"
     )

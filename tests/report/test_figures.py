@@ -10,17 +10,31 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qcompress.coding.affine import decode_rows
-from qcompress.report.counts import measure_counts
+from qcompress.report.counts import Counts, measure_counts
+from qcompress.report.document import LayerFigures
 from qcompress.report.figures import (
     SAMPLE,
     LayerMeter,
-    measure_decoded,
     sample_stride,
     unclipped_range,
 )
 from qcompress.types import Affine
 
 torch.set_num_threads(1)
+
+
+def measure_decoded(
+    weight: torch.Tensor,
+    decoded: torch.Tensor,
+    bits: int | None = None,
+    *,
+    counts: Counts | None = None,
+    within: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> LayerFigures:
+    """The figures of a whole tensor, added as one block."""
+    meter = LayerMeter(weight.numel(), bits)
+    meter.add(weight, decoded, counts, within=within)
+    return meter.result()
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -85,11 +99,28 @@ def test_values_closer_together_than_their_mean_resolves() -> None:
     assert_figures_of(weight, torch.ones_like(weight))
 
 
+@pytest.mark.parametrize("least", [1e-45, 1e-42, 1e-38])
+def test_the_smallest_numbers_that_there_are(least: float) -> None:
+    weight = torch.tensor([[0.0, least, least, -least, 2 * least]])
+    figures = measure_decoded(weight, weight)
+    in_steps = weight.double().numpy().ravel() / 2**-149
+    assert figures.kurtosis == pytest.approx(stats.kurtosis(in_steps, fisher=False), rel=1e-6)
+    assert (figures.relative_error, figures.max_error) == (0, 0)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e38])
 def test_a_constant_tensor_that_is_met_exactly(value: float) -> None:
     weight = torch.full((5, 7), value)
     assert_figures_of(weight, weight.clone())
     assert measure_decoded(weight, weight.clone()).sqnr_db == math.inf
+
+
+def test_no_figure_is_a_negative_zero() -> None:
+    for weight, decoded in (([-0.0, 1.0], [-0.0, 1.0]), ([-0.0, 0.0], [0.0, -0.0]), ([1.0, 2.0], [0.0, 0.0])):
+        figures = measure_decoded(torch.tensor([weight]), torch.tensor([decoded]))
+        for value in (figures.max_error, figures.relative_error, figures.sqnr_db):
+            assert value is not None
+            assert math.copysign(1, value) == 1
 
 
 def test_zeros_that_decode_to_something_else_are_not_exact() -> None:

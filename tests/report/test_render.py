@@ -156,6 +156,26 @@ def test_names_cannot_steer_the_terminal_or_the_markup() -> None:
     assert "<b" not in row.replace(r"\<b", "")
 
 
+def test_no_text_of_a_report_file_steers_the_terminal() -> None:
+    bad = "\x1b[2J"
+    report = full_report()
+    assert report.accuracy is not None
+    report = replace(
+        report,
+        artifact=replace(report.artifact, name=bad),
+        layers=tuple(replace(one, name=one.name + bad, method=bad) for one in report.layers),
+        accuracy=tuple(replace(one, metric=bad) for one in report.accuracy),
+        gates=tuple(replace(one, name=f"max-drop {bad}") for one in report.gates),
+        warnings=(bad,),
+    )
+    for reports in ([report], [report, report]):
+        for form in ("table", "markdown"):
+            for terminal in (False, True):
+                text = render(reports, form, terminal=terminal, width=300, color=False)
+                assert "\x1b" not in text
+                assert "2J" in text
+
+
 @pytest.mark.parametrize(
     ("n_bytes", "text"),
     [
