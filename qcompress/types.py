@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from qcompress.settings import ActivationSettings, Companion, DataSettings, ModelSettings, Task
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -100,13 +102,23 @@ class Gates:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What the user asked for, checked but not yet held against any tensor."""
+    """What the user asked for, checked but not yet held against any tensor.
+
+    source  the recipe's file, whose folder its paths start from
+    places  where each section stands, for errors: "model" -> "recipe.yaml:3: model"
+    """
 
     family: Family
     rules: tuple[Rule, ...]
     seed: int = 0
     gates: Gates = Gates()
+    model: ModelSettings | None = None
+    data: DataSettings | None = None
+    task: Task | None = None
+    activations: ActivationSettings | None = None
+    companions: tuple[Companion, ...] = ()
     source: str = "command line"
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,3 +190,35 @@ class Affine:
 
 
 Encoded: TypeAlias = Kept | Affine
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationGrid:
+    """The quantizer at a module's input, one for the whole tensor: value = scale * (code - zero_point).
+
+    bits        2 to 8; codes lie in [0, 2**bits)
+    scale       above 0, a float32 number
+    zero_point  in [0, 2**bits), so that zero lies on the grid
+    """
+
+    bits: int
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method on a live model has chosen.
+
+    encoded      tensor name -> its codes; Kept for what a method that declares `adjusts` changed
+    references   tensor name -> the float weight that its codes stand for, where that is not the checkpoint's
+    activations  module name -> the quantizer at its input, from a method that chooses it itself
+    caps         module name -> the largest output of each channel of the activation after it, float32 [channels]
+    notes        what was skipped and why, one line each
+    """
+
+    encoded: Mapping[str, Encoded]
+    references: Mapping[str, Tensor] = field(default_factory=dict)
+    activations: Mapping[str, ActivationGrid] = field(default_factory=dict)
+    caps: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

@@ -15,15 +15,16 @@ from qcompress.registry import EXPORTERS, METHODS
 PACKAGE = Path(__file__).parent.parent / "qcompress"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-NOUNS = {"errors", "types"}
-KNOWN = {"errors", "types", "registry"}
+NOUNS = {"errors", "settings", "types"}
+KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
 VERBS = ("allocate", "compress", "demo", "evaluate", "finetune", "journal", "load", "sensitivity", "shards", "worker")
 
 MAY_IMPORT = {
     "errors": set(),
-    "types": set(),
+    "settings": set(),
+    "types": {"settings"},
     "registry": NOUNS,
     "container": NOUNS,
     "recipe": KNOWN,

@@ -24,8 +24,8 @@ def encode(weight: Tensor, config: MseConfig, exponent: int) -> Affine:
     blocks = blocks_from_rows(weight, config.granularity, config.group_size)
     if config.search == "als":
         effort = HIGH if config.effort == "high" else NORMAL
-        grid = least_squares_grid(blocks, config.bits, config.symmetric, exponent, effort)
+        grid = least_squares_grid(blocks, config.bits, bool(config.symmetric), exponent, effort)
     else:
-        grid = shrunken_grid(blocks, config.bits, config.symmetric, config.norm, exponent)
+        grid = shrunken_grid(blocks, config.bits, bool(config.symmetric), config.norm, exponent)
     shape = grid_shape(tuple(weight.shape), config.granularity, config.group_size)
     return affine_from_grid(weight, grid, config.bits, exponent, shape)

@@ -1,19 +1,14 @@
-"""Every method by name: its config, what it needs, what it refuses, and where its code lies. Imports no torch.
-
-A new method is a new file, an entry here, its tests and its line in the docs.
-"""
+"""The configs of methods that need weights alone, and the refusal that all methods on an affine grid share."""
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from qcompress.types import Convention, Family, Granularity, GridForm, Shape, searched_convention
+from qcompress.types import Convention, Granularity, GridForm, Shape, searched_convention
 
 DEFAULT_GROUP_SIZE = 64
 
@@ -25,13 +20,14 @@ class GridConfig:
     bits         1 to 8
     granularity  one grid per tensor, per channel, or per group of `group_size` values of a channel;
                  group where only `group_size` is given, else channel
+    symmetric    a grid around zero; false where absent
     axis         the channel axis, or the pair of them in stacked experts; the plan's choice where absent
     """
 
     bits: Annotated[int, Interval(ge=1, le=8)]
     granularity: Granularity | None = None
     group_size: Annotated[int, Ge(2)] | None = None
-    symmetric: bool = False
+    symmetric: bool | None = None
     axis: int | tuple[int, ...] | None = None
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
@@ -43,6 +39,7 @@ class GridConfig:
         object.__setattr__(self, "granularity", granularity)
         if granularity == "group" and self.group_size is None:
             object.__setattr__(self, "group_size", DEFAULT_GROUP_SIZE)
+        object.__setattr__(self, "symmetric", bool(self.symmetric))
 
     @property
     def form(self) -> GridForm:
@@ -164,74 +161,3 @@ def refuse_grid(config: GridConfig, rows: Shape) -> str | None:
     nearest = min(divisors, key=lambda d: (abs(math.log(d / size)), d), default=None)
     mend = "use granularity: channel" if nearest is None else f"nearest that does: {nearest}"
     return f"group_size {size} does not divide its {columns} values a channel; {mend}"
-
-
-@dataclass(frozen=True)
-class Method:
-    """One method: `target` is "module:function", imported only when it runs.
-
-    adjusts  whether it changes tensors that it was not given: batch norms, biases
-    refuse   (config, shape [rows, ...] of a weight) -> why the weight cannot have this grid, or None
-    """
-
-    name: str
-    family: Family
-    config: type[Any]
-    needs: Literal["weights", "graph", "calibration", "training"]
-    adjusts: bool
-    refuse: Callable[[Any, Shape], str | None]
-    target: str
-
-    def load(self) -> Callable[..., Any]:
-        """The function: encode(weight float32 [rows, ...], config, exponent) -> Encoded where `needs` is weights."""
-        return _load(self.target)
-
-
-def _load(target: str) -> Callable[..., Any]:
-    module, function = target.split(":")
-    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return loaded
-
-
-def _grid_method(name: str, config: type[GridConfig]) -> Method:
-    return Method(name, "quantize", config, "weights", False, refuse_grid, f"qcompress.methods.{name}:encode")
-
-
-METHODS: Mapping[str, Method] = {
-    method.name: method
-    for method in (
-        _grid_method("rtn", RtnConfig),
-        _grid_method("mse", MseConfig),
-        _grid_method("squant", SquantConfig),
-        _grid_method("hqq", HqqConfig),
-    )
-}
-
-DEFAULT_METHOD = "squant"
-"""The best data-free method we have measured (docs/methods.md): what `--bits` alone runs."""
-
-
-@dataclass(frozen=True)
-class Exporter:
-    """One format to export to: a function (artifact, output, *, force) -> bytes written; None where not built yet."""
-
-    name: str
-    suffix: str
-    target: str | None = None
-
-    def load(self) -> Callable[..., int]:
-        """The function; only where `target` names one."""
-        return _load(self.target or "")
-
-
-EXPORTERS: Mapping[str, Exporter] = {
-    exporter.name: exporter
-    for exporter in (
-        Exporter("safetensors", ".safetensors", "qcompress.exporters.safetensors:export"),
-        Exporter("compressed-tensors", ".safetensors"),
-        Exporter("gguf", ".gguf"),
-        Exporter("onnx", ".onnx"),
-        Exporter("coreml", ".mlpackage"),
-        Exporter("mlx", ".safetensors"),
-    )
-}

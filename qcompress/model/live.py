@@ -1,0 +1,155 @@
+"""A live model and what methods see of it: the network as it was, its copy as it will be, and calibration data."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcompress.coding.affine import decode
+from qcompress.errors import ModelError
+from qcompress.model.batches import Batch
+from qcompress.model.trace import Untraceable, trace
+from qcompress.types import Decision, Encoded
+
+if TYPE_CHECKING:
+    from qcompress.model.stages import Stage
+
+LAYER_PARAMETERS = ("weight",)
+
+
+@dataclass
+class LiveModel:
+    """A network with the checkpoint's weights, in eval mode on `device`, float32.
+
+    module       the network as it was; methods never change it
+    quantized    its copy: what has been encoded so far is in place, and methods put there what they encode
+    layers       module names of the compressed weights, in the order in which a forward pass first calls them
+    calibration  batches on `device`; none where the recipe has no calibration data
+    blocks       globs over module names, see ModelSettings
+    place        names the recipe's model section in errors
+    """
+
+    module: nn.Module
+    quantized: nn.Module
+    layers: tuple[str, ...]
+    calibration: Sequence[Batch]
+    example: Batch
+    device: torch.device
+    seed: int = 0
+    blocks: tuple[str, ...] = ()
+    place: str = "model"
+    notes: list[str] = field(default_factory=list)
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers for one layer, whatever the order in which layers come."""
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+    @cached_property
+    def graph(self) -> fx.Graph:
+        """The traced network. Raises ModelError where it cannot be traced."""
+        graph, reason = self._trace
+        if graph is None:
+            mend = "name its units under `model.blocks`, or choose a method that needs no graph"
+            raise ModelError(self.place, f"the model cannot be traced: {reason}", mend)
+        return graph
+
+    @property
+    def traced(self) -> bool:
+        return self._trace[0] is not None
+
+    @cached_property
+    def _trace(self) -> tuple[fx.Graph | None, str]:
+        try:
+            return trace(self.module, self.layers, self.example), ""
+        except Untraceable as problem:
+            return None, str(problem)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The network cut into stages, each beginning with a compressed layer where it could be traced."""
+        from qcompress.model.stages import make_stages
+
+        return make_stages(self)
+
+    def put(self, tensors: Mapping[str, Encoded]) -> None:
+        """Put decoded weights and adjusted tensors into the quantized copy, by tensor name."""
+        put_tensors(self.quantized, {name: decode(one) for name, one in tensors.items()})
+
+
+def layer_name(tensor: str) -> str:
+    """The module that a tensor belongs to: what stands before its last dot."""
+    return tensor.rpartition(".")[0]
+
+
+def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite parameters and buffers in place, by name."""
+    with torch.no_grad():
+        for name, value in tensors.items():
+            find_tensor(module, name).copy_(value)
+
+
+def find_tensor(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), leaf)
+    return tensor
+
+
+def make_live_model(
+    module: nn.Module,
+    decisions: Iterable[Decision],
+    calibration: Sequence[Batch],
+    example: Batch,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    blocks: tuple[str, ...] = (),
+    place: str = "model",
+) -> LiveModel:
+    """The live model of a built module with its weights loaded; nothing in it works in place."""
+    module = module.to(device).float().eval()
+    module.requires_grad_(False)
+    for one in module.modules():
+        if getattr(one, "inplace", False):
+            one.inplace = False
+    names = [layer_name(decision.tensor.name) for decision in decisions if decision.compresses]
+    example = example.to(device)
+    order = execution_order(module, set(names), example)
+    live = LiveModel(
+        module=module,
+        quantized=module,
+        layers=tuple(order),
+        calibration=calibration,
+        example=example,
+        device=device,
+        seed=seed,
+        blocks=blocks,
+        place=place,
+    )
+    # The trace may leave constants on the module, which its copy needs too.
+    _ = live.traced
+    live.quantized = copy.deepcopy(module)
+    return live
+
+
+def execution_order(module: nn.Module, names: set[str], example: Batch) -> list[str]:
+    """The named modules that a forward pass calls, in the order of their first call."""
+    order: dict[str, None] = {}
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            module(*example.args, **example.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(order)

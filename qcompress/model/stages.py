@@ -1,0 +1,251 @@
+"""A network cut into stages that run one after another from values that are kept: each layer is computed once a sweep.
+
+Traced networks are cut before every compressed layer. Others run by the blocks that the recipe names, or as one stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor, fx, nn
+
+from qcompress.errors import ModelError
+from qcompress.model.batches import Batch
+from qcompress.model.live import LiveModel, execution_order
+from qcompress.model.trace import first_tensor, start, step
+
+State: TypeAlias = Any
+"""What flows from stage to stage, for one batch; opaque but to the stages."""
+
+
+class Stage(Protocol):
+    """A part of the network.
+
+    name    of the block or of the layer that it begins with
+    layers  the compressed modules that it calls, in order
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+
+    def begin(self, batch: Batch) -> State:
+        """The state before the first stage."""
+
+    def run(self, module: nn.Module, state: State) -> State:
+        """The state after this stage of `module`, which is the network or a copy of it; `state` stays as it is."""
+
+
+@dataclass(frozen=True)
+class TracedStage:
+    """Nodes of the traced graph, in their order.
+
+    spent  the values that nothing after this stage needs
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    graph: fx.Graph
+    nodes: tuple[fx.Node, ...]
+    spent: tuple[fx.Node, ...]
+
+    def begin(self, batch: Batch) -> State:
+        return start(self.graph, batch)
+
+    def run(self, module: nn.Module, state: State) -> State:
+        values = dict(state)
+        for node in self.nodes:
+            values[node] = step(module, node, values)
+        for node in self.spent:
+            values.pop(node, None)
+        return values
+
+
+@dataclass(frozen=True)
+class WholeStage:
+    """A network that cannot be cut."""
+
+    name: str
+    layers: tuple[str, ...]
+
+    def begin(self, batch: Batch) -> State:
+        return batch
+
+    def run(self, module: nn.Module, state: State) -> State:
+        return module(*state.args, **state.kwargs)
+
+
+@dataclass(frozen=True)
+class _BlockState:
+    """Between blocks: the next block's arguments, and what the last one gave."""
+
+    batch: Batch
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    output: Any = None
+
+
+class _Reached(Exception):
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.call = (args, kwargs)
+
+
+@dataclass(frozen=True)
+class HeadStage:
+    """What runs before the first named block."""
+
+    name: str
+    layers: tuple[str, ...]
+
+    def begin(self, batch: Batch) -> State:
+        return _BlockState(batch)
+
+    def run(self, module: nn.Module, state: State) -> State:
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args, kwargs)
+
+        handle = module.get_submodule(self.name).register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            module(*state.batch.args, **state.batch.kwargs)
+        except _Reached as reached:
+            args, kwargs = reached.call
+            return _BlockState(state.batch, args, kwargs)
+        finally:
+            handle.remove()
+        raise ModelError(f"block {self.name}", "the model never calls it", "name blocks that a forward pass calls")
+
+
+@dataclass(frozen=True)
+class BlockStage:
+    """One named block: its output takes the place of its first argument, the others stay for the next block."""
+
+    name: str
+    layers: tuple[str, ...]
+
+    def begin(self, batch: Batch) -> State:
+        return _BlockState(batch)
+
+    def run(self, module: nn.Module, state: State) -> State:
+        output = module.get_submodule(self.name)(*state.args, **state.kwargs)
+        hidden = output if isinstance(output, Tensor) else output[0]
+        return _BlockState(state.batch, (hidden, *state.args[1:]), state.kwargs, output)
+
+
+@dataclass(frozen=True)
+class TailStage:
+    """What runs after the last block: the whole network with its blocks replaced by what they gave."""
+
+    name: str
+    layers: tuple[str, ...]
+    blocks: tuple[str, ...]
+
+    def begin(self, batch: Batch) -> State:
+        return _BlockState(batch)
+
+    def run(self, module: nn.Module, state: State) -> State:
+        with _answering(module, self.blocks, state.output):
+            return module(*state.batch.args, **state.batch.kwargs)
+
+
+@contextmanager
+def _answering(module: nn.Module, blocks: Sequence[str], output: Any) -> Iterator[None]:
+    """The module with every named block giving `output` at once."""
+    modules = [module.get_submodule(name) for name in blocks]
+    for one in modules:
+        one.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        for one in modules:
+            del one.forward
+
+
+def make_stages(live: LiveModel) -> tuple[Stage, ...]:
+    """The stages of a live model; every compressed layer that a forward pass calls lies in exactly one.
+
+    raises  ModelError for block globs that name nothing
+    """
+    if live.blocks:
+        return _block_stages(live)
+    if live.traced:
+        return _traced_stages(live.graph, live.layers)
+    return (WholeStage("model", live.layers),)
+
+
+def _traced_stages(graph: fx.Graph, layers: Sequence[str]) -> tuple[Stage, ...]:
+    """A stage from each compressed layer to the next; layers that are called twice keep all between in one."""
+    nodes = [node for node in graph.nodes if node.op != "placeholder"]
+    calls: dict[str, list[int]] = {}
+    for index, node in enumerate(nodes):
+        if node.op == "call_module" and str(node.target) in layers:
+            calls.setdefault(str(node.target), []).append(index)
+    cuts = [0]
+    names: list[list[str]] = [[]]
+    busy_until = -1
+    for name, places in sorted(calls.items(), key=lambda item: item[1][0]):
+        if places[0] > busy_until:
+            cuts.append(places[0])
+            names.append([])
+        names[-1].append(name)
+        busy_until = max(busy_until, places[-1])
+    stages = cut_nodes(graph, nodes, [*cuts, len(nodes)], names)
+    return tuple(one for one in stages if one.nodes)
+
+
+def cut_nodes(
+    graph: fx.Graph, nodes: Sequence[fx.Node], cuts: Sequence[int], names: Sequence[Sequence[str]]
+) -> list[TracedStage]:
+    """Stages of nodes[cuts[i] : cuts[i + 1]], with the compressed layers names[i]."""
+    last_use = {node: index for index, user in enumerate(nodes) for node in user.all_input_nodes}
+    stages = []
+    for (begin, end), layers in zip(zip(cuts, cuts[1:], strict=False), names, strict=True):
+        output = nodes[-1]
+        spent = tuple(
+            node for node in graph.nodes if node is not output and begin <= last_use.get(node, -1) < end
+        )
+        name = layers[0] if layers else "input"
+        stages.append(TracedStage(name, tuple(layers), graph, tuple(nodes[begin:end]), spent))
+    return stages
+
+
+def _block_stages(live: LiveModel) -> tuple[Stage, ...]:
+    blocks = named_blocks(live)
+    inside = {name: block for block in blocks for name in live.layers if name == block or name.startswith(f"{block}.")}
+    called = execution_order(live.module, {*live.layers, blocks[0]}, live.example)
+    first = called.index(blocks[0])
+    outer = [name for name in called if name not in inside and name != blocks[0]]
+    before = tuple(name for name in outer if called.index(name) < first)
+    after = tuple(name for name in outer if called.index(name) > first)
+    stages: list[Stage] = [HeadStage(blocks[0], before)]
+    stages += [BlockStage(block, tuple(name for name in live.layers if inside.get(name) == block)) for block in blocks]
+    return (*stages, TailStage("output", after, tuple(blocks)))
+
+
+def named_blocks(live: LiveModel) -> list[str]:
+    """The module names that the recipe's globs name, in the order in which a forward pass calls them."""
+    names = [name for name, _ in live.module.named_modules() if name]
+    chosen: set[str] = set()
+    for glob in live.blocks:
+        matches = {name for name in names if fnmatchcase(name, glob) and name.count(".") == glob.count(".")}
+        if not matches:
+            raise ModelError(live.place, f"blocks: {glob!r} names no module", f"modules are named like {names[-1]!r}")
+        chosen |= matches
+    called = execution_order(live.module, chosen, live.example)
+    idle = sorted(chosen - set(called))
+    if idle:
+        raise ModelError(live.place, f"blocks: the model never calls {idle[0]!r}", "name blocks that it calls")
+    return called
+
+
+def last_output(state: State) -> Tensor:
+    """The network's logits from the state after the last stage."""
+    if isinstance(state, dict):
+        output = next(value for node, value in state.items() if node.op == "output")
+        return first_tensor(output)
+    return first_tensor(state)

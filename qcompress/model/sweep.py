@@ -1,0 +1,104 @@
+"""One pass over the layers of a live model, in the order in which they run, with the inputs that reach each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.model.layers import Gram, MatrixLayer, matrix_layer, measure_gram
+from qcompress.model.live import LiveModel
+from qcompress.model.stages import Stage, State, TracedStage
+from qcompress.errors import DataError, ModelError
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """A layer whose turn it is.
+
+    noisy  its inputs in the quantized network, one tensor a call and batch
+    clean  its inputs in the full-precision network; the same list where the sweep watches one network only
+    """
+
+    name: str
+    layer: MatrixLayer
+    noisy: list[Tensor]
+    clean: list[Tensor]
+
+    def gram(self) -> Gram:
+        return measure_gram(self.layer, self.noisy, None if self.clean is self.noisy else self.clean)
+
+
+def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) -> Iterator[LayerStep]:
+    """Every wanted layer in turn. What the caller puts into `live.quantized` before it goes on, later layers see.
+
+    sequential  `noisy` comes from the quantized network; else from the full-precision one, all layers alike
+    raises      ModelError for a wanted layer that is no matrix product; DataError for inputs that are not finite
+    """
+    stages = live.stages
+    clean = [stages[0].begin(batch) for batch in live.calibration]
+    noisy = list(clean) if sequential else clean
+    for stage in stages:
+        names = [name for name in stage.layers if name in wanted]
+        from_clean = layer_inputs(stage, live.module, clean, names)
+        for name in names:
+            inputs = from_clean.pop(name)
+            also = layer_inputs(stage, live.quantized, noisy, [name])[name] if sequential else inputs
+            _refuse_nonfinite(name, inputs)
+            yield LayerStep(name, _matrix_layer(live, name), also, inputs)
+        clean = run_stage(stage, live.module, clean)
+        noisy = run_stage(stage, live.quantized, noisy) if sequential else clean
+
+
+def _matrix_layer(live: LiveModel, name: str) -> MatrixLayer:
+    module = live.quantized.get_submodule(name)
+    layer = matrix_layer(module)
+    if layer is None:
+        what = f"{type(module).__name__} is no matrix product that calibrated methods know"
+        raise ModelError(f"layer {name}", what, "give it a rule of its own with squant, mse or rtn")
+    return layer
+
+
+def _refuse_nonfinite(name: str, inputs: Sequence[Tensor]) -> None:
+    for index, x in enumerate(inputs):
+        if not bool(x.isfinite().all()):
+            what = f"its inputs hold NaN or Inf in calibration batch {index}"
+            raise DataError(f"layer {name}", what, "check data.calibration and data.normalize, and the checkpoint")
+
+
+@torch.no_grad()
+def run_stage(stage: Stage, module: nn.Module, states: Sequence[State]) -> list[State]:
+    return [stage.run(module, state) for state in states]
+
+
+@torch.no_grad()
+def layer_inputs(
+    stage: Stage, module: nn.Module, states: Sequence[State], names: Sequence[str]
+) -> dict[str, list[Tensor]]:
+    """The first argument of every call of the named layers while the stage runs: one tensor a call and batch."""
+    if not names:
+        return {}
+    if isinstance(stage, TracedStage) and [*names] == [*stage.layers] and len(names) == 1:
+        first, *others = stage.nodes
+        if not any(node.target == names[0] for node in others):
+            source = first.args[0] if first.args else first.kwargs["input"]
+            return {names[0]: [state[source] for state in states]}
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def watch(name: str) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            seen[name].append(args[0] if args else next(iter(kwargs.values())))
+
+        handles.append(module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    for name in names:
+        watch(name)
+    try:
+        run_stage(stage, module, states)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

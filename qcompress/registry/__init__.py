@@ -1,0 +1,124 @@
+"""Every method by name: its config, what it needs, what it refuses, and where its code lies. Imports no torch.
+
+A new method is a new file, an entry here, its tests and its line in the docs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qcompress.registry.calibrated import AdaroundConfig, DfqConfig, GptqConfig, PdquantConfig
+from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig, SquantConfig, refuse_grid
+from qcompress.types import Family, Shape
+
+__all__ = [
+    "DEFAULT_METHOD",
+    "EXPORTERS",
+    "METHODS",
+    "AdaroundConfig",
+    "DfqConfig",
+    "Exporter",
+    "GptqConfig",
+    "GridConfig",
+    "HqqConfig",
+    "Method",
+    "MseConfig",
+    "PdquantConfig",
+    "RtnConfig",
+    "SquantConfig",
+    "refuse_grid",
+]
+
+@dataclass(frozen=True)
+class Method:
+    """One method: `target` is "module:function", imported only when it runs.
+
+    needs       what it works from: `weights` alone, tensor by tensor; the `graph` of a live model; `calibration` data too;
+                `training` data
+    adjusts     whether it changes tensors that it was not given: batch norms, biases
+    statistics  whether it can also work from saved statistics of the layers' inputs, with no live model
+    refuse   (config, shape [rows, ...] of a weight) -> why the weight cannot have this grid, or None
+    """
+
+    name: str
+    family: Family
+    config: type[Any]
+    needs: Literal["weights", "graph", "calibration", "training"]
+    adjusts: bool
+    refuse: Callable[[Any, Shape], str | None]
+    target: str
+    statistics: bool = False
+
+    def load(self) -> Callable[..., Any]:
+        """The function: encode(weight float32 [rows, ...], config, exponent) -> Affine where `needs` is weights; else
+        fit(live: LiveModel, decisions) -> Fitted."""
+        return _load(self.target)
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, function = target.split(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def _grid_method(name: str, config: type[GridConfig]) -> Method:
+    return Method(name, "quantize", config, "weights", False, refuse_grid, f"qcompress.methods.{name}:encode")
+
+
+def _live_method(
+    name: str,
+    config: type[GridConfig],
+    needs: Literal["graph", "calibration"],
+    *,
+    adjusts: bool = False,
+    statistics: bool = False,
+) -> Method:
+    target = f"qcompress.methods.{name}:fit"
+    return Method(name, "quantize", config, needs, adjusts, refuse_grid, target, statistics)
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        _grid_method("rtn", RtnConfig),
+        _grid_method("mse", MseConfig),
+        _grid_method("squant", SquantConfig),
+        _grid_method("hqq", HqqConfig),
+        _live_method("dfq", DfqConfig, "graph", adjusts=True),
+        _live_method("adaround", AdaroundConfig, "calibration", adjusts=True, statistics=True),
+        _live_method("gptq", GptqConfig, "calibration", statistics=True),
+        _live_method("pdquant", PdquantConfig, "calibration"),
+    )
+}
+
+DEFAULT_METHOD = "squant"
+"""The best data-free method we have measured (docs/methods.md): what `--bits` alone runs."""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One format to export to: a function (artifact, output, *, force) -> bytes written; None where not built yet."""
+
+    name: str
+    suffix: str
+    target: str | None = None
+
+    def load(self) -> Callable[..., int]:
+        """The function; only where `target` names one."""
+        return _load(self.target or "")
+
+
+EXPORTERS: Mapping[str, Exporter] = {
+    exporter.name: exporter
+    for exporter in (
+        Exporter("safetensors", ".safetensors", "qcompress.exporters.safetensors:export"),
+        Exporter("compressed-tensors", ".safetensors"),
+        Exporter("gguf", ".gguf"),
+        Exporter("onnx", ".onnx"),
+        Exporter("coreml", ".mlpackage"),
+        Exporter("mlx", ".safetensors"),
+    )
+}
