@@ -200,3 +200,15 @@ def tensor_view(container: Container, info: TensorInfo) -> Tensor:
     # A header of odd length leaves the data unaligned, which a view cannot express.
     aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
     return aligned.view(dtype).reshape(info.shape)
+
+
+def tensor_bytes(value: Tensor, info: TensorInfo) -> memoryview:
+    """A value as the bytes of the tensor that `info` describes, in its dtype: what replaces it in a file."""
+    import torch
+
+    from qcompress.coding.affine import TORCH_DTYPES
+
+    assert tuple(value.shape) == info.shape, info.name
+    stored = value.detach().cpu().to(TORCH_DTYPES[info.dtype]).contiguous()
+    # Flat first: a scalar cannot be seen as bytes.
+    return stored.reshape(-1).view(torch.uint8).numpy().data

@@ -23,17 +23,25 @@ from qcompress.artifact.writer import (
     staged_output,
     write_index,
 )
-from qcompress.checkpoint import Checkpoint, tensor_view
+from qcompress.checkpoint import Checkpoint, tensor_bytes, tensor_view
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice
-from qcompress.errors import CheckpointError, ResourceError
+from qcompress.errors import CheckpointError, InputError, ResourceError, raise_all
 from qcompress.journal import Journal, Record, run_key
 from qcompress.recipe import recipe_hash
 from qcompress.report.assemble import compressed_layer, kept_layer, run_figures
 from qcompress.report.document import ArtifactFile, Report, RunFigures, make_size
 from qcompress.shards import Shard, make_shards
-from qcompress.types import Decision, Plan, TensorInfo
-from qcompress.worker import BLOCK_WEIGHTS, Finished, count_nonfinite, encode_tensor, survey_bytes
+from qcompress.types import Decision, Fitted, Kept, Plan, TensorInfo
+from qcompress.worker import (
+    BLOCK_WEIGHTS,
+    Finished,
+    Job,
+    count_nonfinite,
+    encode_tensor,
+    nonfinite_error,
+    survey_bytes,
+)
 
 COPY_BYTES = 1 << 22
 BLOCK_COPIES = 24
@@ -78,9 +86,21 @@ def keep_nonfinite(checkpoint: Checkpoint, plan: Plan) -> Plan:
     return replace(plan, decisions=tuple(decisions))
 
 
-def compress(checkpoint: Checkpoint, plan: Plan, options: Options) -> Report:
+def refuse_nonfinite(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raise CheckpointError (Refusals where several) for every weight to compress that holds NaN or Inf."""
+    errors: list[InputError] = []
+    for decision in plan.decisions:
+        if decision.compresses:
+            source, tensor = checkpoint.shard_of(decision.tensor.name), decision.tensor
+            if not survey_bytes(source.bytes_of(tensor.name), tensor.dtype).finite:
+                errors.append(nonfinite_error(source, tensor, count_nonfinite(tensor_view(source, tensor))))
+    raise_all(errors)
+
+
+def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitted | None = None) -> Report:
     """Write the artifact that `plan` describes and return its report, which has no gates yet.
 
+    fitted  what methods on a live model chose; the others encode here, tensor by tensor
     raises  CheckpointError where a weight is not finite or tied tensors differ; OutputError where the output is in the
             way; ResourceError where disk or memory do not suffice. Nothing is left behind then.
     """
@@ -89,12 +109,15 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options) -> Report:
     refuse_own_input(checkpoint.path, options.output)
     _refuse_untrue_ties(checkpoint, plan)
     options = replace(options, threads=_fitting_threads(plan, options))
-    shards = make_shards(checkpoint, plan, options.choice)
+    fitted = fitted or Fitted({})
+    shards = make_shards(checkpoint, plan, options.choice, fitted)
     folder, resume = checkpoint.is_folder, options.resume
     with staged_output(options.output, force=options.force, folder=folder, resume=resume) as staged:
         _refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
         done = [
-            _write_shard(shard, staged / shard.file if folder else staged, _journal(shard, staged, options), options)
+            _write_shard(
+                shard, staged / shard.file if folder else staged, _journal(shard, staged, options), fitted, options
+            )
             for shard in shards
         ]
         index_bytes = 0
@@ -156,11 +179,11 @@ def _journal(shard: Shard, staged: Path, options: Options) -> Journal | None:
     return Journal(staged.parent / f"{shard.file}.journal", run_key(shard.layout, shard.manifest, options.device))
 
 
-def _write_shard(shard: Shard, path: Path, journal: Journal | None, options: Options) -> _Done:
+def _write_shard(shard: Shard, path: Path, journal: Journal | None, fitted: Fitted, options: Options) -> _Done:
     with SlotWriter(path, shard.layout, reopen=journal is not None) as writer, journal or contextlib.nullcontext():
         finished = _restore(shard, writer, journal, options) if journal is not None else {}
-        crcs = _copy_kept(shard, writer, options)
-        for one in _encode_all(shard, writer, finished, options):
+        crcs = _copy_kept(shard, writer, fitted, options)
+        for one in _encode_all(shard, writer, finished, fitted, options):
             finished[one.decision.tensor.name] = one
             if journal is not None:
                 journal.append(_record(writer, one))
@@ -206,8 +229,8 @@ def _in_order(shard: Shard) -> list[Decision]:
     return [by_codes[slot.name] for slot in shard.layout.slots if slot.name in by_codes]
 
 
-def _copy_kept(shard: Shard, writer: SlotWriter, options: Options) -> dict[str, int]:
-    """Copy the kept tensors as they are; the CRC-32 of each, and of dropped copies."""
+def _copy_kept(shard: Shard, writer: SlotWriter, fitted: Fitted, options: Options) -> dict[str, int]:
+    """Copy the kept tensors, as they are or as they were adjusted; the CRC-32 of each input, dropped copies too."""
     crcs = {}
     for decision in shard.decisions:
         if decision.compresses:
@@ -215,6 +238,9 @@ def _copy_kept(shard: Shard, writer: SlotWriter, options: Options) -> dict[str, 
         tensor = decision.tensor
         raw = shard.source.bytes_of(tensor.name)
         crcs[tensor.name] = survey_bytes(raw, "bytes").crc32
+        adjusted = fitted.encoded.get(tensor.name)
+        if isinstance(adjusted, Kept):
+            raw = tensor_bytes(adjusted.value, tensor)
         if decision.tied_to is None:
             for start in range(0, len(raw), COPY_BYTES):
                 writer.put(tensor.name, raw[start : start + COPY_BYTES])
@@ -227,7 +253,9 @@ def _report_progress(options: Options, tensor: TensorInfo) -> None:
         options.progress(tensor.name, tensor.n_bytes)
 
 
-def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], options: Options) -> Iterator[Finished]:
+def _encode_all(
+    shard: Shard, writer: SlotWriter, already: Container[str], fitted: Fitted, options: Options
+) -> Iterator[Finished]:
     """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
     waiting = [decision for decision in reversed(_in_order(shard)) if decision.tensor.name not in already]
     stop = threading.Event()
@@ -236,8 +264,11 @@ def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], optio
         try:
             while waiting or running:
                 while waiting and len(running) <= options.threads:
-                    job = (shard.source, waiting.pop(), writer, options.choice, options.device, stop)
-                    running.append(pool.submit(encode_tensor, *job))
+                    decision = waiting.pop()
+                    name = decision.tensor.name
+                    ready, reference = fitted.encoded.get(name), fitted.references.get(name)
+                    job = Job(shard.source, decision, writer, options.choice, options.device, ready, reference)
+                    running.append(pool.submit(encode_tensor, job, stop))
                 finished = running.pop(0).result()
                 if finished.payload is not None:
                     _put_payload(writer, finished)

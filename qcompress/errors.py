@@ -7,6 +7,8 @@
     │   ├── RecipeError          a recipe's text, or a rule that a tensor cannot follow
     │   ├── ArtifactError        an artifact that is damaged or foreign
     │   ├── ReportError          a report file that is damaged, foreign or newer
+    │   ├── ModelError           a model that cannot be built, traced or run
+    │   ├── DataError            data that is missing, damaged or does not fit the model
     │   ├── OutputError          an output that exists, or that is its own input
     │   ├── UnmeasuredError      a gate on something that was not measured
     │   └── Refusals             several of these at once
@@ -59,6 +61,14 @@ class ArtifactError(InputError):
 
 
 class ReportError(InputError):
+    pass
+
+
+class ModelError(InputError):
+    pass
+
+
+class DataError(InputError):
     pass
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from qcompress.artifact.reader import ArtifactFile, read_artifact
 from qcompress.coding.affine import TORCH_DTYPES, decode
-from qcompress.errors import ArtifactError
+from qcompress.container import Container
+from qcompress.errors import ArtifactError, CheckpointError
+from qcompress.model.activations import attach_activations, attach_caps
 from qcompress.types import TensorInfo
+
+if TYPE_CHECKING:
+    from qcompress.checkpoint import Checkpoint
 
 # torch has had these from some version on, later than the oldest that we work with.
 _NEWER_DTYPES = {"F8_E8M0": "float8_e8m0fnu"}
@@ -57,26 +63,58 @@ def _tensors(file: ArtifactFile) -> Iterator[tuple[str, Tensor]]:
 
 def kept_tensor(file: ArtifactFile, info: TensorInfo) -> Tensor:
     """A tensor that was kept, copied out of the file. Raises ArtifactError for a dtype that torch does not have."""
-    dtype = KEPT_DTYPES.get(info.dtype)
-    if dtype is None:
+    if info.dtype not in KEPT_DTYPES:
         what = f"dtype {info.dtype} has no counterpart in torch"
         mend = "read it with: qcompress export ARTIFACT --to safetensors"
         raise ArtifactError(f"{file.path}: tensor {info.name!r}", what, mend)
-    raw = bytearray(file.container.bytes_of(info.name))
+    return _stored_tensor(file.container, info)
+
+
+def _stored_tensor(container: Container, info: TensorInfo) -> Tensor:
+    dtype = KEPT_DTYPES[info.dtype]
+    raw = bytearray(container.bytes_of(info.name))
     if not raw:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(raw, dtype=dtype).reshape(info.shape)
 
 
-def load_into(module: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> None:
-    """Put the artifact's weights into a module of the original architecture.
+def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name, copied out of its files; names without data of their own share one.
 
-    strict  refuse names that only one side has, as torch.nn.Module.load_state_dict does
-    raises  ArtifactError where the artifact is missing or damaged, or does not fit the module
+    raises  CheckpointError for a dtype that torch does not have
+    """
+    state: dict[str, Tensor] = {}
+    for shard in checkpoint.shards:
+        for info in shard.tensors:
+            if info.dtype not in KEPT_DTYPES:
+                what = f"dtype {info.dtype} has no counterpart in torch"
+                raise CheckpointError(
+                    f"{shard.path}: tensor {info.name!r}", what, "convert it to a dtype that torch has"
+                )
+            state[info.name] = _stored_tensor(shard, info)
+    return state | {name: state[twin] for name, twin in checkpoint.tied.items() if name not in state}
+
+
+def load_into(
+    module: nn.Module, path: str | os.PathLike[str], *, strict: bool = True, activations: bool = False
+) -> None:
+    """Put the artifact's weights into a module of the original architecture, and the caps that they need.
+
+    strict       refuse names that only one side has, as torch.nn.Module.load_state_dict does
+    activations  also quantize the inputs of the layers, where the artifact says how
+    raises       ArtifactError where the artifact is missing or damaged, or does not fit the module
     """
     state = load_state_dict(path)
     try:
         module.load_state_dict(state, strict=strict)
     except RuntimeError as error:
         what = f"does not fit {type(module).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ArtifactError(str(path), what, "build the module that the checkpoint was saved from") from None
+    artifact = read_artifact(Path(path))
+    try:
+        attach_caps(module, artifact.caps)
+        if activations:
+            attach_activations(module, artifact.activations)
+    except AttributeError as error:
+        what = f"does not fit {type(module).__name__}: {error}"
         raise ArtifactError(str(path), what, "build the module that the checkpoint was saved from") from None

@@ -21,11 +21,13 @@ class ModelSettings:
     factory  "package.module:callable", or "path/to/file.py:function", which needs --allow-code
     args     its keyword arguments; of a transformers class, of its Config
     blocks   globs over module names: the units that run one after another, where the model cannot be traced
+    input    the shape of one input without its batch dimension, where no data shows it
     """
 
     factory: str
     args: dict[str, Any] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
+    input: tuple[Annotated[int, Ge(1)], ...] = ()
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
@@ -134,9 +136,13 @@ DATA_KINDS: Mapping[str, type[Any]] = {
 """The data sources by the key that tells one from another."""
 
 
+AUGMENTATIONS = ("flip", "crop4")
+"""Left and right exchanged by a coin; a random crop after padding by 4."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
-    """Training data and what is done to an image each time it is drawn: flip, crop4 (a random crop after padding by 4)."""
+    """Training data and what is done to an image each time it is drawn."""
 
     source: Data
     augment: tuple[str, ...] = ()
@@ -247,7 +253,7 @@ TASKS: Mapping[str, type[Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSettings:
-    """Quantizers at the inputs of the compressed modules: per tensor, asymmetric, an integer zero point, zero on the grid.
+    """Quantizers at the inputs of the compressed modules: per tensor, asymmetric, with an integer zero point.
 
     bits        2 to 8; the network's own input has 8 whatever this says
     range       from calibration data: `minmax`, `mse` (least squared error) or `percentile`; without data: `batch-norm`

@@ -5,7 +5,9 @@ An artifact has one file for each file of its checkpoint, of the same name, each
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import qcompress
 from qcompress.artifact.layout import Layout, make_layout
@@ -14,7 +16,9 @@ from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
 from qcompress.container import Container
 from qcompress.recipe import recipe_hash, recipe_json
-from qcompress.types import Decision, Plan
+from qcompress.types import Decision, Fitted, Kept, Plan
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,13 @@ class Shard:
     file: str
 
 
-def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> list[Shard]:
-    """The files of the artifact in the order of the checkpoint's, each with its layout from headers alone."""
+def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, fitted: Fitted | None = None) -> list[Shard]:
+    """The files of the artifact in the order of the checkpoint's, each with its layout from headers alone.
+
+    fitted  what a live model's methods chose: its quantizers and adjusted tensors are named where their weights lie
+    """
+    fitted = fitted or Fitted({})
+    adjusted = {name for name, value in fitted.encoded.items() if isinstance(value, Kept)}
     by_name = {decision.tensor.name: decision for decision in plan.decisions}
     recipe, recipe_sha256 = recipe_json(plan.recipe), recipe_hash(plan.recipe)
     dropped = {d.tensor.name: d.tied_to for d in plan.decisions if d.tied_to is not None}
@@ -50,6 +59,9 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> lis
             tensors={},
             tied=tied,
             # A copy that was dropped leaves the metadata: a name there is one that never had bytes of its own.
+            adjusted=sorted(adjusted & own),
+            activations=_of_modules(fitted.activations, own),
+            caps={name: caps.tolist() for name, caps in _of_modules(fitted.caps, own).items()},
             metadata={
                 key: value
                 for key, value in source.metadata.items()
@@ -59,3 +71,9 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> lis
         layout = make_layout(decisions, choice, manifest)
         shards.append(Shard(source, decisions, layout, manifest, source.path.name))
     return shards
+
+
+def _of_modules(values: Mapping[str, Value], tensors: set[str]) -> dict[str, Value]:
+    """What belongs to the modules of these tensors."""
+    modules = {name.rpartition(".")[0] for name in tensors}
+    return {module: value for module, value in values.items() if module in modules}

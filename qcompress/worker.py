@@ -27,7 +27,7 @@ from qcompress.errors import CheckpointError
 from qcompress.registry import METHODS
 from qcompress.report.document import LayerFigures
 from qcompress.report.figures import LayerMeter, unclipped_range
-from qcompress.types import Affine, Decision, TensorInfo, row_shape
+from qcompress.types import Affine, Decision, Encoded, TensorInfo, row_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,29 +101,45 @@ class Finished:
     payload: Payload | None
 
 
-def encode_tensor(
-    source: Container,
-    decision: Decision,
-    writer: SlotWriter,
-    choice: CodingChoice,
-    device: str,
-    stop: threading.Event,
-) -> Finished:
+@dataclass(frozen=True)
+class Job:
+    """One weight to encode.
+
+    ready      its codes, where a method on a live model has chosen them already
+    reference  the float weight that those codes stand for, where that is not the checkpoint's
+    """
+
+    source: Container
+    decision: Decision
+    writer: SlotWriter
+    choice: CodingChoice
+    device: str
+    ready: Encoded | None = None
+    reference: Tensor | None = None
+
+
+def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     """Encode one weight. Its grid goes to the writer, and its codes too where nothing but packing awaits them.
 
     Raises CheckpointError where the weight holds NaN or Inf; Stopped once `stop` is set.
     """
+    source, decision, writer = job.source, job.decision, job.writer
     tensor = decision.tensor
     survey = survey_bytes(source.bytes_of(tensor.name), tensor.dtype)
     weight = tensor_view(source, tensor)
     if not survey.finite:
-        raise _nonfinite(source, tensor, count_nonfinite(weight))
-    exponent = exponent_for(survey.largest)
-    rows = rows_from_weight(weight, decision.axis)
+        raise nonfinite_error(source, tensor, count_nonfinite(weight))
+    rows = rows_from_weight(weight if job.reference is None else job.reference, decision.axis)
     meter = LayerMeter(tensor.numel, decision.config.bits)
-    codes = _Codes(writer, tensor.name, choice)
+    codes = _Codes(writer, tensor.name, job.choice)
     grids: dict[str, list[Tensor]] = {}
-    for block, encoded in _encoded_blocks(rows, decision, exponent, device):
+    if isinstance(job.ready, Affine):
+        exponent = job.ready.exponent
+        blocks = _ready_blocks(rows, job.ready)
+    else:
+        exponent = exponent_for(survey.largest)
+        blocks = _encoded_blocks(rows, decision, exponent, job.device)
+    for block, encoded in blocks:
         if stop.is_set():
             raise Stopped
         packed = pack(encoded.codes.numpy(), encoded.bits)
@@ -152,7 +168,8 @@ def encode_tensor(
     return Finished(decision, entry, meter.result(), survey.crc32, payload)
 
 
-def _nonfinite(source: Container, tensor: TensorInfo, count: int) -> CheckpointError:
+def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> CheckpointError:
+    """What to say of a weight that cannot be compressed because `count` of its values are no numbers."""
     what = f"{count} of its {tensor.numel} values are NaN, Inf or beyond float32"
     mend = "repair the checkpoint, or pass --skip-nonfinite to keep this tensor as it is"
     return CheckpointError(f"{source.path}: tensor {tensor.name!r}", what, mend)
@@ -173,6 +190,16 @@ def _encoded_blocks(rows: Tensor, decision: Decision, exponent: int, device: str
         block = _float_rows(rows[start : start + step], "cpu")
         encoded = _to_cpu(encode(block.to(device), decision.config, exponent))
         yield block.reshape(len(block), -1), encoded
+
+
+def _ready_blocks(rows: Tensor, ready: Affine) -> Iterator[tuple[Tensor, Affine]]:
+    """Row blocks of a weight that has its codes already, as `_encoded_blocks` gives them."""
+    ready = _to_cpu(ready)
+    count = rows.shape[0]
+    step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
+    for start in range(0, count, step):
+        block = _float_rows(rows[start : start + step], "cpu")
+        yield block.reshape(len(block), -1), take_rows(ready, start, start + step)
 
 
 def _float_rows(rows: Tensor, device: str) -> Tensor:

@@ -9,12 +9,12 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from qcompress.coding.payload import Coding
 from qcompress.container import RESERVED, parse_json
-from qcompress.types import WEIGHT_DTYPES, Convention, Shape, TensorInfo, row_shape
+from qcompress.types import WEIGHT_DTYPES, ActivationGrid, Convention, Shape, TensorInfo, row_shape
 
 FORMAT = 1
 METADATA_KEY = "qcompress"
@@ -26,11 +26,13 @@ CODINGS: tuple[Coding, ...] = get_args(Coding)
 LIMITS = {"exponent": (-126, 112), "crc32": (0, 2**32 - 1), "bits": (1, 8)}
 """Under an exponent of 112 every scale and offset is a finite float32."""
 MAX_DIMENSIONS = 64
+FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 BLANK_CRC32 = "0" * 8
 """Stands where the header's CRC-32 will, while that is computed."""
 HASHES = {"header_crc32", "input_sha256", "recipe_sha256", "sha256"}
 REQUIRED = HASHES | {"defaults", "format", "input_bytes", "recipe", "tensors", "tool"}
-OPTIONAL = {"tied", "metadata"}
+OPTIONAL = {"activations", "adjusted", "caps", "metadata", "tied"}
+ACTIVATION_BITS = (2, 8)
 
 
 class ManifestError(ValueError):
@@ -76,6 +78,9 @@ class Manifest:
     header_crc32  of all before the data, taken with BLANK_CRC32 in its place
     tied          name -> the tensor that stands for it
     metadata      of the input file
+    adjusted      kept tensors whose values a method changed
+    activations   module -> the quantizer at its input
+    caps          module -> the largest value that each channel of its output may take
     """
 
     tool: str
@@ -88,6 +93,9 @@ class Manifest:
     header_crc32: str = BLANK_CRC32
     tied: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    adjusted: Sequence[str] = ()
+    activations: Mapping[str, ActivationGrid] = field(default_factory=dict)
+    caps: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -113,6 +121,12 @@ def manifest_text(manifest: Manifest) -> str:
         document["tied"] = dict(manifest.tied)
     if manifest.metadata:
         document["metadata"] = dict(manifest.metadata)
+    if manifest.adjusted:
+        document["adjusted"] = sorted(manifest.adjusted)
+    if manifest.activations:
+        document["activations"] = {name: asdict(grid) for name, grid in manifest.activations.items()}
+    if manifest.caps:
+        document["caps"] = {name: list(caps) for name, caps in manifest.caps.items()}
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -163,11 +177,16 @@ def parse_manifest(text: str) -> Manifest:
         tensors=tensors,
         tied=_text_map(document, "tied"),
         metadata=_text_map(document, "metadata"),
+        adjusted=_names(document, "adjusted"),
+        activations={
+            name: _parse_activation(name, grid) for name, grid in _object(document, "activations", {}).items()
+        },
+        caps={name: _parse_caps(name, caps) for name, caps in _object(document, "caps", {}).items()},
     )
 
 
-def _object(document: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = document.get(key)
+def _object(document: Mapping[str, Any], key: str, default: Any = None) -> dict[str, Any]:
+    value = document.get(key, default)
     if not isinstance(value, dict):
         raise ManifestError(f"its manifest has no object {key!r}")
     return value
@@ -199,6 +218,39 @@ def _text_map(document: Mapping[str, Any], key: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise ManifestError(f"its manifest has a {key!r} that is not a map from text to text")
     return value
+
+
+def _names(document: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = document.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ManifestError(f"its manifest has a {key!r} that is not a list of names")
+    return tuple(value)
+
+
+def _parse_activation(name: str, value: Any) -> ActivationGrid:
+    """One activation quantizer. Raises ManifestError."""
+    wanted = {part.name for part in fields(ActivationGrid)}
+    if not isinstance(value, dict) or set(value) != wanted:
+        raise ManifestError(f"the activation quantizer of {name!r} has not just {', '.join(sorted(wanted))}")
+    bits, scale, zero_point = value["bits"], value["scale"], value["zero_point"]
+    low, high = ACTIVATION_BITS
+    if type(bits) is not int or not low <= bits <= high:
+        raise ManifestError(f"the activation quantizer of {name!r} has {bits!r} bits, not {low} to {high}")
+    if not _is_float32(scale) or scale <= 0:
+        raise ManifestError(f"the activation quantizer of {name!r} has the scale {scale!r}, not a float32 above 0")
+    if type(zero_point) is not int or not 0 <= zero_point < 2**bits:
+        raise ManifestError(f"the activation quantizer of {name!r} has the zero point {zero_point!r}")
+    return ActivationGrid(bits, float(scale), zero_point)
+
+
+def _parse_caps(name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list) or not value or not all(_is_float32(cap) and cap >= 0 for cap in value):
+        raise ManifestError(f"the caps of {name!r} are not a list of float32 numbers")
+    return tuple(float(cap) for cap in value)
+
+
+def _is_float32(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= FLOAT32_MAX
 
 
 def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from qcompress.coding.packing import row_bytes, unpack
 from qcompress.coding.payload import decode_payload
 from qcompress.container import RESERVED, Container, parse_json, read_container
 from qcompress.errors import ArtifactError
-from qcompress.types import TensorInfo
+from qcompress.types import ActivationGrid, TensorInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -158,6 +158,16 @@ class Artifact:
     def tied(self) -> Mapping[str, str]:
         """Name -> the tensor that stands for it."""
         return {name: twin for file in self.files for name, twin in file.manifest.tied.items()}
+
+    @property
+    def activations(self) -> Mapping[str, ActivationGrid]:
+        """Module -> the quantizer at its input."""
+        return {name: grid for file in self.files for name, grid in file.manifest.activations.items()}
+
+    @property
+    def caps(self) -> Mapping[str, Sequence[float]]:
+        """Module -> the largest value that each channel of its output may take."""
+        return {name: caps for file in self.files for name, caps in file.manifest.caps.items()}
 
     def copies_of(self, file: ArtifactFile) -> dict[TensorInfo, str]:
         """Tied copies that the checkpoint stored in this file -> what stands for them; a name in metadata has none."""

@@ -14,6 +14,7 @@ import typer
 
 from qcompress import __version__
 from qcompress.cli import options as opt
+from qcompress.cli.eval import evaluate
 from qcompress.cli.export import export
 from qcompress.cli.quantize import quantize
 from qcompress.cli.recipe import recipe
@@ -61,6 +62,7 @@ def _root(
 
 app.command()(quantize)
 app.command()(report)
+app.command("eval")(evaluate)
 app.command()(verify)
 app.command()(export)
 app.add_typer(recipe, name="recipe")

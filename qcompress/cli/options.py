@@ -47,6 +47,9 @@ Seed = Annotated[
     typer.Option("--seed", metavar="N", min=0, envvar="QCOMPRESS_SEED", help="Instead of the recipe's seed."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run with --resume stopped.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run the Python files that the recipe names: trust it first.")
+]
 
 
 class Device(StrEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,9 @@ from qcompress.errors import GateFailed, UsageError
 if TYPE_CHECKING:
     from qcompress.checkpoint import Checkpoint
     from qcompress.cli.streams import Streams
-    from qcompress.types import Gates, Plan, Recipe
+    from qcompress.evaluate import Setting
+    from qcompress.report.document import Report
+    from qcompress.types import Plan, Recipe
 
 MOST_THREADS = 8
 
@@ -48,6 +51,15 @@ def quantize(
         bool, typer.Option("--skip-nonfinite", help="Keep tensors that hold NaN or Inf instead of refusing them.")
     ] = False,
     resume: opt.Resume = False,
+    allow_code: opt.AllowCode = False,
+    statistics: Annotated[
+        Path | None,
+        typer.Option("--statistics", metavar="FILE", help="Input statistics, in place of model and calibration data."),
+    ] = None,
+    save_statistics: Annotated[
+        Path | None,
+        typer.Option("--save-statistics", metavar="FILE", help="Write the layers' input statistics there."),
+    ] = None,
     max_size: opt.MaxSize = None,
     max_bpw: opt.MaxBpw = None,
     min_sqnr: opt.MinSqnr = None,
@@ -60,8 +72,12 @@ def quantize(
 
     qcompress quantize model.safetensors -r recipe.yaml --min-sqnr 12 --json -
     """
+    from qcompress.checkpoint import read_checkpoint
     from qcompress.cli.gates import make_gates, refuse_unmeasurable
+    from qcompress.cli.live import make_setting
     from qcompress.cli.streams import Streams, refuse_mixed
+    from qcompress.errors import raise_all
+    from qcompress.recipe import refuse_missing
 
     refuse_mixed(json_to, quiet)
     streams = Streams(json_to, quiet, verbose, no_color)
@@ -69,24 +85,37 @@ def quantize(
         raise UsageError("torchrun", "splitting over ranks is not available in this version", "run qcompress by itself")
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
     asked = make_recipe(recipe, method, flags, overrides or [], seed)
-    asked = _with_gates(asked, make_gates(asked.gates, max_size, max_bpw, min_sqnr, min_metric or [], max_drop or []))
-    refuse_unmeasurable(asked.gates)
-    source, plan = _read_and_plan(checkpoint, asked)
+    asked = replace(asked, gates=make_gates(asked.gates, max_size, max_bpw, min_sqnr, min_metric or [], max_drop or []))
+    raise_all(refuse_missing(asked, statistics=statistics is not None))
+    if asked.model is None:
+        refuse_unmeasurable(asked.gates)
+        if save_statistics is not None:
+            raise UsageError(
+                "--save-statistics", "there is no model to gather from", "add -r RECIPE with model and data"
+            )
+    source = read_checkpoint(checkpoint)
     target = output or default_output(checkpoint, recipe, f"w{bits}")
     if dry_run:
         from qcompress.cli.plan import print_plan
 
-        print_plan(source, plan, target, coding.value, streams)
+        print_plan(source, _make_plan(source, asked), target, coding.value, streams)
         return
     run = {
         "choice": coding.value,
         "force": force,
         "resume": resume,
         "threads": threads or default_threads(),
-        "device": _device(device),
         "max_memory": _parse_size("--max-memory", max_memory),
     }
-    _compress(source, plan, target, run, skip_nonfinite, streams)
+    if asked.model is None:
+        run |= {"device": _device(device), "statistics": statistics}
+        _compress(source, _make_plan(source, asked), target, run, skip_nonfinite, streams)
+        return
+    if skip_nonfinite or statistics is not None:
+        flag = "--skip-nonfinite" if skip_nonfinite else "--statistics"
+        raise UsageError(f"-r {recipe} {flag}", "the recipe names a live model", "leave one of them out")
+    setting = make_setting(asked, device, allow_code, streams)
+    _compress_live(source, setting, target, run, save_statistics, streams)
 
 
 def make_recipe(
@@ -111,24 +140,14 @@ def make_recipe(
         text = read_stdin() if str(recipe) == "-" else None
         made = read_recipe(None if text is not None else recipe, overrides, text=text)
     if seed is not None:
-        from dataclasses import replace
-
         made = replace(made, seed=seed)
     return made
 
 
-def _with_gates(recipe: Recipe, gates: Gates) -> Recipe:
-    from dataclasses import replace
-
-    return replace(recipe, gates=gates)
-
-
-def _read_and_plan(checkpoint: Path, recipe: Recipe) -> tuple[Checkpoint, Plan]:
-    from qcompress.checkpoint import read_checkpoint
+def _make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     from qcompress.plan import make_plan
 
-    source = read_checkpoint(checkpoint)
-    return source, make_plan(recipe, source.tensors, source.tied, source.axes)
+    return make_plan(recipe, source.tensors, source.tied, source.axes)
 
 
 def default_output(checkpoint: Path, recipe: Path | None, suffix: str) -> Path:
@@ -179,18 +198,41 @@ def _compress(
     skip_nonfinite: bool,
     streams: Streams,
 ) -> None:
-    from dataclasses import replace
-
-    from qcompress.cli.streams import print_report, progress
+    from qcompress.cli.streams import progress
     from qcompress.compress import Options, compress, keep_nonfinite
-    from qcompress.report.document_json import write_report
-    from qcompress.report.gates import check_gates, gate_error
-    from qcompress.report.gather import report_path
 
     if skip_nonfinite:
         plan = keep_nonfinite(source, plan)
     with progress(sum(tensor.n_bytes for tensor in source.tensors), streams) as advance:
         report = compress(source, plan, Options(target, progress=advance, **run))
+    _finish(report, plan, target, streams)
+
+
+def _compress_live(
+    source: Checkpoint,
+    setting: Setting,
+    target: Path,
+    run: dict[str, Any],
+    save_statistics: Path | None,
+    streams: Streams,
+) -> None:
+    from qcompress.calibrate import LiveOptions, compress_live, plan_live
+    from qcompress.cli.live import say
+    from qcompress.compress import Options
+
+    plan = plan_live(source, setting.recipe, setting)
+    how = LiveOptions(save_statistics, lambda text: say(streams, text))
+    report = compress_live(source, plan, Options(target, **run), setting, how)
+    _finish(report, plan, target, streams)
+
+
+def _finish(report: Report, plan: Plan, target: Path, streams: Streams) -> None:
+    """Hold the gates, write the report beside the artifact, and print it. Raises GateFailed."""
+    from qcompress.cli.streams import print_report
+    from qcompress.report.document_json import write_report
+    from qcompress.report.gates import check_gates, gate_error
+    from qcompress.report.gather import report_path
+
     try:
         report = replace(report, gates=check_gates(plan.recipe.gates, report))
     finally:

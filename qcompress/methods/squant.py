@@ -111,7 +111,7 @@ def encode(weight: Tensor, config: SquantConfig, exponent: int) -> Affine:
 
 def _make_grid(blocks: Tensor, config: SquantConfig, exponent: int) -> Grid:
     if config.range == "clip":
-        return least_squares_grid(blocks, config.bits, config.symmetric, exponent)
+        return least_squares_grid(blocks, config.bits, bool(config.symmetric), exponent)
     if config.symmetric:
         return symmetric_grid(*extremes(blocks), config.bits, config.stored_convention, exponent)
     return minmax_grid(blocks, config.bits, exponent)

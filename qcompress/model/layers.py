@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +25,19 @@ class MatrixLayer:
     module: nn.Module
     groups: int
 
-    def columns(self, x: Tensor) -> Tensor:
-        """The inputs float32 [groups, positions, columns] of x, positions in the order of samples, then places."""
+    def columns(self, x: Tensor, places: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """The inputs float32 [groups, positions, columns] of x, positions in the order of samples, then places.
+
+        places  how many are drawn of each sample's, with `generator`, the same for all samples; all of them where absent
+        """
         module: Any = self.module
         if isinstance(module, CONVOLUTIONS):
-            return _patches(module, x)
+            return _as_columns(_patches(module, x), module.groups, _chosen(places, generator))
         if isinstance(module, TRANSPOSED):
-            return _spread_patches(module, x)
-        return x.reshape(1, -1, x.shape[-1])
+            return _as_columns(_spread_patches(module, x), 1, _chosen(places, generator))
+        rows = x.reshape(len(x), -1, x.shape[-1])
+        (chosen,) = _chosen(places, generator)((rows.shape[1],), rows.device)
+        return rows[:, chosen].reshape(1, -1, x.shape[-1])
 
     def outputs(self, y: Tensor) -> Tensor:
         """The layer's output y as [positions, channels], positions as in `columns`."""
@@ -56,14 +62,31 @@ def matrix_layer(module: nn.Module) -> MatrixLayer | None:
     return None
 
 
+Choice = Callable[[tuple[int, ...], torch.device], tuple[Tensor, ...]]
+"""Sizes of the output -> one index tensor for each of its dimensions: the places that are looked at."""
+
+
+def _chosen(places: int | None, generator: torch.Generator | None) -> Choice:
+    """Some places at random without repetition, in order; all of them where there are no more."""
+
+    def choose(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+        total = math.prod(sizes)
+        if places is None or places >= total:
+            flat = torch.arange(total, device=device)
+        else:
+            flat = torch.randperm(total, generator=generator, device=device)[:places].sort().values
+        return torch.unravel_index(flat, sizes)
+
+    return choose
+
+
 def _patches(module: Any, x: Tensor) -> Tensor:
-    """What each place of the output sees: [groups, samples * places, channels / groups * kernel]."""
-    dimensions = len(module.kernel_size)
-    x = _batched(x, dimensions)
+    """What each place of the output sees, as a view [samples, channels, *places, *kernel]."""
+    x = _batched(x, len(module.kernel_size))
     padding = module._reversed_padding_repeated_twice
     if any(padding):
         x = F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-    return _unfold(x, module.kernel_size, module.stride, module.dilation, module.groups)
+    return _unfold(x, module.kernel_size, module.stride, module.dilation)
 
 
 def _spread_patches(module: Any, x: Tensor) -> Tensor:
@@ -73,30 +96,35 @@ def _spread_patches(module: Any, x: Tensor) -> Tensor:
     sizes = [(size - 1) * stride + 1 for size, stride in zip(x.shape[2:], module.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
     spread[(slice(None), slice(None), *(slice(None, None, stride) for stride in module.stride))] = x
-    padding = []
+    padding: list[int] = []
     for kernel, dilation, pad, more in zip(
         module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True
     ):
         edge = dilation * (kernel - 1) - pad
         padding = [edge, edge + more, *padding]
-    spread = F.pad(spread, padding)
-    columns = _unfold(spread, module.kernel_size, (1,) * dimensions, module.dilation, 1)
-    mirrored = columns.reshape(*columns.shape[:2], x.shape[1], *module.kernel_size)
-    return mirrored.flip(list(range(3, 3 + dimensions))).reshape(columns.shape)
+    patches = _unfold(F.pad(spread, padding), module.kernel_size, (1,) * dimensions, module.dilation)
+    return patches.flip(list(range(2 + dimensions, 2 + 2 * dimensions)))
 
 
 def _batched(x: Tensor, dimensions: int) -> Tensor:
     return x if x.ndim == dimensions + 2 else x.unsqueeze(0)
 
 
-def _unfold(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> Tensor:
-    samples, channels = x.shape[:2]
+def _unfold(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
     for axis, (size, step, spacing) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
         # Unfolded dimensions come last, one after another, in the order of the kernel's.
         x = x.unfold(axis, spacing * (size - 1) + 1, step)[..., ::spacing]
-    places = x.shape[2 : 2 + len(kernel)]
-    x = x.reshape(samples, groups, channels // groups, math.prod(places), math.prod(kernel))
-    return x.permute(1, 0, 3, 2, 4).reshape(groups, samples * math.prod(places), -1)
+    return x
+
+
+def _as_columns(patches: Tensor, groups: int, choose: Choice) -> Tensor:
+    """Patches [samples, channels, *places, *kernel] as [groups, samples * chosen places, channels / groups * kernel]."""
+    dimensions = (patches.ndim - 2) // 2
+    samples, channels = patches.shape[:2]
+    chosen = choose(tuple(patches.shape[2 : 2 + dimensions]), patches.device)
+    picked = patches[(slice(None), slice(None), *chosen)]
+    picked = picked.reshape(samples, groups, channels // groups, len(chosen[0]), -1)
+    return picked.permute(1, 0, 3, 2, 4).reshape(groups, samples * len(chosen[0]), -1)
 
 
 @dataclass
@@ -116,33 +144,39 @@ class Gram:
     count: int
 
 
-def measure_gram(layer: MatrixLayer, noisy: list[Tensor], clean: list[Tensor] | None) -> Gram:
+GRAM_ROWS = 1 << 15
+GRAM_ROWS_A_COLUMN = 64
+"""Positions that a Gram is measured from at most: more of them add hardly anything to it but time."""
+
+
+def measure_gram(
+    layer: MatrixLayer, noisy: Sequence[Tensor], clean: Sequence[Tensor] | None, generator: torch.Generator
+) -> Gram:
     """The Gram of a layer from its inputs, batch by batch; `clean` None where there is only one network.
 
-    Sums run in float32 within a batch and in float64 over batches.
+    From each sample places are drawn with `generator`, where there are more than enough. Sums run in float32 within a
+    batch and in float64 over batches.
     """
-    hessian: Tensor | None = None
-    cross: Tensor | None = None
-    mean = clean_mean = torch.zeros(())
+    samples = sum(len(x) for x in noisy)
+    width = layer.columns(noisy[0][:1], 1, generator).shape[-1]
+    places = -(-max(GRAM_ROWS, GRAM_ROWS_A_COLUMN * width) // samples)
+    sums: list[Tensor] = []
     count = 0
     for index, x in enumerate(noisy):
-        columns = layer.columns(x.float())
-        own = torch.matmul(columns.transpose(1, 2), columns).double()
-        first = columns.sum(1, dtype=torch.float64)
-        hessian = own if hessian is None else hessian.add_(own)
-        mean = mean + first
+        state = generator.get_state()
+        columns = layer.columns(x.float(), places, generator)
         count += columns.shape[1]
+        parts = [_products(columns, columns), columns.sum(1, dtype=torch.float64)]
         if clean is not None:
-            other = layer.columns(clean[index].float())
-            both = torch.matmul(other.transpose(1, 2), columns).double()
-            cross = both if cross is None else cross.add_(both)
-            clean_mean = clean_mean + other.sum(1, dtype=torch.float64)
-    assert hessian is not None and count
-    mean = mean / count
-    return Gram(
-        hessian=hessian / count,
-        cross=None if cross is None else cross / count,
-        mean=mean,
-        clean_mean=mean if clean is None else clean_mean / count,
-        count=count,
-    )
+            generator.set_state(state)
+            other = layer.columns(clean[index].float(), places, generator)
+            parts += [_products(other, columns), other.sum(1, dtype=torch.float64)]
+        sums = parts if not sums else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
+    hessian, mean, *others = (total.div_(count) for total in sums)
+    cross, clean_mean = others if others else (None, mean)
+    return Gram(hessian, cross, mean, clean_mean, count)
+
+
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """The sum over positions of one^T other, float64 [groups, columns, columns]."""
+    return torch.matmul(one.transpose(1, 2), other).double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,11 @@ from qcompress.coding.affine import decode
 from qcompress.errors import ModelError
 from qcompress.model.batches import Batch
 from qcompress.model.trace import Untraceable, trace
+from qcompress.settings import ActivationSettings
 from qcompress.types import Decision, Encoded
 
 if TYPE_CHECKING:
     from qcompress.model.stages import Stage
-
-LAYER_PARAMETERS = ("weight",)
 
 
 @dataclass
@@ -32,6 +31,7 @@ class LiveModel:
     quantized    its copy: what has been encoded so far is in place, and methods put there what they encode
     layers       module names of the compressed weights, in the order in which a forward pass first calls them
     calibration  batches on `device`; none where the recipe has no calibration data
+    activations  what the recipe asks of activation quantizers; None where it asks for none
     blocks       globs over module names, see ModelSettings
     place        names the recipe's model section in errors
     """
@@ -43,9 +43,9 @@ class LiveModel:
     example: Batch
     device: torch.device
     seed: int = 0
+    activations: ActivationSettings | None = None
     blocks: tuple[str, ...] = ()
     place: str = "model"
-    notes: list[str] = field(default_factory=list)
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers for one layer, whatever the order in which layers come."""
@@ -110,6 +110,7 @@ def make_live_model(
     *,
     device: torch.device,
     seed: int = 0,
+    activations: ActivationSettings | None = None,
     blocks: tuple[str, ...] = (),
     place: str = "model",
 ) -> LiveModel:
@@ -130,6 +131,7 @@ def make_live_model(
         example=example,
         device=device,
         seed=seed,
+        activations=activations,
         blocks=blocks,
         place=place,
     )

@@ -14,9 +14,9 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor, fx, nn
 
 from qcompress.errors import ModelError
-from qcompress.model.batches import Batch
+from qcompress.model.batches import Batch, first_tensor
 from qcompress.model.live import LiveModel, execution_order
-from qcompress.model.trace import first_tensor, start, step
+from qcompress.model.trace import start, step
 
 State: TypeAlias = Any
 """What flows from stage to stage, for one batch; opaque but to the stages."""
@@ -206,9 +206,7 @@ def cut_nodes(
     stages = []
     for (begin, end), layers in zip(zip(cuts, cuts[1:], strict=False), names, strict=True):
         output = nodes[-1]
-        spent = tuple(
-            node for node in graph.nodes if node is not output and begin <= last_use.get(node, -1) < end
-        )
+        spent = tuple(node for node in graph.nodes if node is not output and begin <= last_use.get(node, -1) < end)
         name = layers[0] if layers else "input"
         stages.append(TracedStage(name, tuple(layers), graph, tuple(nodes[begin:end]), spent))
     return stages

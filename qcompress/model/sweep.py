@@ -26,9 +26,11 @@ class LayerStep:
     layer: MatrixLayer
     noisy: list[Tensor]
     clean: list[Tensor]
+    generator: torch.Generator
 
     def gram(self) -> Gram:
-        return measure_gram(self.layer, self.noisy, None if self.clean is self.noisy else self.clean)
+        clean = None if self.clean is self.noisy else self.clean
+        return measure_gram(self.layer, self.noisy, clean, self.generator)
 
 
 def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) -> Iterator[LayerStep]:
@@ -47,7 +49,7 @@ def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) 
             inputs = from_clean.pop(name)
             also = layer_inputs(stage, live.quantized, noisy, [name])[name] if sequential else inputs
             _refuse_nonfinite(name, inputs)
-            yield LayerStep(name, _matrix_layer(live, name), also, inputs)
+            yield LayerStep(name, _matrix_layer(live, name), also, inputs, live.generator(name))
         clean = run_stage(stage, live.module, clean)
         noisy = run_stage(stage, live.quantized, noisy) if sequential else clean
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from qcompress.model.batches import Batch
+from qcompress.model.batches import Batch, first_tensor
 
 Values: TypeAlias = dict[fx.Node, Any]
 """The values of the nodes that are still needed."""
@@ -55,7 +55,6 @@ def trace(module: nn.Module, layers: Collection[str], example: Batch) -> fx.Grap
         # Whatever the model's own code does with a proxy may raise anything.
         raise Untraceable(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
     _without_in_place(graph)
-    graph.eliminate_dead_code()
     with torch.no_grad():
         expected = first_tensor(module(*example.args, **example.kwargs))
         try:
@@ -125,14 +124,3 @@ def run(graph: fx.Graph, module: nn.Module, batch: Batch) -> Any:
         if node.op == "output":
             return values[node]
     return None
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The logits or whatever else an output holds first: of a tensor, a tuple, a mapping or an object with `logits`."""
-    if isinstance(output, Tensor):
-        return output
-    if hasattr(output, "logits"):
-        return first_tensor(output.logits)
-    if isinstance(output, Mapping):
-        return first_tensor(next(iter(output.values())))
-    return first_tensor(output[0])

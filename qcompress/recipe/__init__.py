@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompress.recipe.complete import refuse_missing
     from qcompress.recipe.flags import recipe_from_flags
     from qcompress.recipe.hints import nearest, suggest
     from qcompress.recipe.parse import parse_recipe, read_recipe
@@ -26,6 +27,7 @@ __all__ = [
     "recipe_json",
     "recipe_schema",
     "recipe_yaml",
+    "refuse_missing",
     "schema_text",
     "suggest",
 ]
@@ -40,6 +42,7 @@ _MODULES = {
     "recipe_json": "show",
     "recipe_schema": "schema",
     "recipe_yaml": "show",
+    "refuse_missing": "complete",
     "schema_text": "schema",
     "suggest": "hints",
 }

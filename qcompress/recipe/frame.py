@@ -8,10 +8,10 @@ from qcompress.recipe.sizes import SIZE_PATTERN
 
 VERSION = 1
 
-LATER_KEYS = ("model", "data", "task", "activations", "companions", "budget", "finetune")
+LATER_KEYS = ("budget", "finetune")
 """Keys of the format that this version refuses by name."""
 
-LATER_METHODS = ("dfq", "adaround", "pdquant", "gptq", "lsq", "pact", "rd", "kmeans", "learned", "dkm")
+LATER_METHODS = ("lsq", "pact", "rd", "kmeans", "learned", "dkm")
 """Methods that this version refuses by name."""
 
 SEED: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0}

@@ -15,12 +15,13 @@ from qcompress.recipe.gates import make_gates
 from qcompress.recipe.hints import listed, nearest, quoted
 from qcompress.recipe.locate import compose
 from qcompress.recipe.overrides import apply_overrides
+from qcompress.recipe.sections import SECTIONS, make_sections
 from qcompress.recipe.tree import Broken, Node, Problems, shown
 from qcompress.types import Family, Gates, Recipe, Rule
 
 LARGEST_BYTES = 2**20
 
-ROOT_KEYS = ("version", "seed", "rules", "gates")
+ROOT_KEYS = ("version", "seed", *SECTIONS, "rules", "gates")
 
 
 def read_recipe(
@@ -104,6 +105,7 @@ def _make_recipe(root: Node, source: str, family: Family, problems: Problems) ->
         seed=int(make_number(keys["seed"], SEED, problems)) if "seed" in keys else 0,
         gates=make_gates(keys["gates"], problems) if "gates" in keys else Gates(),
         source=source,
+        **make_sections(keys, problems),
     )
 
 

@@ -10,6 +10,8 @@ from itertools import groupby
 from typing import Any
 
 from qcompress.recipe.frame import VERSION
+from qcompress.recipe.sections import SECTIONS
+from qcompress.settings import TASKS
 from qcompress.types import Recipe, Rule
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -34,7 +36,13 @@ def recipe_hash(recipe: Recipe) -> str:
 def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML: `parse_recipe` of it resolves to the same recipe."""
     data = _resolved(recipe)
-    lines = [f"version: {data['version']}", f"seed: {data['seed']}", "rules:"]
+    lines = [f"version: {data['version']}", f"seed: {data['seed']}"]
+    for section in SECTIONS:
+        if section in data and isinstance(data[section], dict):
+            lines += [f"{section}:", *(f"  {key}: {_flow(value)}" for key, value in data[section].items())]
+        elif section in data:
+            lines.append(f"{section}: {_flow(data[section])}")
+    lines.append("rules:")
     for rule in data["rules"]:
         (action,) = rule.keys() - {"match"}
         lines += [f"  - match: {_flow(rule['match'], quote=True)}", f"    {action}: {_flow(rule[action])}"]
@@ -49,7 +57,35 @@ def _resolved(recipe: Recipe) -> dict[str, Any]:
     for _, group in groupby(recipe.rules, key=lambda rule: (rule.where, rule.method, repr(rule.config))):
         rules.append(_rule([*group]))
     gates = {name: limit for name, limit in _present(recipe.gates).items() if limit != {}}
-    return {"version": VERSION, "seed": recipe.seed, "rules": rules} | ({"gates": gates} if gates else {})
+    frame = {"version": VERSION, "seed": recipe.seed, **_sections(recipe)}
+    return frame | {"rules": rules} | ({"gates": gates} if gates else {})
+
+
+def _sections(recipe: Recipe) -> dict[str, Any]:
+    """The sections that the recipe has, each as it is written."""
+    found: dict[str, Any] = {}
+    if recipe.model is not None:
+        found["model"] = _written(recipe.model)
+    if recipe.data is not None:
+        data = {part: _written(getattr(recipe.data, part)) for part in ("calibration", "eval", "normalize")}
+        train = recipe.data.train
+        data["train"] = {} if train is None else {**_written(train.source), "augment": list(train.augment)}
+        found["data"] = {part: value for part, value in data.items() if value}
+    if recipe.task is not None:
+        (name,) = (name for name, kind in TASKS.items() if isinstance(recipe.task, kind))
+        found["task"] = {name: _written(recipe.task)}
+    if recipe.activations is not None:
+        found["activations"] = _written(recipe.activations)
+    if recipe.companions:
+        found["companions"] = list(recipe.companions)
+    return found
+
+
+def _written(settings: Any) -> dict[str, Any]:
+    """A section's settings without what is absent or empty."""
+    if settings is None:
+        return {}
+    return {name: value for name, value in _present(settings).items() if value not in ((), {})}
 
 
 def _rule(patterns: list[Rule]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ __all__ = [
     "refuse_grid",
 ]
 
+
 @dataclass(frozen=True)
 class Method:
     """One method: `target` is "module:function", imported only when it runs.

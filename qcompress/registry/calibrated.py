@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Interval
 
 from qcompress.registry.grids import GridConfig
-from qcompress.types import GridForm
+from qcompress.types import Convention, GridForm
 
 Preset = Literal["paper"]
 Range = Literal["minmax", "mse", "tf-enhanced", "hessian"]
@@ -35,6 +35,10 @@ class LiveConfig(GridConfig):
             return "symmetric"
         return "offset" if self.range in ("mse", "hessian") else "zero-point"
 
+    @property
+    def stored_convention(self) -> Convention:
+        return "full" if self.range == "tf-enhanced" else super().stored_convention
+
     def _fill(self, paper: dict[str, Any], fast: dict[str, Any]) -> None:
         """Set every option that was not given from the preset."""
         for name, value in (paper if self.preset == "paper" else fast).items():
@@ -47,23 +51,26 @@ class DfqConfig(LiveConfig):
     """Data-free quantization: fold batch norms, equalize neighbouring layers, absorb high biases, correct biases.
 
     fold             fold each batch norm into the layer before it
-    equalize         cross-layer equalization of pairs and of conv-depthwise-conv triples
+    equalize         cross-layer equalization of pairs, and of what has depthwise layers in between
     absorb           high-bias absorption
     bias_correction  `analytic` from the batch norms' statistics, `empirical` from calibration data, `none`; empirical
                      where there is calibration data, else analytic
-    relu6            across ReLU6, `skip` equalization, or keep it exact by per-channel `caps` that the artifact stores
+    relu6            across ReLU6, `skip` equalization; or keep it exact by per-channel `caps` that the artifact stores; or
+                     `relax` it: channels that shrink are cut off later than they were, up to never
     """
 
     fold: bool = True
     equalize: bool = True
     absorb: bool = True
     bias_correction: Literal["analytic", "empirical", "none"] | None = None
-    relu6: Literal["skip", "caps"] = "skip"
+    relu6: Literal["skip", "caps", "relax"] | None = None
 
     def __post_init__(self) -> None:
         if self.granularity is None and self.group_size is None:
             object.__setattr__(self, "granularity", "tensor")
-        self._fill({"symmetric": True, "range": "tf-enhanced"}, {"range": "mse"})
+        self._fill({"symmetric": True, "range": "tf-enhanced", "relu6": "relax"}, {"range": "mse", "relu6": "skip"})
+        if self.range == "hessian":
+            raise ValueError("range: hessian needs the inputs of each layer, which dfq never sees; use mse")
         super().__post_init__()
 
 
@@ -85,7 +92,7 @@ class AdaroundConfig(LiveConfig):
     objective: Literal["gram", "sampled"] | None = None
     iterations: Annotated[int, Ge(1)] | None = None
     learning_rate: Annotated[float, Gt(0)] | None = None
-    strength: Annotated[float, Ge(0)] = 0.01
+    strength: Annotated[float, Ge(0)] | None = None
     warm_up: Annotated[float, Interval(ge=0, lt=1)] = 0.2
     fold: bool | None = None
     asymmetric: bool = True
@@ -107,7 +114,9 @@ class AdaroundConfig(LiveConfig):
         fast: dict[str, Any] = {"objective": "gram", "fold": False, "range": "hessian"}
         self._fill(official, fast)
         gram = self.objective == "gram"
-        self._fill({}, {"iterations": 500 if gram else 10_000, "learning_rate": 1e-2 if gram else 1e-3})
+        usual: dict[str, Any] = {"iterations": 500, "learning_rate": 3e-2, "strength": 0.1}
+        published: dict[str, Any] = {"iterations": 10_000, "learning_rate": 1e-3, "strength": 0.01}
+        self._fill(published, usual if gram else published)
         super().__post_init__()
 
 

@@ -151,8 +151,9 @@ class SizeFigures:
 class AccuracyFigures:
     """One metric of checkpoint and artifact on the same samples. None: not a number.
 
-    drop      how much worse the artifact is, whichever direction is better: positive is worse
-    interval  of the drop, paired, 95 %
+    drop               how much worse the artifact is, whichever direction is better: positive is worse
+    interval           of the drop, paired, 95 %
+    baseline_interval  of the checkpoint's own figure, 95 %, and artifact_interval of the artifact's
     """
 
     metric: str
@@ -161,6 +162,8 @@ class AccuracyFigures:
     drop: float | None
     samples: int
     interval: tuple[float, float] | None = None
+    baseline_interval: tuple[float, float] | None = None
+    artifact_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from qcompress.errors import GateFailed, UnmeasuredError, raise_all
@@ -33,6 +33,19 @@ def check_gates(gates: Gates, report: Report) -> tuple[GateResult, ...]:
     checked += [_check_metric(f"max-drop {metric}", limit, report) for metric, limit in gates.max_drop.items()]
     raise_all([item for item in checked if isinstance(item, UnmeasuredError)])
     return tuple(item for item in checked if isinstance(item, GateResult))
+
+
+def check_metrics(limits: Mapping[str, float], measured: Mapping[str, float]) -> tuple[GateResult, ...]:
+    """One result for each least metric. Raises UnmeasuredError (Refusals where several) for what was not measured."""
+    names = ", ".join(measured) or "none"
+    raise_all(
+        [
+            UnmeasuredError(f"gate min-metric {metric}", f"{metric} was not measured (measured: {names})", _METRIC_MEND)
+            for metric in limits
+            if metric not in measured
+        ]
+    )
+    return tuple(_at_least(f"min-metric {metric}", limit, measured[metric]) for metric, limit in limits.items())
 
 
 def gate_error(results: Sequence[GateResult]) -> GateFailed | None:

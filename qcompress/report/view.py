@@ -133,12 +133,16 @@ def _with_unit(sqnr_db: float | None) -> str:
 def accuracy_words(report: Report) -> list[str]:
     lines = []
     for item in report.accuracy or ():
-        before, after, drop = (number_words(value, 4) for value in (item.baseline, item.artifact, item.drop))
+        before = number_words(item.baseline, 4) + _interval_words(item.baseline_interval)
+        after = number_words(item.artifact, 4) + _interval_words(item.artifact_interval)
+        drop = number_words(item.drop, 4) + _interval_words(item.interval)
         text = f"{name_words(item.metric)} {before} -> {after}, drop {drop}"
-        if item.interval:
-            text += f" (95 %: {item.interval[0]:.4g} to {item.interval[1]:.4g})"
         lines.append(f"{text}, {count_words(item.samples, 'sample')}")
     return lines
+
+
+def _interval_words(interval: tuple[float, float] | None) -> str:
+    return f" (95 %: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
 
 
 def gate_words(gate: GateResult) -> str:

@@ -141,12 +141,17 @@ def affine_from_grid(weight: Tensor, grid: Grid, bits: int, exponent: int, shape
     """The weight float32 [rows, ...] in the nearest codes of its grid, one for each of `shape` blocks."""
     blocks = shape[0] * shape[1]
     codes = nearest_codes(weight.reshape(blocks, weight.numel() // blocks if blocks else 0), grid, bits, exponent)
+    return affine_from_codes(codes.view(weight.shape[0], math.prod(weight.shape[1:])), grid, bits, exponent, shape)
+
+
+def affine_from_codes(codes: Tensor, grid: Grid, bits: int, exponent: int, shape: tuple[int, int]) -> Affine:
+    """Codes uint8 [rows, columns] on a grid, one for each of `shape` blocks, as a weight of that shape."""
     return Affine(
-        codes=codes.view(weight.shape[0], math.prod(weight.shape[1:])),
+        codes=codes,
         bits=bits,
         scale=grid.scale.view(shape),
         exponent=exponent,
-        shape=tuple(weight.shape),
+        shape=tuple(codes.shape),
         zero_point=None if grid.zero_point is None else grid.zero_point.view(shape),
         offset=None if grid.offset is None else grid.offset.view(shape),
         convention=grid.convention,

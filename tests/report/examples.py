@@ -76,7 +76,14 @@ def full_report() -> Report:
         small_report(),
         accuracy=(
             AccuracyFigures(
-                metric="top1", baseline=0.75, artifact=0.74, drop=0.01, samples=1000, interval=(0.002, 0.018)
+                metric="top1",
+                baseline=0.75,
+                artifact=0.74,
+                drop=0.01,
+                samples=1000,
+                interval=(0.002, 0.018),
+                baseline_interval=(0.7222, 0.7758),
+                artifact_interval=(0.7119, 0.7662),
             ),
         ),
         gates=(

@@ -1,0 +1,163 @@
+"""docs/results.md: accuracy of every method on the measured networks, each figure from one run of the command line.
+
+    QCOMPRESS_DATA=data python benchmarks/results.py --work results
+
+Finished runs lie in the work folder as JSON and are not repeated; --only takes a part of a run's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+METHODS = {
+    "naive": "rtn",
+    "dfq": "dfq",
+    "adaround": "adaround",
+    "squant": "squant",
+    "pdquant": "pdquant",
+    "gptq": "gptq",
+}
+WIDTHS = (4, 3, 2)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network, and the settings over its ready recipes."""
+
+    title: str
+    weights: str
+    recipes: str
+    grains: tuple[str, ...]
+    calibration: str
+
+
+NETWORKS = (
+    Network(
+        "CIFAR-10 ResNet-20, 5,000 test images, 1,024 images for calibration",
+        "cifar10/resnet20.safetensors",
+        "cifar10/resnet20",
+        ("channel", "tensor"),
+        "cifar10/train20k.npz",
+    ),
+    Network(
+        "MobileNetV1 0.75, 400 photos (not comparable with accuracies on all of ImageNet), 256 photos for calibration",
+        "imagenet/mobilenet_v1_075_224.safetensors",
+        "imagenet/mobilenet_v1_075",
+        ("channel", "tensor"),
+        "imagenet/calib256",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    network: Network
+    column: str
+    bits: int
+    grain: str
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.network.recipes).name}_{self.column}_w{self.bits}_{self.grain}"
+
+    @property
+    def skipped(self) -> str | None:
+        """Why this run is not made."""
+        if self.column == "pdquant" and "mobilenet" in self.network.recipes and (self.grain, self.bits) not in (
+            ("channel", 4),
+            ("channel", 2),
+        ):
+            return "not run"
+        return None
+
+    def command(self, data: Path, output: Path) -> list[str]:
+        method = METHODS[self.column]
+        recipe = ROOT / "recipes" / f"{self.network.recipes}_{method}_w4a8.yaml"
+        return [
+            *(sys.executable, "-m", "qcompress", "quantize", str(data / self.network.weights), "-r", str(recipe)),
+            *("--set", f"rules.0.{method}.bits={self.bits}", "--set", f"rules.0.{method}.granularity={self.grain}"),
+            *("--allow-code", "--threads", "1", "--force", "-o", str(output), "--json", "-"),
+        ]
+
+
+def runs() -> Iterator[Run]:
+    for network in NETWORKS:
+        for grain, bits, column in itertools.product(network.grains, WIDTHS, METHODS):
+            run = Run(network, column, bits, grain)
+            if run.skipped is None:
+                yield run
+
+
+def measure(run: Run, data: Path, work: Path) -> dict[str, Any]:
+    """The run's report, read back where it was made before."""
+    kept = work / f"{run.name}.json"
+    if kept.is_file():
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "QCOMPRESS_DATA": str(data)}
+    done = subprocess.run(
+        run.command(data, work / f"{run.name}.safetensors"), env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{run.name}: exit {done.returncode}\n{done.stderr}")
+    kept.write_text(done.stdout)
+    print(f"{run.name}: {cell(json.loads(done.stdout))}", flush=True)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def top1(report: dict[str, Any]) -> dict[str, Any]:
+    return next(one for one in report["accuracy"] if one["metric"] == "top1")
+
+
+def cell(report: dict[str, Any]) -> str:
+    """Accuracy, and the processor seconds of the whole run."""
+    return f"{top1(report)['artifact']:.4f} ({report['run']['cpu_seconds']:.0f} s)"
+
+
+def table(network: Network, reports: dict[str, dict[str, Any]]) -> list[str]:
+    any_report = next(report for name, report in reports.items() if name.startswith(Path(network.recipes).name))
+    lines = [
+        f"## {network.title}",
+        "",
+        f"FP32: {top1(any_report)['baseline']:.4f}.",
+        "",
+        "| grid a | bits | " + " | ".join(METHODS) + " |",
+        "|---|---|" + "---|" * len(METHODS),
+    ]
+    for grain, bits in itertools.product(network.grains, WIDTHS):
+        cells = []
+        for column in METHODS:
+            report = reports.get(Run(network, column, bits, grain).name)
+            cells.append(cell(report) if report else "-")
+        lines.append(f"| {grain} | W{bits}A8 | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("results"))
+    parser.add_argument("--only", default="")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results-tables.md")
+    options = parser.parse_args()
+    data = Path(os.environ["QCOMPRESS_DATA"])
+    options.work.mkdir(exist_ok=True, parents=True)
+    reports = {}
+    for run in runs():
+        if options.only in run.name or (options.work / f"{run.name}.json").is_file():
+            reports[run.name] = measure(run, data, options.work)
+    parts = [table(network, reports) for network in NETWORKS if any(Path(network.recipes).name in name for name in reports)]
+    options.out.write_text("\n".join(itertools.chain.from_iterable(parts)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`qcompress eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qcompress.cli import options as opt
+from qcompress.errors import GateFailed, UsageError
+
+if TYPE_CHECKING:
+    from qcompress.model.tasks import Measurement
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_ARTIFACT", help="What to measure.")],
+    recipe: opt.RecipeFile = None,
+    overrides: opt.Overrides = None,
+    json_to: opt.Json = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+    no_color: opt.NoColor = False,
+    device: opt.DeviceOption = opt.Device.auto,
+    seed: opt.Seed = None,
+    allow_code: opt.AllowCode = False,
+    min_metric: opt.MinMetric = None,
+) -> None:
+    """Measure a checkpoint or an artifact on a recipe's task.
+
+    qcompress eval model-w2.safetensors -r recipe.yaml
+
+    qcompress eval model.safetensors -r recipe.yaml --min-metric top1=0.9 --json -
+    """
+    from qcompress.cli.gates import make_gates
+    from qcompress.cli.live import make_setting
+    from qcompress.cli.quantize import make_recipe
+    from qcompress.cli.streams import Streams, print_result, refuse_mixed, write_json
+    from qcompress.evaluate import evaluate as measure
+    from qcompress.recipe import refuse_missing
+    from qcompress.report.gates import check_metrics, gate_error
+    from qcompress.errors import raise_all
+
+    refuse_mixed(json_to, quiet)
+    streams = Streams(json_to, quiet, verbose, no_color)
+    if recipe is None:
+        raise UsageError("qcompress eval", "nothing says how to measure", "add -r RECIPE with model, data and task")
+    asked = make_recipe(recipe, None, {}, overrides or [], seed)
+    raise_all(refuse_missing(asked, measures=True))
+    gates = make_gates(asked.gates, None, None, None, min_metric or [], [])
+    setting = make_setting(asked, device, allow_code, streams)
+    measured = measure(path, setting)
+    results = check_metrics(gates.min_metric, {one.metric: one.value for one in measured})
+    if json_to is not None:
+        document = {
+            "file": path.name,
+            "metrics": [_as_json(one) for one in measured],
+            "gates": [
+                {"name": one.name, "limit": one.limit, "value": one.value, "passed": one.passed} for one in results
+            ],
+        }
+        write_json(document, json_to)
+    if json_to != "-":
+        print_result("\n".join(_words(one) for one in measured))
+    failed: GateFailed | None = gate_error(results)
+    if failed is not None:
+        raise failed
+
+
+def _as_json(one: Measurement) -> dict[str, Any]:
+    return {
+        "metric": one.metric,
+        "value": one.value,
+        "interval": [one.low, one.high],
+        "samples": one.samples,
+    }
+
+
+def _words(one: Measurement) -> str:
+    return f"{one.metric} {one.value:.4g} (95 %: {one.low:.4g} to {one.high:.4g}), {one.samples:,} samples"

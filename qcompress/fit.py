@@ -1,0 +1,106 @@
+"""A plan on a live model: methods, companions and activation quantizers in turn, each seeing what came before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from qcompress.coding.affine import exponent_for
+from qcompress.coding.rows import rows_from_weight
+from qcompress.errors import InputError, ModelError, raise_all
+from qcompress.model.activations import attach_activations, measure_activations
+from qcompress.model.companions import run_companions
+from qcompress.model.graph import input_layers
+from qcompress.model.live import LiveModel, find_tensor, layer_name
+from qcompress.model.moments import batch_norm_grids
+from qcompress.model.moments import batch_norm_grids
+from qcompress.registry import METHODS
+from qcompress.types import ActivationGrid, Affine, Decision, Encoded, Fitted, Kept, Plan
+
+Say = Callable[[str], None]
+"""Called with a line on what begins."""
+
+
+def fit(live: LiveModel, plan: Plan, say: Say = lambda _: None) -> Fitted:
+    """What the plan's methods choose for a live model: codes, adjusted tensors, activation quantizers.
+
+    Methods that need weights alone come first, then those that need the graph, then those that need data, so that the
+    later ones can make up for the earlier; `live.quantized` ends as the artifact will be.
+
+    raises  ModelError for weights of no module, and whatever the methods raise
+    """
+    decisions = [decision for decision in plan.decisions if decision.compresses]
+    _refuse_strangers(live, decisions)
+    done = Fitted({})
+    for name in sorted({d.method or "" for d in decisions}, key=_order):
+        own = [decision for decision in decisions if decision.method == name]
+        say(f"{name}: {len(own)} tensors")
+        method = METHODS[name]
+        found = _encode_weights(live, own) if method.needs == "weights" else method.load()(live, own)
+        done = _joined(done, found)
+        live.put(found.encoded)
+    if plan.recipe.companions:
+        say(", ".join(plan.recipe.companions))
+        corrected = run_companions(live, plan.recipe.companions)
+        done = _joined(done, Fitted(_kept(corrected.tensors), notes=corrected.notes))
+    if live.activations is not None:
+        say("activation ranges")
+        done = _joined(done, Fitted({}, activations=_activation_grids(live, done)))
+    return done
+
+
+def _order(method: str) -> tuple[int, int]:
+    return (("weights", "graph", "calibration", "training").index(METHODS[method].needs), [*METHODS].index(method))
+
+
+def _refuse_strangers(live: LiveModel, decisions: Sequence[Decision]) -> None:
+    """A method on a live model needs the module of each of its weights to be called."""
+    errors: list[InputError] = []
+    for decision in decisions:
+        name = decision.tensor.name
+        if METHODS[decision.method or ""].needs != "weights" and layer_name(name) not in live.layers:
+            what = f"tensor {name!r} belongs to no module that a forward pass calls"
+            errors.append(
+                ModelError(live.place, what, f"give it a rule of its own, as {{match: {name!r}, squant: ...}}")
+            )
+    raise_all(errors)
+
+
+def _encode_weights(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
+    encoded: dict[str, Encoded] = {}
+    for decision in decisions:
+        weight = find_tensor(live.module, decision.tensor.name).detach()
+        rows = rows_from_weight(weight, decision.axis).contiguous()
+        largest = float(weight.abs().max()) if weight.numel() else 0.0
+        found: Affine = METHODS[decision.method or ""].load()(rows, decision.config, exponent_for(largest))
+        tensor = decision.tensor
+        encoded[tensor.name] = replace(found, shape=tensor.shape, axis=decision.axis, dtype=tensor.dtype)
+    return Fitted(encoded)
+
+
+def _joined(before: Fitted, after: Fitted) -> Fitted:
+    return Fitted(
+        {**before.encoded, **after.encoded},
+        {**before.references, **after.references},
+        {**before.activations, **after.activations},
+        {**before.caps, **after.caps},
+        before.notes + after.notes,
+    )
+
+
+def _kept(tensors: Mapping[str, Tensor]) -> dict[str, Encoded]:
+    return {name: Kept(value) for name, value in tensors.items()}
+
+
+def _activation_grids(live: LiveModel, done: Fitted) -> dict[str, ActivationGrid]:
+    """The quantizers of every compressed layer that has none yet."""
+    assert live.activations is not None
+    attach_activations(live.quantized, done.activations)
+    names = [name for name in live.layers if name not in done.activations]
+    settings = live.activations
+    inputs = input_layers(live) if live.traced else set(live.layers[:1])
+    if settings.range == "batch-norm" or (settings.range is None and not live.calibration):
+        return batch_norm_grids(live, settings.bits, inputs, names)
+    return measure_activations(live, settings, inputs, names)

@@ -1,0 +1,99 @@
+"""What a model runs on: batches of inputs and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that run through a network at once: module(*args, **kwargs).
+
+    args, kwargs  tensors with the samples along dimension 0
+    labels        what is right, one a sample or one a position; None where the data have none
+    lengths       int64 [samples]: what lies beyond is padding
+    texts         reference sentences, one a sample
+    """
+
+    args: tuple[Tensor, ...] = ()
+    kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    lengths: Tensor | None = None
+    texts: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Samples."""
+        return len(self.args[0] if self.args else next(iter(self.kwargs.values())))
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(
+            self,
+            args=tuple(x.to(device) for x in self.args),
+            kwargs={name: x.to(device) for name, x in self.kwargs.items()},
+            labels=None if self.labels is None else self.labels.to(device),
+            lengths=None if self.lengths is None else self.lengths.to(device),
+        )
+
+    def first(self, samples: int) -> Batch:
+        """The batch cut to its first samples."""
+        return replace(
+            self,
+            args=tuple(x[:samples] for x in self.args),
+            kwargs={name: x[:samples] for name, x in self.kwargs.items()},
+            labels=None if self.labels is None else self.labels[:samples],
+            lengths=None if self.lengths is None else self.lengths[:samples],
+            texts=self.texts[:samples],
+        )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Samples in portions, read when they are asked for; the same ones every time.
+
+    samples  in all
+    read     indices -> the batch of those samples
+    """
+
+    samples: int
+    batch_size: int
+    read: Callable[[Sequence[int]], Batch]
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self.samples, self.batch_size):
+            yield self.read(range(start, min(start + self.batch_size, self.samples)))
+
+    def shuffled(self, generator: torch.Generator, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """Whole batches of one epoch in random order: of every `share[1]` samples the one numbered `share[0]`.
+
+        All shares of a generator's state are of equal size; what is left over is left out.
+        """
+        rank, world = share
+        order = torch.randperm(self.samples, generator=generator).tolist()
+        own = order[rank : len(order) - len(order) % world : world]
+        for start in range(0, len(own) - self.batch_size + 1, self.batch_size):
+            yield self.read(own[start : start + self.batch_size])
+
+
+def model_output(module: nn.Module, batch: Batch) -> Tensor:
+    """The logits, or whatever the model's output holds first."""
+    return first_tensor(module(*batch.args, **batch.kwargs))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The logits or whatever else an output holds first: of a tensor, a tuple, a mapping or an object with `logits`."""
+    if isinstance(output, Tensor):
+        return output
+    if getattr(output, "logits", None) is not None:
+        return first_tensor(output.logits)
+    if isinstance(output, Mapping):
+        return first_tensor(next(iter(output.values())))
+    return first_tensor(output[0])

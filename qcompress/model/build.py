@@ -1,0 +1,111 @@
+"""The network that a recipe names, and its weights from a state dict, strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.errors import CheckpointError, ModelError, QcompressError
+from qcompress.model.code import find_callable
+from qcompress.settings import ModelSettings
+from qcompress.types import Axis
+
+SHOWN_NAMES = 3
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def build_model(settings: ModelSettings, root: Path, allow_code: bool = False, place: str = "model") -> nn.Module:
+    """The network in eval mode on the CPU, its weights at random.
+
+    A class of transformers gets a Config of its own from `args`; every other callable gets them as keyword arguments.
+
+    raises  ModelError for a factory that does not import, fails or gives no module; UsageError for a missing extra and
+            for a file without `allow_code`
+    """
+    factory = find_callable(settings.factory, root, allow_code, f"{place}.factory")
+    try:
+        config = getattr(factory, "config_class", None)
+        if config is not None and isinstance(factory, type):
+            module = factory(config(**settings.args))
+        else:
+            module = factory(**settings.args)
+    except QcompressError:
+        raise
+    except Exception as error:
+        # The factory is anyone's code.
+        what = f"{settings.factory} fails: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+        raise ModelError(place, what, "check model.args") from None
+    if not isinstance(module, nn.Module):
+        what = f"{settings.factory} gives a {type(module).__name__}, not a torch.nn.Module"
+        raise ModelError(f"{place}.factory", what, "name a callable that builds the network")
+    return module.eval()
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Put every tensor of `state` where it belongs. Names and shapes must agree; dtypes become the module's.
+
+    A batch norm's count of batches may be missing, and so may a name that shares its tensor with one that is there.
+
+    raises  CheckpointError naming what is missing, left over or of another shape
+    """
+    own = module.state_dict(keep_vars=True)
+    shared = tied_names(module)
+    given = set(state)
+    missing = [
+        name
+        for name in own
+        if name not in given
+        and not name.endswith("num_batches_tracked")
+        and not any(alias in given for alias in _same(shared, name))
+    ]
+    surplus = sorted(given - set(own))
+    wrong = [name for name in own if name in given and state[name].shape != own[name].shape]
+    kind = type(module).__name__
+    if missing or surplus:
+        parts = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has {_listed(surplus)} too many"] * bool(surplus)
+        mend = "name the model that the checkpoint was saved from, with the same args"
+        raise CheckpointError(source, f"does not fit {kind}: it {' and '.join(parts)}", mend)
+    if wrong:
+        name = wrong[0]
+        what = f"is {list(state[name].shape)} in the checkpoint and {list(own[name].shape)} in {kind}"
+        raise CheckpointError(f"{source}: tensor {name!r}", what, "check model.args")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in given:
+                tensor.copy_(state[name])
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:SHOWN_NAMES])
+    more = len(names) - SHOWN_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _same(shared: Mapping[str, str], name: str) -> set[str]:
+    """All names of the tensor that `name` shares."""
+    first = shared.get(name, name)
+    return {first, *(alias for alias, twin in shared.items() if twin == first)}
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Names of the state dict that share a tensor with an earlier one -> that one."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        first.setdefault(id(tensor), name)
+    return tied
+
+
+def channel_axes(module: nn.Module) -> dict[str, Axis]:
+    """Weight -> its channel axes, for modules that store them elsewhere than first."""
+    axes = {}
+    for name, one in module.named_modules():
+        transposed = type(one).__name__ == "Conv1D" and type(one).__module__.startswith("transformers.")
+        if transposed or isinstance(one, TRANSPOSED):
+            axes[f"{name}.weight"] = Axis((1,), f"the model: {type(one).__name__} stores its outputs second")
+    return axes

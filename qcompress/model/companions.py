@@ -1,0 +1,117 @@
+"""What goes with any method: each layer's mean error taken away, batch norms matched to what they now see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.model.graph import BatchNorm, batch_norm_of
+from qcompress.model.layers import matrix_layer
+from qcompress.model.live import LiveModel, find_tensor, put_tensors
+from qcompress.model.stages import Stage, State
+from qcompress.model.sweep import run_stage
+from qcompress.settings import Companion
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """The adjusted tensors by name, and what had no home for its correction."""
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Of a layer's output, by channel: float64 [channels]."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def run_companions(live: LiveModel, companions: Sequence[Companion]) -> Corrected:
+    """Correct `live.quantized` layer by layer, each after all before it, and give the tensors that changed.
+
+    bias_correction takes the mean of (quantized - full-precision output) from the layer's bias, or moves the running
+    mean of its batch norm by it. batch_norm also scales the running variance by the ratio of the outputs' variances, so
+    that the batch norm gives what it gave: with statistics measured on both networks, few samples do. A layer with
+    neither is skipped and named (Nagel et al. 2019, arXiv 1906.04721, section 4.2; Sun et al. 2019 for batch norms).
+    """
+    stages = live.stages
+    clean = [stages[0].begin(batch) for batch in live.calibration]
+    noisy = list(clean)
+    changed: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for stage in stages:
+        for name in stage.layers:
+            if matrix_layer(live.module.get_submodule(name)) is None:
+                continue
+            before = output_moments(stage, live.module, clean, name)
+            after = output_moments(stage, live.quantized, noisy, name)
+            if before is None or after is None:
+                continue
+            updates = _correct(live, name, before, after, companions)
+            if not updates:
+                notes.append(f"{name}: no bias and no batch norm to hold its correction")
+            put_tensors(live.quantized, updates)
+            changed |= updates
+        clean = run_stage(stage, live.module, clean)
+        noisy = run_stage(stage, live.quantized, noisy)
+    return Corrected(changed, tuple(notes))
+
+
+def _correct(
+    live: LiveModel, name: str, before: _Moments, after: _Moments, companions: Sequence[Companion]
+) -> dict[str, Tensor]:
+    norm = batch_norm_of(live, name) if live.traced else None
+    if norm is not None and "batch_norm" in companions:
+        return _matched(live.quantized, norm, before, after)
+    shift = after.mean - before.mean
+    module = live.quantized.get_submodule(name)
+    if isinstance(getattr(module, "bias", None), nn.Parameter):
+        return {f"{name}.bias": (module.bias.double() - shift).to(module.bias.dtype)}
+    if norm is not None:
+        mean = find_tensor(live.quantized, norm.running_mean)
+        return {norm.running_mean: (mean.double() + shift).to(mean.dtype)}
+    return {}
+
+
+def _matched(module: nn.Module, norm: BatchNorm, before: _Moments, after: _Moments) -> dict[str, Tensor]:
+    """Statistics under which the batch norm of the quantized layer gives the mean and the variance that it gave."""
+    mean, variance = (find_tensor(module, tensor).double() for tensor in (norm.running_mean, norm.running_var))
+    # A dead channel keeps its statistics but for the shift.
+    ratio = torch.where(before.variance > 0, after.variance / before.variance, 1.0)
+    ratio = torch.where(ratio > 0, ratio, 1.0)
+    matched_mean = after.mean + (mean - before.mean) * ratio.sqrt()
+    matched_variance = ((variance + norm.eps) * ratio - norm.eps).clamp_min(0)
+    dtype = find_tensor(module, norm.running_mean).dtype
+    return {norm.running_mean: matched_mean.to(dtype), norm.running_var: matched_variance.to(dtype)}
+
+
+@torch.no_grad()
+def output_moments(stage: Stage, module: nn.Module, states: Sequence[State], name: str) -> _Moments | None:
+    """Mean and variance of a layer's output over all positions of all batches; None where it is not called."""
+    layer = matrix_layer(module.get_submodule(name))
+    assert layer is not None
+    total = squares = None
+    count = 0
+
+    def watch(_: nn.Module, __: object, output: Tensor) -> None:
+        nonlocal total, squares, count
+        rows = layer.outputs(output).double()
+        total = rows.sum(0) if total is None else total + rows.sum(0)
+        squares = rows.square().sum(0) if squares is None else squares + rows.square().sum(0)
+        count += rows.shape[0]
+
+    handle = module.get_submodule(name).register_forward_hook(watch)
+    try:
+        run_stage(stage, module, states)
+    finally:
+        handle.remove()
+    if total is None or squares is None:
+        return None
+    mean = total / count
+    return _Moments(mean, (squares / count - mean.square()).clamp_min(0))

@@ -1,0 +1,108 @@
+"""Whether a recipe names all that its methods, companions, quantizers and gates need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qcompress.errors import InputError, RecipeError
+from qcompress.registry import METHODS
+from qcompress.settings import (
+    CausalLm,
+    Classification,
+    FactoryTask,
+    Reconstruction,
+    SequenceClassification,
+    Task,
+    Translation,
+)
+from qcompress.types import Recipe, Rule
+
+DATA_FREE_RANGES = ("batch-norm", "noise")
+
+
+def task_metrics(task: Task) -> tuple[str, ...]:
+    """The metrics that a task measures, by the names that gates use."""
+    match task:
+        case Classification():
+            return ("top1", "top5")
+        case SequenceClassification():
+            return ("accuracy",)
+        case CausalLm():
+            return ("perplexity",)
+        case Translation():
+            return ("bleu",)
+        case Reconstruction():
+            return ("psnr",)
+        case FactoryTask():
+            return (task.metric,)
+
+
+def refuse_missing(recipe: Recipe, *, statistics: bool = False, measures: bool = False) -> list[InputError]:
+    """One error for everything that the recipe lacks.
+
+    statistics  whether saved statistics stand in for model and calibration data
+    measures    whether the command does nothing but measure
+    """
+    errors: list[InputError] = [*_missing_for_measuring(recipe, measures)]
+    if not measures:
+        errors += [error for rule in recipe.rules for error in _missing_for_rule(recipe, rule, statistics)]
+        errors += _missing_for_extras(recipe)
+    return list({str(error): error for error in errors}.values())
+
+
+def _missing_for_measuring(recipe: Recipe, measures: bool) -> Iterator[InputError]:
+    has_eval = recipe.data is not None and recipe.data.eval is not None
+    wanted = {"model": recipe.model is not None, "data.eval": has_eval, "task": recipe.task is not None}
+    if measures:
+        lacking = [name for name, there in wanted.items() if not there]
+        if lacking:
+            yield RecipeError(recipe.source, f"names no {' and no '.join(lacking)}", "add what is to be measured, and how")
+        return
+    if recipe.task is not None and not has_eval:
+        yield RecipeError(recipe.places.get("task", "task"), "there is nothing to measure on", "add `data.eval`")
+    if recipe.task is not None and recipe.model is None:
+        yield RecipeError(recipe.places.get("task", "task"), "there is no model to measure", "add `model`")
+    if all(wanted.values()) and recipe.task is not None:
+        known = task_metrics(recipe.task)
+        for kind, limits in (("min_metric", recipe.gates.min_metric), ("max_drop", recipe.gates.max_drop)):
+            for metric in limits:
+                if metric not in known:
+                    what = f"the task does not measure {metric!r}"
+                    yield RecipeError(f"gates.{kind}", what, f"it measures {', '.join(known)}")
+
+
+def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[InputError]:
+    if rule.method is None:
+        return
+    method = METHODS[rule.method]
+    if method.needs == "weights":
+        return
+    calibration = recipe.data is not None and recipe.data.calibration is not None
+    if statistics and method.statistics and recipe.model is None:
+        if getattr(rule.config, "objective", "gram") != "gram":
+            yield RecipeError(rule.where, "objective: sampled needs the data themselves", "use objective: gram")
+        if getattr(rule.config, "fold", False):
+            yield RecipeError(rule.where, "folding batch norms needs a live model", "use fold: false")
+        return
+    instead = "; or run with --statistics FILE" if method.statistics else ""
+    if recipe.model is None:
+        data = " and `data.calibration`" if method.needs == "calibration" else ""
+        yield RecipeError(rule.where, f"{rule.method} needs a live model", f"add `model`{data}{instead}")
+    elif method.needs == "calibration" and not calibration:
+        yield RecipeError(rule.where, f"{rule.method} needs calibration data", f"add `data.calibration`{instead}")
+    elif getattr(rule.config, "bias_correction", None) == "empirical" and not calibration:
+        yield RecipeError(rule.where, "bias_correction: empirical needs calibration data", "add `data.calibration`")
+
+
+def _missing_for_extras(recipe: Recipe) -> Iterator[InputError]:
+    calibration = recipe.data is not None and recipe.data.calibration is not None
+    for section, wanted in (("activations", recipe.activations is not None), ("companions", bool(recipe.companions))):
+        if wanted and recipe.model is None:
+            yield RecipeError(recipe.places.get(section, section), "they need a live model", "add `model`")
+    if recipe.companions and recipe.model is not None and not calibration:
+        yield RecipeError(recipe.places.get("companions", "companions"), "they need data", "add `data.calibration`")
+    settings = recipe.activations
+    if settings is not None and settings.range not in (None, *DATA_FREE_RANGES) and not calibration:
+        what = f"range: {settings.range} needs calibration data"
+        mend = f"add `data.calibration`, or use range: {' or '.join(DATA_FREE_RANGES)}"
+        yield RecipeError(recipe.places.get("activations", "activations"), what, mend)

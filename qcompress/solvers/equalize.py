@@ -1,0 +1,133 @@
+"""Data-free quantization in closed form: equal channel ranges, high biases, mean errors.
+
+Nagel et al. 2019, arXiv 1906.04721. What one layer hands to the next may be scaled channel by channel, by factors above
+0 that the next layer takes back, as long as all between them is positively homogeneous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEAD = 2.0**-24
+"""A channel this much smaller than the largest of its layer is float32's rounding noise and stays as it is."""
+SETTLED = 1e-6
+ABSORBED_DEVIATIONS = 3.0
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The largest |weight| of each kernel of a layer: float32 or float64 [groups, outputs a group, inputs a group]."""
+
+    values: Tensor
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """The range of each output channel, [outputs], once inputs [inputs] are scaled so."""
+        groups, _, width = self.values.shape
+        return (self.values * inputs.reshape(groups, 1, width)).amax(2).flatten()
+
+    def inputs(self, outputs: Tensor) -> Tensor:
+        """The range of each input channel, [inputs], once outputs [outputs] are scaled so."""
+        groups, height, _ = self.values.shape
+        return (self.values * outputs.reshape(groups, height, 1)).amax(1).flatten()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Layers in a row: a pair, or more with depthwise layers between the first and the last.
+
+    layers   indices of the layers
+    capped   of each of the links between them, whether the values on it must not grow: an activation ends at a cap
+    repeats  how many input channels of the last layer, side by side, each channel of the last link becomes
+    """
+
+    layers: tuple[int, ...]
+    capped: tuple[bool, ...]
+    repeats: int = 1
+
+
+def equalizing_factors(ranges: Tensor) -> Tensor:
+    """The factor for each layer's channels after which a channel has one range in all layers, their geometric mean.
+
+    ranges   [layers, channels], at least 0
+    returns  shaped like it, above 0, of product 1 over the layers; ones for a channel that is dead in some layer
+
+    Of two layers the factors are 1/s and s with s = sqrt(r1 / r2), section 4.1; of three the cube root takes the place
+    of the square root, as in AIMET's code.
+    """
+    logs = torch.where(_live(ranges), ranges, 1.0).double().log()
+    return (logs.mean(0) - logs).exp()
+
+
+def _live(ranges: Tensor) -> Tensor:
+    """The channels, bool [channels], that no layer is dead in."""
+    return (ranges > DEAD * ranges.amax(1, keepdim=True)).all(0)
+
+
+def equalize(chains: Sequence[Chain], peaks: Sequence[Peaks], sweeps: int) -> list[list[Tensor]]:
+    """For each chain the factors of the values on each of its links, float64 [channels] above 0, dead channels at 1.
+
+    Chains share layers, so they are gone through in turn until nothing moves, at most `sweeps` times. On a capped link
+    the factors are divided by their largest: none is above 1, and the ranges are equal but for one factor a layer,
+    which a grid for the whole tensor does not see.
+    """
+    scales = [[torch.ones(channels, dtype=torch.float64) for channels in _link_sizes(chain, peaks)] for chain in chains]
+    outputs = [torch.ones(one.values.shape[0] * one.values.shape[1], dtype=torch.float64) for one in peaks]
+    inputs = [torch.ones(one.values.shape[0] * one.values.shape[2], dtype=torch.float64) for one in peaks]
+    for _ in range(sweeps):
+        moved = 0.0
+        for chain, links in zip(chains, scales, strict=True):
+            ranges = _ranges(chain, peaks, outputs, inputs)
+            live = _live(ranges)
+            # What scales a link has been gathered from all layers before it.
+            for index, step in enumerate(equalizing_factors(ranges)[:-1].cumprod(0)):
+                if chain.capped[index] and bool(live.any()):
+                    step[live] /= (step * links[index])[live].amax()
+                links[index] *= step
+                outputs[chain.layers[index]] *= step
+                repeats = chain.repeats if index == len(links) - 1 else 1
+                inputs[chain.layers[index + 1]] /= step.repeat_interleave(repeats)
+                moved = max(moved, float(step.log().abs().max()))
+        if moved < SETTLED:
+            break
+    return scales
+
+
+def _link_sizes(chain: Chain, peaks: Sequence[Peaks]) -> list[int]:
+    """The channels on each link: the outputs of the layer before it."""
+    return [peaks[layer].values.shape[0] * peaks[layer].values.shape[1] for layer in chain.layers[:-1]]
+
+
+def _ranges(chain: Chain, peaks: Sequence[Peaks], outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """The ranges of a chain's channels in each of its layers, as scaled so far: float64 [layers, channels]."""
+    *before, last = chain.layers
+    ranges = [peaks[layer].outputs(inputs[layer]) * outputs[layer] for layer in before]
+    wide = peaks[last].inputs(outputs[last]) * inputs[last]
+    return torch.stack([*ranges, wide.reshape(-1, chain.repeats).amax(1)])
+
+
+def absorbable(mean: Tensor, deviation: Tensor, rectified: bool, cap: Tensor | None = None) -> Tensor:
+    """What can be taken from a layer's outputs and given to the next layer's bias, at least 0 where `rectified`.
+
+    mean, deviation  float64 [channels], of the outputs as N(mean, deviation**2)
+    rectified        whether negative outputs change on the way: then only what almost every output exceeds, mean - 3
+                     deviations (section 4.1.3); else all of the mean
+    cap              where the activation ends; no more than it is taken
+    """
+    if not rectified:
+        return mean.clone()
+    reach = (mean - ABSORBED_DEVIATIONS * deviation.abs()).clamp_min(0)
+    return reach if cap is None else torch.minimum(reach, cap)
+
+
+def constant_response(weight: Tensor, x: Tensor) -> Tensor:
+    """What a layer without bias gives for inputs that have one value a channel: float64 [outputs].
+
+    weight  [groups, outputs a group, inputs a group, taps]
+    x       float64 [groups * inputs a group]
+    """
+    groups, _, width, _ = weight.shape
+    return torch.einsum("goi,gi->go", weight.sum(3, dtype=torch.float64), x.reshape(groups, width)).flatten()
