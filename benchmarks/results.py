@@ -73,9 +73,14 @@ class Run:
     @property
     def skipped(self) -> str | None:
         """Why this run is not made."""
-        if self.column == "pdquant" and "mobilenet" in self.network.recipes and (self.grain, self.bits) not in (
-            ("channel", 4),
-            ("channel", 2),
+        if (
+            self.column == "pdquant"
+            and "mobilenet" in self.network.recipes
+            and (self.grain, self.bits)
+            not in (
+                ("channel", 4),
+                ("channel", 2),
+            )
         ):
             return "not run"
         return None
@@ -155,7 +160,9 @@ def main() -> None:
     for run in runs():
         if options.only in run.name or (options.work / f"{run.name}.json").is_file():
             reports[run.name] = measure(run, data, options.work)
-    parts = [table(network, reports) for network in NETWORKS if any(Path(network.recipes).name in name for name in reports)]
+    parts = [
+        table(network, reports) for network in NETWORKS if any(Path(network.recipes).name in name for name in reports)
+    ]
     options.out.write_text("\n".join(itertools.chain.from_iterable(parts)))
 
 

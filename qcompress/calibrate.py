@@ -1,4 +1,4 @@
-"""A checkpoint with its live model -> artifact and report with accuracy: measure, fit, write, read back, measure again."""
+"""A checkpoint with its live model -> artifact and report with accuracy: measure, fit, write, read, measure again."""
 
 from __future__ import annotations
 

@@ -53,7 +53,10 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, not what: none of it changes the bytes, but for `choice` and `device`."""
+    """How to run, not what: none of it changes the bytes, but for `choice`, `device` and `statistics`.
+
+    statistics  a file of the layers' input statistics, for the methods that can work from them
+    """
 
     output: Path
     choice: CodingChoice = "auto"
@@ -62,6 +65,7 @@ class Options:
     device: str = "cpu"
     max_memory: int | None = None
     resume: bool = False
+    statistics: Path | None = None
     progress: Progress | None = None
 
 
@@ -267,7 +271,17 @@ def _encode_all(
                     decision = waiting.pop()
                     name = decision.tensor.name
                     ready, reference = fitted.encoded.get(name), fitted.references.get(name)
-                    job = Job(shard.source, decision, writer, options.choice, options.device, ready, reference)
+                    job = Job(
+                        shard.source,
+                        decision,
+                        writer,
+                        options.choice,
+                        options.device,
+                        ready,
+                        reference,
+                        options.statistics,
+                        shard.seed,
+                    )
                     running.append(pool.submit(encode_tensor, job, stop))
                 finished = running.pop(0).result()
                 if finished.payload is not None:

@@ -109,8 +109,7 @@ def measure_task(module: nn.Module, setting: Setting, what: str) -> list[Measure
     def advance(done: int) -> None:
         setting.progress(what, done, batches.samples)
 
-    where = {"root": setting.root, "allow_code": setting.allow_code}
-    return measure(task, module, batches, setting.device, advance, **where)
+    return measure(task, module, batches, setting.device, advance, root=setting.root, allow_code=setting.allow_code)
 
 
 def compare(before: Sequence[Measurement], after: Sequence[Measurement]) -> tuple[AccuracyFigures, ...]:
@@ -160,7 +159,7 @@ def open_live(checkpoint: Checkpoint, plan: Plan, setting: Setting) -> LiveModel
 
 
 def _example(setting: Setting, calibration: Sequence[Batch]) -> Batch:
-    """A batch that shows what the model takes: of the data that there is, or noise of the shape that the recipe names."""
+    """A batch that shows what the model takes: of the data that there is, or noise of the shape in the recipe."""
     if calibration:
         return calibration[0].first(2)
     data, model = setting.recipe.data, setting.recipe.model

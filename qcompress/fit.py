@@ -10,11 +10,10 @@ from torch import Tensor
 from qcompress.coding.affine import exponent_for
 from qcompress.coding.rows import rows_from_weight
 from qcompress.errors import InputError, ModelError, raise_all
-from qcompress.model.activations import attach_activations, measure_activations
+from qcompress.model.activations import measure_activations
 from qcompress.model.companions import run_companions
 from qcompress.model.graph import input_layers
 from qcompress.model.live import LiveModel, find_tensor, layer_name
-from qcompress.model.moments import batch_norm_grids
 from qcompress.model.moments import batch_norm_grids
 from qcompress.registry import METHODS
 from qcompress.types import ActivationGrid, Affine, Decision, Encoded, Fitted, Kept, Plan
@@ -97,7 +96,6 @@ def _kept(tensors: Mapping[str, Tensor]) -> dict[str, Encoded]:
 def _activation_grids(live: LiveModel, done: Fitted) -> dict[str, ActivationGrid]:
     """The quantizers of every compressed layer that has none yet."""
     assert live.activations is not None
-    attach_activations(live.quantized, done.activations)
     names = [name for name in live.layers if name not in done.activations]
     settings = live.activations
     inputs = input_layers(live) if live.traced else set(live.layers[:1])

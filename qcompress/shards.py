@@ -30,6 +30,7 @@ class Shard:
     layout: Layout
     manifest: Manifest
     file: str
+    seed: int
 
 
 def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, fitted: Fitted | None = None) -> list[Shard]:
@@ -69,7 +70,7 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, fitted
             },
         )
         layout = make_layout(decisions, choice, manifest)
-        shards.append(Shard(source, decisions, layout, manifest, source.path.name))
+        shards.append(Shard(source, decisions, layout, manifest, source.path.name, plan.recipe.seed))
     return shards
 
 

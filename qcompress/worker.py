@@ -9,6 +9,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -24,6 +25,8 @@ from qcompress.coding.payload import Coding, CodingChoice, encode_payload
 from qcompress.coding.rows import rows_from_weight
 from qcompress.container import Container
 from qcompress.errors import CheckpointError
+from qcompress.model.live import seeded_generator
+from qcompress.model.statistics import read_statistics, refuse_misfit
 from qcompress.registry import METHODS
 from qcompress.report.document import LayerFigures
 from qcompress.report.figures import LayerMeter, unclipped_range
@@ -105,8 +108,9 @@ class Finished:
 class Job:
     """One weight to encode.
 
-    ready      its codes, where a method on a live model has chosen them already
-    reference  the float weight that those codes stand for, where that is not the checkpoint's
+    ready       its codes, where a method on a live model has chosen them already
+    reference   the float weight that those codes stand for, where that is not the checkpoint's
+    statistics  the file of input statistics that methods which need them work from
     """
 
     source: Container
@@ -116,6 +120,8 @@ class Job:
     device: str
     ready: Encoded | None = None
     reference: Tensor | None = None
+    statistics: Path | None = None
+    seed: int = 0
 
 
 def encode_tensor(job: Job, stop: threading.Event) -> Finished:
@@ -133,9 +139,12 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     meter = LayerMeter(tensor.numel, decision.config.bits)
     codes = _Codes(writer, tensor.name, job.choice)
     grids: dict[str, list[Tensor]] = {}
-    if isinstance(job.ready, Affine):
-        exponent = job.ready.exponent
-        blocks = _ready_blocks(rows, job.ready)
+    ready = job.ready
+    if ready is None and METHODS[decision.method or ""].needs != "weights":
+        ready = _from_statistics(job, weight)
+    if isinstance(ready, Affine):
+        exponent = ready.exponent
+        blocks = _ready_blocks(rows, ready)
     else:
         exponent = exponent_for(survey.largest)
         blocks = _encoded_blocks(rows, decision, exponent, job.device)
@@ -190,6 +199,17 @@ def _encoded_blocks(rows: Tensor, decision: Decision, exponent: int, device: str
         block = _float_rows(rows[start : start + step], "cpu")
         encoded = _to_cpu(encode(block.to(device), decision.config, exponent))
         yield block.reshape(len(block), -1), encoded
+
+
+def _from_statistics(job: Job, weight: Tensor) -> Affine:
+    """The codes of a weight by a method that works from saved input statistics. Raises DataError."""
+    assert job.statistics is not None
+    name = job.decision.tensor.name
+    gram = read_statistics(job.statistics).gram(name)
+    refuse_misfit(gram, row_shape(job.decision.tensor.shape, job.decision.axis), f"tensor {name!r}")
+    encode = METHODS[job.decision.method or ""].load_encode()
+    found: Affine = encode(_float_rows(weight, "cpu"), job.decision, gram, seeded_generator(job.seed, name, "cpu"))
+    return found
 
 
 def _ready_blocks(rows: Tensor, ready: Affine) -> Iterator[tuple[Tensor, Affine]]:

@@ -19,7 +19,10 @@ NOUNS = {"errors", "settings", "types"}
 KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
-VERBS = ("allocate", "compress", "demo", "evaluate", "finetune", "journal", "load", "sensitivity", "shards", "worker")
+VERBS = (
+    *("allocate", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "journal", "load", "sensitivity"),
+    *("shards", "worker"),
+)
 
 MAY_IMPORT = {
     "errors": set(),
@@ -33,7 +36,7 @@ MAY_IMPORT = {
     "checkpoint": NOUNS | {"coding", "container"},
     "artifact": NOUNS | {"coding", "container"},
     "regularizers": KNOWN,
-    "model": KNOWN | {"coding", "checkpoint", "regularizers"},
+    "model": KNOWN | {"coding", "checkpoint", "container", "regularizers"},
     "training": KNOWN | {"coding", "checkpoint", "regularizers"},
     "solvers": NOUNS | {"coding"},
     "methods": KNOWN | {"coding", "solvers", "model", "training"},
@@ -111,10 +114,11 @@ def test_nothing_evaluates_unpickles_or_prints(path: Path) -> None:
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            assert name not in FORBIDDEN_CALLS | {"torch.load", "numpy.load", "np.load", "yaml.load", "os.system"}, (
+            assert name not in FORBIDDEN_CALLS | {"torch.load", "yaml.load", "os.system"}, (
                 f"{relative(path)}:{node.lineno}: {name}"
             )
-        assert not (isinstance(node, ast.keyword) and node.arg in ("shell", "allow_pickle", "trust_remote_code"))
+        if isinstance(node, ast.keyword) and node.arg in ("shell", "allow_pickle", "trust_remote_code"):
+            assert isinstance(node.value, ast.Constant) and node.value.value is False
 
 
 def test_the_registry_and_the_folder_of_methods_agree() -> None:

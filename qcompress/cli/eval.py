@@ -37,10 +37,10 @@ def evaluate(
     from qcompress.cli.live import make_setting
     from qcompress.cli.quantize import make_recipe
     from qcompress.cli.streams import Streams, print_result, refuse_mixed, write_json
+    from qcompress.errors import raise_all
     from qcompress.evaluate import evaluate as measure
     from qcompress.recipe import refuse_missing
     from qcompress.report.gates import check_metrics, gate_error
-    from qcompress.errors import raise_all
 
     refuse_mixed(json_to, quiet)
     streams = Streams(json_to, quiet, verbose, no_color)

@@ -100,7 +100,7 @@ def quantize(
 
         print_plan(source, _make_plan(source, asked), target, coding.value, streams)
         return
-    run = {
+    run: dict[str, Any] = {
         "choice": coding.value,
         "force": force,
         "resume": resume,

@@ -29,7 +29,15 @@ from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
 from qcompress.model.moments import input_moments
 from qcompress.model.sweep import layer_inputs, run_stage
 from qcompress.registry import DfqConfig
-from qcompress.solvers.equalize import Chain, Peaks, absorbable, constant_response, equalize
+from qcompress.solvers.equalize import (
+    ABSORBED_DEVIATIONS,
+    DEAD,
+    Chain,
+    Peaks,
+    absorbable,
+    constant_response,
+    equalize,
+)
 from qcompress.solvers.grids import affine_from_grid
 from qcompress.solvers.hessian import choose_grid
 from qcompress.solvers.ranges_tf import tf_enhanced_grid
@@ -160,7 +168,7 @@ def _equalize(network: _Network, links: list[Link]) -> None:
         return
     names = list(dict.fromkeys(name for link in links for name in (link.first, link.second)))
     peaks = [Peaks(network.layers[name].kernels.abs().amax(3)) for name in names]
-    chains = [_chain(row, names) for row in rows]
+    chains = [_chain(network, row, names) for row in rows]
     sweeps = 1 if network.config(links[0].first).preset == "paper" else SWEEPS
     scales = equalize(chains, peaks, sweeps)
     layers = network.layers
@@ -174,10 +182,27 @@ def _equalize(network: _Network, links: list[Link]) -> None:
     network.notes.append(f"equalized over {len(links)} links: channels times {least:.3g} to {largest:.3g}")
 
 
-def _chain(row: Sequence[Link], names: Sequence[str]) -> Chain:
+def _chain(network: _Network, row: Sequence[Link], names: Sequence[str]) -> Chain:
     members = (row[0].first, *(link.second for link in row))
-    layers = tuple(names.index(name) for name in members)
-    return Chain(layers, tuple(link.cap is not None for link in row), row[-1].repeats)
+    limits = tuple(_limit(network.layers[link.first], link.cap) for link in row)
+    return Chain(tuple(names.index(name) for name in members), limits, row[-1].repeats)
+
+
+def _limit(layer: FoldedLayer, cap: float | None) -> Tensor:
+    """How much larger each channel of a layer's outputs may get: float64 [channels].
+
+    Below a cap that stays where it is, none; but a channel that is constant may grow up to the cap, or else up to what
+    the layer's other channels reach.
+    """
+    groups, height, _, _ = layer.kernels.shape
+    limit = torch.full((groups * height,), math.inf if cap is None else 1.0, dtype=torch.float64)
+    if layer.statistics is None:
+        return limit
+    after, deviation = layer.statistics.after, layer.statistics.deviation
+    top = float((after + ABSORBED_DEVIATIONS * deviation).max()) if cap is None else cap
+    constant = deviation <= DEAD * deviation.max()
+    room = torch.where(after > 0, max(top, 0.0) / after.clamp_min(1e-30), math.inf)
+    return torch.where(constant, room, limit)
 
 
 def _absorb(network: _Network, links: Sequence[Link]) -> None:

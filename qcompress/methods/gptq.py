@@ -19,8 +19,8 @@ from qcompress.model.sweep import sweep
 from qcompress.registry import GptqConfig
 from qcompress.solvers.feedback import descend, feedback_codes
 from qcompress.solvers.hessian import (
-    choose_grid,
     cholesky,
+    choose_grid,
     encoded_weight,
     grid_exponent,
     least_squares_target,

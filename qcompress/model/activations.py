@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qcompress.errors import DataError
-from qcompress.model.batches import Batch
 from qcompress.model.live import LiveModel
 from qcompress.settings import ActivationSettings
 from qcompress.types import ActivationGrid
@@ -85,10 +84,25 @@ def measure_activations(
     bits = {name: INPUT_BITS if name in inputs else settings.bits for name in names}
     if settings.range == "noise":
         return _noise_grids(live, bits)
-    ranges = _measure_ranges(live.quantized, live.calibration, names)
+
+    def run() -> None:
+        for batch in live.calibration:
+            live.quantized(*batch.args, **batch.kwargs)
+
+    return grids_of_inputs(live.quantized, run, settings, bits)
+
+
+def grids_of_inputs(
+    module: nn.Module, run: Callable[[], object], settings: ActivationSettings, bits: Mapping[str, int]
+) -> dict[str, ActivationGrid]:
+    """The quantizers of the layers that `bits` names, from their inputs while `run` runs parts of `module`, twice.
+
+    raises  DataError where an input holds NaN or Inf
+    """
+    ranges = _measure_ranges(module, run, [*bits])
     if settings.range == "minmax":
         return {name: activation_grid(*one, bits[name]) for name, one in ranges.items()}
-    counts = _measure_histograms(live.quantized, live.calibration, ranges)
+    counts = _measure_histograms(module, run, ranges)
     choose: Callable[[Tensor, float, float, int], tuple[float, float]]
     if settings.range == "percentile":
         share = (settings.percentile or 100.0) / 100.0
@@ -120,7 +134,7 @@ def watched_inputs(module: nn.Module, names: Sequence[str], watch: Callable[[str
 
 @torch.no_grad()
 def _measure_ranges(
-    module: nn.Module, batches: Sequence[Batch], names: Sequence[str]
+    module: nn.Module, run: Callable[[], object], names: Sequence[str]
 ) -> dict[str, tuple[float, float]]:
     ranges: dict[str, tuple[float, float]] = {}
 
@@ -132,14 +146,13 @@ def _measure_ranges(
         ranges[name] = (min(low, before[0]), max(high, before[1]))
 
     with watched_inputs(module, names, watch):
-        for batch in batches:
-            module(*batch.args, **batch.kwargs)
+        run()
     return ranges
 
 
 @torch.no_grad()
 def _measure_histograms(
-    module: nn.Module, batches: Sequence[Batch], ranges: Mapping[str, tuple[float, float]]
+    module: nn.Module, run: Callable[[], object], ranges: Mapping[str, tuple[float, float]]
 ) -> dict[str, Tensor]:
     """Counts float64 [BINS] over each layer's range."""
     counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in ranges}
@@ -151,8 +164,7 @@ def _measure_histograms(
             counts[name] += torch.bincount(bins, minlength=BINS).cpu()
 
     with watched_inputs(module, list(ranges), watch):
-        for batch in batches:
-            module(*batch.args, **batch.kwargs)
+        run()
     return counts
 
 
@@ -208,7 +220,7 @@ def _grid_errors(candidates: Tensor, centres: Tensor, counts: Tensor, bits: int)
     """The squared error of each candidate range, float64 [candidates]; in pieces."""
     steps = 2**bits - 1
     errors = []
-    for low, high in (part.unbind(1) for part in candidates.split(256)):
+    for low, high in (part.unbind(1) for part in torch.split(candidates, 256)):
         scale = ((high - low) / steps).clamp_min(1e-300).unsqueeze(1)
         zero = (-low.unsqueeze(1) / scale).round().clamp(0, steps)
         codes = (centres / scale).round_().add_(zero).clamp_(0, steps)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
 from qcompress.model.fold import is_free, kernels
-from qcompress.model.graph import activation_at, batch_norm_of, channel_axis, layer_call, node_shapes, single_consumer
+from qcompress.model.graph import (
+    activation_at,
+    batch_norm_of,
+    channel_axis,
+    layer_call,
+    node_numbers,
+    node_shapes,
+    single_consumer,
+)
 from qcompress.model.layers import CONVOLUTIONS, TRANSPOSED
 from qcompress.model.live import LiveModel
 from qcompress.model.operations import kind_of, option, padding_at
@@ -80,17 +88,16 @@ def _link_from(live: LiveModel, name: str, free: Collection[str]) -> Link | None
     """The link that begins at a layer, if there is one."""
     norm, axis = batch_norm_of(live, name), channel_axis(live, name)
     node = layer_call(live, name) if norm is None else norm.node
-    module, shapes = live.module, node_shapes(live)
     rectified, padded, cap, at_once = False, False, None, True
-    while node is not None and (reader := single_consumer(module, node)) is not None:
+    while node is not None and (reader := single_consumer(live.module, node)) is not None:
         if reader.op == "call_module" and str(reader.target) in live.layers:
             link = Link(name, str(reader.target), rectified, cap, padded, 1)
             return _arrived(live, link, reader, axis) if link.second in free else None
-        activation = activation_at(module, reader)
+        activation = activation_at(live.module, reader)
         if activation.kind == "identity":
-            if axis != 1 or not keeps_channels(module, reader, shapes):
+            if axis != 1 or not keeps_channels(live, reader):
                 return None
-            padded = padded or _adds_zeros(module, reader)
+            padded = padded or _adds_zeros(live, reader)
         elif activation.kind == "other" or (activation.cap is not None and not (at_once and axis == 1)):
             # A cap is that of the layer's own channels, so it must come before anything else.
             return None
@@ -123,11 +130,12 @@ def _pads_with_zeros(module: Any) -> bool:
     return any(module.padding)
 
 
-def keeps_channels(module: nn.Module, node: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) -> bool:
+def keeps_channels(live: LiveModel, node: fx.Node) -> bool:
     """Whether a node treats every channel (axis 1) by itself, as a function that is linear or takes a maximum.
 
     Where it reshapes, a channel may become several in a row.
     """
+    module, shapes = live.module, node_shapes(live)
     before, after = shapes.get(node.all_input_nodes[0], ()), shapes.get(node, ())
     if len(before) < 2 or len(after) < 2 or before[0] != after[0] or not before[1] or after[1] % before[1]:
         return False
@@ -140,7 +148,7 @@ def keeps_channels(module: nn.Module, node: fx.Node, shapes: Mapping[fx.Node, tu
             dims = (found,) if isinstance(found, int) else tuple(found or (0,))
             return all(dim % len(before) >= 2 for dim in dims)
         case "pad":
-            padding = padding_at(module, node)
+            padding = padding_at(module, node, node_numbers(live))
             return padding is not None and padding.value == 0 and not any(padding.amounts[2 * (len(before) - 2) :])
         case "slice":
             index = node.args[1]
@@ -151,10 +159,11 @@ def keeps_channels(module: nn.Module, node: fx.Node, shapes: Mapping[fx.Node, tu
             return False
 
 
-def _adds_zeros(module: nn.Module, node: fx.Node) -> bool:
+def _adds_zeros(live: LiveModel, node: fx.Node) -> bool:
     """Whether a node that keeps channels also makes zeros of its own."""
+    module = live.module
     if kind_of(module, node) == "average_pool":
         amounts = option(module, node, "padding", 3, 0)
         return any(amounts) if isinstance(amounts, (tuple, list)) else bool(amounts)
-    padding = padding_at(module, node) if kind_of(module, node) == "pad" else None
+    padding = padding_at(module, node, node_numbers(live)) if kind_of(module, node) == "pad" else None
     return padding is not None and padding.constant and any(padding.amounts)

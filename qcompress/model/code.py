@@ -28,7 +28,7 @@ _MISSING_OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_LIBRARIES: list[torch.library.Library] = []
+_LIBRARIES: list[Any] = []
 
 
 def import_package(name: str) -> Any:
@@ -51,7 +51,7 @@ def import_package(name: str) -> Any:
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _LIBRARIES:
             raise
-        library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901
+        library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for schema in _MISSING_OPERATORS:
             library.define(schema)
         _LIBRARIES.append(library)

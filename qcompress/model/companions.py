@@ -70,9 +70,9 @@ def _correct(
     if norm is not None and "batch_norm" in companions:
         return _matched(live.quantized, norm, before, after)
     shift = after.mean - before.mean
-    module = live.quantized.get_submodule(name)
-    if isinstance(getattr(module, "bias", None), nn.Parameter):
-        return {f"{name}.bias": (module.bias.double() - shift).to(module.bias.dtype)}
+    bias = getattr(live.quantized.get_submodule(name), "bias", None)
+    if isinstance(bias, Tensor):
+        return {f"{name}.bias": (bias.double() - shift).to(bias.dtype)}
     if norm is not None:
         mean = find_tensor(live.quantized, norm.running_mean)
         return {norm.running_mean: (mean.double() + shift).to(mean.dtype)}

@@ -52,7 +52,7 @@ class Source:
         assert self.normalize is not None
         mean, std = self.normalize.mean, self.normalize.std
         if len(mean) not in (1, x.shape[1]):
-            what = f"has {len(mean)} channels, and the data have {x.shape[1]}"
+            what = f"names {len(mean)} channels, and the data have {x.shape[1]}"
             raise DataError(
                 self.place.rpartition(".")[0] + ".normalize", what, "give one mean and std for each channel"
             )
@@ -62,7 +62,7 @@ class Source:
 def read_data(settings: Data, source: Source, seed: int) -> Batches:
     """The samples that a recipe's section asks for, checked as far as can be without reading them all.
 
-    raises  DataError for files, arrays or samples that are missing, damaged or do not fit; UsageError for a missing extra
+    raises  DataError for what is missing, damaged or does not fit; UsageError for a missing extra
     """
     match settings:
         case NpzData():

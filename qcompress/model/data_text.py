@@ -1,4 +1,4 @@
-"""Text through a tokenizer as samples: running text in windows, sentences, pairs of sentences, Hugging Face datasets."""
+"""Text through a tokenizer as samples: running text in windows, sentences, Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_text(settings: TextData, source: Source) -> tuple[int, Reader]:
 
 
 def read_hub(settings: HubData, source: Source) -> tuple[int, Reader]:
-    """The rows of a dataset on disk; its inputs are columns of numbers, or of text for a tokenizer. Raises DataError."""
+    """The rows of a dataset on disk; inputs are columns of numbers, or of text for a tokenizer. Raises DataError."""
     folder = source.find(settings.dataset)
     datasets = import_package("datasets")
     try:

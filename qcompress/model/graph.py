@@ -27,6 +27,7 @@ __all__ = [
     "input_layers",
     "layer_call",
     "make_blocks",
+    "node_numbers",
     "node_shapes",
     "read_once",
     "single_consumer",
@@ -128,6 +129,11 @@ def node_shapes(live: LiveModel) -> dict[fx.Node, tuple[int, ...]]:
     return _notes(live).shapes
 
 
+def node_numbers(live: LiveModel) -> dict[fx.Node, float]:
+    """The value of every node that is a number, such as a size, for the batch that is the live model's example."""
+    return _notes(live).numbers
+
+
 @dataclass(frozen=True)
 class _Notes:
     """What a graph does not say of itself.
@@ -136,6 +142,7 @@ class _Notes:
     """
 
     shapes: dict[fx.Node, tuple[int, ...]]
+    numbers: dict[fx.Node, float]
     reads: Counter[int]
 
 
@@ -143,20 +150,23 @@ def _notes(live: LiveModel) -> _Notes:
     """Made once and kept on the graph, which never changes."""
     first = next(iter(live.graph.nodes))
     if "notes" not in first.meta:
-        first.meta["notes"] = _Notes(_measure_shapes(live), _count_reads(live))
+        first.meta["notes"] = _Notes(*_measure(live), _count_reads(live))
     notes: _Notes = first.meta["notes"]
     return notes
 
 
 @torch.no_grad()
-def _measure_shapes(live: LiveModel) -> dict[fx.Node, tuple[int, ...]]:
+def _measure(live: LiveModel) -> tuple[dict[fx.Node, tuple[int, ...]], dict[fx.Node, float]]:
     shapes: dict[fx.Node, tuple[int, ...]] = {}
+    numbers: dict[fx.Node, float] = {}
     values = start(live.graph, live.example)
     for node in live.graph.nodes:
-        values[node] = step(live.module, node, values)
-        if isinstance(values[node], Tensor):
-            shapes[node] = tuple(values[node].shape)
-    return shapes
+        value = values[node] = step(live.module, node, values)
+        if isinstance(value, Tensor):
+            shapes[node] = tuple(value.shape)
+        elif isinstance(value, (int, float)):
+            numbers[node] = value
+    return shapes, numbers
 
 
 def _count_reads(live: LiveModel) -> Counter[int]:

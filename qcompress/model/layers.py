@@ -28,7 +28,7 @@ class MatrixLayer:
     def columns(self, x: Tensor, places: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """The inputs float32 [groups, positions, columns] of x, positions in the order of samples, then places.
 
-        places  how many are drawn of each sample's, with `generator`, the same for all samples; all of them where absent
+        places  how many are drawn of each sample's, with `generator`, the same for all samples; all where absent
         """
         module: Any = self.module
         if isinstance(module, CONVOLUTIONS):
@@ -118,11 +118,12 @@ def _unfold(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilatio
 
 
 def _as_columns(patches: Tensor, groups: int, choose: Choice) -> Tensor:
-    """Patches [samples, channels, *places, *kernel] as [groups, samples * chosen places, channels / groups * kernel]."""
+    """Patches [samples, channels, *places, *kernel] as [groups, samples * chosen, channels / groups * kernel]."""
     dimensions = (patches.ndim - 2) // 2
     samples, channels = patches.shape[:2]
     chosen = choose(tuple(patches.shape[2 : 2 + dimensions]), patches.device)
-    picked = patches[(slice(None), slice(None), *chosen)]
+    index: Any = (slice(None), slice(None), *chosen)
+    picked = patches[index]
     picked = picked.reshape(samples, groups, channels // groups, len(chosen[0]), -1)
     return picked.permute(1, 0, 3, 2, 4).reshape(groups, samples * len(chosen[0]), -1)
 

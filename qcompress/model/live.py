@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -48,9 +48,8 @@ class LiveModel:
     place: str = "model"
 
     def generator(self, name: str) -> torch.Generator:
-        """Random numbers for one layer, whatever the order in which layers come."""
-        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:7], "little"))
+        """Random numbers for one layer."""
+        return seeded_generator(self.seed, name, self.device)
 
     @cached_property
     def graph(self) -> fx.Graph:
@@ -82,6 +81,12 @@ class LiveModel:
     def put(self, tensors: Mapping[str, Encoded]) -> None:
         """Put decoded weights and adjusted tensors into the quantized copy, by tensor name."""
         put_tensors(self.quantized, {name: decode(one) for name, one in tensors.items()})
+
+
+def seeded_generator(seed: int, name: str, device: torch.device | str) -> torch.Generator:
+    """Random numbers for one layer or tensor, whatever the order in which they come."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def layer_name(tensor: str) -> str:
@@ -117,9 +122,10 @@ def make_live_model(
     """The live model of a built module with its weights loaded; nothing in it works in place."""
     module = module.to(device).float().eval()
     module.requires_grad_(False)
-    for one in module.modules():
-        if getattr(one, "inplace", False):
-            one.inplace = False
+    part: Any
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False
     names = [layer_name(decision.tensor.name) for decision in decisions if decision.compresses]
     example = example.to(device)
     order = execution_order(module, set(names), example)

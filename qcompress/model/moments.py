@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from qcompress.model.activations import INPUT_BITS, activation_grid, watched_inputs
 from qcompress.model.chains import keeps_channels
-from qcompress.model.graph import node_shapes
+from qcompress.model.graph import node_numbers, node_shapes
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.normals import ClippedNormal, normal
 from qcompress.model.operations import BatchNorm, batch_norm_at, clip_bounds, inputs_of, kind_of, option, padding_at
@@ -72,7 +72,7 @@ class _Walk:
                 return source
             case "pad" if (extra := self._channel_padding(node)) is not None:
                 return source.mapped(lambda part: F.pad(part, extra))
-            case _ if keeps_channels(self.live.module, node, node_shapes(self.live)):
+            case _ if keeps_channels(self.live, node):
                 repeats = node_shapes(self.live)[node][1] // len(source.mean)
                 value = source.mapped(lambda part: part.repeat_interleave(repeats))
                 return replace(value, mean_known=value.mean_known and kind != "max_pool")
@@ -107,7 +107,7 @@ class _Walk:
 
     def _channel_padding(self, node: fx.Node) -> tuple[int, int] | None:
         """The channels of zeros that a `pad` node puts before and behind; None where it leaves channels alone."""
-        padding = padding_at(self.live.module, node)
+        padding = padding_at(self.live.module, node, node_numbers(self.live))
         if padding is None or not padding.constant or padding.value != 0:
             return None
         amounts = padding.amounts[2 * (len(node_shapes(self.live)[node]) - 2) :]

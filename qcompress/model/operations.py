@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -130,16 +131,24 @@ class Padding:
     value: float
 
 
-def padding_at(module: nn.Module, node: fx.Node) -> Padding | None:
-    """The padding of a `pad` node; None where it is not known before a forward pass."""
+def padding_at(module: nn.Module, node: fx.Node, numbers: Mapping[fx.Node, float]) -> Padding | None:
+    """The padding of a `pad` node, None where it is not known.
+
+    numbers  what nodes that are numbers, such as sizes, have been seen to be
+    """
     if node.op == "call_module":
         own: Any = module.get_submodule(str(node.target))
         constant = type(own).__name__.startswith(("Zero", "Constant"))
         return Padding(tuple(own.padding), constant, float(getattr(own, "value", 0.0)))
     amounts, value = option(module, node, "pad", 1), option(module, node, "value", 3)
-    if not isinstance(amounts, (tuple, list)) or any(isinstance(one, fx.Node) for one in (*amounts, value)):
+    if not isinstance(amounts, (tuple, list)):
         return None
-    return Padding(tuple(amounts), option(module, node, "mode", 2, "constant") == "constant", float(value or 0.0))
+    known = [numbers.get(one) if isinstance(one, fx.Node) else one for one in (*amounts, value or 0.0)]
+    if any(one is None for one in known):
+        return None
+    *places, filler = (float(one) for one in known if one is not None)
+    mode = option(module, node, "mode", 2, "constant")
+    return Padding(tuple(int(place) for place in places), mode == "constant", filler)
 
 
 @dataclass(frozen=True)

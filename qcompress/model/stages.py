@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 
 from qcompress.errors import ModelError
@@ -204,7 +206,7 @@ def cut_nodes(
     """Stages of nodes[cuts[i] : cuts[i + 1]], with the compressed layers names[i]."""
     last_use = {node: index for index, user in enumerate(nodes) for node in user.all_input_nodes}
     stages = []
-    for (begin, end), layers in zip(zip(cuts, cuts[1:], strict=False), names, strict=True):
+    for (begin, end), layers in zip(pairwise(cuts), names, strict=True):
         output = nodes[-1]
         spent = tuple(node for node in graph.nodes if node is not output and begin <= last_use.get(node, -1) < end)
         name = layers[0] if layers else "input"
@@ -247,3 +249,44 @@ def last_output(state: State) -> Tensor:
         output = next(value for node, value in state.items() if node.op == "output")
         return first_tensor(output)
     return first_tensor(state)
+
+
+def stage_output(stage: Stage, state: State) -> Tensor:
+    """What a stage hands on, from the state after it: its last value, a block's hidden state, or the logits."""
+    if isinstance(stage, TracedStage):
+        return first_tensor(state[stage.nodes[-1]])
+    if isinstance(state, _BlockState):
+        return first_tensor(state.args[0])
+    return first_tensor(state)
+
+
+def join_states(states: Sequence[State]) -> State:
+    """The states of several batches as the state of one, tensors joined along the samples."""
+    first = states[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(states)) if first.ndim else first
+    if isinstance(first, Mapping):
+        return {key: join_states([state[key] for state in states]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(join_states(parts) for parts in zip(*states, strict=True))
+    if isinstance(first, (_BlockState, Batch)):
+        parts = {one.name: join_states([getattr(state, one.name) for state in states]) for one in fields(first)}
+        return type(first)(**parts)
+    return first
+
+
+def pick_samples(state: State, chosen: Tensor, samples: int) -> State:
+    """The state of some samples only; what does not run along `samples` samples stays as it is.
+
+    chosen  int64, their numbers
+    """
+    if isinstance(state, Tensor):
+        return state[chosen] if state.ndim and len(state) == samples else state
+    if isinstance(state, Mapping):
+        return {key: pick_samples(value, chosen, samples) for key, value in state.items()}
+    if isinstance(state, (tuple, list)):
+        return type(state)(pick_samples(value, chosen, samples) for value in state)
+    if isinstance(state, (_BlockState, Batch)):
+        parts = {one.name: pick_samples(getattr(state, one.name), chosen, samples) for one in fields(state)}
+        return type(state)(**parts)
+    return state

@@ -23,8 +23,9 @@ HESSIAN, MEAN = ".hessian", ".mean"
 
 
 def measure_statistics(live: LiveModel) -> dict[str, Tensor]:
-    """`T.hessian` float32 [groups, columns, columns] and `T.mean` float32 [groups, columns] for each weight T of a layer
-    that is a matrix product: the means over all positions of x x^T and of x, x the inputs of the full-precision network.
+    """For each weight T of a matrix product `T.hessian` float32 [groups, columns, columns], `T.mean` [groups, columns].
+
+    They are the means over positions of x x^T and of x, the layer's inputs in the full-precision network.
     """
     products = [name for name in live.layers if matrix_layer(live.module.get_submodule(name)) is not None]
     statistics: dict[str, Tensor] = {}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qcompress.errors import DataError, ModelError
 from qcompress.model.layers import Gram, MatrixLayer, matrix_layer, measure_gram
 from qcompress.model.live import LiveModel
 from qcompress.model.stages import Stage, State, TracedStage
-from qcompress.errors import DataError, ModelError
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,8 @@ def paired_drop(before: Measurement, after: Measurement) -> tuple[float, float, 
 
 
 def _centred(one: Measurement) -> Values:
-    return one.per_sample - one.weights * (one.per_sample.sum() / one.weights.sum())
+    centred: Values = one.per_sample - one.weights * (one.per_sample.sum() / one.weights.sum())
+    return centred
 
 
 def _slope(one: Measurement) -> float:

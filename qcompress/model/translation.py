@@ -27,7 +27,8 @@ def measure_translation(
     """Corpus BLEU by sacrebleu; its interval from resampled sentences (Koehn 2004).
 
     A module with `generate` (transformers) is asked for its own decoding. Any other is called as module(source, prefix)
-    and gives logits [samples, length, vocabulary]; it names `begin`, `end` and `decode_text` (ids -> text) as attributes.
+    and gives logits [samples, length, vocabulary]; its attributes `begin`, `end` and `decode_text` (ids -> text) say the
+    rest.
     """
     sacrebleu = import_package("sacrebleu")
     hypotheses: list[str] = []

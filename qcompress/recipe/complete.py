@@ -56,7 +56,9 @@ def _missing_for_measuring(recipe: Recipe, measures: bool) -> Iterator[InputErro
     if measures:
         lacking = [name for name, there in wanted.items() if not there]
         if lacking:
-            yield RecipeError(recipe.source, f"names no {' and no '.join(lacking)}", "add what is to be measured, and how")
+            yield RecipeError(
+                recipe.source, f"names no {' and no '.join(lacking)}", "add what is to be measured, and how"
+            )
         return
     if recipe.task is not None and not has_eval:
         yield RecipeError(recipe.places.get("task", "task"), "there is nothing to measure on", "add `data.eval`")

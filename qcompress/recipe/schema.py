@@ -9,11 +9,20 @@ import copy
 import inspect
 import json
 import re
-from typing import Any
+from typing import Any, get_args
 
 from qcompress import registry
 from qcompress.recipe.configs import option_names, options_schema
 from qcompress.recipe.frame import GATES, SEED, VERSION
+from qcompress.settings import (
+    AUGMENTATIONS,
+    DATA_KINDS,
+    TASKS,
+    ActivationSettings,
+    Companion,
+    ModelSettings,
+    Normalize,
+)
 
 _OPTION_LINE = re.compile(r"([a-z_][a-z0-9_]*) {2,}(\S.*)")
 
@@ -34,6 +43,7 @@ def recipe_schema() -> dict[str, Any]:
         "properties": {
             "version": {"description": "Version of the recipe format", "const": VERSION},
             "seed": {"description": "Of everything that is drawn at random", **SEED},
+            **_sections(defs),
             "rules": {
                 "description": "The first rule that matches a tensor's name decides; what none matches is kept",
                 "type": "array",
@@ -51,6 +61,69 @@ def recipe_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "$defs": defs,
     }
+
+
+def _sections(defs: dict[str, Any]) -> dict[str, Any]:
+    """The schemas of `model`, `data`, `task`, `activations` and `companions`; those of data sources go to `defs`."""
+    kinds = {kind: _options(config) for kind, config in DATA_KINDS.items()}
+    kinds["dataset"]["properties"]["inputs"] = _one_or_list(kinds["dataset"]["properties"]["inputs"])
+    augment = {
+        "description": "What is done to an image each time it is drawn",
+        "type": "array",
+        "items": {"enum": list(AUGMENTATIONS)},
+        "uniqueItems": True,
+    }
+    for kind, options in kinds.items():
+        defs |= options.pop("$defs", {})
+        defs[f"data-{kind}"] = options
+        trained = {**options, "properties": {**options["properties"], "augment": augment}}
+        defs[f"train-{kind}"] = trained
+    source = {"anyOf": [{"$ref": f"#/$defs/data-{kind}"} for kind in kinds]}
+    parts = {
+        "calibration": {"description": "What methods learn from; labels are not looked at", **source},
+        "eval": {"description": "What the task is measured on", **source},
+        "train": {"anyOf": [{"$ref": f"#/$defs/train-{kind}"} for kind in kinds]},
+        "normalize": _options(Normalize),
+    }
+    model = _options(ModelSettings)
+    model["properties"]["blocks"] = _one_or_list(model["properties"]["blocks"])
+    tasks = {name: _options(config) for name, config in TASKS.items()}
+    bare = [name for name, options in tasks.items() if not options.get("required")]
+    return {
+        "model": model,
+        "data": {
+            "description": "What the live model runs on",
+            "type": "object",
+            "properties": parts,
+            "additionalProperties": False,
+        },
+        "task": {
+            "description": "What the live model is measured by",
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": tasks,
+                    "additionalProperties": False,
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                },
+                {"enum": bare},
+            ],
+        },
+        "activations": _options(ActivationSettings),
+        "companions": {
+            "description": "What goes with any method, after it",
+            "type": "array",
+            "items": {"enum": list(get_args(Companion))},
+            "uniqueItems": True,
+        },
+    }
+
+
+def _one_or_list(option: dict[str, Any]) -> dict[str, Any]:
+    """An option that takes a text for a list of one."""
+    described: dict[str, Any] = {key: option.pop(key) for key in ("description", "default") if key in option}
+    return {**described, "anyOf": [{"type": "string"}, option]}
 
 
 def schema_text() -> str:

@@ -38,7 +38,7 @@ def make_sections(keys: Mapping[str, Node], problems: Problems) -> dict[str, Any
 
 def _model(node: Node, problems: Problems) -> ModelSettings | None:
     keys = make_mapping(node, problems, "write `model: {factory: torchvision.models:resnet18}`")
-    if not keys:
+    if not isinstance(node.value, dict):
         return None
     args = keys.get("args")
     for name, child in (args.value if args is not None and isinstance(args.value, dict) else {}).items():
@@ -72,7 +72,9 @@ def _source(node: Node, problems: Problems) -> Any | None:
         what = "no source of data" if not kinds else f"{len(kinds)} sources of data: {listed(kinds)}"
         problems.add(node, what, f"give one of {listed(DATA_KINDS)}")
         return None
-    return make_config(kinds[0], DATA_KINDS[kinds[0]], _with_lists(node, ("inputs",) if kinds == ["dataset"] else ()), problems)
+    return make_config(
+        kinds[0], DATA_KINDS[kinds[0]], _with_lists(node, ("inputs",) if kinds == ["dataset"] else ()), problems
+    )
 
 
 def _train(node: Node, problems: Problems) -> TrainData | None:

@@ -37,11 +37,11 @@ __all__ = [
 class Method:
     """One method: `target` is "module:function", imported only when it runs.
 
-    needs       what it works from: `weights` alone, tensor by tensor; the `graph` of a live model; `calibration` data too;
-                `training` data
+    needs       what it works from: `weights` alone, tensor by tensor; the `graph` of a live model; `calibration` data
+                too; `training` data
     adjusts     whether it changes tensors that it was not given: batch norms, biases
     statistics  whether it can also work from saved statistics of the layers' inputs, with no live model
-    refuse   (config, shape [rows, ...] of a weight) -> why the weight cannot have this grid, or None
+    refuse      (config, shape [rows, ...] of a weight) -> why the weight cannot have this grid, or None
     """
 
     name: str
@@ -57,6 +57,10 @@ class Method:
         """The function: encode(weight float32 [rows, ...], config, exponent) -> Affine where `needs` is weights; else
         fit(live: LiveModel, decisions) -> Fitted."""
         return _load(self.target)
+
+    def load_encode(self) -> Callable[..., Any]:
+        """encode(weight, decision, gram, generator) -> Affine, where `statistics` is true."""
+        return _load(f"{self.target.partition(':')[0]}:encode")
 
 
 def _load(target: str) -> Callable[..., Any]:

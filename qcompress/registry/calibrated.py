@@ -22,8 +22,8 @@ class LiveConfig(GridConfig):
     """What the methods on a live model share.
 
     preset  `paper`: whatever is not given is as in the official code
-    range   how the grid's range is chosen: `minmax`; `mse`, the least squared error of the weights; `tf-enhanced`, AIMET's
-            histogram; `hessian`, the least error of the layer's output, which needs calibration data
+    range   how the grid's range is chosen: `minmax`; `mse`, the least squared error of the weights; `tf-enhanced`,
+            AIMET's histogram; `hessian`, the least error of the layer's output, which needs calibration data
     """
 
     preset: Preset | None = None
@@ -55,8 +55,8 @@ class DfqConfig(LiveConfig):
     absorb           high-bias absorption
     bias_correction  `analytic` from the batch norms' statistics, `empirical` from calibration data, `none`; empirical
                      where there is calibration data, else analytic
-    relu6            across ReLU6, `skip` equalization; or keep it exact by per-channel `caps` that the artifact stores; or
-                     `relax` it: channels that shrink are cut off later than they were, up to never
+    relu6            across ReLU6, `skip` equalization; or keep it exact by per-channel `caps` that the artifact stores;
+                     or `relax` it: channels that shrink are cut off later than they were, up to never
     """
 
     fold: bool = True
@@ -86,7 +86,6 @@ class AdaroundConfig(LiveConfig):
     fold           fold batch norms first, so that the range and the following activation are those of the folded layer
     asymmetric     inputs from the already quantized network, targets from the full-precision one
     batch_size     samples a step of sampled
-    positions      output positions drawn from each sample; all where absent
     """
 
     objective: Literal["gram", "sampled"] | None = None
@@ -97,7 +96,6 @@ class AdaroundConfig(LiveConfig):
     fold: bool | None = None
     asymmetric: bool = True
     batch_size: Annotated[int, Ge(1)] = 32
-    positions: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
         paper = self.preset == "paper"
@@ -128,7 +126,7 @@ class PdquantConfig(LiveConfig):
     batch_size               samples a step
     learning_rate            of the rounding, by Adam
     activation_rate          of the activation steps, by Adam with a cosine
-    strength                 weight of the rounding regularizer
+    strength                 weight of the rounding regularizer; relative to the output's energy without `preset: paper`
     warm_up                  share of the steps without it
     temperature              of the softmax in the prediction difference
     prediction               weight of the prediction difference (1 / lambda_r)
@@ -143,7 +141,7 @@ class PdquantConfig(LiveConfig):
     batch_size: Annotated[int, Ge(1)] = 32
     learning_rate: Annotated[float, Gt(0)] | None = None
     activation_rate: Annotated[float, Gt(0)] = 4e-5
-    strength: Annotated[float, Ge(0)] = 0.01
+    strength: Annotated[float, Ge(0)] | None = None
     warm_up: Annotated[float, Interval(ge=0, lt=1)] = 0.2
     temperature: Annotated[float, Gt(0)] = 4.0
     prediction: Annotated[float, Ge(0)] = 10.0
@@ -151,7 +149,7 @@ class PdquantConfig(LiveConfig):
     distribution_correction: bool | None = None
     correction_weight: Annotated[float, Ge(0)] = 50.0
     correction_steps: Annotated[int, Ge(1)] | None = None
-    drop: Annotated[float, Interval(ge=0, lt=1)] = 0.5
+    drop: Annotated[float, Interval(ge=0, lt=1)] | None = None
 
     def __post_init__(self) -> None:
         official = {
@@ -160,10 +158,21 @@ class PdquantConfig(LiveConfig):
             "prediction_form": "exact",
             "distribution_correction": True,
             "correction_steps": 500,
+            "strength": 0.01,
+            "drop": 0.5,
             "range": "mse",
         }
-        fast = official | {"iterations": 1000, "learning_rate": 1e-2, "correction_steps": 100, "range": "hessian"}
-        self._fill(official, fast | {"prediction_form": "quadratic"})
+        fast = {
+            "iterations": 1000,
+            "learning_rate": 1e-2,
+            "prediction_form": "quadratic",
+            "distribution_correction": False,
+            "correction_steps": 100,
+            "strength": 0.1,
+            "drop": 0.0,
+            "range": "hessian",
+        }
+        self._fill(official, fast)
         super().__post_init__()
 
     @property

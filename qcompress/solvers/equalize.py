@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DEAD = 2.0**-24
-"""A channel this much smaller than the largest of its layer is float32's rounding noise and stays as it is."""
+DEAD = 2.0**-14
+"""A channel this much smaller than the largest of its layer hands nothing on but a constant."""
 SETTLED = 1e-6
 ABSORBED_DEVIATIONS = 3.0
 
@@ -40,52 +40,63 @@ class Chain:
     """Layers in a row: a pair, or more with depthwise layers between the first and the last.
 
     layers   indices of the layers
-    capped   of each of the links between them, whether the values on it must not grow: an activation ends at a cap
+    limits   of each link between them the largest factor that its values may get, float64 [channels], infinite for any
     repeats  how many input channels of the last layer, side by side, each channel of the last link becomes
     """
 
     layers: tuple[int, ...]
-    capped: tuple[bool, ...]
+    limits: tuple[Tensor, ...]
     repeats: int = 1
 
 
-def equalizing_factors(ranges: Tensor) -> Tensor:
+def live_channels(ranges: Tensor) -> Tensor:
+    """Which channels of each layer do something, bool [layers, channels], of their ranges [layers, channels]."""
+    return ranges > DEAD * ranges.amax(1, keepdim=True)
+
+
+def equalizing_factors(ranges: Tensor, live: Tensor) -> Tensor:
     """The factor for each layer's channels after which a channel has one range in all layers, their geometric mean.
 
     ranges   [layers, channels], at least 0
-    returns  shaped like it, above 0, of product 1 over the layers; ones for a channel that is dead in some layer
+    live     bool [layers, channels]
+    returns  float64 [layers, channels], above 0, of product 1 over the layers
 
     Of two layers the factors are 1/s and s with s = sqrt(r1 / r2), section 4.1; of three the cube root takes the place
-    of the square root, as in AIMET's code.
+    of the square root, as in AIMET's code. Where a channel is dead in some layer, its ranges in the others become the
+    median of all channels' and the dead layer takes what is left: a useless range must not widen a grid. AIMET leaves
+    such channels alone.
     """
-    logs = torch.where(_live(ranges), ranges, 1.0).double().log()
-    return (logs.mean(0) - logs).exp()
-
-
-def _live(ranges: Tensor) -> Tensor:
-    """The channels, bool [channels], that no layer is dead in."""
-    return (ranges > DEAD * ranges.amax(1, keepdim=True)).all(0)
+    logs = torch.where(live, ranges, 1.0).double().log()
+    whole = live.all(0)
+    if not bool(whole.any()):
+        return torch.ones_like(logs)
+    level = torch.where(whole, logs.mean(0), logs[:, whole].mean(0).median())
+    factors = level - logs
+    # Beside each other, dead layers move as the others do, so that going on and on leads nowhere.
+    factors = torch.where(live, factors, factors[:, whole].median(1, keepdim=True).values)
+    rest = factors.sum(0) / (~live).sum(0).clamp_min(1)
+    return torch.where(live, factors, factors - rest).exp()
 
 
 def equalize(chains: Sequence[Chain], peaks: Sequence[Peaks], sweeps: int) -> list[list[Tensor]]:
-    """For each chain the factors of the values on each of its links, float64 [channels] above 0, dead channels at 1.
+    """For each chain the factors of the values on each of its links, float64 [channels] above 0.
 
-    Chains share layers, so they are gone through in turn until nothing moves, at most `sweeps` times. On a capped link
-    the factors are divided by their largest: none is above 1, and the ranges are equal but for one factor a layer,
-    which a grid for the whole tensor does not see.
+    Chains share layers, so they are gone through in turn until nothing moves, at most `sweeps` times. Where factors
+    have limits, all are divided by one number so that they keep them: the ranges are then equal but for one factor a
+    layer, which a grid for the whole tensor does not see. A channel that is dead in some layer stops at its limit.
     """
-    scales = [[torch.ones(channels, dtype=torch.float64) for channels in _link_sizes(chain, peaks)] for chain in chains]
+    scales = [[torch.ones_like(limit) for limit in chain.limits] for chain in chains]
     outputs = [torch.ones(one.values.shape[0] * one.values.shape[1], dtype=torch.float64) for one in peaks]
     inputs = [torch.ones(one.values.shape[0] * one.values.shape[2], dtype=torch.float64) for one in peaks]
+    # Scaling must not bring a dead channel to life.
+    live = [live_channels(_ranges(chain, peaks, outputs, inputs)) for chain in chains]
     for _ in range(sweeps):
         moved = 0.0
-        for chain, links in zip(chains, scales, strict=True):
+        for chain, alive, links in zip(chains, live, scales, strict=True):
             ranges = _ranges(chain, peaks, outputs, inputs)
-            live = _live(ranges)
-            # What scales a link has been gathered from all layers before it.
-            for index, step in enumerate(equalizing_factors(ranges)[:-1].cumprod(0)):
-                if chain.capped[index] and bool(live.any()):
-                    step[live] /= (step * links[index])[live].amax()
+            # The factor of a link is that of all the layers before it.
+            for index, step in enumerate(equalizing_factors(ranges, alive)[:-1].cumprod(0)):
+                step = _limited(step, chain.limits[index] / links[index], alive.all(0))
                 links[index] *= step
                 outputs[chain.layers[index]] *= step
                 repeats = chain.repeats if index == len(links) - 1 else 1
@@ -96,9 +107,10 @@ def equalize(chains: Sequence[Chain], peaks: Sequence[Peaks], sweeps: int) -> li
     return scales
 
 
-def _link_sizes(chain: Chain, peaks: Sequence[Peaks]) -> list[int]:
-    """The channels on each link: the outputs of the layer before it."""
-    return [peaks[layer].values.shape[0] * peaks[layer].values.shape[1] for layer in chain.layers[:-1]]
+def _limited(step: Tensor, limit: Tensor, whole: Tensor) -> Tensor:
+    """The factors divided by one number so that none of the whole channels is above its limit; the others cut to it."""
+    excess = float((step / limit)[whole].max()) if bool(whole.any()) else 0.0
+    return torch.minimum(step / excess if excess > 0 else step, limit)
 
 
 def _ranges(chain: Chain, peaks: Sequence[Peaks], outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:

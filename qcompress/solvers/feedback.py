@@ -81,7 +81,8 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     # With J the reversal, J H J = L L^T gives H^-1 = U^T U for U = J L^-1 J: one factorization, one triangular solve.
     factor, _ = cholesky(hessian.flip(1, 2), damping)
     identity = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
-    return torch.linalg.solve_triangular(factor, identity, upper=False).flip(1, 2)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False).flip(1, 2)
+    return inverse
 
 
 def descend(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -141,7 +141,8 @@ def affine_from_grid(weight: Tensor, grid: Grid, bits: int, exponent: int, shape
     """The weight float32 [rows, ...] in the nearest codes of its grid, one for each of `shape` blocks."""
     blocks = shape[0] * shape[1]
     codes = nearest_codes(weight.reshape(blocks, weight.numel() // blocks if blocks else 0), grid, bits, exponent)
-    return affine_from_codes(codes.view(weight.shape[0], math.prod(weight.shape[1:])), grid, bits, exponent, shape)
+    affine = affine_from_codes(codes.view(weight.shape[0], math.prod(weight.shape[1:])), grid, bits, exponent, shape)
+    return replace(affine, shape=tuple(weight.shape))
 
 
 def affine_from_codes(codes: Tensor, grid: Grid, bits: int, exponent: int, shape: tuple[int, int]) -> Affine:

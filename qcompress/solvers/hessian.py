@@ -23,7 +23,8 @@ from qcompress.coding.rows import grid_shape
 from qcompress.solvers.blocks import extremes
 from qcompress.solvers.grids import Grid, affine_from_codes, minmax_grid, symmetric_grid, zero_point_grid
 from qcompress.solvers.ranges import least_squares_grid, shrunken_grid
-from qcompress.types import Affine, Convention, Decision, Granularity
+from qcompress.solvers.ranges_tf import tf_enhanced_grid
+from qcompress.types import Affine, Convention, Decision, Granularity, GridForm
 
 SKETCH_COLUMNS = 384
 """Wider Hessians are searched through so many random projections, which tell one range from another as well."""
@@ -47,6 +48,8 @@ class GridOptions(Protocol):
     def symmetric(self) -> bool | None: ...
     @property
     def stored_convention(self) -> Convention: ...
+    @property
+    def form(self) -> GridForm: ...
 
 
 def damped(hessian: Tensor, share: float) -> Tensor:
@@ -117,17 +120,20 @@ def choose_grid(
 ) -> Grid:
     """The grid of rows float32 [rows, columns] whose range is chosen as `range` says; one for each block in order.
 
-    range  minmax, mse (least squares), mse-search (shrunken ranges with an integer zero point), or hessian
+    range  minmax; mse, with an integer zero point by a search over shrunken ranges (in the norm 2.4 of BRECQ and its
+           successors), else by least squares; tf-enhanced; or hessian
     """
     blocks = rows.reshape(-1, block_length(rows, options))
     bits, symmetric = options.bits, bool(options.symmetric)
     if range == "hessian":
         assert hessian is not None
         return hessian_grid(rows, hessian, options, exponent, generator)
+    if range == "tf-enhanced":
+        return tf_enhanced_grid(blocks, bits, symmetric, exponent)
+    if range == "mse" and options.form == "zero-point":
+        return shrunken_grid(blocks, bits, symmetric, 2.4, exponent)
     if range == "mse":
         return least_squares_grid(blocks, bits, symmetric, exponent)
-    if range == "mse-search":
-        return shrunken_grid(blocks, bits, symmetric, 2.4, exponent)
     if symmetric:
         return symmetric_grid(*extremes(blocks), bits, options.stored_convention, exponent)
     return zero_point_grid(*extremes(blocks), bits, exponent)
@@ -206,7 +212,8 @@ def _factors(hessian: Tensor, length: int, generator: torch.Generator) -> Tensor
     if length > SKETCH_COLUMNS:
         shape = (length, SKETCH_COLUMNS)
         drawn = torch.randn(shape, generator=generator, device=hessian.device, dtype=torch.float32)
-        return factor.float() @ (drawn / SKETCH_COLUMNS**0.5)
+        sketch: Tensor = factor.float() @ (drawn / SKETCH_COLUMNS**0.5)
+        return sketch
     return factor.float()
 
 
@@ -237,7 +244,8 @@ class _Search:
 
     def _project(self, values: Tensor, factors: Tensor) -> Tensor:
         """values [blocks, length] times their set's factor: [blocks, k]."""
-        return (values.reshape(len(factors), -1, values.shape[1]) @ factors).reshape(len(values), -1)
+        projected: Tensor = values.reshape(len(factors), -1, values.shape[1]) @ factors
+        return projected.reshape(len(values), -1)
 
     def _errors(self, scale: Tensor, low: Tensor) -> Tensor:
         """The output error of every block, float64 [blocks]; of a shared grid, their sum [1]."""

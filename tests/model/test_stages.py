@@ -13,7 +13,7 @@ from qcompress.model.stages import last_output
 from qcompress.model.sweep import layer_inputs, run_stage, sweep
 from qcompress.model.trace import Untraceable as CannotTrace
 from qcompress.model.trace import run, trace
-from tests.model.networks import Mlp, Residual, Separable, Untraceable, batches, decisions, inputs, live
+from .networks import Mlp, Residual, Separable, Untraceable, batches, decisions, inputs, live
 
 KINDS = [Residual, Separable, Mlp, Untraceable]
 

@@ -19,7 +19,7 @@ from qcompress.recipe import parse_recipe, read_recipe, recipe_schema, recipe_ya
 from qcompress.registry import DEFAULT_METHOD, METHODS
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 DOCS = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 VALIDATOR = jsonschema.Draft202012Validator(recipe_schema())
 
@@ -39,9 +39,11 @@ def test_ready_recipe(path: Path) -> None:
     VALIDATOR.validate(yaml.safe_load(text))
     VALIDATOR.validate(yaml.safe_load(recipe_yaml(recipe)))
     head = text.partition("version:")[0]
-    assert head.startswith("# yaml-language-server: $schema=schema.json\n")
-    assert f"-r recipes/{path.name}" in head
-    assert f"(../recipes/{path.name})" in DOCS
+    place = path.relative_to(ROOT / "recipes")
+    up = "../" * (len(place.parts) - 1)
+    assert head.startswith(f"# yaml-language-server: $schema={up}schema.json\n")
+    assert f"-r recipes/{place.as_posix()}" in head
+    assert f"(../recipes/{place.parts[0]})" in DOCS
 
 
 def test_commands_of_ready_recipes_are_valid() -> None:
@@ -55,9 +57,10 @@ def test_recipes_in_the_docs_are_valid() -> None:
     overrides = re.findall(r"--set ((?!key\.path)[a-z]\S+=\S+)", DOCS)
     assert blocks
     assert len(overrides) == 2
+    parse_recipe(blocks[0], "docs", overrides)
     for block in blocks:
         VALIDATOR.validate(yaml.safe_load(block))
-        parse_recipe(block, "docs", overrides)
+        parse_recipe(block, "docs")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompress.recipe import parse_recipe, recipe_hash, recipe_json, recipe_yaml
-from qcompress.registry import METHODS, HqqConfig, MseConfig, RtnConfig, SquantConfig
+from qcompress.registry import (
+    METHODS,
+    AdaroundConfig,
+    DfqConfig,
+    GptqConfig,
+    HqqConfig,
+    MseConfig,
+    PdquantConfig,
+    RtnConfig,
+    SquantConfig,
+)
 from qcompress.types import Gates, Recipe, Rule
 
 
@@ -36,11 +46,17 @@ def made(config: type, **options: st.SearchStrategy[object]) -> st.SearchStrateg
 
 
 POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
+PRESET = st.sampled_from([None, "paper"])
+RANGE = st.sampled_from([None, "minmax", "mse", "tf-enhanced", "hessian"])
 CONFIGS = {
     "rtn": made(RtnConfig, convention=st.sampled_from(["full-range", "narrow", "aimet", "gptq", "mid-rise"])),
     "mse": made(MseConfig, search=st.sampled_from(["als", "grid"]), norm=POSITIVE),
     "squant": made(SquantConfig, range=st.sampled_from(["minmax", "clip"]), stages=st.sampled_from(["E", "EK", "EKC"])),
     "hqq": made(HqqConfig, norm=st.floats(0.01, 1), beta=POSITIVE, round_zero=st.booleans()),
+    "dfq": made(DfqConfig, preset=PRESET, relu6=st.sampled_from(["skip", "caps"]), fold=st.booleans()),
+    "adaround": made(AdaroundConfig, preset=PRESET, range=RANGE, objective=st.sampled_from(["gram", "sampled"])),
+    "gptq": made(GptqConfig, preset=PRESET, range=RANGE, act_order=st.booleans(), descent=st.integers(0, 9)),
+    "pdquant": made(PdquantConfig, preset=PRESET, range=RANGE, drop=st.floats(0, 0.9)),
 }
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 METRICS = st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False), max_size=3)

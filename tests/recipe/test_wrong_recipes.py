@@ -18,7 +18,9 @@ def rtn(options: str) -> str:
     return HEAD + f"  - match: a\n    rtn: {options}\n"
 
 
-ANY_METHOD = "`match`, `keep`, `rtn`, `mse`, `squant`, `hqq`"
+ANY_METHOD = ", ".join(f"`{name}`" for name in ("match", "keep", *registry.METHODS))
+ANY_ACTION = ", ".join(f"`{name}`" for name in ("keep", *registry.METHODS))
+ANY_KEY = "`version`, `seed`, `model`, `data`, `task`, `activations`, `companions`, `rules`, `gates`"
 QUOTE_STAR = 'put text that starts with * in quotes, as "*.weight"'
 
 WRONG: dict[str, tuple[str, list[str]]] = {
@@ -127,11 +129,11 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "unknown key, none near": (
         RULE + "zzz: {}\n",
-        ["r.yaml:4: zzz: unknown key `zzz`; valid here: `version`, `seed`, `rules`, `gates`"],
+        ["r.yaml:4: zzz: unknown key `zzz`; valid here: " + ANY_KEY],
     ),
     "later key": (
-        RULE + "model: {factory: a:b}\n",
-        ["r.yaml:4: model: `model` is not available in this version; remove it"],
+        RULE + "finetune: {epochs: 2}\n",
+        ["r.yaml:4: finetune: `finetune` is not available in this version; remove it"],
     ),
     "negative seed": (
         RULE + "seed: -1\n",
@@ -168,7 +170,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "no method": (
         HEAD + "  - {match: a}\n",
-        ["r.yaml:3: rules[0]: a rule without a method; add one of `keep`, `rtn`, `mse`, `squant`, `hqq`"],
+        ["r.yaml:3: rules[0]: a rule without a method; add one of " + ANY_ACTION],
     ),
     "two methods": (
         HEAD + "  - {match: a, rtn: {bits: 4}, mse: {bits: 4}}\n",
@@ -183,8 +185,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         [f"r.yaml:3: rules[0].zzz: unknown key or method `zzz`; valid here: {ANY_METHOD}"],
     ),
     "later method": (
-        HEAD + "  - {match: a, pdquant: {bits: 4}}\n",
-        ["r.yaml:3: rules[0].pdquant: `pdquant` is not available in this version; remove it"],
+        HEAD + "  - {match: a, rd: {bits: 4}}\n",
+        ["r.yaml:3: rules[0].rd: `rd` is not available in this version; remove it"],
     ),
     "keep with options": (
         HEAD + "  - {match: a, keep: {bits: 4}}\n",
@@ -303,7 +305,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "escape sequence": (
         RULE + '"\\e[31m": 1\n',
         [
-            "r.yaml:4: \\x1b[31m: unknown key `\\x1b[31m`; valid here: `version`, `seed`, `rules`, `gates`",
+            "r.yaml:4: \\x1b[31m: unknown key `\\x1b[31m`; valid here: " + ANY_KEY,
         ],
     ),
     "several, by line": (
@@ -312,7 +314,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             "r.yaml:1: seed: `x` is not an integer; give an integer between 0 and 9223372036854775807",
             "r.yaml:4: rules[0].rtn.axes: unknown key `axes`; did you mean `axis`?",
             "r.yaml:4: rules[0].rtn.bits: 0 is out of range; must be between 1 and 8",
-            "r.yaml:5: rules[1]: a rule without a method; add one of `keep`, `rtn`, `mse`, `squant`, `hqq`",
+            "r.yaml:5: rules[1]: a rule without a method; add one of " + ANY_ACTION,
             "r.yaml:6: sead: unknown key `sead`; did you mean `seed`?",
         ],
     ),

@@ -21,6 +21,10 @@ class Options:
     symmetric: bool = False
 
     @property
+    def form(self) -> str:
+        return "symmetric" if self.symmetric else "offset"
+
+    @property
     def stored_convention(self) -> str:
         return "mid-rise" if self.bits <= 2 else "full"
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from qcompress.solvers.grids import Grid, minmax_grid, symmetric_grid
 from qcompress.solvers.blocks import extremes
+from qcompress.solvers.grids import Grid, minmax_grid, symmetric_grid
 from qcompress.solvers.hessian import (
     SKETCH_COLUMNS,
     cholesky,
@@ -21,7 +21,7 @@ from qcompress.solvers.hessian import (
     row_levels,
 )
 from qcompress.solvers.ranges import least_squares_grid
-from tests.solvers.second_order import Options, correlated, moments, nearest, seeded, weights
+from .second_order import Options, correlated, moments, nearest, seeded, weights
 
 EXPONENT = -8
 

@@ -24,7 +24,7 @@ from qcompress.solvers.rounding import (
     start_from,
     undecided,
 )
-from tests.solvers.second_order import correlated, fitted, moments, nearest, seeded, weights
+from .second_order import correlated, fitted, moments, nearest, seeded, weights
 
 SETTINGS = {"iterations": 300, "learning_rate": 3e-2, "strength": 0.1, "warm_up": 0.2}
 
