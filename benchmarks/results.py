@@ -71,6 +71,10 @@ class Run:
         return f"{Path(self.network.recipes).name}_{self.column}_w{self.bits}_{self.grain}"
 
     @property
+    def is_large(self) -> bool:
+        return "mobilenet" in self.network.recipes
+
+    @property
     def skipped(self) -> str | None:
         """Why this run is not made."""
         if (
@@ -91,6 +95,7 @@ class Run:
         return [
             *(sys.executable, "-m", "qcompress", "quantize", str(data / self.network.weights), "-r", str(recipe)),
             *("--set", f"rules.0.{method}.bits={self.bits}", "--set", f"rules.0.{method}.granularity={self.grain}"),
+            *(("--set", "rules.0.pdquant.iterations=100") if method == "pdquant" and self.is_large else ()),
             *("--allow-code", "--threads", "1", "--force", "-o", str(output), "--json", "-"),
         ]
 

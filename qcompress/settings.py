@@ -36,7 +36,7 @@ class ModelSettings:
 class Portion:
     """How much of a data source is used, and in which portions.
 
-    samples     the first so many (all where absent); of training and calibration data, drawn by the seed where `shuffle`
+    samples     the first so many, or with `shuffle` drawn by the seed; all where absent
     batch_size  samples that run through the network at once
     """
 

@@ -213,7 +213,7 @@ class Fitted:
     encoded      tensor name -> its codes; Kept for what a method that declares `adjusts` changed
     references   tensor name -> the float weight that its codes stand for, where that is not the checkpoint's
     activations  module name -> the quantizer at its input, from a method that chooses it itself
-    caps         module name -> the largest value that each channel (dimension 1) of its output may take, float32 [channels]
+    caps         module name -> the largest value of each channel (dimension 1) of its output, float32 [channels]
     notes        what was skipped and why, one line each
     """
 

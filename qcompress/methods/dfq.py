@@ -2,45 +2,34 @@
 
 Nagel et al. 2019, arXiv 1906.04721: batch norms folded, neighbouring layers equalized, high biases absorbed, weights
 rounded to nearest, biases corrected. `preset: paper` follows AIMET, which the compared figures come from: equalization
-in one pass, ReLU6 taken for ReLU, absorption whatever the padding. Ours equalizes until nothing moves, and absorbs only
-what comes out the same at the borders of padded inputs.
+in one pass, ReLU6 taken for ReLU, absorption whatever the padding. Ours equalizes until nothing moves, folds only what
+equalization needs, since what stays in a batch norm needs no grid, and absorbs only what padded inputs leave exact.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcompress.coding.affine import TORCH_DTYPES, exponent_for
-from qcompress.coding.rows import blocks_from_rows, grid_shape, rows_from_weight
+from qcompress.coding.affine import TORCH_DTYPES
+from qcompress.coding.rows import grid_shape, rows_from_weight
 from qcompress.errors import DataError
 from qcompress.model.activations import attach_caps
+from qcompress.model.biases import correct_by_data, mean_errors
 from qcompress.model.chains import Link, cap_module, equalization_links, join_links
-from qcompress.model.fold import FoldedLayer, fold_layer, is_free, kernels, read_layer, why_not_folded
+from qcompress.model.fold import NormedLayer, fold_layer, is_free, read_layer, why_not_folded
 from qcompress.model.graph import batch_norm_of, input_layers
 from qcompress.model.layers import TRANSPOSED
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
-from qcompress.model.moments import input_moments
-from qcompress.model.sweep import layer_inputs, run_stage
 from qcompress.registry import DfqConfig
-from qcompress.solvers.equalize import (
-    ABSORBED_DEVIATIONS,
-    DEAD,
-    Chain,
-    Peaks,
-    absorbable,
-    constant_response,
-    equalize,
-)
+from qcompress.solvers.equalize import ABSORBED_DEVIATIONS, DEAD, Chain, Peaks, absorbable, equalize
 from qcompress.solvers.grids import affine_from_grid
-from qcompress.solvers.hessian import choose_grid
-from qcompress.solvers.ranges_tf import tf_enhanced_grid
+from qcompress.solvers.hessian import choose_grid, grid_exponent
 from qcompress.types import Affine, Decision, Encoded, Fitted, Kept
 
 SWEEPS = 40
@@ -56,7 +45,7 @@ class _Network:
 
     live: LiveModel
     decisions: dict[str, Decision] = field(default_factory=dict)
-    layers: dict[str, FoldedLayer] = field(default_factory=dict)
+    layers: dict[str, NormedLayer] = field(default_factory=dict)
     caps: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -64,11 +53,23 @@ class _Network:
         config: DfqConfig = self.decisions[layer].config
         return config
 
-    def tensors(self, layers: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of the named layers and their batch norms that are not as they were."""
-        found: dict[str, Tensor] = {}
-        for name in layers:
-            found |= self.layers[name].tensors(TORCH_DTYPES[self.decisions[name].tensor.dtype])
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """The tensors of a layer and its batch norm."""
+        return self.layers[layer].tensors(TORCH_DTYPES[self.decisions[layer].tensor.dtype])
+
+    def fold(self, layer: str) -> bool:
+        """Fold a layer's batch norm, unless that is done, and say whether what comes out of it can now be scaled."""
+        own = self.layers[layer]
+        if own.norm is None or own.folded:
+            return True
+        if self.config(layer).fold is False or why_not_folded(self.live, layer, own.norm) is not None:
+            return False
+        self.layers[layer] = fold_layer(self.live, layer, own.norm)
+        return True
+
+    def changed_tensors(self) -> dict[str, Tensor]:
+        """The tensors of all layers that are not as they were."""
+        found = {name: value for layer in self.layers for name, value in self.tensors(layer).items()}
         before = self.live.module
         return {name: value for name, value in found.items() if not torch.equal(value, find_tensor(before, name))}
 
@@ -91,22 +92,22 @@ def fit(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
     _refuse_no_data(live, decisions)
     network = _read_network(live, decisions)
     links = _usable_links(network)
-    _equalize(network, [link for link in links if network.config(link.first).equalize])
-    _absorb(network, [link for link in links if network.config(link.first).absorb])
+    _equalize(network, links)
+    _absorb(network, links)
     reference = copy.deepcopy(live.module)
-    prepared = network.tensors(network.layers)
-    put_tensors(reference, prepared)
-    put_tensors(live.quantized, prepared)
+    prepared = network.changed_tensors()
     for module in (reference, live.quantized):
+        put_tensors(module, prepared)
         attach_caps(module, network.caps)
-    encoded: dict[str, Encoded] = {
-        d.tensor.name: _encode(live, find_tensor(reference, d.tensor.name), d) for d in decisions
-    }
+    encoded: dict[str, Encoded] = {}
+    for decision in decisions:
+        name = decision.tensor.name
+        encoded[name] = _encode(live, find_tensor(reference, name), decision)
     live.put(encoded)
     _correct_biases(network, reference)
-    adjusted = network.tensors(network.layers)
-    references = {name: value for name, value in adjusted.items() if name in encoded}
-    encoded |= {name: Kept(value) for name, value in adjusted.items() if name not in encoded}
+    changed = network.changed_tensors()
+    references = {name: changed.pop(name) for name in encoded if name in changed}
+    encoded |= {name: Kept(value) for name, value in changed.items()}
     caps = {name: cap.float() for name, cap in network.caps.items()}
     return Fitted(encoded, references=references, caps=caps, notes=tuple(network.notes))
 
@@ -118,7 +119,7 @@ def _refuse_no_data(live: LiveModel, decisions: Sequence[Decision]) -> None:
 
 
 def _read_network(live: LiveModel, decisions: Sequence[Decision]) -> _Network:
-    """The layers that can be changed as a whole, their batch norms folded where they can be."""
+    """The layers that can be changed as a whole; where `fold` is on, with their batch norms folded."""
     network = _Network(live)
     strangers, unfolded = [], []
     for decision in decisions:
@@ -127,42 +128,38 @@ def _read_network(live: LiveModel, decisions: Sequence[Decision]) -> _Network:
             strangers.append(decision.tensor.name)
             continue
         network.decisions[name] = decision
-        norm = batch_norm_of(live, name)
-        reason = None if norm is None else why_not_folded(live, name, norm)
-        if norm is not None and reason is None and decision.config.fold:
-            network.layers[name] = fold_layer(live, name, norm)
-        else:
-            network.layers[name] = read_layer(live, name)
-        if reason is not None:
+        network.layers[name] = read_layer(live, name, batch_norm_of(live, name))
+        if decision.config.fold and not network.fold(name):
             unfolded.append(name)
-    network.note("rounded and no more, no layer of its own that is called once", strangers)
-    network.note("batch norm without weight and bias not folded", unfolded)
+    network.note("rounded and no more, not the weight of a plain layer that is called once", strangers)
+    network.note("batch norm not folded, it has no weight and bias", unfolded)
     return network
 
 
 def _usable_links(network: _Network) -> list[Link]:
     """The links between layers that may both be changed; all others are noted."""
-    live, layers = network.live, network.layers
     usable: list[Link] = []
-    foreign, rigid, capped = [], [], []
-    for link in equalization_links(live, live.layers):
+    foreign, capped = [], []
+    for link in equalization_links(network.live, network.live.layers):
         shown = f"{link.first} -> {link.second}"
-        if link.first not in layers or link.second not in layers:
+        if link.first not in network.layers or link.second not in network.layers:
             foreign.append(shown)
-        elif batch_norm_of(live, link.first) is not None and layers[link.first].norm is None:
-            rigid.append(shown)
         elif link.cap is not None and network.config(link.first).relu6 == "skip":
             capped.append(shown)
         else:
             usable.append(link)
-    network.note("not equalized, one of the two is not dfq's", foreign)
-    network.note("not equalized, the batch norm between is not folded", rigid)
-    network.note("not equalized, ReLU6 between (relu6: caps or relax would)", capped)
+    network.note("left alone, one of the two has another method", foreign)
+    network.note("left alone, ReLU6 between", capped)
     return usable
 
 
-def _equalize(network: _Network, links: list[Link]) -> None:
+def _equalize(network: _Network, links: Sequence[Link]) -> None:
     """Scale what layers hand on so that the channels of all have equal ranges."""
+    wanted = [link for link in links if network.config(link.first).equalize and network.config(link.second).equalize]
+    links = [link for link in wanted if network.fold(link.first)]
+    network.note(
+        "not equalized, the batch norm between is not folded", [link.first for link in wanted if link not in links]
+    )
     rows = join_links(network.live, links)
     if not rows:
         return
@@ -188,14 +185,14 @@ def _chain(network: _Network, row: Sequence[Link], names: Sequence[str]) -> Chai
     return Chain(tuple(names.index(name) for name in members), limits, row[-1].repeats)
 
 
-def _limit(layer: FoldedLayer, cap: float | None) -> Tensor:
+def _limit(layer: NormedLayer, cap: float | None) -> Tensor:
     """How much larger each channel of a layer's outputs may get: float64 [channels].
 
     Below a cap that stays where it is, none; but a channel that is constant may grow up to the cap, or else up to what
     the layer's other channels reach.
     """
     groups, height, _, _ = layer.kernels.shape
-    limit = torch.full((groups * height,), math.inf if cap is None else 1.0, dtype=torch.float64)
+    limit = layer.weight.new_full((groups * height,), math.inf if cap is None else 1.0, dtype=torch.float64)
     if layer.statistics is None:
         return limit
     after, deviation = layer.statistics.after, layer.statistics.deviation
@@ -210,7 +207,8 @@ def _absorb(network: _Network, links: Sequence[Link]) -> None:
     layers, skipped = network.layers, []
     for link in links:
         first, second = layers[link.first], layers[link.second]
-        if first.statistics is None:
+        asked = network.config(link.first).absorb and network.config(link.second).absorb
+        if not asked or first.statistics is None or first.norm is None or not first.norm.affine:
             continue
         exact = not link.padded or network.config(link.first).preset == "paper"
         if not exact or not second.can_move or isinstance(second.module, TRANSPOSED):
@@ -218,8 +216,10 @@ def _absorb(network: _Network, links: Sequence[Link]) -> None:
             continue
         home = cap_module(network.live, link)
         cap = network.caps.get(home)
+        if cap is None and link.cap is not None and network.config(link.first).relu6 == "caps":
+            cap = torch.full_like(first.statistics.after, link.cap)
         amount = absorbable(first.statistics.after, first.statistics.deviation, link.rectified, cap)
-        response = constant_response(second.kernels, amount.repeat_interleave(link.repeats))
+        response = second.response(amount.repeat_interleave(link.repeats))
         layers[link.first], layers[link.second] = first.lowered(amount), second.moved(response)
         if cap is not None:
             network.caps[home] = cap - amount
@@ -231,83 +231,35 @@ def _encode(live: LiveModel, weight: Tensor, decision: Decision) -> Affine:
     config: DfqConfig = decision.config
     assert config.granularity is not None and config.range is not None
     rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
-    exponent = exponent_for(float(rows.abs().max()))
-    if config.range == "tf-enhanced":
-        blocks = blocks_from_rows(rows, config.granularity, config.group_size)
-        grid = tf_enhanced_grid(blocks, config.bits, bool(config.symmetric), exponent)
-    else:
-        grid = choose_grid(rows, config, config.range, exponent, None, live.generator(decision.tensor.name))
+    exponent = grid_exponent(rows)
+    grid = choose_grid(rows, config, config.range, exponent, None, live.generator(decision.tensor.name))
     shape = grid_shape(tuple(rows.shape), config.granularity, config.group_size)
     found = affine_from_grid(rows, grid, config.bits, exponent, shape)
     return replace(found, shape=decision.tensor.shape, axis=decision.axis, dtype=decision.tensor.dtype)
 
 
 def _correct_biases(network: _Network, reference: nn.Module) -> None:
-    """Take the mean error of each layer's outputs from its bias, in the network and in `live.quantized`."""
-    default = "empirical" if network.live.calibration else "analytic"
+    """Take the mean error of each layer's outputs from its bias, in the network and in `live.quantized`.
+
+    The network's own input counts as zero on average for `analytic`, so that layers that see it stay as they are.
+    """
+    live = network.live
+    default = "empirical" if live.calibration else "analytic"
     ways = {name: network.config(name).bias_correction or default for name in network.layers}
     homeless = [name for name, way in ways.items() if way != "none" and not network.layers[name].can_move]
     network.note("bias not corrected, there is none", homeless)
-    for way, correct in (("analytic", _correct_by_statistics), ("empirical", _correct_by_data)):
-        names = [name for name in ways if ways[name] == way and name not in homeless]
-        if names:
-            correct(network, reference, names)
+    by_way = {way: [n for n in ways if ways[n] == way and n not in homeless] for way in ("analytic", "empirical")}
 
+    def correct(name: str, error: Tensor) -> None:
+        network.layers[name] = network.layers[name].moved(-error)
+        tensors = network.tensors(name)
+        del tensors[f"{name}.weight"]
+        put_tensors(live.quantized, tensors)
 
-def _move(network: _Network, name: str, error: Tensor) -> None:
-    """Take a layer's mean error, float64 [channels], from its bias."""
-    network.layers[name] = network.layers[name].moved(-error)
-    tensors = network.tensors([name])
-    tensors.pop(f"{name}.weight", None)
-    put_tensors(network.live.quantized, tensors)
-
-
-def _correct_by_statistics(network: _Network, reference: nn.Module, names: Sequence[str]) -> None:
-    """The error of the weight times the mean input that the batch norms before it tell of (section 4.2.1).
-
-    The network's own input counts as zero on average, so that the layers that see it stay as they are.
-    """
-    live = network.live
-    models = input_moments(live, reference, network.caps)
-    unknown = []
-    for name in names:
-        model = models.get(name)
-        if model is None or not model.mean_known:
-            unknown.append(name)
-            continue
-        module: Any = reference.get_submodule(name)
-        error = find_tensor(live.quantized, f"{name}.weight") - module.weight
-        # A transposed convolution meets each place of its output with one of so many of its taps.
-        share = math.prod(module.stride) if isinstance(module, TRANSPOSED) else 1
-        _move(network, name, constant_response(kernels(module, error), model.moments[0]) / share)
-    own = input_layers(live)
-    network.note("bias not corrected, no statistics of what it sees", [name for name in unknown if name not in own])
-
-
-def _correct_by_data(network: _Network, reference: nn.Module, names: Sequence[str]) -> None:
-    """The mean over the calibration data of what the quantized network gives more, layer after layer.
-
-    Every layer sees what the layers before it give with their biases corrected. One pass through both networks, where
-    AIMET's code runs the network once more for every layer.
-    """
-    live = network.live
-    clean = [live.stages[0].begin(batch) for batch in live.calibration]
-    noisy = list(clean)
-    for stage in live.stages:
-        for name in (name for name in stage.layers if name in names):
-            means = [
-                _output_mean(module.get_submodule(name), layer_inputs(stage, module, states, [name])[name])
-                for module, states in ((reference, clean), (live.quantized, noisy))
-            ]
-            _move(network, name, means[1] - means[0])
-        clean, noisy = run_stage(stage, reference, clean), run_stage(stage, live.quantized, noisy)
-
-
-def _output_mean(module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    """The mean output for these inputs, over samples and places: float64 [channels]."""
-    axis = -1 if isinstance(module, nn.Linear) else 1
-    sums, count = torch.zeros((), dtype=torch.float64), 0
-    for x in inputs:
-        rows = module(x).movedim(axis, -1).flatten(0, -2)
-        sums, count = sums + rows.sum(0, dtype=torch.float64), count + len(rows)
-    return sums / count
+    errors = mean_errors(live, reference, [network.layers[name] for name in by_way["analytic"]], network.caps)
+    for name, error in errors.items():
+        correct(name, error)
+    unknown = [name for name in by_way["analytic"] if name not in {*errors, *input_layers(live)}]
+    network.note("bias not corrected, no statistics of what it sees", unknown)
+    if by_way["empirical"]:
+        correct_by_data(live, reference, by_way["empirical"], correct)

@@ -1,9 +1,9 @@
 """PD-Quant: blocks learn rounding and activation steps together, against the network's prediction.
 
-Liu et al. 2023, arXiv 2212.07048. `preset: paper` follows the official code, with first and last layer at the width that
-is asked for. Ours starts from the roundings of least output error of each layer (solvers.rounding) around the weights that
-make up for the drift of their inputs, takes the prediction difference in its quadratic form, and keeps of the learned,
-the starting and the nearest roundings those with which the block's own loss is least.
+Liu et al. 2023, arXiv 2212.07048. `preset: paper` follows the official code, with first and last layer at the width
+that is asked for. Ours starts from the roundings of least output error of each layer (solvers.rounding) around the
+weights that make up for the drift of their inputs, takes the prediction difference in its quadratic form, and keeps of
+the learned, the starting and the nearest roundings those with which the block's own loss is least.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,13 +35,14 @@ from qcompress.model.stages import (
     join_states,
     last_output,
     pick_samples,
+    replace_output,
     stage_output,
 )
 from qcompress.model.sweep import layer_inputs, run_stage
 from qcompress.registry import PdquantConfig
 from qcompress.settings import ActivationSettings
-from qcompress.solvers.hessian import choose_grid, encoded_weight, grid_exponent, least_squares_target, row_levels
 from qcompress.solvers.grids import Grid
+from qcompress.solvers.hessian import choose_grid, encoded_weight, grid_exponent, least_squares_target, row_levels
 from qcompress.solvers.rounding import SoftRounding, beta_at, make_lattice, round_by_gram
 from qcompress.types import ActivationGrid, Decision, Encoded, Fitted
 
@@ -48,12 +50,12 @@ HOLD = 0.01
 """How firmly weights that make up for drift are held at what they were, see solvers.hessian."""
 START_TRUST = 0.7
 """How far soft rounding starts from the weight's own place towards the rounding that it starts from."""
-GRAM_START = {"iterations": 200, "learning_rate": 3e-2, "strength": 0.1, "warm_up": 0.2}
+GRAM_START: dict[str, Any] = {"iterations": 200, "learning_rate": 3e-2, "strength": 0.1, "warm_up": 0.2}
 EVALUATED_SAMPLES = 256
 
 
 def fit(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
-    """Codes block by block, each from inputs that the quantized blocks before it give, with their activation quantizers.
+    """Codes block by block, each from inputs that the quantized blocks before it give, with activation quantizers.
 
     raises  ModelError for a network that is neither traced nor cut by named blocks, and for layers that are no matrix
             products
@@ -125,6 +127,9 @@ class _Step(nn.Module):
         kept = torch.rand(x.shape, generator=self.generator, device=x.device) < self.keep
         return torch.where(kept, x, quantized)
 
+    def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self(args[0]), *args[1:])
+
     def grid(self) -> ActivationGrid:
         return ActivationGrid(self.bits, float(self.scale.detach().abs().clamp_min(2.0**-100)), self.zero_point)
 
@@ -191,7 +196,7 @@ class _Block:
             state = pick_samples(self.clean, chosen, self.samples)
             moved = correct_inputs(
                 state[source],
-                lambda x, state=state: stage.run(module, {**state, source: x}),
+                partial(_run_with, stage, module, state, source),
                 module,
                 norms,
                 steps=self.config.correction_steps or 1,
@@ -223,12 +228,14 @@ class _Block:
         bits = {name: INPUT_BITS if name in inputs else settings.bits for name in self.decisions}
         if settings.range not in (None, "minmax", "mse", "percentile"):
             settings = ActivationSettings(bits=settings.bits)
-        run = lambda: run_stage(self.stage, self.live.quantized, self.noisy_states)  # noqa: E731
+
+        def run() -> None:
+            run_stage(self.stage, self.live.quantized, self.noisy_states)
+
         for name, grid in grids_of_inputs(self.live.quantized, run, settings, bits).items():
             step = _Step(grid, self.live.device)
             self.steps[name] = step
-            hook = lambda _, args, step=step: (step(args[0]), *args[1:])  # noqa: E731
-            self.handles.append(self.live.quantized.get_submodule(name).register_forward_pre_hook(hook))
+            self.handles.append(self.live.quantized.get_submodule(name).register_forward_pre_hook(step.hook))
 
     def _rest(self, state: State) -> Tensor:
         """The logits of the full-precision network from the state after this block."""
@@ -236,11 +243,11 @@ class _Block:
             state = stage.run(self.live.module, state)
         return last_output(state)
 
-    def _replaced(self, state: State, y: Tensor) -> State:
-        """The state after this block with another output."""
+    def _logits_of(self, state: State, y: Tensor) -> Tensor:
+        """The logits of the full-precision network where this block gives y instead of what `state` holds."""
         if isinstance(self.stage, TracedStage):
-            return {**state, self.stage.nodes[-1]: y}
-        return type(state)(state.batch, (y, *state.args[1:]), state.kwargs, y)
+            return self._rest({**state, self.stage.nodes[-1]: y})
+        return self._rest(replace_output(state, y))
 
     def _prepare_prediction(self) -> None:
         """Probes of every sample, or its full-precision logits, batch by batch."""
@@ -256,7 +263,7 @@ class _Block:
         for state in after:
             if quadratic:
                 y = stage_output(self.stage, state)
-                rest = lambda y, state=state: self._rest(self._replaced(state, y))  # noqa: E731
+                rest = partial(self._logits_of, state)
                 probes.append(probe(y, rest, self.config.temperature, count, self.generator))
             else:
                 logits.append(self._rest(state) if not self.last else last_output(state))
@@ -333,7 +340,6 @@ class _Block:
         learned = {name: layer.rounding.codes() for name, layer in self.layers.items()}
         starting = {name: layer.start for name, layer in self.layers.items()}
         nearest = {name: layer.nearest for name, layer in self.layers.items()}
-        drop = self.config.drop
         best, least = learned, math.inf
         for codes in (learned, starting, nearest):
             for name, layer in self.layers.items():
@@ -341,7 +347,6 @@ class _Block:
             loss = self._whole_loss()
             if loss < least:
                 best, least = codes, loss
-        assert self.config.drop == drop
         return best
 
     def _whole_loss(self) -> float:
@@ -387,6 +392,11 @@ def _prepare_layer(
         lattice.rest.lerp_(towards, START_TRUST)
     rounding = SoftRounding(lattice, tuple(weight.shape), decision.axis)
     return _Layer(decision, module, grid, exponent, rounding, start, nearest)
+
+
+def _run_with(stage: Stage, module: nn.Module, state: State, source: Any, x: Tensor) -> State:
+    """The state after a traced stage where one value of its input is x."""
+    return stage.run(module, {**state, source: x})
 
 
 def _mixed(noisy: State, clean: State, share: float, generator: torch.Generator) -> Any:

@@ -1,7 +1,7 @@
 """Distribution correction: a block's inputs moved towards what its batch norms have seen in training.
 
-Liu et al. 2023, arXiv 2212.07048, section 3.3, as the official code does it: statistics are those of each image over its
-places, and images whose maps have a single place are left out.
+Liu et al. 2023, arXiv 2212.07048, section 3.3, as the official code does it: statistics are those of each image over
+its places, and images whose maps have a single place are left out.
 """
 
 from __future__ import annotations

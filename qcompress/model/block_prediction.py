@@ -2,8 +2,8 @@
 
 Liu et al. 2023, arXiv 2212.07048, section 3.2: KL(softmax(z / T) || softmax(z' / T)), z' through the rest of the
 full-precision network. Its quadratic form, ours, needs that rest only once a sample: near z the divergence is
-dz^T (diag p - p p^T) dz / (2 T^2), and with random signs v and g = J^T (diag p - p p^T)^(1/2) v, the mean of (g . dy)^2 over
-v is just that for small dy.
+dz^T (diag p - p p^T) dz / (2 T^2), and with random signs v and g = J^T (diag p - p p^T)^(1/2) v, the mean of (g . dy)^2
+over v is just that for small dy.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ def prediction_difference(clean: Tensor, found: Tensor, temperature: float) -> T
 
 
 def half_fisher(logits: Tensor, signs: Tensor, temperature: float) -> Tensor:
-    """(diag p - p p^T)^(1/2) v for p = softmax(logits / T), in its factored form diag(sqrt p) (v - sqrt p (sqrt p . v)).
+    """(diag p - p p^T)^(1/2) v for p = softmax(logits / T), factored as diag(sqrt p) (v - sqrt p (sqrt p . v)).
 
     logits, signs  [samples, classes]
     """
     root = F.softmax(logits / temperature, -1).sqrt()
-    return root * (signs - root * (root * signs).sum(-1, keepdim=True))
+    halved: Tensor = root * (signs - root * (root * signs).sum(-1, keepdim=True))
+    return halved
 
 
 def probe(
@@ -66,8 +67,9 @@ def quadratic_difference(probes: Tensor, change: Tensor) -> Tensor:
 
     probes  of these samples, from `probe`; change [samples, ...]
     """
-    along = (probes.flatten(2) * change.flatten(1).unsqueeze(1)).sum(2)
-    return along.square().sum(1).mean()
+    along: Tensor = (probes.flatten(2) * change.flatten(1).unsqueeze(1)).sum(2)
+    total: Tensor = along.square().sum(1).mean()
+    return total
 
 
 def fitting_probes(outputs: Tensor) -> int:

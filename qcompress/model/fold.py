@@ -21,11 +21,11 @@ _PLAIN = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the batch norm of a folded layer says of its channels, all float64 [channels].
+    """What a batch norm says of its layer's channels, all float64 [channels].
 
     before     mean of the layer's outputs
     after      mean of what the batch norm makes of them
-    deviation  the standard deviation of both, not negative
+    deviation  the standard deviation of what the batch norm makes of them, not negative
     """
 
     before: Tensor
@@ -34,11 +34,12 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class FoldedLayer:
-    """A layer whose batch norm, if it has one, does no more than move its outputs from one mean to another.
+class NormedLayer:
+    """A layer with the batch norm behind it, if it has one.
 
     weight  in its own shape
     bias    the layer's own, where it has one
+    folded  whether the batch norm does no more than move the outputs from one mean to another
     """
 
     name: str
@@ -47,6 +48,7 @@ class FoldedLayer:
     bias: Tensor | None
     norm: BatchNorm | None = None
     statistics: Statistics | None = None
+    folded: bool = False
 
     @property
     def can_move(self) -> bool:
@@ -58,17 +60,20 @@ class FoldedLayer:
         """The weight as [groups, outputs a group, inputs a group, taps]."""
         return kernels(self.module, self.weight)
 
-    def scaled_outputs(self, factor: Tensor) -> FoldedLayer:
-        """The layer with its outputs, and its batch norm's, times factor [channels] above 0."""
+    def scaled_outputs(self, factor: Tensor) -> NormedLayer:
+        """The layer with its outputs, and those of its folded batch norm, times factor [channels] above 0."""
         statistics = self.statistics
         if statistics is not None:
             parts = (statistics.before, statistics.after, statistics.deviation)
             statistics = Statistics(*(part * factor for part in parts))
-        bias = None if self.bias is None else self.bias.double().mul(factor).to(self.bias.dtype)
-        view = factor.reshape(self.kernels.shape[0], -1, 1, 1)
-        return replace(self, weight=self._weight_times(view), bias=bias, statistics=statistics)
+        return replace(self.with_outputs_times(factor), statistics=statistics)
 
-    def scaled_inputs(self, factor: Tensor) -> FoldedLayer:
+    def with_outputs_times(self, factor: Tensor) -> NormedLayer:
+        """The layer with its own outputs times factor [channels], whatever its batch norm makes of them."""
+        bias = None if self.bias is None else self.bias.double().mul(factor).to(self.bias.dtype)
+        return replace(self, weight=self._weight_times(factor.reshape(self.kernels.shape[0], -1, 1, 1)), bias=bias)
+
+    def scaled_inputs(self, factor: Tensor) -> NormedLayer:
         """The layer that gives for inputs divided by factor [channels] what this one gives."""
         return replace(self, weight=self._weight_times(factor.reshape(self.kernels.shape[0], 1, -1, 1)))
 
@@ -78,7 +83,16 @@ class FoldedLayer:
             scaled = scaled.transpose(1, 2)
         return scaled.reshape(self.weight.shape)
 
-    def moved(self, shift: Tensor) -> FoldedLayer:
+    def response(self, x: Tensor) -> Tensor:
+        """What the weight makes of inputs that have one value a channel, x float64 [inputs]: float64 [outputs].
+
+        For a transposed convolution the mean over places: each meets one of so many taps.
+        """
+        response = constant_response(self.kernels, x)
+        module: Any = self.module
+        return response / math.prod(module.stride) if isinstance(module, TRANSPOSED) else response
+
+    def moved(self, shift: Tensor) -> NormedLayer:
         """The layer with shift [channels] added to what comes out of its bias, or its batch norm.
 
         Statistics tell what comes out as long as the shift makes up for one of its inputs or its weights.
@@ -88,7 +102,7 @@ class FoldedLayer:
         assert self.statistics is not None
         return replace(self, statistics=replace(self.statistics, before=self.statistics.before - shift))
 
-    def lowered(self, amount: Tensor) -> FoldedLayer:
+    def lowered(self, amount: Tensor) -> NormedLayer:
         """The layer with amount [channels] taken from what its batch norm gives, whose mean becomes as much less."""
         assert self.statistics is not None
         return replace(self, statistics=replace(self.statistics, after=self.statistics.after - amount))
@@ -102,8 +116,10 @@ class FoldedLayer:
         found: dict[str, Tensor] = {}
         stored = self
         if self.norm is not None and self.statistics is not None:
-            found, gain = _identity_norm(self.norm, self.statistics, dtype)
-            stored = replace(self, statistics=None).scaled_outputs(1 / gain)
+            found = {self.norm.running_mean: self.statistics.before.to(dtype)}
+            if self.folded:
+                found, gain = _identity_norm(self.norm, self.statistics, dtype)
+                stored = self.with_outputs_times(1 / gain)
         if stored.bias is not None:
             found[f"{self.name}.bias"] = stored.bias.to(dtype)
         found = {name: value.to(self.weight.dtype) for name, value in found.items()}
@@ -139,6 +155,15 @@ def kernels(module: nn.Module, weight: Tensor) -> Tensor:
     return split.transpose(1, 2) if isinstance(module, TRANSPOSED) else split
 
 
+def constant_response(weight: Tensor, x: Tensor) -> Tensor:
+    """What kernels [groups, outputs a group, inputs a group, taps] give for one value a channel, float64 [outputs].
+
+    x  float64 [inputs]
+    """
+    groups, _, width, _ = weight.shape
+    return torch.einsum("goi,gi->go", weight.sum(3, dtype=torch.float64), x.reshape(groups, width)).flatten()
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is a linear layer or a convolution, and computes no more than that."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _PLAIN)
@@ -151,25 +176,35 @@ def is_free(live: LiveModel, layer: str) -> bool:
     return is_plain(module) and layer_call(live, layer) is not None and all(read_once(live, one) for one in tensors)
 
 
-def read_layer(live: LiveModel, layer: str) -> FoldedLayer:
-    """A plain layer of the network as it is, without its batch norm."""
+def read_layer(live: LiveModel, layer: str, norm: BatchNorm | None = None) -> NormedLayer:
+    """A free layer of the network as it is, with its batch norm."""
     module: Any = live.module.get_submodule(layer)
-    return FoldedLayer(layer, module, module.weight.detach(), None if module.bias is None else module.bias.detach())
+    bias = None if module.bias is None else module.bias.detach()
+    plain = NormedLayer(layer, module, module.weight.detach(), bias)
+    if norm is None:
+        return plain
+    mean, variance = _tensor(live, norm.running_mean), _tensor(live, norm.running_var)
+    gamma = torch.ones_like(mean) if norm.weight is None else _tensor(live, norm.weight)
+    after = torch.zeros_like(mean) if norm.bias is None else _tensor(live, norm.bias)
+    deviation = gamma.abs() * (variance / (variance + norm.eps)).sqrt()
+    return replace(plain, norm=norm, statistics=Statistics(mean, after, deviation))
 
 
-def fold_layer(live: LiveModel, layer: str, norm: BatchNorm) -> FoldedLayer:
+def fold_layer(live: LiveModel, layer: str, norm: BatchNorm) -> NormedLayer:
     """A free layer with its affine batch norm folded in: weight * gamma / sqrt(variance + eps), and likewise its bias.
 
     The batch norm keeps the statistics of what comes out, so that what reads it still finds N(beta, gamma**2).
     """
-    assert norm.weight is not None and norm.bias is not None
-    mean, variance, gamma, beta = (
-        find_tensor(live.module, name).double()
-        for name in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    )
-    gain = gamma / (variance + norm.eps).sqrt()
-    statistics = Statistics(before=mean * gain, after=beta, deviation=(variance.sqrt() * gain).abs())
-    return replace(read_layer(live, layer).scaled_outputs(gain), norm=norm, statistics=statistics)
+    assert norm.weight is not None
+    plain = read_layer(live, layer, norm)
+    assert plain.statistics is not None
+    gain = _tensor(live, norm.weight) / (_tensor(live, norm.running_var) + norm.eps).sqrt()
+    statistics = replace(plain.statistics, before=plain.statistics.before * gain)
+    return replace(plain.with_outputs_times(gain), statistics=statistics, folded=True)
+
+
+def _tensor(live: LiveModel, name: str) -> Tensor:
+    return find_tensor(live.module, name).detach().double()
 
 
 def why_not_folded(live: LiveModel, layer: str, norm: BatchNorm) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
@@ -258,6 +258,12 @@ def stage_output(stage: Stage, state: State) -> Tensor:
     if isinstance(state, _BlockState):
         return first_tensor(state.args[0])
     return first_tensor(state)
+
+
+def replace_output(state: State, hidden: Tensor) -> State:
+    """The state between named blocks where the last one gave another hidden state."""
+    output = hidden if isinstance(state.output, Tensor | None) else (hidden, *state.output[1:])
+    return replace(state, args=(hidden, *state.args[1:]), output=output)
 
 
 def join_states(states: Sequence[State]) -> State:

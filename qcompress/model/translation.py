@@ -26,9 +26,9 @@ def measure_translation(
 ) -> list[Measurement]:
     """Corpus BLEU by sacrebleu; its interval from resampled sentences (Koehn 2004).
 
-    A module with `generate` (transformers) is asked for its own decoding. Any other is called as module(source, prefix)
-    and gives logits [samples, length, vocabulary]; its attributes `begin`, `end` and `decode_text` (ids -> text) say the
-    rest.
+    A module with `generate` (transformers) is asked for its own decoding. Any other is called module(source, prefix)
+    and gives logits [samples, length, vocabulary]; its attributes `begin`, `end` and `decode_text` (ids -> text) say
+    the rest.
     """
     sacrebleu = import_package("sacrebleu")
     hypotheses: list[str] = []

@@ -50,25 +50,31 @@ class LiveConfig(GridConfig):
 class DfqConfig(LiveConfig):
     """Data-free quantization: fold batch norms, equalize neighbouring layers, absorb high biases, correct biases.
 
-    fold             fold each batch norm into the layer before it
-    equalize         cross-layer equalization of pairs, and of what has depthwise layers in between
-    absorb           high-bias absorption
+    fold             fold every batch norm into the layer before it; where absent, where equalization needs it
+    equalize         cross-layer equalization of pairs, and of what has depthwise layers in between; where absent, with
+                     one grid a tensor: channels that have grids of their own gain nothing
+    absorb           high-bias absorption: smaller activation ranges, at a loss where batch norms mispredict; off where
+                     absent
     bias_correction  `analytic` from the batch norms' statistics, `empirical` from calibration data, `none`; empirical
                      where there is calibration data, else analytic
     relu6            across ReLU6, `skip` equalization; or keep it exact by per-channel `caps` that the artifact stores;
                      or `relax` it: channels that shrink are cut off later than they were, up to never
     """
 
-    fold: bool = True
-    equalize: bool = True
-    absorb: bool = True
+    fold: bool | None = None
+    equalize: bool | None = None
+    absorb: bool | None = None
     bias_correction: Literal["analytic", "empirical", "none"] | None = None
     relu6: Literal["skip", "caps", "relax"] | None = None
 
     def __post_init__(self) -> None:
-        if self.granularity is None and self.group_size is None:
+        paper = self.preset == "paper"
+        if paper and self.granularity is None and self.group_size is None:
             object.__setattr__(self, "granularity", "tensor")
-        self._fill({"symmetric": True, "range": "tf-enhanced", "relu6": "relax"}, {"range": "mse", "relu6": "skip"})
+        official: dict[str, Any] = {"symmetric": True, "relu6": "relax", "fold": True, "equalize": True, "absorb": True}
+        fast: dict[str, Any] = {"relu6": "skip", "equalize": self.granularity == "tensor", "absorb": False}
+        either = {"range": "tf-enhanced"}
+        self._fill(official | either, fast | either)
         if self.range == "hessian":
             raise ValueError("range: hessian needs the inputs of each layer, which dfq never sees; use mse")
         super().__post_init__()
@@ -163,8 +169,8 @@ class PdquantConfig(LiveConfig):
             "range": "mse",
         }
         fast = {
-            "iterations": 1000,
-            "learning_rate": 1e-2,
+            "iterations": 300,
+            "learning_rate": 3e-2,
             "prediction_form": "quadratic",
             "distribution_correction": False,
             "correction_steps": 100,

@@ -1,4 +1,4 @@
-"""Data-free quantization in closed form: equal channel ranges, high biases, mean errors.
+"""Data-free quantization in closed form: equal channel ranges and high biases.
 
 Nagel et al. 2019, arXiv 1906.04721. What one layer hands to the next may be scaled channel by channel, by factors above
 0 that the next layer takes back, as long as all between them is positively homogeneous.
@@ -86,8 +86,8 @@ def equalize(chains: Sequence[Chain], peaks: Sequence[Peaks], sweeps: int) -> li
     layer, which a grid for the whole tensor does not see. A channel that is dead in some layer stops at its limit.
     """
     scales = [[torch.ones_like(limit) for limit in chain.limits] for chain in chains]
-    outputs = [torch.ones(one.values.shape[0] * one.values.shape[1], dtype=torch.float64) for one in peaks]
-    inputs = [torch.ones(one.values.shape[0] * one.values.shape[2], dtype=torch.float64) for one in peaks]
+    outputs = [one.values.new_ones(one.values.shape[0] * one.values.shape[1], dtype=torch.float64) for one in peaks]
+    inputs = [one.values.new_ones(one.values.shape[0] * one.values.shape[2], dtype=torch.float64) for one in peaks]
     # Scaling must not bring a dead channel to life.
     live = [live_channels(_ranges(chain, peaks, outputs, inputs)) for chain in chains]
     for _ in range(sweeps):
@@ -133,13 +133,3 @@ def absorbable(mean: Tensor, deviation: Tensor, rectified: bool, cap: Tensor | N
         return mean.clone()
     reach = (mean - ABSORBED_DEVIATIONS * deviation.abs()).clamp_min(0)
     return reach if cap is None else torch.minimum(reach, cap)
-
-
-def constant_response(weight: Tensor, x: Tensor) -> Tensor:
-    """What a layer without bias gives for inputs that have one value a channel: float64 [outputs].
-
-    weight  [groups, outputs a group, inputs a group, taps]
-    x       float64 [groups * inputs a group]
-    """
-    groups, _, width, _ = weight.shape
-    return torch.einsum("goi,gi->go", weight.sum(3, dtype=torch.float64), x.reshape(groups, width)).flatten()

@@ -66,7 +66,12 @@ def damped(hessian: Tensor, share: float) -> Tensor:
 
 
 def cholesky(hessian: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The lower Cholesky factor of the damped Hessian, and the damped Hessian; ten times the damping while it fails."""
+    """The lower Cholesky factor of the damped Hessian, and the damped Hessian; ten times the damping while it fails.
+
+    raises  ValueError for a Hessian that is not finite
+    """
+    if not bool(hessian.isfinite().all()):
+        raise ValueError("a Hessian holds NaN or Inf")
     share = max(share, 1e-10)
     while True:
         raised = damped(hessian, share)
@@ -204,7 +209,7 @@ def hessian_grid(
 
 
 def _factors(hessian: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """F float32 [groups * blocks, length, at most SKETCH_COLUMNS]: F F^T are the Hessian's diagonal blocks, or nearly."""
+    """F float32 [groups * blocks, length, at most SKETCH_COLUMNS]; F F^T are the Hessian's diagonal blocks, nearly."""
     groups, columns = hessian.shape[:2]
     split = hessian.reshape(groups, columns // length, length, columns // length, length)
     own = split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, length, length)

@@ -1,6 +1,6 @@
 """Soft rounding: every weight learns whether to go up or down (AdaRound).
 
-Nagel et al. 2020, arXiv 2004.10568: between floor and ceiling a weight lies at h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1),
+Nagel et al. 2020, arXiv 2004.10568: between floor and ceiling a weight is at h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1),
 and the regularizer sum of 1 - |2h - 1|^beta drives h to 0 or 1 while beta falls from 20 to 2.
 """
 

@@ -23,6 +23,7 @@ from qcompress.model.activations import (
 from qcompress.model.batches import Batch
 from qcompress.settings import ActivationSettings
 from qcompress.types import ActivationGrid
+
 from .networks import Mlp, Residual, inputs, live
 
 ends = st.floats(-1e6, 1e6, allow_nan=False, width=32)

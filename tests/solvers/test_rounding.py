@@ -24,6 +24,7 @@ from qcompress.solvers.rounding import (
     start_from,
     undecided,
 )
+
 from .second_order import correlated, fitted, moments, nearest, seeded, weights
 
 SETTINGS = {"iterations": 300, "learning_rate": 3e-2, "strength": 0.1, "warm_up": 0.2}
