@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompress.errors import ModelError, QcompressError
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -83,9 +85,16 @@ class Batches:
             yield self.read(own[start : start + self.batch_size])
 
 
-def model_output(module: nn.Module, batch: Batch) -> Tensor:
-    """The logits, or whatever the model's output holds first."""
-    return first_tensor(module(*batch.args, **batch.kwargs))
+def run_model(module: nn.Module, batch: Batch) -> Tensor:
+    """The logits, or whatever the model's output holds first. Raises ModelError where it does not run."""
+    try:
+        return first_tensor(module(*batch.args, **batch.kwargs))
+    except QcompressError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        shapes = ", ".join(str(list(x.shape)) for x in (*batch.args, *batch.kwargs.values()))
+        what = f"does not run on inputs of {shapes}: {' '.join(str(error).split())[:200]}"
+        raise ModelError(type(module).__name__, what, "check the data's shapes, and model.args") from None
 
 
 def first_tensor(output: Any) -> Tensor:

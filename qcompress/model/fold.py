@@ -228,7 +228,7 @@ def fold_batch_norms(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
     for decision in decisions:
         layer = layer_name(decision.tensor.name)
         norm = batch_norm_of(live, layer)
-        if norm is None:
+        if norm is None or decision.tensor.name != f"{layer}.weight":
             continue
         reason = why_not_folded(live, layer, norm)
         if reason is not None:

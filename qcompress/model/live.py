@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from qcompress.coding.affine import decode
 from qcompress.errors import ModelError
-from qcompress.model.batches import Batch
+from qcompress.model.batches import Batch, run_model
 from qcompress.model.trace import Untraceable, trace
 from qcompress.settings import ActivationSettings
 from qcompress.types import Decision, Encoded
@@ -148,7 +148,10 @@ def make_live_model(
 
 
 def execution_order(module: nn.Module, names: set[str], example: Batch) -> list[str]:
-    """The named modules that a forward pass calls, in the order of their first call."""
+    """The named modules that a forward pass calls, in the order of their first call.
+
+    raises  ModelError where the module does not run on the example
+    """
     order: dict[str, None] = {}
     handles = [
         module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
@@ -156,7 +159,7 @@ def execution_order(module: nn.Module, names: set[str], example: Batch) -> list[
     ]
     try:
         with torch.no_grad():
-            module(*example.args, **example.kwargs)
+            run_model(module, example)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qcompress.errors import DataError, ModelError, QcompressError
-from qcompress.model.batches import Batch, Batches, model_output
+from qcompress.errors import DataError
+from qcompress.model.batches import Batch, Batches, run_model
 from qcompress.model.code import find_callable
 from qcompress.model.intervals import mean_interval, wilson
 from qcompress.settings import (
@@ -94,18 +94,6 @@ def measure(
         )
         found.append(_measurement(metric, values, weights, task))
     return found
-
-
-def run_model(module: nn.Module, batch: Batch) -> Tensor:
-    """The model's output. Raises ModelError where it does not run."""
-    try:
-        return model_output(module, batch)
-    except QcompressError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
-        shapes = ", ".join(str(list(x.shape)) for x in (*batch.args, *batch.kwargs.values()))
-        what = f"does not run on inputs of {shapes}: {' '.join(str(error).split())[:200]}"
-        raise ModelError(type(module).__name__, what, "check the data's shapes, and model.args") from None
 
 
 Score = Callable[[Tensor, Batch], dict[str, tuple[Tensor, Tensor]]]

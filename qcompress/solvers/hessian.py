@@ -92,10 +92,10 @@ def output_error(difference: Tensor, hessian: Tensor, linear: Tensor | None = No
     difference  D [rows, columns]
     linear      C float64 [groups, rows a group, columns]; none where both networks see the same inputs
     """
-    parts = grouped(difference.double(), hessian.shape[0])
-    error = ((parts @ hessian) * parts).sum(2)
+    parts = grouped(difference.to(hessian.dtype), hessian.shape[0])
+    error = ((parts @ hessian) * parts).sum(2, dtype=torch.float64)
     if linear is not None:
-        error = error + 2 * (parts * linear).sum(2)
+        error = error + 2 * (parts * linear).sum(2, dtype=torch.float64)
     return error.reshape(-1)
 
 
@@ -116,7 +116,11 @@ def least_squares_target(weight: Tensor, hessian: Tensor, cross: Tensor, damping
     hold = damping * hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
     identity = torch.eye(columns, dtype=torch.float64, device=weight.device)
     held = hessian + hold.view(-1, 1, 1) * identity
-    solved: Tensor = torch.linalg.solve(held, weights @ cross + hold.view(-1, 1, 1) * weights, left=False)
+    wanted = (weights @ cross + hold.view(-1, 1, 1) * weights).transpose(1, 2)
+    factor, failed = torch.linalg.cholesky_ex(held)
+    if bool(failed.any()):
+        factor, _ = cholesky(held, damping)
+    solved: Tensor = torch.cholesky_solve(wanted, factor).transpose(1, 2)
     return solved.reshape(weight.shape).to(weight.dtype)
 
 

@@ -127,7 +127,7 @@ class Functional(nn.Module):
 
 
 class Plumbing(nn.Module):
-    """Everything between two layers that keeps channels apart, and layers of every kind, with and without batch norm."""
+    """All that keeps channels apart between two layers, and layers of every kind, with and without batch norm."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor, nn
+
+from qcompress.errors import UsageError
+from qcompress.model.batches import Batch
+from qcompress.model.build import build_model
+from qcompress.model.chains import equalization_links
+from qcompress.model.code import import_package
+from qcompress.model.graph import (
+    Activation,
+    activation_after,
+    batch_norm_of,
+    input_layers,
+    layer_call,
+    make_blocks,
+    read_once,
+    single_consumer,
+)
+from qcompress.model.live import LiveModel
+from qcompress.model.stages import last_output
+from qcompress.settings import ModelSettings
+
 from .graph_networks import (
     SHAPES,
     Basic,
@@ -17,21 +40,6 @@ from .graph_networks import (
     live_model,
     live_of,
 )
-from torch import Tensor, nn
-
-from qcompress.model.batches import Batch
-from qcompress.model.graph import (
-    Activation,
-    activation_after,
-    batch_norm_of,
-    input_layers,
-    layer_call,
-    make_blocks,
-    read_once,
-    single_consumer,
-)
-from qcompress.model.live import LiveModel
-from qcompress.model.stages import last_output
 
 RELU, NOTHING = Activation("relu"), Activation("identity")
 
@@ -193,7 +201,8 @@ BLOCKS = {
     Functional: [("stem",), ("dw",), ("pw",), ("head",)],
     Joined: [("left", "right"), ("joint",), ("end",)],
     Forked: [
-        ("a", "b"),
+        ("a",),
+        ("b",),
         ("shared",),
         ("tied1",),
         ("tied2",),
@@ -249,10 +258,29 @@ def test_a_long_module_of_the_network_s_own_is_no_block() -> None:
     assert [block.layers for block in make_blocks(live)] == [(f"net.layers.{index}",) for index in range(9)]
 
 
-@pytest.mark.parametrize(("name", "blocks", "with_norm"), [("resnet18", 10, 20), ("mobilenet_v2", 20, 52)])
-def test_torchvision_networks(name: str, blocks: int, with_norm: int) -> None:
-    models = pytest.importorskip("torchvision.models", reason="needs the extra `vision`")
-    live = live_model(getattr(models, name)().eval(), torch.randn(2, 3, 64, 64))
-    assert len(make_blocks(live)) == blocks
+def built(factory: str, **args: object) -> nn.Module:
+    """A network of one of the libraries of the extra `vision`."""
+    try:
+        import_package(factory.partition(":")[0])
+    except UsageError as missing:
+        pytest.skip(str(missing))
+    return build_model(ModelSettings(factory=factory, args=dict(args)), Path())
+
+
+@pytest.mark.parametrize(
+    ("factory", "args", "blocks", "with_norm", "links"),
+    [
+        ("torchvision.models:resnet18", {}, 10, 20, 8),
+        ("torchvision.models:resnet50", {}, 18, 53, 32),
+        ("torchvision.models:mobilenet_v2", {}, 20, 52, 37),
+        ("timm:create_model", {"model_name": "mobilenetv1_100"}, 15, 27, 27),
+    ],
+)
+def test_networks_of_the_libraries(factory: str, args: dict[str, str], blocks: int, with_norm: int, links: int) -> None:
+    live = live_model(built(factory, **args), torch.randn(2, 3, 32, 32))
+    found = make_blocks(live)
+    assert len(found) == blocks
+    assert max(len(block.layers) for block in found) <= 4
     assert sum(owner is not None for owner in norms(live).values()) == with_norm
     assert len(input_layers(live)) == 1
+    assert len(equalization_links(live, live.layers)) == links

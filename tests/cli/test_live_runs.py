@@ -1,0 +1,281 @@
+"""Live models from the command line: accuracy in report and gates, eval, statistics, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Run
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import qcompress
+from qcompress.model.code import find_callable
+from qcompress.registry import METHODS
+
+NET = """
+from torch import nn
+import torch.nn.functional as F
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(F.relu(x + self.bn2(self.conv2(x))).mean((2, 3)))
+
+def net(width=8):
+    return Net(width)
+"""
+
+RECIPE = """
+version: 1
+model: {factory: net.py:net}
+data:
+  calibration: {npz: data.npz, samples: 64, batch_size: 16}
+  eval: {npz: data.npz}
+  normalize: {mean: [0.5], std: [0.25]}
+task: {classification: {metric: top1}}
+rules:
+  - {match: "*.weight", METHOD: {bits: 4}}
+activations: {bits: 8}
+"""
+
+QUICK = {
+    "pdquant": ["--set", "rules.0.pdquant.iterations=10"],
+    "adaround": ["--set", "rules.0.adaround.iterations=20"],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a network that tells four colours apart, its weights, its data and a recipe a method."""
+    folder = tmp_path_factory.mktemp("live")
+    (folder / "net.py").write_text(NET)
+    random = np.random.default_rng(0)
+    labels = random.integers(4, size=200)
+    pixels = random.integers(0, 160, size=(200, 8, 8, 3))
+    pixels[..., 0] += 60 * (labels % 2)[:, None, None]
+    pixels[..., 1] += 60 * (labels // 2)[:, None, None]
+    np.savez(folder / "data.npz", x=pixels.astype(np.uint8), y=labels)
+    make = find_callable("net.py:net", folder, True, "test")
+    torch.manual_seed(0)
+    module: nn.Module = make()
+    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+    y = torch.from_numpy(labels)
+    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(module(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_file(module.state_dict(), folder / "m.safetensors")
+    for method in METHODS:
+        (folder / f"{method}.yaml").write_text(RECIPE.replace("METHOD", method))
+    return folder
+
+
+def quantize(run: Run, folder: Path, method: str, output: Path, *more: str) -> Any:
+    words = ["quantize", str(folder / "m.safetensors"), "-r", str(folder / f"{method}.yaml"), "--allow-code"]
+    return run(*words, "-o", str(output), *QUICK.get(method, []), *more)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reports_the_accuracy_that_eval_finds(
+    run: Run, trained: Path, tmp_path: Path, method: str
+) -> None:
+    output = tmp_path / "a.safetensors"
+    done = quantize(run, trained, method, output, "--json", "-")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    top1, top5 = report["accuracy"]
+    assert (top1["metric"], top5["metric"], top1["samples"]) == ("top1", "top5", 200)
+    assert top1["baseline"] > 0.95 and top1["artifact"] > 0.8
+    assert top1["artifact_interval"][0] <= top1["artifact"] <= top1["artifact_interval"][1]
+    assert report["size"]["artifact_bytes"] == output.stat().st_size
+    done = run("eval", str(output), "-r", str(trained / f"{method}.yaml"), "--allow-code", "--json", "-")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["metrics"][0]
+    # The report rounds to six digits.
+    assert found["value"] == pytest.approx(top1["artifact"], rel=1e-5)
+    assert found["interval"] == pytest.approx(top1["artifact_interval"], rel=1e-5)
+    assert run("verify", str(output)).code == 0
+
+
+@pytest.mark.parametrize("method", ["dfq", "gptq"])
+def test_an_artifact_loads_into_the_original_architecture(run: Run, trained: Path, tmp_path: Path, method: str) -> None:
+    output, dense = tmp_path / "a.safetensors", tmp_path / "dense.safetensors"
+    assert quantize(run, trained, method, output, "--set", "activations.bits=6").code == 0
+    make = find_callable("net.py:net", trained, True, "test")
+    plain, dressed = make().eval(), make().eval()
+    qcompress.load_into(plain, output)
+    qcompress.load_into(dressed, output, activations=True)
+    assert not plain.conv2._forward_pre_hooks and dressed.conv2._forward_pre_hooks
+    assert run("export", str(output), "--to", "safetensors", "-o", str(dense)).code == 0
+    state, original = load_file(dense), load_file(trained / "m.safetensors")
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in original.items()}
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in state.items())
+    kept = [name for name, value in original.items() if value.ndim < 2 and torch.equal(value, state[name])]
+    assert (len(kept) == len([1 for value in original.values() if value.ndim < 2])) == (method == "gptq")
+
+
+def test_equal_runs_give_equal_bytes(run: Run, trained: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert quantize(run, trained, "pdquant", tmp_path / f"{name}.safetensors").code == 0
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_companions_and_data_free_quantizers(run: Run, trained: Path, tmp_path: Path) -> None:
+    more = ["--set", "companions=[bias_correction, batch_norm]", "--set", "rules.0.rtn.bits=2", "--json", "-"]
+    plain = json.loads(quantize(run, trained, "rtn", tmp_path / "a.safetensors", *more[2:]).out)
+    better = json.loads(quantize(run, trained, "rtn", tmp_path / "b.safetensors", *more).out)
+    assert better["accuracy"][0]["artifact"] >= plain["accuracy"][0]["artifact"]
+    for kind in ("batch-norm", "noise", "minmax", "percentile"):
+        done = quantize(run, trained, "squant", tmp_path / f"{kind}.safetensors", "--set", f"activations.range={kind}")
+        assert done.code == 0, done.err
+
+
+def test_gates_on_metrics(run: Run, trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.safetensors"
+    assert quantize(run, trained, "gptq", output, "--max-drop", "top1=0.2", "--min-metric", "top1=0.7").code == 0
+    done = quantize(run, trained, "gptq", output, "--force", "--min-metric", "top1=1.01")
+    assert done.code == 4 and "min-metric top1" in done.err and output.exists()
+    recipe = str(trained / "gptq.yaml")
+    assert run("eval", str(output), "-r", recipe, "--allow-code", "--min-metric", "top1=1.01").code == 4
+    done = quantize(run, trained, "gptq", output, "--force", "--min-metric", "bleu=1")
+    assert done.code == 3 and "the task does not measure 'bleu'" in done.err
+
+
+@pytest.mark.parametrize("method", ["gptq", "adaround"])
+def test_saved_statistics_serve_the_bare_checkpoint(run: Run, trained: Path, tmp_path: Path, method: str) -> None:
+    statistics, model = tmp_path / "s.safetensors", str(trained / "m.safetensors")
+    assert quantize(run, trained, "rtn", tmp_path / "a.safetensors", "--save-statistics", str(statistics)).code == 0
+    bare = ["quantize", model, "--method", method, "--bits", "3"]
+    done = run(*bare, "-o", str(tmp_path / "b.safetensors"), "--statistics", str(statistics))
+    assert done.code == 0, done.err
+    recipe = str(trained / "rtn.yaml")
+    done = run("eval", str(tmp_path / "b.safetensors"), "-r", recipe, "--allow-code", "--json", "-")
+    assert json.loads(done.out)["metrics"][0]["value"] > 0.8
+    done = run(*bare, "-o", str(tmp_path / "c.safetensors"))
+    assert done.code == 3 and "needs a live model" in done.err and "--statistics FILE" in done.err
+    done = run(*bare, "-o", str(tmp_path / "c.safetensors"), "--statistics", model)
+    assert done.code == 3 and "have no float32 tensor" in done.err
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+WRONG: dict[str, tuple[list[str], int, str]] = {
+    "no leave to run code": ([], 2, "--allow-code"),
+    "no such factory": (["--allow-code", "--set", "model.factory=net.py:nett"], 3, "has no callable 'nett'"),
+    "wrong arguments": (["--allow-code", "--set", "model.args.width=9"], 3, "in the checkpoint and [9, 3, 3, 3]"),
+    "no such data": (["--allow-code", "--set", "data.eval.npz=x.npz"], 3, "'x.npz' is not in"),
+    "too few samples": (["--allow-code", "--set", "data.eval.samples=999"], 3, "999 samples are asked for"),
+    "no such array": (["--allow-code", "--set", "data.eval.inputs=z"], 3, "has no array 'z'"),
+    "labels out of range": (["--allow-code", "--set", "data.eval.labels=x"], 3, "labels of"),
+    "images of another kind": (
+        ["--allow-code", "--set", "data.normalize.mean=[1, 2]", "--set", "data.normalize.std=[1, 2]"],
+        3,
+        "names 2 channels",
+    ),
+    "inputs of the wrong shape": (["--allow-code", "--set", "data.calibration.inputs=y"], 3, "does not run on inputs"),
+    "no such block": (["--allow-code", "--set", "model.blocks=layer*"], 3, "names no module"),
+    "no calibration": (["--allow-code", "--set", "data={eval: {npz: data.npz}}"], 3, "needs calibration data"),
+    "no model": (["--allow-code", "--set", "model.factory=3"], 3, "is not text"),
+    "resuming nothing": (["--allow-code", "--skip-nonfinite"], 2, "names a live model"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_one_line_and_leaves_nothing(run: Run, trained: Path, tmp_path: Path, case: str) -> None:
+    words, code, error = WRONG[case]
+    output = tmp_path / "a.safetensors"
+    done = run("quantize", str(trained / "m.safetensors"), "-r", str(trained / "gptq.yaml"), "-o", str(output), *words)
+    errors = [line for line in done.err.splitlines() if line.startswith("error:")]
+    assert (done.code, len(errors)) == (code, 1), done.err
+    assert error in errors[0] and "Traceback" not in done.err
+    assert not output.exists()
+
+
+def test_nan_weights_and_dry_runs(run: Run, trained: Path, tmp_path: Path) -> None:
+    state = load_file(trained / "m.safetensors")
+    state["conv1.weight"][0, 0, 0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    words = ["-r", str(trained / "gptq.yaml"), "--allow-code"]
+    done = run("quantize", str(tmp_path / "nan.safetensors"), *words)
+    assert done.code == 3 and "1 of its 216 values are NaN" in done.err
+    done = run("quantize", str(trained / "m.safetensors"), "-r", str(trained / "gptq.yaml"), "--dry-run")
+    assert done.code == 0 and "gptq" in done.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.safetensors"]
+
+
+LIBRARIES = {
+    "mobilenet_v2": ("torchvision.models", "mobilenet_v2", "adaround"),
+    "resnet18": ("torchvision.models", "resnet18", "gptq"),
+    "resnet50": ("torchvision.models", "resnet50", "squant"),
+    "resnet101": ("torchvision.models", "resnet101", "squant"),
+    "timm_mobilenet_v1": ("timm", "mobilenetv1_100", "adaround"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_ready_recipes_run_through_on_random_weights_and_images(run: Run, tmp_path: Path, name: str) -> None:
+    from qcompress.model.code import import_package
+
+    package, factory, method = LIBRARIES[name]
+    side = 64
+    library = import_package(package)
+    torch.manual_seed(0)
+    module = library.create_model(factory) if package == "timm" else getattr(library, factory)()
+    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, tmp_path / "m.safetensors")
+    image = pytest.importorskip("PIL.Image")
+    random = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for label in range(2):
+            folder = tmp_path / "imagenet" / part / str(label)
+            folder.mkdir(parents=True)
+            for number in range(2):
+                pixels = random.integers(256, size=(side + 8, side + 8, 3), dtype=np.uint8)
+                image.fromarray(pixels).save(folder / f"{number}.png")
+    words = [f"data.{part}.{key}" for part in ("calibration", "eval") for key in ("resize", "crop")]
+    sizes = [f"--set={word}={side if 'crop' in word else side + 4}" for word in words]
+    recipe = tmp_path / "recipe.yaml"
+    text = (ROOT / "recipes" / "imagenet" / f"{name}.yaml").read_text(encoding="utf-8")
+    # What the larger networks add is their graph, not the solver's time on wide layers.
+    recipe.write_text(text.replace("adaround:", f"{method}:"))
+    old = os.environ.get("QCOMPRESS_DATA")
+    os.environ["QCOMPRESS_DATA"] = str(tmp_path)
+    try:
+        done = run(
+            *("quantize", str(tmp_path / "m.safetensors"), "-r", str(recipe), "-o", str(tmp_path / "a.safetensors")),
+            # The search under the Hessian of wide layers takes most of the time, and is tested elsewhere.
+            *(
+                "--json",
+                "-",
+                "--set",
+                "rules.0.adaround.range=mse",
+                "--set",
+                "data.calibration.samples=4",
+                "--set",
+                "rules.0.adaround.iterations=1",
+                *sizes,
+            ),
+        )
+    finally:
+        os.environ.pop("QCOMPRESS_DATA")
+        if old is not None:
+            os.environ["QCOMPRESS_DATA"] = old
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report["accuracy"][0]["samples"] == 4
+    assert all(layer["bits"] == 4 for layer in report["layers"] if len(layer["shape"]) >= 2)
