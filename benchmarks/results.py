@@ -28,6 +28,8 @@ METHODS = {
     "gptq": "gptq",
 }
 WIDTHS = (4, 3, 2)
+WIDE_PDQUANT = (("channel", 4), ("channel", 2))
+"""The grids at which pdquant is run on the large network."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,7 @@ class Run:
     @property
     def skipped(self) -> str | None:
         """Why this run is not made."""
-        if (
-            self.column == "pdquant"
-            and "mobilenet" in self.network.recipes
-            and (self.grain, self.bits)
-            not in (
-                ("channel", 4),
-                ("channel", 2),
-            )
-        ):
+        if self.column == "pdquant" and self.is_large and (self.grain, self.bits) not in WIDE_PDQUANT:
             return "not run"
         return None
 
@@ -95,7 +89,7 @@ class Run:
         return [
             *(sys.executable, "-m", "qcompress", "quantize", str(data / self.network.weights), "-r", str(recipe)),
             *("--set", f"rules.0.{method}.bits={self.bits}", "--set", f"rules.0.{method}.granularity={self.grain}"),
-            *(("--set", "rules.0.pdquant.iterations=100") if method == "pdquant" and self.is_large else ()),
+            *(("--set", "rules.0.pdquant.iterations=20") if method == "pdquant" and self.is_large else ()),
             *("--allow-code", "--threads", "1", "--force", "-o", str(output), "--json", "-"),
         ]
 
@@ -157,13 +151,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("results"))
     parser.add_argument("--only", default="")
+    parser.add_argument("--without", default="nothing", help="leave out the runs whose name has this part")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results-tables.md")
     options = parser.parse_args()
     data = Path(os.environ["QCOMPRESS_DATA"])
     options.work.mkdir(exist_ok=True, parents=True)
     reports = {}
     for run in runs():
-        if options.only in run.name or (options.work / f"{run.name}.json").is_file():
+        chosen = options.only in run.name and options.without not in run.name
+        if chosen or (options.work / f"{run.name}.json").is_file():
             reports[run.name] = measure(run, data, options.work)
     parts = [
         table(network, reports) for network in NETWORKS if any(Path(network.recipes).name in name for name in reports)

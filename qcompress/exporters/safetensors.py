@@ -12,6 +12,7 @@ from qcompress.artifact.layout import Layout, Slot, header_text
 from qcompress.artifact.reader import Artifact, ArtifactFile
 from qcompress.artifact.writer import SlotWriter, copy_companions, refuse_own_input, staged_output, write_index
 from qcompress.coding.affine import decode, take_rows
+from qcompress.errors import ArtifactError
 from qcompress.types import DTYPE_BITS
 
 BLOCK_WEIGHTS = 1 << 20
@@ -20,10 +21,13 @@ BLOCK_WEIGHTS = 1 << 20
 def export(artifact: Artifact, output: Path, *, force: bool) -> int:
     """Write the dense checkpoint, a file for each file of the artifact; the bytes written.
 
-    Tied copies that the checkpoint stored are stored again. Raises ArtifactError where a tensor is damaged, OutputError
-    and ResourceError where the output cannot be written; nothing is left behind then.
+    Tied copies that the checkpoint stored are stored again. Raises ArtifactError where a tensor is damaged and where the
+    artifact has caps, OutputError and ResourceError where the output cannot be written; nothing is left behind then.
     """
     refuse_own_input(artifact.path, output)
+    if artifact.caps:
+        what = f"bounds the outputs of {len(artifact.caps)} modules, which a dense checkpoint cannot hold"
+        raise ArtifactError(str(artifact.path), what, "quantize with dfq's relu6: skip, or use qcompress.load_into")
     folder = artifact.path.is_dir()
     with staged_output(output, force=force, folder=folder) as staged:
         layouts = {

@@ -8,6 +8,7 @@ over v is just that for small dy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -59,7 +60,7 @@ def probe(
             (gradient,) = torch.autograd.grad(weighted, y)
         found.append(gradient)
     places = flat.shape[0] // len(outputs)
-    return torch.stack(found, 1) / (temperature * (2 * probes * places) ** 0.5)
+    return torch.stack(found, 1) / (temperature * math.sqrt(2 * probes * places))
 
 
 def quadratic_difference(probes: Tensor, change: Tensor) -> Tensor:

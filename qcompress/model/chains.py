@@ -52,14 +52,15 @@ def equalization_links(live: LiveModel, layers: Collection[str]) -> list[Link]:
 def join_links(live: LiveModel, links: Sequence[Link]) -> list[tuple[Link, ...]]:
     """The links in rows: what goes through a depthwise layer is scaled before and behind it at once."""
     after = {link.first: link for link in links}
-    behind = {link.second for link in links}
-    rows = []
+    rows: list[tuple[Link, ...]] = []
+    joined: set[str] = set()
     for link in links:
-        if link.first in behind and _is_depthwise(live.module, link.first):
+        if link.first in joined:
             continue
         row = [link]
         while row[-1].repeats == 1 and _is_depthwise(live.module, row[-1].second) and row[-1].second in after:
             row.append(after[row[-1].second])
+        joined |= {one.first for one in row}
         rows.append(tuple(row))
     return rows
 
@@ -102,7 +103,7 @@ def _link_from(live: LiveModel, name: str, free: Collection[str]) -> Link | None
             # A cap is that of the layer's own channels, so it must come before anything else.
             return None
         else:
-            rectified, cap = True, activation.cap
+            rectified, cap = True, activation.cap or cap
         node, at_once = reader, False
     return None
 

@@ -101,6 +101,12 @@ def _missing_for_extras(recipe: Recipe) -> Iterator[InputError]:
     for section, wanted in (("activations", recipe.activations is not None), ("companions", bool(recipe.companions))):
         if wanted and recipe.model is None:
             yield RecipeError(recipe.places.get(section, section), "they need a live model", "add `model`")
+    folding = [rule for rule in recipe.rules if rule.method == "dfq" or getattr(rule.config, "fold", False)]
+    if recipe.companions and folding:
+        what = f"companions compare layers with those of the network as it was, and {folding[0].method} folds them"
+        yield RecipeError(
+            recipe.places.get("companions", "companions"), what, "leave them out; dfq corrects biases itself"
+        )
     if recipe.companions and recipe.model is not None and not calibration:
         yield RecipeError(recipe.places.get("companions", "companions"), "they need data", "add `data.calibration`")
     settings = recipe.activations

@@ -32,8 +32,8 @@ class DsCnn(nn.Module):
         self.fc = nn.Linear(64, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Frames and coefficients come without a channel dimension.
-        x = x.unsqueeze(1) if x.ndim == 3 else x
+        # Frames and coefficients may come without a channel dimension.
+        x = x.reshape(-1, 1, 49, 10)
         x = F.relu(self.bn1(self.conv1(F.pad(x, (1, 1, 4, 5)))))
         return self.fc(F.avg_pool2d(self.blocks(x), (24, 5)).flatten(1))
 

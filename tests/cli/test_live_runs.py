@@ -218,6 +218,28 @@ def test_nan_weights_and_dry_runs(run: Run, trained: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.safetensors"]
 
 
+def test_caps_are_stored_applied_and_not_exported(run: Run, trained: Path, tmp_path: Path) -> None:
+    """A network with ReLU6 in a chain, equalized with one grid a tensor."""
+    capped = NET.replace("F.relu(self.bn1", "F.relu6(self.bn1").replace("x + self.bn2", "self.bn2")
+    (tmp_path / "net.py").write_text(capped)
+    for name in ("data.npz", "m.safetensors"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    (tmp_path / "dfq.yaml").write_text(
+        RECIPE.replace("METHOD: {bits: 4}", "dfq: {bits: 8, granularity: tensor, relu6: caps}")
+    )
+    output = tmp_path / "a.safetensors"
+    done = quantize(run, tmp_path, "dfq", output, "--json", "-")
+    assert done.code == 0, done.err
+    top1 = json.loads(done.out)["accuracy"][0]
+    assert abs(top1["drop"]) < 0.05
+    module = find_callable("net.py:net", tmp_path, True, "test")()
+    qcompress.load_into(module, output)
+    assert module.bn1._forward_hooks
+    done = run("export", str(output), "--to", "safetensors", "-o", str(tmp_path / "dense.safetensors"))
+    assert done.code == 3 and "a dense checkpoint cannot hold" in done.err
+    assert not (tmp_path / "dense.safetensors").exists()
+
+
 LIBRARIES = {
     "mobilenet_v2": ("torchvision.models", "mobilenet_v2", "adaround"),
     "resnet18": ("torchvision.models", "resnet18", "gptq"),
@@ -256,20 +278,10 @@ def test_ready_recipes_run_through_on_random_weights_and_images(run: Run, tmp_pa
     old = os.environ.get("QCOMPRESS_DATA")
     os.environ["QCOMPRESS_DATA"] = str(tmp_path)
     try:
+        quick = ["--set", "rules.0.adaround.range=mse", *QUICK["adaround"]] if method == "adaround" else []
         done = run(
             *("quantize", str(tmp_path / "m.safetensors"), "-r", str(recipe), "-o", str(tmp_path / "a.safetensors")),
-            # The search under the Hessian of wide layers takes most of the time, and is tested elsewhere.
-            *(
-                "--json",
-                "-",
-                "--set",
-                "rules.0.adaround.range=mse",
-                "--set",
-                "data.calibration.samples=4",
-                "--set",
-                "rules.0.adaround.iterations=1",
-                *sizes,
-            ),
+            *("--json", "-", "--set", "data.calibration.samples=4", *quick, *sizes),
         )
     finally:
         os.environ.pop("QCOMPRESS_DATA")

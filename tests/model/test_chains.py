@@ -103,6 +103,22 @@ def test_links_through_depthwise_layers_are_one_row() -> None:
     ]
 
 
+def test_a_row_ends_where_a_channel_becomes_several() -> None:
+    module = Between(nn.Sequential(Call(lambda x: x.reshape(x.shape[0], 16, 4, 1)), nn.Conv2d(16, 16, 1, groups=16)))
+    module.second = nn.Conv2d(16, 2, 1)
+    live = live_model(module.double().eval(), torch.randn(2, 2, 4, 4).double())
+    rows = join_links(live, links_of(live))
+    assert [[(link.first, link.second, link.repeats) for link in row] for row in rows] == [
+        [("first", "middle.1", 4)],
+        [("middle.1", "second", 1)],
+    ]
+
+
+def test_a_cap_stays_behind_another_activation() -> None:
+    live = live_model(Between(nn.Sequential(nn.ReLU6(), nn.ReLU())).double().eval(), torch.randn(2, 2, 4, 4).double())
+    assert [link.cap for link in links_of(live)] == [6.0]
+
+
 def test_a_row_of_plain_layers_is_cut_at_each() -> None:
     live = live_of(Plumbing)
     assert [len(row) for row in join_links(live, links_of(live))] == [1] * 6
