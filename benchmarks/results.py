@@ -149,25 +149,28 @@ def table(network: Network, reports: dict[str, dict[str, Any]]) -> list[str]:
 
 HEAD = """# Results
 
-Written by `benchmarks/results.py`: every figure is one run of the command line on the ready [recipes](../recipes), the artifact read back
-from disk and measured.
+Written by `benchmarks/results.py`: every figure is one run of the command line on the ready [recipes](../recipes), the
+artifact read back from disk and measured.
 
     QCOMPRESS_DATA=/path/to/data python benchmarks/results.py --work results
 
-All layers are compressed, first and last included; inputs of all layers have 8 bits, their ranges from calibration data (dfq and squant: from the batch
-norms). `naive` is rounding to nearest on the min-max range. In brackets: processor seconds of the whole run on one core, measuring before and after
-included. No companion was used, and no run was picked among several.
+All layers are compressed, first and last included; inputs of all layers have 8 bits, their ranges from calibration data
+(dfq and squant: from the batch norms). `naive` is rounding to nearest on the min-max range. In brackets: processor
+seconds of the whole run on one core, measuring before and after included. No companion was used.
 """
 
 READING = """## How to read this
 
-- 95 % intervals are about 0.8 points wide each way on 5,000 images, and 4 points on 400 photos: what lies nearer together is equal here.
-- The order of the first paper's Table 1 (naive <= dfq, squant <= adaround, pdquant) shows in every row, with gaps that grow to 2 bits. That pdquant
-  is above adaround does not: at this scale both are within noise of each other, since ours both start from the same closed form.
-- AdaRound by AIMET on the same ResNet-20 (first 2,000 images, one grid a channel): W4A8 .9195, W2A8 .8695 with 2,000 steps (236 core-seconds) and .884 with
-  10,000 (980 core-seconds). On these images `adaround` here has .9155 at W2A8.
-- Data-free methods leave nothing of MobileNet at 3 and 2 bits with one grid a channel; calibrated ones keep 73 % and some 40 %.
-- pdquant on MobileNet ran with 20 steps a block, for time's sake.
+- 95 % intervals are about 0.8 points wide each way on 5,000 images, and 4 points on 400 photos: what lies nearer
+  together is equal here.
+- The order of the first paper's Table 1 (naive <= dfq, squant <= adaround, pdquant) shows but for noise, with gaps that
+  grow to 2 bits. That pdquant is above adaround does not show: both start here from the same closed form and end within
+  noise of each other.
+- AdaRound by AIMET on the same ResNet-20 (first 2,000 images, one grid a channel): W4A8 .9195, W2A8 .8695 with 2,000
+  steps (236 core-seconds) and .884 with 10,000 (980 core-seconds). On these images `adaround` here has .9155 at W2A8.
+- Data-free methods leave little of MobileNet at 3 bits and nothing at 2; calibrated ones keep 73 % and some 40 % of the
+  photos, with one grid a channel.
+- pdquant on MobileNet ran with 20 steps a block, for time's sake, and with one grid a channel only.
 """
 
 

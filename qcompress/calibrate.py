@@ -65,4 +65,5 @@ def compress_live(
     report = compress(checkpoint, plan, options, fitted)
     after = evaluate(options.output, setting) if task else []
     run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, str(setting.device))
-    return replace(report, accuracy=compare(before, after) if task else None, run=run)
+    accuracy = compare(before, after) if task else None
+    return replace(report, accuracy=accuracy, run=run, warnings=report.warnings + fitted.notes)

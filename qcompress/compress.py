@@ -130,7 +130,16 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitte
         if len(done) > 1:
             index_bytes = write_index(staged, {one.shard.file: one.written.slots for one in done})
     run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, options.device)
-    return _make_report(checkpoint, plan, done, index_bytes, options.output.name, run)
+    return _make_report(checkpoint, _with_adjusted(plan, fitted), done, index_bytes, options.output.name, run)
+
+
+def _with_adjusted(plan: Plan, fitted: Fitted) -> Plan:
+    """The plan whose kept tensors say so where a method has changed their values."""
+    adjusted = {name for name, value in fitted.encoded.items() if isinstance(value, Kept)}
+    decisions = (
+        replace(d, reason=f"{d.reason}; values adjusted") if d.tensor.name in adjusted else d for d in plan.decisions
+    )
+    return replace(plan, decisions=tuple(decisions))
 
 
 def _refuse_untrue_ties(checkpoint: Checkpoint, plan: Plan) -> None:

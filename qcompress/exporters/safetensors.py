@@ -21,8 +21,8 @@ BLOCK_WEIGHTS = 1 << 20
 def export(artifact: Artifact, output: Path, *, force: bool) -> int:
     """Write the dense checkpoint, a file for each file of the artifact; the bytes written.
 
-    Tied copies that the checkpoint stored are stored again. Raises ArtifactError where a tensor is damaged and where the
-    artifact has caps, OutputError and ResourceError where the output cannot be written; nothing is left behind then.
+    Tied copies that the checkpoint stored are stored again. Raises ArtifactError where a tensor is damaged and where
+    there are caps, OutputError and ResourceError where the output cannot be written; nothing is left behind then.
     """
     refuse_own_input(artifact.path, output)
     if artifact.caps:

@@ -126,6 +126,9 @@ def test_an_artifact_loads_into_the_original_architecture(run: Run, trained: Pat
     state, original = load_file(dense), load_file(trained / "m.safetensors")
     assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in original.items()}
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in state.items())
+    report = json.loads((tmp_path / "a.report.json").read_text())
+    adjusted = [layer["name"] for layer in report["layers"] if layer["reason"].endswith("values adjusted")]
+    assert bool(adjusted) == (method == "dfq")
     kept = [name for name, value in original.items() if value.ndim < 2 and torch.equal(value, state[name])]
     assert (len(kept) == len([1 for value in original.values() if value.ndim < 2])) == (method == "gptq")
 

@@ -135,6 +135,65 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         RULE + "finetune: {epochs: 2}\n",
         ["r.yaml:4: finetune: `finetune` is not available in this version; remove it"],
     ),
+    "model without factory": (
+        RULE + "model: {args: {a: 1}}\n",
+        ["r.yaml:4: model: `factory` is missing; add `factory`, text"],
+    ),
+    "model with weights": (
+        RULE + "model: {factory: a:b, args: {weights: DEFAULT}}\n",
+        ["r.yaml:4: model.args.weights: `weights` is set; remove it: weights come from the checkpoint"],
+    ),
+    "model with an unknown key": (
+        RULE + "model: {factory: a:b, arg: {}}\n",
+        ["r.yaml:4: model.arg: unknown key `arg`; did you mean `args`?"],
+    ),
+    "data of no source": (
+        RULE + "data:\n  eval: {samples: 3}\n",
+        ["r.yaml:5: data.eval: no source of data; give one of `npz`, `images`, `dataset`, `text`, `factory`"],
+    ),
+    "data of two sources": (
+        RULE + "data: {eval: {npz: a, images: b}}\n",
+        [
+            "r.yaml:4: data.eval: 2 sources of data: `npz`, `images`; "
+            "give one of `npz`, `images`, `dataset`, `text`, `factory`"
+        ],
+    ),
+    "data of an unknown part": (
+        RULE + "data: {evil: {npz: a}}\n",
+        ["r.yaml:4: data.evil: unknown key `evil`; did you mean `eval`?"],
+    ),
+    "no samples": (
+        RULE + "data: {eval: {npz: a, samples: 0}}\n",
+        ["r.yaml:4: data.eval.samples: 0 is out of range; must be at least 1"],
+    ),
+    "uneven normalization": (
+        RULE + "data: {normalize: {mean: [0.5, 0.5], std: [0.5]}}\n",
+        ["r.yaml:4: data.normalize: mean has 2 values and std 1; give one for each channel"],
+    ),
+    "unknown augmentation": (
+        RULE + "data: {train: {npz: a, augment: [flop]}}\n",
+        ["r.yaml:4: data.train.augment[0]: unknown augmentation `flop`; did you mean `flip`?"],
+    ),
+    "unknown task": (
+        RULE + "task: {clasification: {}}\n",
+        ["r.yaml:4: task.clasification: unknown task `clasification`; did you mean `classification`?"],
+    ),
+    "unknown metric": (
+        RULE + "task: {classification: {metric: top2}}\n",
+        ["r.yaml:4: task.classification.metric: unknown value `top2`; did you mean `top5`?"],
+    ),
+    "too few activation bits": (
+        RULE + "activations: {bits: 1}\n",
+        ["r.yaml:4: activations.bits: 1 is out of range; must be between 2 and 8"],
+    ),
+    "a companion twice": (
+        RULE + "companions: [batch_norm, batch_norm]\n",
+        ["r.yaml:4: companions[1]: `batch_norm` stands twice; remove one"],
+    ),
+    "an unknown companion": (
+        RULE + "companions: [bias_corection]\n",
+        ["r.yaml:4: companions[0]: unknown companion `bias_corection`; did you mean `bias_correction`?"],
+    ),
     "negative seed": (
         RULE + "seed: -1\n",
         ["r.yaml:4: seed: -1 is out of range; must be between 0 and 9223372036854775807"],
