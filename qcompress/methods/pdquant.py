@@ -115,7 +115,8 @@ class _Step(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(grid.scale, device=device))
         self.zero_point, self.bits = grid.zero_point, grid.bits
-        self.keep, self.generator = 0.0, None  # type: tuple[float, torch.Generator | None]
+        self.keep = 0.0
+        self.generator: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         most = 2**self.bits - 1
@@ -152,8 +153,9 @@ class _Block:
         self.stage = self.stages[self.place]
         self.config: PdquantConfig = next(iter(self.decisions.values())).config
         self.generator = self.live.generator(self.stage.name)
-        self.clean, self.noisy = join_states(self.clean_states), join_states(self.noisy_states)
-        self.samples = sum(batch.size for batch in self.live.calibration)
+        sizes = [batch.size for batch in self.live.calibration]
+        self.clean, self.noisy = join_states(self.clean_states, sizes), join_states(self.noisy_states, sizes)
+        self.samples = sum(sizes)
 
     def fit(self) -> Fitted:
         """Learn; `live.quantized` is left with neither parametrizations nor this block's quantizers."""

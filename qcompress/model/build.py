@@ -41,6 +41,10 @@ def build_model(settings: ModelSettings, root: Path, allow_code: bool = False, p
     if not isinstance(module, nn.Module):
         what = f"{settings.factory} gives a {type(module).__name__}, not a torch.nn.Module"
         raise ModelError(f"{place}.factory", what, "name a callable that builds the network")
+    config = getattr(module, "config", None)
+    if getattr(config, "use_cache", False):
+        # A cache of keys grows with every call, and blocks are called many times on the same inputs.
+        setattr(config, "use_cache", False)  # noqa: B010
     return module.eval()
 
 

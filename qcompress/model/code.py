@@ -29,17 +29,17 @@ _MISSING_OPERATORS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 _LIBRARIES: list[Any] = []
+_USERS_OF_TORCHVISION = ("torchvision", "timm", "transformers")
 
 
 def import_package(name: str) -> Any:
     """A package or a module of one.
 
-    torchvision's wheels for CUDA do not import beside a torch for the CPU, where two of its operators are missing: they
-    are declared then, and the import is tried once more.
-
     raises  UsageError for a missing extra; ImportError for any other module that is not there
     """
     try:
+        if name.partition(".")[0] in _USERS_OF_TORCHVISION:
+            _import_torchvision()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         top = (error.name or name).partition(".")[0]
@@ -48,6 +48,18 @@ def import_package(name: str) -> Any:
         raise UsageError(
             name, f"the package {top} is not installed", f"pip install 'qcompress[{EXTRAS[top]}]'"
         ) from None
+
+
+def _import_torchvision() -> None:
+    """Import torchvision where it is installed.
+
+    Its wheels for CUDA do not import beside a torch for the CPU, where two of its operators are missing, and neither
+    does what is built on it: they are declared then, and the import is tried once more.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _LIBRARIES:
             raise
@@ -57,7 +69,7 @@ def import_package(name: str) -> Any:
         _LIBRARIES.append(library)
         for broken in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "torchvision"]:
             del sys.modules[broken]
-        return importlib.import_module(name)
+        importlib.import_module("torchvision")
 
 
 def find_callable(

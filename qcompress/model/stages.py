@@ -245,7 +245,7 @@ def named_blocks(live: LiveModel) -> list[str]:
 
 def last_output(state: State) -> Tensor:
     """The network's logits from the state after the last stage."""
-    if isinstance(state, dict):
+    if isinstance(state, dict) and isinstance(next(iter(state)), fx.Node):
         output = next(value for node, value in state.items() if node.op == "output")
         return first_tensor(output)
     return first_tensor(state)
@@ -266,17 +266,21 @@ def replace_output(state: State, hidden: Tensor) -> State:
     return replace(state, args=(hidden, *state.args[1:]), output=output)
 
 
-def join_states(states: Sequence[State]) -> State:
-    """The states of several batches as the state of one, tensors joined along the samples."""
+def join_states(states: Sequence[State], sizes: Sequence[int]) -> State:
+    """The state of several batches at once: what runs along the samples is joined, the rest is the first's.
+
+    sizes  samples of each batch
+    """
     first = states[0]
     if isinstance(first, Tensor):
-        return torch.cat(list(states)) if first.ndim else first
+        along = all(state.ndim and len(state) == size for state, size in zip(states, sizes, strict=True))
+        return torch.cat(list(states)) if along else first
     if isinstance(first, Mapping):
-        return {key: join_states([state[key] for state in states]) for key in first}
+        return {key: join_states([state[key] for state in states], sizes) for key in first}
     if isinstance(first, (tuple, list)):
-        return type(first)(join_states(parts) for parts in zip(*states, strict=True))
+        return type(first)(join_states(parts, sizes) for parts in zip(*states, strict=True))
     if isinstance(first, (_BlockState, Batch)):
-        parts = {one.name: join_states([getattr(state, one.name) for state in states]) for one in fields(first)}
+        parts = {one.name: join_states([getattr(state, one.name) for state in states], sizes) for one in fields(first)}
         return type(first)(**parts)
     return first
 
