@@ -1,0 +1,1 @@
+"""Weight regularizers: what training adds to its loss so that quantization loses less. One file each."""

@@ -1,0 +1,105 @@
+"""Penalties that repeat: zero on evenly spaced minima, largest half-way between; what sine and cosine share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompress.errors import ModelError
+from qcompress.regularizers.penalty import Evaluated, Groups, matrix_of, spread, tiles
+
+TAILS = (0.01, 0.99)
+SIGMAS = 2.5
+SAMPLED = 1 << 20
+"""Weights at most that quantiles are taken of."""
+
+
+@dataclass(frozen=True)
+class Wave:
+    """|sin(rate * (w - origin))|, zero at origin.
+
+    rate, origin  [groups, 1] of the weight's dtype
+    low, high     where it ends; float, None where it goes on for ever
+    """
+
+    rate: Tensor
+    origin: Tensor
+    low: float | None = None
+    high: float | None = None
+
+
+def find_range(config: Any, weight: Tensor) -> tuple[float, float]:
+    """The ends of the range that a config asks for.
+
+    raises  ModelError for a constant weight, which has no range
+    """
+    kind = config.range
+    if isinstance(kind, tuple):
+        return float(kind[0]), float(kind[1])
+    flat = weight.detach().flatten().double()
+    if kind == "minmax":
+        low, high = (float(end) for end in torch.aminmax(flat))
+    elif kind == "sigma":
+        mean, deviation = float(flat.mean()), float(flat.std(correction=0))
+        low, high = mean - SIGMAS * deviation, mean + SIGMAS * deviation
+    else:
+        kept = flat[:: -(-len(flat) // SAMPLED)]
+        low, high = (float(torch.quantile(kept, tail)) for tail in TAILS)
+    if low >= high:
+        raise ModelError("regularizer", "a weight is constant and has no range", "leave it out of the rule's match")
+    return low, high
+
+
+def accumulate(config: Any, weight: Tensor, gradient: Tensor | None, factor: float, wave: Wave) -> Evaluated:
+    """The wave's penalty at a weight, see regularizers.penalty.Penalty."""
+    groups = Groups(matrix_of(weight), wave.rate.numel() > 1)
+    into = None if gradient is None else matrix_of(gradient)
+    scale = 1 / spread(weight, config.normalize)
+    if config.reduction == "mean":
+        scale /= weight.numel()
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for rows, columns in tiles(groups.matrix):
+        rate, origin = groups.of(wave.rate, rows), groups.of(wave.origin, rows)
+        part = groups.matrix[rows, columns]
+        inside = part if wave.low is None else part.clamp(wave.low, wave.high)
+        phase = (inside - origin).mul_(rate)
+        height, slope = phase.sin(), phase.cos_()
+        if config.power == 1:
+            slope.mul_(height.sign()).mul_(rate)
+            height.abs_()
+        else:
+            slope.mul_(height).mul_(rate * 2)
+            height.square_()
+        if wave.low is not None:
+            _extend(part, inside, height, slope, rate, hinge=config.outside == "hinge")
+        total += height.sum()
+        if into is not None:
+            into[rows, columns].add_(slope, alpha=factor * scale)
+    return Evaluated(total * scale)
+
+
+def _extend(part: Tensor, inside: Tensor, height: Tensor, slope: Tensor, rate: Tensor, *, hinge: bool) -> None:
+    """What goes on beyond the ends: a line of the wave's steepest slope, or what the end has, flat."""
+    over = part - inside
+    sign = over.sign()
+    slope.mul_(1 - sign.abs())
+    if hinge:
+        height.addcmul_(over.abs_(), rate)
+        slope.addcmul_(sign, rate)
+
+
+def minima_of(low: float, high: float, levels: int, *, ends: bool) -> Tensor:
+    """Evenly spaced minima in a range, float64 [levels]: both ends included, or in the middle of equal parts."""
+    if ends:
+        return torch.linspace(low, high, levels, dtype=torch.float64)
+    step = (high - low) / levels
+    return low + step * (torch.arange(levels, dtype=torch.float64) + 0.5)
+
+
+def half_turns(low: float, high: float, parts: int) -> float:
+    """The rate with which so many equal parts of a range are half a turn each."""
+    return math.pi * parts / (high - low)

@@ -1,0 +1,139 @@
+"""Penalties of the distance to the nearest of a few representatives: what min-squared and exponential share.
+
+Representatives are sorted first, so that a search over the midpoints assigns a weight in O(log levels); that gives the
+values and gradients of the form that compares every weight with every representative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompress.errors import ModelError
+from qcompress.regularizers.penalty import Evaluated, matrix_of, spread, tiles
+from qcompress.regularizers.periodic import SAMPLED, find_range, minima_of
+
+LLOYD_STEPS = 50
+
+Bend = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Distances -> (penalties, their slopes); may work in place."""
+
+
+class Representatives:
+    """The representatives of one weight, or of several that share them.
+
+    values  [levels], in no order
+    """
+
+    def __init__(self, config: Any, weight: Tensor) -> None:
+        self.config = config
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        self.values = torch.zeros(config.levels, dtype=kind, device=weight.device)
+        self.values.requires_grad_(config.learnable)
+        self.dead = 0
+
+    def begin(self, weights: Tensor) -> None:
+        """Put them where the config's `init` says.
+
+        weights  any shape: those of all layers that share them
+        raises   ModelError for fewer distinct weights than representatives
+        """
+        config = self.config
+        flat = weights.detach().flatten().to(self.values.dtype)
+        kept = flat[:: -(-len(flat) // SAMPLED)].sort().values
+        distinct = 1 + int((kept[1:] > kept[:-1]).sum())
+        if distinct < config.levels:
+            what = f"{config.levels} representatives for {distinct} distinct weights"
+            raise ModelError("regularizer", what, "ask for fewer levels, or leave the tensor out of the rule's match")
+        if config.init == "linear":
+            start = minima_of(*find_range(config, flat), config.levels, ends=True)
+        else:
+            start = _quantiles(kept.double(), config.levels)
+            if config.init == "kmeans":
+                start = _lloyd(kept.double(), start)
+        with torch.no_grad():
+            self.values.copy_(start)
+
+    def reseed(self, counts: Tensor) -> None:
+        """Move each representative that no weight is nearest to into the most populous cell.
+
+        counts  [levels]
+        """
+        left = counts.detach().clone()
+        dead = (left == 0).nonzero().flatten().tolist()
+        self.dead = len(dead)
+        if not (dead and self.config.learnable and self.config.reseed):
+            return
+        with torch.no_grad():
+            for index in dead:
+                full = int(left.argmax())
+                others = self.values[self.values != self.values[full]]
+                gap = (others - self.values[full]).abs().min() if len(others) else self.values[full].abs()
+                self.values[index] = self.values[full] + gap / 4
+                left[full] /= 2
+                left[index] = left[full]
+
+
+def accumulate(
+    config: Any, weight: Tensor, gradient: Tensor | None, factor: float, representatives: Representatives, bend: Bend
+) -> Evaluated:
+    """See regularizers.penalty.Penalty. counts are the weights of each representative."""
+    centres, order = representatives.values.detach().sort()
+    centres = centres.to(weight.dtype)
+    borders = (centres[1:] + centres[:-1]) / 2
+    matrix = matrix_of(weight)
+    into = None if gradient is None else matrix_of(gradient)
+    scale = 1 / spread(weight, config.normalize)
+    if config.reduction == "mean":
+        scale /= weight.numel()
+    levels = len(centres)
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    pulls = torch.zeros(levels, dtype=torch.float64, device=weight.device)
+    counts = torch.zeros(levels, dtype=torch.float64, device=weight.device)
+    for rows, columns in tiles(matrix):
+        part = matrix[rows, columns]
+        nearest = torch.bucketize(part, borders, out_int32=True)
+        distance = part - centres.take(nearest.long())
+        height, slope = bend(distance)
+        total += height.sum()
+        if into is not None:
+            into[rows, columns].add_(slope, alpha=factor * scale)
+        flat = nearest.flatten()
+        pulls += torch.bincount(flat, weights=slope.flatten(), minlength=levels)
+        counts += torch.bincount(flat, minlength=levels)
+    representatives.dead = int((counts == 0).sum())
+    slopes, members = torch.empty_like(pulls), torch.empty_like(counts)
+    slopes[order] = -scale * pulls
+    members[order] = counts
+    terms = {"representatives": slopes.to(representatives.values.dtype)} if config.learnable else {}
+    return Evaluated(total * scale, terms, members)
+
+
+def nearest_of(weight: Tensor, representatives: Tensor) -> Tensor:
+    """The nearest representative of every weight, shaped like it."""
+    centres = representatives.detach().sort().values.to(weight.dtype)
+    return centres[torch.bucketize(weight, (centres[1:] + centres[:-1]) / 2)]
+
+
+def _quantiles(kept: Tensor, levels: int) -> Tensor:
+    """The quantiles (j + 1/2) / levels of sorted values."""
+    places = (torch.arange(levels, dtype=torch.float64, device=kept.device) + 0.5) / levels * (len(kept) - 1)
+    return kept[places.round().long()]
+
+
+def _lloyd(kept: Tensor, centres: Tensor) -> Tensor:
+    """Lloyd's iterations on sorted values, by prefix sums; empty cells keep their centre."""
+    sums = torch.cat((kept.new_zeros(1), kept.cumsum(0)))
+    for _ in range(LLOYD_STEPS):
+        borders = torch.searchsorted(kept, (centres[1:] + centres[:-1]) / 2)
+        ends = torch.cat((borders.new_zeros(1), borders, borders.new_tensor([len(kept)])))
+        members = ends.diff()
+        means = (sums[ends[1:]] - sums[ends[:-1]]) / members.clamp_min(1)
+        moved = torch.where(members > 0, means, centres).sort().values
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres
