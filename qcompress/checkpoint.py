@@ -177,11 +177,26 @@ def _find_axes(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> di
     return axes
 
 
-def write_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_checkpoint(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write plain tensors as one safetensors file."""
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    # The library makes files that their owner alone may read.
+    path.chmod(mode)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of one safetensors file, and its metadata. Raises CheckpointError where it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(str(path), f"cannot be read: {error}", "check the file, or make it again") from None
 
 
 def tensor_view(container: Container, info: TensorInfo) -> Tensor:

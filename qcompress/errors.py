@@ -8,6 +8,7 @@
     │   ├── ArtifactError        an artifact that is damaged or foreign
     │   ├── ReportError          a report file that is damaged, foreign or newer
     │   ├── ModelError           a model that cannot be built, traced or run
+    │   ├── TrainingError        training that cannot go on, or whose saved state does not fit
     │   ├── DataError            data that is missing, damaged or does not fit the model
     │   ├── OutputError          an output that exists, or that is its own input
     │   ├── UnmeasuredError      a gate on something that was not measured
@@ -65,6 +66,10 @@ class ReportError(InputError):
 
 
 class ModelError(InputError):
+    pass
+
+
+class TrainingError(InputError):
     pass
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from qcompress.settings import ActivationSettings, Companion, DataSettings, ModelSettings, Task
+from qcompress.settings import ActivationSettings, Companion, DataSettings, ModelSettings, Task, Training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +101,17 @@ class Gates:
 
 
 @dataclass(frozen=True, slots=True)
+class Finetune:
+    """How a model is trained, and what its weights are pulled to.
+
+    regularize  rules whose methods are regularizers; None exempts
+    """
+
+    training: Training
+    regularize: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """What the user asked for, checked but not yet held against any tensor.
 
@@ -117,6 +128,7 @@ class Recipe:
     task: Task | None = None
     activations: ActivationSettings | None = None
     companions: tuple[Companion, ...] = ()
+    finetune: Finetune | None = None
     source: str = "command line"
     places: Mapping[str, str] = field(default_factory=dict)
 

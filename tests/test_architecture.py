@@ -20,7 +20,7 @@ KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
 VERBS = (
-    *("allocate", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "journal", "load", "sensitivity"),
+    *("allocate", "audit", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "journal", "load", "sensitivity"),
     *("shards", "worker"),
 )
 
@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "artifact": NOUNS | {"coding", "container"},
     "regularizers": KNOWN,
     "model": KNOWN | {"coding", "checkpoint", "container", "regularizers"},
-    "training": KNOWN | {"coding", "checkpoint", "regularizers"},
+    "training": KNOWN | {"coding", "checkpoint", "model", "regularizers"},
     "solvers": NOUNS | {"coding"},
     "methods": KNOWN | {"coding", "solvers", "model", "training"},
     "exporters": SHOWN,
@@ -59,7 +59,7 @@ ONLY_IN = {
     "pickle": (),
     "marshal": (),
     "shelve": (),
-    "jinja2": (),
+    "jinja2": ("report/render_html.py",),
 }
 
 FORBIDDEN_CALLS = {"eval", "exec", "print", "compile", "__import__", "breakpoint", "input"}

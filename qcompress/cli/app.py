@@ -16,6 +16,7 @@ from qcompress import __version__
 from qcompress.cli import options as opt
 from qcompress.cli.eval import evaluate
 from qcompress.cli.export import export
+from qcompress.cli.finetune import finetune_reg
 from qcompress.cli.quantize import quantize
 from qcompress.cli.recipe import recipe
 from qcompress.cli.report import report
@@ -61,6 +62,7 @@ def _root(
 
 
 app.command()(quantize)
+app.command("finetune-reg")(finetune_reg)
 app.command()(report)
 app.command("eval")(evaluate)
 app.command()(verify)

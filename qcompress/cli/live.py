@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from qcompress.types import Recipe
 
 
-def make_setting(recipe: Recipe, device: opt.Device, allow_code: bool, streams: Streams) -> Setting:
-    """Where a recipe's live parts run. Raises ResourceError where there is no such device."""
+def make_setting(
+    recipe: Recipe, device: opt.Device, allow_code: bool, streams: Streams, threads: int | None = None
+) -> Setting:
+    """Where a recipe's live parts run, on one thread unless told otherwise. Raises ResourceError for no such device."""
     import torch
 
     from qcompress.evaluate import Setting
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads or 1)
     return Setting(recipe, live_device(device), allow_code, _Progress(streams).show)
 
 

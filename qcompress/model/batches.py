@@ -73,15 +73,18 @@ class Batches:
         for start in range(0, self.samples, self.batch_size):
             yield self.read(range(start, min(start + self.batch_size, self.samples)))
 
-    def shuffled(self, generator: torch.Generator, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+    def shuffled(
+        self, generator: torch.Generator, share: tuple[int, int] = (0, 1), *, skip: int = 0
+    ) -> Iterator[Batch]:
         """Whole batches of one epoch in random order: of every `share[1]` samples the one numbered `share[0]`.
 
-        All shares of a generator's state are of equal size; what is left over is left out.
+        All shares of a generator's state are of equal size; what is left over is left out, and so are the first `skip`
+        batches.
         """
         rank, world = share
         order = torch.randperm(self.samples, generator=generator).tolist()
         own = order[rank : len(order) - len(order) % world : world]
-        for start in range(0, len(own) - self.batch_size + 1, self.batch_size):
+        for start in range(skip * self.batch_size, len(own) - self.batch_size + 1, self.batch_size):
             yield self.read(own[start : start + self.batch_size])
 
 

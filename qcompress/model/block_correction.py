@@ -74,7 +74,7 @@ def correct_inputs(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            schedule.step(float(loss))
+            schedule.step(float(loss.detach()))
     return moved.detach()
 
 

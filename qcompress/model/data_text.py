@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,59 @@ from qcompress.model.data import Source
 from qcompress.settings import HubData, TextData
 
 Reader = Callable[[Sequence[int]], Batch]
+
+IGNORED = -100
+"""The label of a padded place, which torch's cross entropy leaves out."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer of transformers, or a tokenizer.json.
+
+    rows         (texts, length) -> ids of each, special tokens included
+    target_rows  the same for translations, without what they begin with: what a decoder predicts
+    decode       ids -> text without special tokens
+    padding      the id at padded places
+    begin, end   the ids around a translation; None where the tokenizer does not say
+    """
+
+    rows: Callable[[Sequence[Any], int], list[list[int]]]
+    target_rows: Callable[[Sequence[Any], int], list[list[int]]]
+    decode: Callable[[list[int]], str]
+    padding: int = 0
+    begin: int | None = None
+    end: int | None = None
+
+    def encode(self, texts: Sequence[Any], length: int) -> tuple[Tensor, Tensor]:
+        """int64 [texts, longest] ids padded at the end, and the mask of what is no padding."""
+        rows = self.rows(texts, length)
+        return _padded(rows, self.padding), _padded([[1] * len(row) for row in rows], 0)
+
+    def encode_targets(self, texts: Sequence[Any], length: int) -> tuple[Tensor, Tensor]:
+        """What a decoder is given and what it should answer, both int64 [texts, longest].
+
+        The inputs are the begin token and the answers but the last; answers are IGNORED at padding. What `length` cuts
+        off is not answered with an end.
+        """
+        assert self.begin is not None
+        rows = self.target_rows(texts, length)
+        return _padded([[self.begin, *row[:-1]] for row in rows], self.padding), _padded(rows, IGNORED)
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class Sentences(Batch):
+    """A batch of sentences, and the tokenizer that their ids are from.
+
+    With translations whose begin the tokenizer knows, kwargs hold `decoder_input_ids` and labels the ids that follow
+    (see Tokenizer.encode_targets): run_model gives logits [samples, length, vocabulary] for labels [samples, length].
+    """
+
+    tokenizer: Tokenizer | None = None
 
 
 def read_text(settings: TextData, source: Source) -> tuple[int, Reader]:
@@ -35,9 +90,12 @@ def read_text(settings: TextData, source: Source) -> tuple[int, Reader]:
 
     def read(indices: Sequence[int]) -> Batch:
         ids, mask = tokenizer.encode([lines[index] for index in indices], settings.length)
+        kwargs = {"input_ids": ids, "attention_mask": mask}
         texts = tuple(targets[index] for index in indices) if targets is not None else ()
         chosen = torch.tensor([labels[index] for index in indices]) if labels is not None else None
-        return Batch(kwargs={"input_ids": ids, "attention_mask": mask}, labels=chosen, texts=texts)
+        if texts and labels is None and tokenizer.begin is not None:
+            kwargs["decoder_input_ids"], chosen = tokenizer.encode_targets(texts, settings.length)
+        return Sentences(kwargs=kwargs, labels=chosen, texts=texts, tokenizer=tokenizer)
 
     return len(lines), read
 
@@ -78,23 +136,6 @@ def read_hub(settings: HubData, source: Source) -> tuple[int, Reader]:
     return len(found), read
 
 
-class Tokenizer:
-    """A tokenizer of transformers, or a tokenizer.json: texts -> ids and mask."""
-
-    def __init__(
-        self, encode: Callable[[Any, int], tuple[list[list[int]], int]], decode: Callable[[list[int]], str]
-    ) -> None:
-        self._encode, self.decode = encode, decode
-
-    def encode(self, texts: Sequence[Any], length: int) -> tuple[Tensor, Tensor]:
-        """int64 [texts, longest] ids padded at the end, and the mask of what is no padding."""
-        rows, padding = self._encode(texts, length)
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        return ids, mask
-
-
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a folder (transformers) or of a tokenizer.json (tokenizers). Raises DataError, UsageError."""
     try:
@@ -107,22 +148,37 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _from_folder(path: Path) -> Tokenizer:
+    """Targets as transformers trains on them: the answers shifted right, behind the begin token of config.json."""
     found = import_package("transformers").AutoTokenizer.from_pretrained(str(path), local_files_only=True)
 
-    def encode(texts: Sequence[Any], length: int) -> tuple[list[list[int]], int]:
-        return found([*texts], truncation=True, max_length=length)["input_ids"], found.pad_token_id or 0
+    def rows(texts: Sequence[Any], length: int) -> list[list[int]]:
+        return found([*texts], truncation=True, max_length=length)["input_ids"]  # type: ignore[no-any-return]
 
-    return Tokenizer(encode, lambda ids: str(found.decode(ids, skip_special_tokens=True)))
+    def target_rows(texts: Sequence[Any], length: int) -> list[list[int]]:
+        return found(text_target=[*texts], truncation=True, max_length=length)["input_ids"]  # type: ignore[no-any-return]
+
+    def decode(ids: list[int]) -> str:
+        return str(found.decode(ids, skip_special_tokens=True))
+
+    config = path / "config.json"
+    begin = json.loads(config.read_text(encoding="utf-8")).get("decoder_start_token_id") if config.exists() else None
+    return Tokenizer(rows, target_rows, decode, found.pad_token_id or 0, begin, found.eos_token_id)
 
 
 def _from_file(path: Path) -> Tokenizer:
+    """What the tokenizer puts around an empty sentence, if two tokens, begins and ends every sentence."""
     found = import_package("tokenizers").Tokenizer.from_file(str(path))
     found.no_padding()
 
-    def encode(texts: Sequence[Any], length: int) -> tuple[list[list[int]], int]:
-        return [one.ids[:length] for one in found.encode_batch([*texts])], 0
+    def rows(texts: Sequence[Any], length: int) -> list[list[int]]:
+        return [one.ids[:length] for one in found.encode_batch([*texts])]
 
-    return Tokenizer(encode, lambda ids: str(found.decode(ids)))
+    def target_rows(texts: Sequence[Any], length: int) -> list[list[int]]:
+        return [one.ids[1 : length + 1] for one in found.encode_batch([*texts])]
+
+    empty = found.encode("")
+    begin, end = empty.ids if empty.special_tokens_mask == [1, 1] else (None, None)
+    return Tokenizer(rows, target_rows, lambda ids: str(found.decode(ids)), 0, begin, end)
 
 
 def _windows(tokenizer: Tokenizer, text: str, length: int, path: Path) -> tuple[int, Reader]:

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcompress.recipe.complete import refuse_missing
+    from qcompress.recipe.complete import refuse_missing, refuse_untrainable
     from qcompress.recipe.flags import recipe_from_flags
     from qcompress.recipe.hints import nearest, suggest
     from qcompress.recipe.parse import parse_recipe, read_recipe
@@ -28,6 +28,7 @@ __all__ = [
     "recipe_schema",
     "recipe_yaml",
     "refuse_missing",
+    "refuse_untrainable",
     "schema_text",
     "suggest",
 ]
@@ -43,6 +44,7 @@ _MODULES = {
     "recipe_schema": "schema",
     "recipe_yaml": "show",
     "refuse_missing": "complete",
+    "refuse_untrainable": "complete",
     "schema_text": "schema",
     "suggest": "hints",
 }

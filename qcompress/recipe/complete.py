@@ -44,10 +44,38 @@ def refuse_missing(recipe: Recipe, *, statistics: bool = False, measures: bool =
     measures    whether the command does nothing but measure
     """
     errors: list[InputError] = [*_missing_for_measuring(recipe, measures)]
+    if not measures and not recipe.rules:
+        errors.append(RecipeError(recipe.source, "has no rules", "add `rules`, a list of rules"))
     if not measures:
         errors += [error for rule in recipe.rules for error in _missing_for_rule(recipe, rule, statistics)]
         errors += _missing_for_extras(recipe)
     return list({str(error): error for error in errors}.values())
+
+
+def refuse_untrainable(recipe: Recipe, *, from_scratch: bool = False) -> list[InputError]:
+    """One error for everything that training lacks."""
+    data = recipe.data
+    wanted = {
+        "model": recipe.model is not None,
+        "data.train": data is not None and data.train is not None,
+        "task": recipe.task is not None,
+        "finetune": recipe.finetune is not None,
+    }
+    lacking = [name for name, there in wanted.items() if not there]
+    errors: list[InputError] = []
+    if lacking:
+        errors.append(
+            RecipeError(recipe.source, f"names no {' and no '.join(lacking)}", "add what is to be trained, and how")
+        )
+    measured = recipe.task is not None and data is not None and data.eval is not None
+    if recipe.finetune is not None and recipe.finetune.training.options.keep == "best" and not measured:
+        where = recipe.places.get("finetune", "finetune")
+        errors.append(RecipeError(where, "keep: best needs something to measure on", "add `data.eval`"))
+    if from_scratch and recipe.gates.max_drop:
+        errors.append(RecipeError("gates.max_drop", "there is no checkpoint to fall below", "use min_metric"))
+    if measured and recipe.task is not None:
+        errors += _unknown_metrics(recipe, recipe.task)
+    return errors
 
 
 def _missing_for_measuring(recipe: Recipe, measures: bool) -> Iterator[InputError]:
@@ -65,12 +93,16 @@ def _missing_for_measuring(recipe: Recipe, measures: bool) -> Iterator[InputErro
     if recipe.task is not None and recipe.model is None:
         yield RecipeError(recipe.places.get("task", "task"), "there is no model to measure", "add `model`")
     if all(wanted.values()) and recipe.task is not None:
-        known = task_metrics(recipe.task)
-        for kind, limits in (("min_metric", recipe.gates.min_metric), ("max_drop", recipe.gates.max_drop)):
-            for metric in limits:
-                if metric not in known:
-                    what = f"the task does not measure {metric!r}"
-                    yield RecipeError(f"gates.{kind}", what, f"it measures {', '.join(known)}")
+        yield from _unknown_metrics(recipe, recipe.task)
+
+
+def _unknown_metrics(recipe: Recipe, task: Task) -> Iterator[InputError]:
+    known = task_metrics(task)
+    for kind, limits in (("min_metric", recipe.gates.min_metric), ("max_drop", recipe.gates.max_drop)):
+        for metric in limits:
+            if metric not in known:
+                what = f"the task does not measure {metric!r}"
+                yield RecipeError(f"gates.{kind}", what, f"it measures {', '.join(known)}")
 
 
 def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[InputError]:

@@ -8,7 +8,7 @@ from qcompress.recipe.sizes import SIZE_PATTERN
 
 VERSION = 1
 
-LATER_KEYS = ("budget", "finetune")
+LATER_KEYS = ("budget",)
 """Keys of the format that this version refuses by name."""
 
 LATER_METHODS = ("lsq", "pact", "rd", "kmeans", "learned", "dkm")

@@ -10,18 +10,20 @@ from qcompress import registry
 from qcompress.errors import RecipeError
 from qcompress.recipe.configs import make_config
 from qcompress.recipe.expect import make_mapping, make_number, refuse_unknown
+from qcompress.recipe.finetune import make_finetune
 from qcompress.recipe.frame import LATER_KEYS, LATER_METHODS, SEED, VERSION
 from qcompress.recipe.gates import make_gates
 from qcompress.recipe.hints import listed, nearest, quoted
 from qcompress.recipe.locate import compose
 from qcompress.recipe.overrides import apply_overrides
+from qcompress.recipe.patterns import make_patterns
 from qcompress.recipe.sections import SECTIONS, make_sections
 from qcompress.recipe.tree import Broken, Node, Problems, shown
 from qcompress.types import Family, Gates, Recipe, Rule
 
 LARGEST_BYTES = 2**20
 
-ROOT_KEYS = ("version", "seed", *SECTIONS, "rules", "gates")
+ROOT_KEYS = ("version", "seed", *SECTIONS, "rules", "finetune", "gates")
 
 
 def read_recipe(
@@ -96,7 +98,7 @@ def _make_recipe(root: Node, source: str, family: Family, problems: Problems) ->
     if not _is_this_version(root, keys, problems):
         return nothing
     refuse_unknown(keys, ROOT_KEYS, LATER_KEYS, problems)
-    if "rules" not in keys:
+    if "rules" not in keys and "finetune" not in keys:
         problems.add(root, "`rules` is missing", "add `rules`, a list of rules")
     rules = _make_rules(keys["rules"], problems) if "rules" in keys else ()
     return Recipe(
@@ -104,6 +106,7 @@ def _make_recipe(root: Node, source: str, family: Family, problems: Problems) ->
         rules,
         seed=int(make_number(keys["seed"], SEED, problems)) if "seed" in keys else 0,
         gates=make_gates(keys["gates"], problems) if "gates" in keys else Gates(),
+        finetune=make_finetune(keys["finetune"], problems) if "finetune" in keys else None,
         source=source,
         **make_sections(keys, problems),
     )
@@ -146,7 +149,7 @@ def _make_rule(node: Node, problems: Problems) -> list[Rule]:
     methods = registry.METHODS
     known = ("match", "keep", *methods)
     refuse_unknown(keys, known, LATER_METHODS, problems, "key or method")
-    patterns = _patterns(keys["match"], problems) if "match" in keys else []
+    patterns = make_patterns(keys["match"], problems) if "match" in keys else []
     if "match" not in keys:
         problems.add(node, "`match` is missing", "add `match`, a glob over tensor names")
     actions = [key for key in keys if key == "keep" or key in methods]
@@ -169,20 +172,6 @@ def _make_action(action: str, options: Node, problems: Problems) -> Any | None:
     for key, child in make_mapping(options, problems, "write `keep: {}`").items():
         problems.add(child, f"unknown key {quoted(key)}", "write `keep: {}`, which has no options")
     return None
-
-
-def _patterns(node: Node, problems: Problems) -> list[str]:
-    items = node.value if isinstance(node.value, list) else [node]
-    if not items:
-        problems.add(node, "a list without a pattern", 'give at least one glob, as "*.weight"')
-    patterns = []
-    for item in items:
-        if isinstance(item.value, str) and item.value:
-            patterns.append(item.value)
-        elif not item.is_broken:
-            what = "an empty pattern" if item.value == "" else f"{shown(item.data())} is not a pattern"
-            problems.add(item, what, 'give a glob over tensor names, as "*.weight"')
-    return patterns
 
 
 def _one_family(node: Node, problems: Problems) -> Family | None:

@@ -9,19 +9,24 @@ import copy
 import inspect
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from qcompress import registry
 from qcompress.recipe.configs import option_names, options_schema
 from qcompress.recipe.frame import GATES, SEED, VERSION
+from qcompress.registry.regularizers import REGULARIZERS
 from qcompress.settings import (
     AUGMENTATIONS,
     DATA_KINDS,
+    OPTIMIZERS,
+    SCHEDULES,
     TASKS,
     ActivationSettings,
     Companion,
     ModelSettings,
     Normalize,
+    TrainingOptions,
 )
 
 _OPTION_LINE = re.compile(r"([a-z_][a-z0-9_]*) {2,}(\S.*)")
@@ -50,6 +55,7 @@ def recipe_schema() -> dict[str, Any]:
                 "minItems": 1,
                 "items": _rule({"keep": keep, **actions}),
             },
+            "finetune": _finetune(defs, keep),
             "gates": {
                 "description": "Limits; a run that breaks one exits with code 4",
                 "type": "object",
@@ -57,7 +63,8 @@ def recipe_schema() -> dict[str, Any]:
                 "additionalProperties": False,
             },
         },
-        "required": ["version", "rules"],
+        "required": ["version"],
+        "anyOf": [{"required": ["rules"]}, {"required": ["finetune"]}],
         "additionalProperties": False,
         "$defs": defs,
     }
@@ -87,8 +94,6 @@ def _sections(defs: dict[str, Any]) -> dict[str, Any]:
     }
     model = _options(ModelSettings)
     model["properties"]["blocks"] = _one_or_list(model["properties"]["blocks"])
-    tasks = {name: _options(config) for name, config in TASKS.items()}
-    bare = [name for name, options in tasks.items() if not options.get("required")]
     return {
         "model": model,
         "data": {
@@ -97,19 +102,7 @@ def _sections(defs: dict[str, Any]) -> dict[str, Any]:
             "properties": parts,
             "additionalProperties": False,
         },
-        "task": {
-            "description": "What the live model is measured by",
-            "anyOf": [
-                {
-                    "type": "object",
-                    "properties": tasks,
-                    "additionalProperties": False,
-                    "minProperties": 1,
-                    "maxProperties": 1,
-                },
-                {"enum": bare},
-            ],
-        },
+        "task": _choice("What the live model is measured by", TASKS),
         "activations": _options(ActivationSettings),
         "companions": {
             "description": "What goes with any method, after it",
@@ -118,6 +111,41 @@ def _sections(defs: dict[str, Any]) -> dict[str, Any]:
             "uniqueItems": True,
         },
     }
+
+
+def _finetune(defs: dict[str, Any], keep: dict[str, Any]) -> dict[str, Any]:
+    """The schema of `finetune`; the regularizers' options go to `defs`."""
+    options = _options(TrainingOptions)
+    for name, one in REGULARIZERS.items():
+        described = _options(one.config)
+        defs |= described.pop("$defs", {})
+        defs[f"regularizer-{name}"] = described
+    actions = {name: {"$ref": f"#/$defs/regularizer-{name}"} for name in REGULARIZERS}
+    options["properties"] |= {
+        "optimizer": _choice("What makes a step of a gradient", OPTIMIZERS),
+        "schedule": _choice("How the learning rate goes", SCHEDULES),
+        "regularize": {
+            "description": "The first rule that matches a weight's name decides",
+            "type": "array",
+            "items": _rule({"keep": keep, **actions}),
+        },
+    }
+    options["required"] = ["optimizer"]
+    return options
+
+
+def _choice(description: str, kinds: Mapping[str, type[Any]]) -> dict[str, Any]:
+    """One of a few kinds, by name alone where it needs no option."""
+    made = {name: _options(config) for name, config in kinds.items()}
+    bare = [name for name, options in made.items() if not options.get("required")]
+    mapping = {
+        "type": "object",
+        "properties": made,
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 1,
+    }
+    return {"description": description, "anyOf": [mapping, *([{"enum": bare}] if bare else [])]}
 
 
 def _one_or_list(option: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def make_sections(keys: Mapping[str, Node], problems: Problems) -> dict[str, Any
     """The fields of a Recipe that its sections give, `places` too; whatever is refused is in `problems`."""
     makers = {"model": _model, "data": _data, "task": _task, "activations": _activations, "companions": _companions}
     made: dict[str, Any] = {name: make(keys[name], problems) for name, make in makers.items() if name in keys}
-    places = {name: keys[name].where for name in SECTIONS if name in keys}
+    places = {name: keys[name].where for name in (*SECTIONS, "finetune") if name in keys}
     if "data" in keys and isinstance(keys["data"].value, dict):
         places |= {f"data.{part}": node.where for part, node in keys["data"].value.items()}
     return {**made, "places": places}

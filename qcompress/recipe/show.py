@@ -11,8 +11,8 @@ from typing import Any
 
 from qcompress.recipe.frame import VERSION
 from qcompress.recipe.sections import SECTIONS
-from qcompress.settings import TASKS
-from qcompress.types import Recipe, Rule
+from qcompress.settings import OPTIMIZERS, SCHEDULES, TASKS
+from qcompress.types import Finetune, Recipe, Rule
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NO_TEXT = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
@@ -42,23 +42,54 @@ def recipe_yaml(recipe: Recipe) -> str:
             lines += [f"{section}:", *(f"  {key}: {_flow(value)}" for key, value in data[section].items())]
         elif section in data:
             lines.append(f"{section}: {_flow(data[section])}")
-    lines.append("rules:")
-    for rule in data["rules"]:
-        (action,) = rule.keys() - {"match"}
-        lines += [f"  - match: {_flow(rule['match'], quote=True)}", f"    {action}: {_flow(rule[action])}"]
+    if "rules" in data:
+        lines += ["rules:", *_rule_lines(data["rules"], "  ")]
+    if "finetune" in data:
+        options = {key: value for key, value in data["finetune"].items() if key != "regularize"}
+        lines += ["finetune:", *(f"  {key}: {_flow(value)}" for key, value in options.items())]
+        if "regularize" in data["finetune"]:
+            lines += ["  regularize:", *_rule_lines(data["finetune"]["regularize"], "    ")]
     if "gates" in data:
         lines += ["gates:", *(f"  {name}: {_flow(limit)}" for name, limit in data["gates"].items())]
     return "\n".join(lines) + "\n"
 
 
+def _rule_lines(rules: list[dict[str, Any]], indent: str) -> list[str]:
+    lines = []
+    for rule in rules:
+        (action,) = rule.keys() - {"match"}
+        lines += [
+            f"{indent}- match: {_flow(rule['match'], quote=True)}",
+            f"{indent}  {action}: {_flow(rule[action])}",
+        ]
+    return lines
+
+
+def _rules(rules: tuple[Rule, ...]) -> list[dict[str, Any]]:
+    """The rules as they are written, those of one list of patterns together."""
+    groups = groupby(rules, key=lambda rule: (rule.where, rule.method, repr(rule.config)))
+    return [_rule([*group]) for _, group in groups]
+
+
 def _resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as data, in the order in which people write it."""
-    rules = []
-    for _, group in groupby(recipe.rules, key=lambda rule: (rule.where, rule.method, repr(rule.config))):
-        rules.append(_rule([*group]))
     gates = {name: limit for name, limit in _present(recipe.gates).items() if limit != {}}
     frame = {"version": VERSION, "seed": recipe.seed, **_sections(recipe)}
-    return frame | {"rules": rules} | ({"gates": gates} if gates else {})
+    rules = {"rules": _rules(recipe.rules)} if recipe.rules or recipe.finetune is None else {}
+    finetune = {} if recipe.finetune is None else {"finetune": _finetune(recipe.finetune)}
+    return frame | rules | finetune | ({"gates": gates} if gates else {})
+
+
+def _finetune(section: Finetune) -> dict[str, Any]:
+    training = section.training
+    found = _written(training.options)
+    for name, kinds in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        chosen = getattr(training, name)
+        (kind,) = (kind for kind, config in kinds.items() if type(chosen) is config)
+        found[name] = {kind: _written(chosen)}
+    if section.regularize:
+        found["regularize"] = _rules(section.regularize)
+    return found
 
 
 def _sections(recipe: Recipe) -> dict[str, Any]:

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
-from qcompress.errors import GateFailed, UnmeasuredError, raise_all
+from qcompress.errors import GateFailed, ReportError, UnmeasuredError, raise_all
 from qcompress.report.document import AccuracyFigures, GateResult, Report
 from qcompress.types import Gates
 
 Checked: TypeAlias = GateResult | UnmeasuredError
 
+MAX_GROWTH = "max-growth"
+SINCE = " since the baseline"
+"""Ends the name of a gate that is held against an earlier report: "max-drop top1 since the baseline"."""
+
 _METRIC_MEND = "give a recipe with model, data and task, so that the metric is measured"
+_BASELINE_MEND = "commit a report whose artifact was measured like this one"
 
 
-def check_gates(gates: Gates, report: Report) -> tuple[GateResult, ...]:
-    """One result for each gate, size first, then quality. NaN never passes.
+@dataclass(frozen=True, kw_only=True)
+class BaselineGates:
+    """Limits on what changed since an earlier report of the same checkpoint; `where` names it in errors.
+
+    max_growth  of the artifact's bytes, as a share of the earlier ones: 0.02 is 2 %
+    max_drop    metric -> how much larger its drop may be than the earlier one
+    """
+
+    report: Report
+    where: str
+    max_growth: float | None = None
+    max_drop: Mapping[str, float] = field(default_factory=dict)
+
+
+def check_gates(gates: Gates, report: Report, since: BaselineGates | None = None) -> tuple[GateResult, ...]:
+    """One result for each gate, size first, then quality, then what changed since the baseline. NaN never passes.
 
     max_size is held against the artifact on disk, max_bpw against the compressed weights with all their side
     information, min_sqnr against the worst compressed tensor. Raises UnmeasuredError (Refusals where several) for
-    gates on what the report does not hold.
+    gates on what the report or the baseline does not hold, ReportError where the baseline is of another checkpoint.
     """
+    if since is not None:
+        _refuse_other_input(report, since)
     checked: list[Checked] = []
     if gates.max_size is not None:
         checked.append(_at_most("max-size", gates.max_size, report.size.artifact_bytes))
@@ -31,21 +53,29 @@ def check_gates(gates: Gates, report: Report) -> tuple[GateResult, ...]:
         checked.append(_check_sqnr(gates.min_sqnr, report))
     checked += [_check_metric(f"min-metric {metric}", limit, report) for metric, limit in gates.min_metric.items()]
     checked += [_check_metric(f"max-drop {metric}", limit, report) for metric, limit in gates.max_drop.items()]
+    if since is not None:
+        checked += _check_since(since, report)
     raise_all([item for item in checked if isinstance(item, UnmeasuredError)])
     return tuple(item for item in checked if isinstance(item, GateResult))
 
 
-def check_metrics(limits: Mapping[str, float], measured: Mapping[str, float]) -> tuple[GateResult, ...]:
-    """One result for each least metric. Raises UnmeasuredError (Refusals where several) for what was not measured."""
+def check_metrics(
+    limits: Mapping[str, float], measured: Mapping[str, float], kind: Literal["min-metric", "max-drop"] = "min-metric"
+) -> tuple[GateResult, ...]:
+    """One result for each metric's least value, or largest drop.
+
+    raises  UnmeasuredError (Refusals where several) for what was not measured
+    """
     names = ", ".join(measured) or "none"
     raise_all(
         [
-            UnmeasuredError(f"gate min-metric {metric}", f"{metric} was not measured (measured: {names})", _METRIC_MEND)
+            UnmeasuredError(f"gate {kind} {metric}", f"{metric} was not measured (measured: {names})", _METRIC_MEND)
             for metric in limits
             if metric not in measured
         ]
     )
-    return tuple(_at_least(f"min-metric {metric}", limit, measured[metric]) for metric, limit in limits.items())
+    check = _at_least if kind == "min-metric" else _at_most
+    return tuple(check(f"{kind} {metric}", limit, measured[metric]) for metric, limit in limits.items())
 
 
 def gate_error(results: Sequence[GateResult]) -> GateFailed | None:
@@ -62,9 +92,16 @@ def gate_error(results: Sequence[GateResult]) -> GateFailed | None:
 def failure_words(result: GateResult) -> str:
     """Why a gate failed, with as many digits as tell value and limit apart: 2.201 bits per weight > 2.2."""
     sign = ">" if result.name.startswith("max-") else "<"
-    value, limit = _apart(result.value, result.limit)
-    unit = {"max-size": " bytes", "max-bpw": " bits per weight", "min-sqnr": " dB"}.get(result.name, "")
-    return f"{value}{unit} {sign} {limit}"
+    (measured, unit), (most, _) = scaled(result.name, result.value), scaled(result.name, result.limit)
+    value, limit = _apart(measured, most or 0)
+    return f"{value}{unit} {sign} {limit}{unit if unit == '%' else ''}"
+
+
+def scaled(name: str, value: float | None) -> tuple[float | None, str]:
+    """A gate's value or limit in the unit that people read, and that unit: growth in per cent."""
+    if name == MAX_GROWTH:
+        return (None if value is None else 100 * value, "%")
+    return (value, {"max-size": " bytes", "max-bpw": " bits per weight", "min-sqnr": " dB"}.get(name, ""))
 
 
 def _apart(value: float | None, limit: float) -> tuple[str, str]:
@@ -101,11 +138,72 @@ def _check_sqnr(limit: float, report: Report) -> Checked:
 
 def _check_metric(name: str, limit: float, report: Report) -> Checked:
     kind, metric = name.split(" ", 1)
-    figures = _accuracy(metric, report)
-    if figures is None:
-        measured = ", ".join(item.metric for item in report.accuracy or ()) or "none"
-        return UnmeasuredError(f"gate {name}", f"{metric} was not measured (measured: {measured})", _METRIC_MEND)
+    figures = _measured(name, metric, report)
+    if isinstance(figures, UnmeasuredError):
+        return figures
     return _at_least(name, limit, figures.artifact) if kind == "min-metric" else _at_most(name, limit, figures.drop)
+
+
+def _refuse_other_input(report: Report, since: BaselineGates) -> None:
+    earlier = since.report
+    mend = "write the baseline again with `qcompress report ARTIFACT --json FILE`, from an artifact of this checkpoint"
+    if report.input_sha256 is not None and earlier.input_sha256 is not None:
+        if report.input_sha256 == earlier.input_sha256:
+            return
+        what = f"is of another checkpoint than {report.artifact.name} (the hashes of their inputs differ)"
+        raise ReportError(since.where, what, mend)
+    tensors, earlier_tensors = ({one.name: (one.shape, one.dtype) for one in of.layers} for of in (report, earlier))
+    if tensors != earlier_tensors:
+        name = min(dict(tensors.items() ^ earlier_tensors.items()))
+        what = f"is of another network than {report.artifact.name}: {name} is not the same in both"
+        raise ReportError(since.where, what, mend)
+
+
+def _check_since(since: BaselineGates, report: Report) -> list[Checked]:
+    checked: list[Checked] = []
+    if since.max_growth is not None:
+        earlier = since.report.size.artifact_bytes
+        growth = (report.size.artifact_bytes - earlier) / earlier if earlier else math.inf
+        checked.append(_at_most(MAX_GROWTH, since.max_growth, growth))
+    checked += [_check_further_drop(metric, limit, report, since) for metric, limit in since.max_drop.items()]
+    return checked
+
+
+def _check_further_drop(metric: str, limit: float, report: Report, since: BaselineGates) -> Checked:
+    """How much larger the drop is than that of the baseline, whose samples must be as many."""
+    name = f"max-drop {metric}{SINCE}"
+    now = _measured(name, metric, report)
+    if isinstance(now, UnmeasuredError):
+        return now
+    then = _accuracy(metric, since.report)
+    if then is None:
+        what = f"{since.where} has no {metric} (it has: {_metrics(since.report)})"
+        return UnmeasuredError(f"gate {name}", what, _BASELINE_MEND)
+    if then.samples != now.samples:
+        what = f"{since.where} measured {then.samples:,} samples, this artifact {now.samples:,}"
+        return UnmeasuredError(f"gate {name}", what, _BASELINE_MEND)
+    if now.drop is None or then.drop is None:
+        return _at_most(name, limit, None)
+    # Stored drops have 6 significant digits: what lies below the last of them is not a difference.
+    digits = 6 - _exponent(max(abs(now.drop), abs(then.drop)))
+    return _at_most(name, limit, round(now.drop - then.drop, digits))
+
+
+def _exponent(value: float) -> int:
+    """How many digits stand before the decimal point; less than 0 for 0.001."""
+    return math.floor(math.log10(value)) + 1 if value and math.isfinite(value) else 0
+
+
+def _measured(name: str, metric: str, report: Report) -> AccuracyFigures | UnmeasuredError:
+    found = _accuracy(metric, report)
+    if found is not None:
+        return found
+    what = f"{metric} was not measured (measured: {_metrics(report)})"
+    return UnmeasuredError(f"gate {name}", what, _METRIC_MEND)
+
+
+def _metrics(report: Report) -> str:
+    return ", ".join(item.metric for item in report.accuracy or ()) or "none"
 
 
 def _accuracy(metric: str, report: Report) -> AccuracyFigures | None:

@@ -1,0 +1,312 @@
+"""The training loop, top to bottom: batches, loss, penalties, step, log, metric, saved states."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.errors import DataError, TrainingError
+from qcompress.model.batches import Batch, Batches, first_tensor
+from qcompress.model.live import seeded_generator
+from qcompress.model.tasks import Measurement
+from qcompress.settings import Training
+from qcompress.training.augment import augment
+from qcompress.training.losses import Loss
+from qcompress.training.optimizers import make_optimizer, rate_at
+from qcompress.training.parallel import ALONE, World
+from qcompress.training.penalties import Penalties
+from qcompress.training.state import Progress, Trainee, load_state, save_state
+
+SAVED_SECONDS = 300.0
+"""A state is saved at least so often, where the recipe does not count steps."""
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on; `place` names it in errors."""
+
+    batches: Batches
+    augment: tuple[str, ...] = ()
+    place: str = "data.train"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on.
+
+    measure   the task's metrics of the module, the headline first; None where there is nothing to measure on
+    say       called with a line of words now and then
+    log       the JSONL file: a line every few steps, and one an epoch
+    state     the file of saved states
+    resume    whether to go on from what lies there
+    identity  of recipe and checkpoint: the state of another run is refused
+    """
+
+    measure: Callable[[nn.Module], Sequence[Measurement]] | None = None
+    say: Callable[[str], None] = lambda _: None
+    log: Path | None = None
+    state: Path | None = None
+    resume: bool = False
+    identity: str = ""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How training went.
+
+    steps    optimizer steps
+    seconds  of training and of measuring after each epoch
+    loss     mean of the last epoch's steps, penalties not counted
+    kept     the epoch whose weights were kept, from 1
+    metrics  after each epoch: metric -> value; empty where nothing is measured
+    """
+
+    steps: int
+    seconds: float
+    loss: float
+    kept: int
+    metrics: tuple[Mapping[str, float], ...] = ()
+
+
+@dataclass
+class _Run:
+    """What the steps of one run share."""
+
+    data: Data
+    loss_of: Loss
+    training: Training
+    trainee: Trainee
+    watch: Watch
+    seed: int
+    world: World
+    parallel: nn.Module
+    log: _Log
+    started: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trainee.module.parameters()).device
+
+    @property
+    def steps_an_epoch(self) -> int:
+        batches = self.data.batches
+        return batches.samples // self.world.size // batches.batch_size // self.training.options.accumulate
+
+    @property
+    def total(self) -> int:
+        return self.training.options.epochs * self.steps_an_epoch
+
+
+def train(
+    module: nn.Module,
+    data: Data,
+    loss_of: Loss,
+    training: Training,
+    penalties: Penalties,
+    watch: Watch = Watch(),
+    *,
+    seed: int = 0,
+    world: World = ALONE,
+    after_step: Callable[[], None] = lambda: None,
+) -> Trained:
+    """Train a module in place; it is left in eval mode, with the weights that `keep` asks for.
+
+    Equal inputs and seed give equal weights on one device, also when a run was broken off and resumed. On several ranks
+    each takes its share of every batch: together they do what one process with the whole batch would.
+
+    after_step  called after each step, to bring parameters back to where they may be
+    raises      DataError for fewer samples than a batch; TrainingError for a loss that is not finite, and for a saved
+                state that does not fit
+    """
+    options = training.options
+    optimizer = make_optimizer(training.optimizer, module, penalties.learned(training.optimizer))
+    highest = [group["lr"] for group in optimizer.param_groups]
+    device = next(module.parameters()).device
+    scaler = torch.amp.GradScaler(device.type) if options.precision == "float16" else None
+    trainee = Trainee(module, optimizer, penalties, Progress(), scaler)
+    progress = trainee.progress
+    _refuse_few(data, options.accumulate, world)
+    if watch.resume and watch.state is not None and watch.state.exists():
+        load_state(watch.state, trainee, watch.identity)
+    log = _Log(watch.log if world.is_first else None, progress.log_bytes)
+    run = _Run(data, loss_of, training, trainee, watch, seed, world, world.wrap(module), log)
+    log.first_step = progress.step
+    if progress.step:
+        watch.say(f"going on from step {progress.step} of {run.total}")
+    spent = progress.seconds
+    while progress.epoch < options.epochs:
+        _to_train(module, frozen=options.batch_norm == "frozen")
+        for batches in _portions(run):
+            rate = rate_at(training.schedule, options.warm_up, progress.step / run.total)
+            for group, most in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = rate * most
+            optimizer.zero_grad()
+            penalties.zero_grad()
+            loss = _backward(run, batches)
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            penalty = penalties.add(progress.step, run.total)
+            if options.clip_norm is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), options.clip_norm)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            penalties.after(progress.step, run.total, rate * highest[0])
+            after_step()
+            progress.step += 1
+            progress.losses = (progress.losses[0] + loss, progress.losses[1] + 1)
+            progress.seconds = spent + time.monotonic() - run.started
+            if progress.step % options.log_steps == 0:
+                log.write(step=progress.step, loss=loss, penalty=penalty, lr=rate * highest[0])
+                watch.say(_step_words(run, loss, penalty))
+            if _is_due(run):
+                _save(run)
+        _end_epoch(run)
+        progress.seconds = spent + time.monotonic() - run.started
+        _save(run)
+    kept = options.epochs
+    if options.keep == "best" and progress.best_state:
+        kept = progress.best_epoch
+        _put(module, progress.best_state)
+    module.eval()
+    return Trained(run.total, progress.seconds, run.log.loss, kept, tuple(progress.metrics))
+
+
+def _refuse_few(data: Data, accumulate: int, world: World) -> None:
+    needed = data.batches.batch_size * accumulate * world.size
+    if data.batches.samples < needed:
+        what = f"has {data.batches.samples} samples, fewer than the {needed} of one step"
+        raise DataError(data.place, what, "lower batch_size, or accumulate less")
+
+
+def _to_train(module: nn.Module, *, frozen: bool) -> None:
+    """Training mode, but for batch norms that are to keep what they have seen."""
+    module.train()
+    if frozen:
+        for part in module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.eval()
+
+
+def _portions(run: _Run) -> Iterator[list[Batch]]:
+    """The batches of each step that is left of this epoch, augmented, on the device."""
+    progress, accumulate = run.trainee.progress, run.training.options.accumulate
+    done = progress.step - progress.epoch * run.steps_an_epoch
+    order = seeded_generator(run.seed, f"order of epoch {progress.epoch}", "cpu")
+    share = (run.world.rank, run.world.size)
+    drawn = run.data.batches.shuffled(order, share, skip=done * accumulate)
+    for index in range(done, run.steps_an_epoch):
+        portion = []
+        for place, batch in enumerate(itertools.islice(drawn, accumulate)):
+            random = seeded_generator(run.seed, f"images of {progress.epoch}, {index}, {place}", "cpu")
+            portion.append(augment(batch, run.data.augment, random, run.world).to(run.device))
+        yield portion
+
+
+def _backward(run: _Run, batches: Sequence[Batch]) -> float:
+    """The loss of one step, its gradients added to the parameters'. Raises TrainingError where it is not finite."""
+    precision, scaler = PRECISIONS[run.training.options.precision], run.trainee.scaler
+    total = torch.zeros((), device=run.device)
+    for place, batch in enumerate(batches):
+        # Ranks exchange gradients once a step, with the last batch.
+        waits = run.world.size > 1 and place + 1 < len(batches)
+        with run.parallel.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            with torch.autocast(run.device.type, precision, enabled=precision is not None):
+                output = first_tensor(run.parallel(*batch.args, **batch.kwargs))
+                loss: Tensor = run.loss_of(output, batch) / len(batches)
+            (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    value = float(run.world.mean(total))
+    if not math.isfinite(value):
+        what = f"the loss is {value} at step {run.trainee.progress.step + 1} of {run.total}"
+        raise TrainingError("training", what, "lower the learning rate or the strength, or set clip_norm")
+    return value
+
+
+def _end_epoch(run: _Run) -> None:
+    """Measure, note what is best, and write the epoch's line."""
+    progress, watch = run.trainee.progress, run.watch
+    progress.epoch += 1
+    measured: Sequence[Measurement] = ()
+    if watch.measure is not None and run.world.is_first:
+        measured = watch.measure(run.trainee.module)
+    run.world.wait()
+    metrics = {one.metric: one.value for one in measured}
+    progress.metrics.append(metrics)
+    if measured and run.training.options.keep == "best":
+        headline = measured[0].metric
+        before = progress.metrics[progress.best_epoch - 1][headline] if progress.best_epoch else None
+        sign = 1 if measured[0].higher else -1
+        if before is None or sign * metrics[headline] > sign * before:
+            progress.best_epoch = progress.epoch
+            progress.best_state = {k: v.detach().clone() for k, v in run.trainee.module.state_dict().items()}
+    total, steps = progress.losses
+    run.log.loss = total / max(steps, 1)
+    progress.losses = (0.0, 0)
+    run.log.write(epoch=progress.epoch, step=progress.step, loss=run.log.loss, metrics=metrics)
+    words = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
+    watch.say(f"epoch {progress.epoch} of {run.training.options.epochs}: loss {run.log.loss:.4g}{words}")
+
+
+def _is_due(run: _Run) -> bool:
+    """Whether a state is to be saved within an epoch."""
+    every = run.training.options.save_steps
+    if every is not None:
+        return run.trainee.progress.step % every == 0
+    # Ranks must agree, and clocks do not.
+    return run.world.size == 1 and time.monotonic() - run.saved > SAVED_SECONDS
+
+
+def _save(run: _Run) -> None:
+    run.saved = time.monotonic()
+    run.trainee.progress.log_bytes = run.log.bytes
+    if run.watch.state is not None and run.world.is_first:
+        save_state(run.watch.state, run.trainee, run.watch.identity)
+    run.world.wait()
+
+
+def _put(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in module.state_dict(keep_vars=True).items():
+            value.detach().copy_(state[name])
+
+
+def _step_words(run: _Run, loss: float, penalty: float) -> str:
+    progress = run.trainee.progress
+    pace = (time.monotonic() - run.started) / max(progress.step - run.log.first_step, 1)
+    left = pace * (run.total - progress.step)
+    words = f"step {progress.step} of {run.total}: loss {loss:.4g}"
+    return words + (f", penalty {penalty:.4g}" if penalty else "") + f", about {left:.0f} s left"
+
+
+class _Log:
+    """The JSONL file, cut to the length that it had when the state was saved; None: nothing is written."""
+
+    def __init__(self, path: Path | None, length: int) -> None:
+        self._path = path
+        self.bytes = length
+        self.loss = math.nan
+        self.first_step = 0
+        if path is not None:
+            with path.open("ab") as file:
+                file.truncate(length)
+
+    def write(self, **values: Any) -> None:
+        if self._path is not None:
+            with self._path.open("ab") as file:
+                file.write(json.dumps(values).encode() + b"\n")
+                self.bytes = file.tell()
