@@ -94,7 +94,7 @@ def _idle(rules: Sequence[Rule], deciders: Mapping[str, Rule | None]) -> list[In
         if any(decider is not None and decider.where == where for decider in deciders.values()):
             continue
         globs = [rule.match for rule in same]
-        what = f"match {globs[0] if len(globs) == 1 else globs!r} decides nothing"
+        what = f"match {globs[0] if len(globs) == 1 else globs} decides nothing"
         example = next((name for name in deciders if name.endswith("weight")), "nothing here")
         errors.append(RecipeError(where, what, f"weights are named like {example}; see `layers`"))
     return errors

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import Run, files_under, small_tensors, write_checkpoint
 
+from qcompress.artifact.reader import read_artifact
+
 
 @pytest.fixture
 def artifact(run: Run, checkpoint: Path) -> Path:
@@ -29,8 +31,11 @@ def layers(text: str) -> dict[str, dict[str, object]]:
 
 def test_it_shows_the_stored_report(run: Run, artifact: Path) -> None:
     stored = artifact.with_name("model-w2.report.json")
-    for source in (artifact, stored):
-        assert json.loads(run("report", source, "--json", "-").out) == json.loads(stored.read_text())
+    written = json.loads(stored.read_text())
+    assert json.loads(run("report", stored, "--json", "-").out) == written
+    # Which checkpoint it was made from, the artifact knows even where its report does not say so.
+    shown = json.loads(run("report", artifact, "--json", "-").out)
+    assert shown == written | {"input_sha256": read_artifact(artifact).files[0].manifest.input_sha256}
 
 
 def test_without_the_stored_report_the_artifact_speaks_for_itself(run: Run, artifact: Path) -> None:

@@ -86,7 +86,7 @@ def test_small_alpha_is_a_variance_penalty() -> None:
 
 @pytest.mark.parametrize(("deviation", "decay"), [(0.05, 0.0), (0.2, 0.0), (0.005, 1e-2)])
 def test_alpha_comes_to_rest_where_theory_puts_it(deviation: float, decay: float) -> None:
-    """exp(-alpha) = Var_p + Var_q; for Gaussian weights alpha = -ln(2 s^2), and W(1 / decay) where decay would cap it."""
+    """exp(-alpha) = Var_p + Var_q: -ln(2 s^2) for Gaussian weights, and W(1 / decay) where decay would cap it."""
     special = pytest.importorskip("scipy.special")
     weight = gaussian(20_000, deviation)
     free = -math.log(2 * deviation**2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_minima_and_maxima_of_sine_and_cosine() -> None:
         saved = penalty.saved(weight)["representatives"].tolist()
         assert saved == pytest.approx(minima)
         assert [value_of(penalty, x) for x in minima] == pytest.approx([0] * 4, abs=1e-12)
-        between = [(low + high) / 2 for low, high in zip(minima, minima[1:], strict=False)]
+        between = [(low + high) / 2 for low, high in pairwise(minima)]
         assert [value_of(penalty, x) for x in between] == pytest.approx([1] * 3)
 
 

@@ -21,6 +21,8 @@ def conv_figures() -> LayerFigures:
         relative_error=0.01,
         max_error=0.25,
         range=(-1.5, 2.0),
+        fences=(-1.25, 1.5),
+        levels=(-1.5, -0.5, 0.5, 1.5),
         outlier_share=0.0078125,
         kurtosis=3.25,
         levels_used=4,
@@ -74,6 +76,7 @@ def full_report() -> Report:
     """Every key filled."""
     return replace(
         small_report(),
+        input_sha256="ef" * 32,
         accuracy=(
             AccuracyFigures(
                 metric="top1",

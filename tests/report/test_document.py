@@ -41,7 +41,7 @@ from qcompress.report.document_json import (
 from .examples import conv_figures, full_report, kept, layer, make_report, small_report
 
 VALIDATOR = jsonschema.Draft202012Validator(report_schema())
-DOCS = Path(__file__).parents[2] / "docs" / "report.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_schema_file_is_fresh_and_holds_for_every_key() -> None:
 
 
 def test_every_key_is_defined_in_the_docs() -> None:
-    text = DOCS.read_text()
+    text = (DOCS / "report.md").read_text() + (DOCS / "glossary.md").read_text()
     nouns = (
         Report,
         ArtifactFile,

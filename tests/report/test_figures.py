@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from qcompress.coding.affine import decode_rows
+from qcompress.coding.affine import decode_rows, take_rows
 from qcompress.report.counts import Counts, measure_counts
 from qcompress.report.document import LayerFigures
 from qcompress.report.figures import (
@@ -57,6 +58,7 @@ def assert_figures_of(weight: torch.Tensor, decoded: torch.Tensor) -> None:
     assert figures.range == (w.min(), w.max())
     first, third = np.quantile(w, [0.25, 0.75])
     low, high = first - 1.5 * (third - first), third + 1.5 * (third - first)
+    assert figures.fences == pytest.approx((low, high), rel=1e-12, abs=1e-12 * float(np.abs(w).max()))
     assert figures.outlier_share == np.count_nonzero((w < low) | (w > high)) / w.size
     if w.min() == w.max():
         assert figures.kurtosis is None
@@ -262,16 +264,16 @@ def affine(scale: list[list[float]], **grid: object) -> Affine:
     )
 
 
-@pytest.mark.parametrize(
-    "grid",
-    [
-        {"zero_point": torch.tensor([[1, 3], [0, 2]], dtype=torch.uint8)},
-        {"offset": torch.tensor([[-1.0, 2.0], [0.0, 9.0]]).half()},
-        {"convention": "narrow"},
-        {"convention": "full"},
-        {"convention": "mid-rise"},
-    ],
-)
+GRIDS: list[dict[str, object]] = [
+    {"zero_point": torch.tensor([[1, 3], [0, 2]], dtype=torch.uint8)},
+    {"offset": torch.tensor([[-1.0, 2.0], [0.0, 9.0]]).half()},
+    {"convention": "narrow"},
+    {"convention": "full"},
+    {"convention": "mid-rise"},
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 def test_the_unclipped_range_lies_half_a_step_beyond_the_levels(grid: dict[str, object]) -> None:
     encoded = affine([[1.0, -2.0], [0.5, 8.0]], **grid)
     ends = []
@@ -282,6 +284,39 @@ def test_the_unclipped_range_lies_half_a_step_beyond_the_levels(grid: dict[str, 
     half_step = encoded.scale.float().abs() / 8 / 2
     assert torch.equal(low, torch.minimum(*ends) - half_step)
     assert torch.equal(high, torch.maximum(*ends) + half_step)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_levels_are_those_of_the_mean_grid_however_the_tensor_is_cut(grid: dict[str, object]) -> None:
+    encoded = affine([[1.0, -2.0], [0.5, 8.0]], **grid)
+    levels = np.zeros((4, 4))
+    for code in range(4):
+        encoded.codes.fill_(code)
+        levels[code] = decode_rows(encoded).double().reshape(4, 4)[:, 0].numpy()
+    # A negative scale counts its levels downwards.
+    expected = np.sort(levels, axis=0).mean(axis=1)
+    weight = decode_rows(encoded)
+    for cuts in ([0, 2], [0, 1, 2]):
+        meter = LayerMeter(weight.numel(), 2)
+        for start, end in itertools.pairwise(cuts):
+            low, high = unclipped_range(take_rows(encoded, start, end))
+            meter.add(weight[start:end], weight[start:end], None, within=(low, high))
+        assert meter.result().levels == pytest.approx(expected, abs=1e-6)
+
+
+def test_levels_at_zero_are_zero_and_more_levels_than_bins_are_left_out() -> None:
+    weight = normal(4, 8)
+    step = 0.1
+    for bits, middle in ((1, 1), (3, 3), (6, 31)):
+        low, high = -(middle + 0.5) * step, (2**bits - middle - 0.5) * step
+        figures = measure_decoded(weight, weight, bits, within=(torch.tensor([[low]]), torch.tensor([[high]])))
+        assert figures.levels is not None
+        assert (len(figures.levels), figures.levels[middle]) == (2**bits, 0.0)
+        assert figures.levels == pytest.approx([step * (code - middle) for code in range(2**bits)], rel=1e-4)
+    within = (torch.tensor([[-1.0]]), torch.tensor([[1.0]]))
+    assert measure_decoded(weight, weight, 7, within=within).levels is None
+    assert measure_decoded(weight, weight, 2).levels is None
+    assert measure_decoded(weight, weight, within=within).levels is None
 
 
 def test_clipped_weights_are_counted_grid_by_grid() -> None:

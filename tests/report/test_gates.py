@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from qcompress.errors import Refusals, UnmeasuredError
+from qcompress.errors import Refusals, ReportError, UnmeasuredError
 from qcompress.report.document import AccuracyFigures, LayerFigures, Report
-from qcompress.report.gates import check_gates, gate_error
+from qcompress.report.gates import BaselineGates, check_gates, gate_error
+from qcompress.report.view import gate_words
 from qcompress.types import Gates
 
 from .examples import kept, layer, make_report
@@ -131,3 +132,110 @@ def test_the_error_lists_every_failure_with_value_and_limit() -> None:
 def test_a_near_miss_shows_the_digits_that_differ() -> None:
     (result,) = check_gates(Gates(max_bpw=3 - 1e-7), TWO)
     assert "3 bits per weight > 2.9999999" in str(gate_error([result]))
+
+
+def since(report: Report, growth: float | None = None, **drops: float) -> BaselineGates:
+    return BaselineGates(report=report, where="old.json", max_growth=growth, max_drop=drops)
+
+
+def grown(n_bytes: int) -> Report:
+    """TWO with so many bytes."""
+    return make_report(*TWO.layers, header_bytes=n_bytes - 96)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "limit", "passed"),
+    [
+        (1000, 1020, 0.02, True),
+        (1000, 1021, 0.02, False),
+        (1000, 1003, 0.003, True),
+        (1000, 1000, 0.0, True),
+        (1000, 1001, 0.0, False),
+        (1000, 900, -0.1, True),
+        (1000, 901, -0.1, False),
+    ],
+)
+def test_growth_is_a_share_of_the_earlier_bytes(then: int, now: int, limit: float, passed: bool) -> None:
+    (result,) = check_gates(Gates(), grown(now), since(grown(then), limit))
+    assert (result.name, result.limit, result.passed) == ("max-growth", limit, passed)
+    assert result.value == pytest.approx(now / then - 1, abs=1e-12)
+
+
+def test_growth_is_told_in_per_cent() -> None:
+    (failed,) = check_gates(Gates(), grown(1034), since(grown(1000), 0.02))
+    assert gate_words(failed) == "FAILED max-growth 3.4% > 2%"
+    (passed,) = check_gates(Gates(), grown(1000), since(grown(1000), 0.02))
+    assert gate_words(passed) == "passed max-growth 0% <= 2%"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "limit", "passed"),
+    [
+        (0.01, 0.015, 0.005, True),
+        (0.015, 0.02, 0.005, True),
+        (0.01, 0.0151, 0.005, False),
+        (0.02, 0.01, 0.0, True),
+        (-0.01, 0.0, 0.005, False),
+        (0.1, 0.2, 0.1, True),
+        (0.7, 0.8, 0.1, True),
+    ],
+)
+def test_a_further_drop_is_held_against_the_earlier_drop(then: float, now: float, limit: float, passed: bool) -> None:
+    """Whatever the metric's direction, for a drop is positive where the artifact is worse."""
+    for value in (0.7, 30.0):
+        earlier, later = report_of(0.1, m=(value, then)), report_of(0.1, m=(value + 1, now))
+        (result,) = check_gates(Gates(), later, since(earlier, m=limit))
+        assert (result.name, result.passed) == ("max-drop m since the baseline", passed)
+        assert result.value == pytest.approx(now - then, abs=1e-9)
+
+
+def test_gates_on_change_stand_behind_the_others() -> None:
+    gates = Gates(max_size=10**6, max_drop={"top5": 1})
+    names = [result.name for result in check_gates(gates, TWO, since(TWO, 0.0, top1=0.0))]
+    assert names == ["max-size", "max-drop top5", "max-growth", "max-drop top1 since the baseline"]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "message"),
+    [
+        (TWO, report_of(0.1, 0.1), "top1 was not measured (measured: none); give a recipe"),
+        (report_of(0.1, 0.1, top5=(1, 0)), TWO, "old.json has no top1 (it has: top5); commit a report"),
+        (
+            replace(TWO, accuracy=(AccuracyFigures(metric="top1", baseline=1, artifact=1, drop=0, samples=9_999),)),
+            TWO,
+            "old.json measured 9,999 samples, this artifact 10; commit a report",
+        ),
+    ],
+)
+def test_a_drop_that_cannot_be_compared_is_an_error(earlier: Report, later: Report, message: str) -> None:
+    with pytest.raises(UnmeasuredError) as caught:
+        check_gates(Gates(), later, since(earlier, top1=1.0))
+    assert str(caught.value).startswith(f"gate max-drop top1 since the baseline: {message}")
+
+
+@pytest.mark.parametrize("bad", [math.nan, None])
+def test_a_change_of_what_is_not_a_number_never_passes(bad: float | None) -> None:
+    figures = AccuracyFigures(metric="top1", baseline=bad, artifact=bad, drop=bad, samples=10)
+    broken = replace(TWO, accuracy=(figures,))
+    for earlier, later in ((TWO, broken), (broken, TWO), (broken, broken)):
+        (result,) = check_gates(Gates(), later, since(earlier, top1=math.inf))
+        assert not result.passed
+
+
+def test_a_baseline_of_another_checkpoint_is_refused_by_its_hash_or_its_tensors() -> None:
+    one, other = replace(TWO, input_sha256="a" * 64), replace(TWO, input_sha256="b" * 64)
+    with pytest.raises(
+        ReportError, match=r"^old.json: is of another checkpoint than .*; write the baseline again"
+    ) as c:
+        check_gates(Gates(), one, since(other, 9.0))
+    assert c.value.exit_code == 3
+    for later, earlier in ((one, one), (one, TWO), (TWO, other)):
+        assert check_gates(Gates(), later, since(earlier, 9.0))[0].passed
+    for layers in (
+        TWO.layers[:1],
+        (*TWO.layers, kept("more")),
+        (TWO.layers[0], replace(TWO.layers[1], shape=(16, 8))),
+        (TWO.layers[0], replace(TWO.layers[1], dtype="F16")),
+    ):
+        with pytest.raises(ReportError, match=r"is of another network than .*: (w1|more) is not the same"):
+            check_gates(Gates(), TWO, since(make_report(*layers), 9.0))

@@ -62,6 +62,7 @@ def test_the_artifact_alone_tells_all_but_reasons_and_errors(network: Path, tmp_
     found = gather_report(tmp_path / "out")
     assert by_name(found, figures=False) == by_name(written, figures=False)
     assert (found.size, found.artifact, found.recipe_hash) == (written.size, written.artifact, written.recipe_hash)
+    assert found.input_sha256 == gather_report(tmp_path / "out", read_checkpoint(network)).input_sha256
     for layer in found.compressed:
         expected = by_name(written, figures=True)[layer.name].figures
         assert layer.figures is not None and expected is not None
@@ -92,6 +93,26 @@ def test_an_artifact_is_named_as_its_folder_is_wherever_one_stands(
         monkeypatch.chdir(tmp_path / here)
         assert gather_report(Path(path)).run is not None
         assert gather_report(Path(path), read_checkpoint(network)).artifact == report.artifact
+
+
+def test_the_input_hash_tells_checkpoints_apart_and_recipes_together(network: Path, tmp_path: Path) -> None:
+    other = save(tmp_path / "m.safetensors", {"w": gaussian(4, 6, seed=1)})
+    same = save(tmp_path / "n.safetensors", {"w": gaussian(4, 6, seed=1)})
+    changed = save(tmp_path / "o.safetensors", {"w": gaussian(4, 6, seed=2)})
+    hashes = []
+    for index, (source, bits) in enumerate([(other, 2), (same, 4), (changed, 2), (network, 2), (network, 4)]):
+        output = tmp_path / f"out{index}.safetensors"
+        run(source, output, rtn(bits))
+        hashes.append(gather_report(output).input_sha256)
+    assert [hashes.index(one) for one in hashes] == [0, 0, 2, 3, 3]
+
+
+def test_a_report_that_does_not_name_its_input_learns_it_from_the_artifact(network: Path, tmp_path: Path) -> None:
+    report = run(network, tmp_path / "out", rtn(2))
+    write_report(replace(report, input_sha256=None), tmp_path / "out.report.json")
+    found = gather_report(tmp_path / "out")
+    assert found.run is not None
+    assert found.input_sha256 is not None
 
 
 def test_a_baseline_of_fewer_or_more_files_is_refused(network: Path, tmp_path: Path) -> None:
