@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from qcompress.report.document import LayerReport, Report
+from qcompress.report.document import AccuracyFigures, LayerReport, Report
 from qcompress.report.document_json import plain, report_json
 
 SCHEMA = "qcompress.comparison/1"
+WORST = "worst_sqnr_db"
+LARGEST = 1e300
+"""Beyond it a value is no number to compare by: an axis that held it would leave the floats."""
+
+Measured: TypeAlias = Mapping[str, tuple[float | None, tuple[float, float] | None]]
+"""A label's value, and its interval where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +53,34 @@ class LayerComparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TradePoint:
+    """One artifact's size and quality, and whether no other is as small and as good, and better in one of them."""
+
+    label: str
+    artifact_bytes: int
+    value: float
+    interval: tuple[float, float] | None
+    pareto_front: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradeOff:
+    """Size against one quality, a metric or worst_sqnr_db, of the artifacts that have a number for it."""
+
+    metric: str
+    higher_is_better: bool
+    points: tuple[TradePoint, ...]
+
+    @property
+    def front(self) -> tuple[TradePoint, ...]:
+        """The points of the Pareto front, smallest first."""
+        return tuple(sorted((p for p in self.points if p.pareto_front), key=lambda p: (p.artifact_bytes, p.label)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     files: tuple[FileComparison, ...]
+    trade_offs: tuple[TradeOff, ...]
     layers: tuple[LayerComparison, ...]
     reports: tuple[Report, ...]
 
@@ -57,8 +89,10 @@ def compare_reports(reports: Sequence[Report]) -> Comparison:
     """The reports side by side; tensors in the order in which they are first met."""
     layers = [{layer.name: layer for layer in report.layers} for report in reports]
     names = dict.fromkeys(name for by_name in layers for name in by_name)
+    files = tuple(_compare_file(index, report, reports) for index, report in enumerate(reports))
     return Comparison(
-        files=tuple(_compare_file(index, report, reports) for index, report in enumerate(reports)),
+        files=files,
+        trade_offs=_trade_offs(files, reports),
         layers=tuple(_compare_layer(name, [by_name.get(name) for by_name in layers]) for name in names),
         reports=tuple(reports),
     )
@@ -69,6 +103,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "files": [plain(file) for file in comparison.files],
+        "trade_offs": [plain(trade_off) for trade_off in comparison.trade_offs],
         "layers": [plain(layer) for layer in comparison.layers],
         "reports": [report_json(report) for report in comparison.reports],
     }
@@ -105,3 +140,56 @@ def _difference(value: float | None, first: float | None) -> float | None:
         return None
     # Infinity less infinity is not a number, but two exact tensors do not differ.
     return 0.0 if value == first else value - first
+
+
+def _trade_offs(files: Sequence[FileComparison], reports: Sequence[Report]) -> tuple[TradeOff, ...]:
+    """One for each metric that two artifacts or more have; without any, one for the worst SQNR."""
+    found: dict[str, dict[str, AccuracyFigures]] = {}
+    for file, report in zip(files, reports, strict=True):
+        for item in report.accuracy or ():
+            found.setdefault(item.metric, {})[file.label] = item
+    sizes = {file.label: file.artifact_bytes for file in files}
+    measured = {
+        metric: {label: (one.artifact, one.artifact_interval) for label, one in items.items()}
+        for metric, items in found.items()
+    }
+    made = [
+        _trade_off(metric, _higher_is_better(list(found[metric].values())), values, sizes)
+        for metric, values in measured.items()
+    ]
+    made = [one for one in made if len(one.points) > 1]
+    worst = _trade_off(WORST, True, {file.label: (file.worst_sqnr_db, None) for file in files}, sizes)
+    return tuple(made) or ((worst,) if len(worst.points) > 1 else ())
+
+
+def _trade_off(metric: str, higher: bool, measured: Measured, sizes: Mapping[str, int]) -> TradeOff:
+    values = {label: value for label, (value, _) in measured.items() if value is not None and abs(value) < LARGEST}
+
+    def beaten(label: str) -> bool:
+        own = (-sizes[label], values[label] if higher else -values[label])
+        others = ((-sizes[other], values[other] if higher else -values[other]) for other in values)
+        return any(a >= own[0] and b >= own[1] and (a, b) != own for a, b in others)
+
+    points = tuple(
+        TradePoint(
+            label=label,
+            artifact_bytes=sizes[label],
+            value=value,
+            interval=_drawable(measured[label][1]),
+            pareto_front=not beaten(label),
+        )
+        for label, value in values.items()
+    )
+    return TradeOff(metric=metric, higher_is_better=higher, points=points)
+
+
+def _drawable(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    return interval if interval is not None and all(abs(end) < LARGEST for end in interval) else None
+
+
+def _higher_is_better(items: Sequence[AccuracyFigures]) -> bool:
+    """Read off the sign of a drop: it is positive where the artifact is worse."""
+    for item in items:
+        if item.baseline is not None and item.artifact is not None and item.drop and item.baseline != item.artifact:
+            return (item.drop > 0) == (item.baseline > item.artifact)
+    return True

@@ -21,15 +21,19 @@ class LayerFigures:
 
     sqnr_db           follows from relative_error where not given: +infinity without error
     range             (lowest, highest) weight, over all weights
+    fences            (lowest, highest) weight that is no outlier: 1.5 interquartile ranges beyond the quartiles
+    levels            of the grid, ascending, each the mean over the tensor's grids; None beyond BINS of them
     histogram_before  of the weights, histogram_after of what they decode to: counts in BINS equal bins over `range`,
                       decoded values beyond it counted in the end bins
-    sampled           quartiles, kurtosis and histograms come from a fixed subset; all else from every weight
+    sampled           fences, outliers, kurtosis and histograms come from a fixed subset; all else from every weight
     """
 
     relative_error: float | None = None
     sqnr_db: float | None = None
     max_error: float | None = None
     range: tuple[float, float] | None = None
+    fences: tuple[float, float] | None = None
+    levels: tuple[float, ...] | None = None
     outlier_share: float | None = None
     kurtosis: float | None = None
     levels_used: int | None = None
@@ -45,6 +49,8 @@ class LayerFigures:
         for histogram in (self.histogram_before, self.histogram_after):
             if histogram is not None and len(histogram) != BINS:
                 raise ValueError(f"a histogram has {BINS} bins, not {len(histogram)}")
+            if histogram is not None and min(histogram) < 0:
+                raise ValueError("a histogram counts less than nothing")
 
 
 def sqnr_db(relative_error: float) -> float:
@@ -201,10 +207,14 @@ class ArtifactFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that is known about one artifact. accuracy and run are None where nothing was measured."""
+    """All that is known about one artifact. accuracy and run are None where nothing was measured.
+
+    input_sha256  of the checkpoint's names, dtypes, shapes and CRC-32s, as in the artifact's manifest; None: unknown
+    """
 
     artifact: ArtifactFile
     recipe_hash: str
+    input_sha256: str | None = None
     size: SizeFigures
     accuracy: tuple[AccuracyFigures, ...] | None = None
     gates: tuple[GateResult, ...] = ()

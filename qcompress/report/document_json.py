@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = "qcompress.report/1"
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 DIGITS = 6
+MOST_DIGITS = 18
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -68,7 +69,12 @@ def plain(value: Any, digits: int | None = DIGITS) -> Any:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write the report beside its final name, then rename: a reader finds the old file or the new one.
+    """Write the report's JSON, whole or not at all. Raises ResourceError."""
+    write_whole(report_text(report), path)
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Write a text beside its final name, then rename: a reader finds the old file or the new one.
 
     Raises ResourceError where the folder or the disk does not allow it.
     """
@@ -76,7 +82,7 @@ def write_report(report: Report, path: Path) -> None:
     try:
         try:
             with temporary.open("w", encoding="utf-8") as file:
-                file.write(report_text(report))
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -96,7 +102,9 @@ def read_report(path: Path) -> Report:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ReportError(
-            str(path), f"cannot read the report: {error.strerror}", "give the path of a report"
+            str(path),
+            f"cannot read the report: {error.strerror}",
+            "give the path of a report; `qcompress report ARTIFACT --json FILE` writes one",
         ) from error
     except UnicodeDecodeError as error:
         raise ReportError(str(path), "not a text file", "give the path of a report") from error
@@ -109,7 +117,7 @@ def parse_report(text: str, where: str) -> Report:
 
     again = "write the report again with `qcompress report ARTIFACT --json FILE`"
     try:
-        document = json.loads(text, parse_constant=_refuse_constant)
+        document = json.loads(text, parse_constant=_refuse_constant, parse_int=_bounded_int)
     except (ValueError, RecursionError) as error:
         raise ReportError(where, f"not a JSON document ({error})", again) from error
     schema = document.get("schema") if isinstance(document, dict) else None
@@ -135,6 +143,13 @@ def _foreign(where: str, schema: Any) -> ReportError:
 
 def _refuse_constant(constant: str) -> float:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _bounded_int(digits: str) -> int:
+    """An integer that a count of bytes or weights may be, and that a float can hold."""
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits is no count")
+    return int(digits)
 
 
 def report_schema() -> dict[str, Any]:

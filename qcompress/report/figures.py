@@ -25,6 +25,7 @@ Sample: TypeAlias = NDArray[Any]
 
 SAMPLE = 2**15
 _RUN = 1024
+_ROUNDING = 1e-5
 _SQUARES = (1e-15, 1e15)
 
 
@@ -36,6 +37,7 @@ class _Block(NamedTuple):
     high: float
     max_error: float
     clipped: int | None
+    ends: tuple[float, float] | None
     counts: Counts | None
 
 
@@ -101,6 +103,7 @@ class LayerMeter:
                 high=high,
                 max_error=max_error,
                 clipped=clipped,
+                ends=None if within is None else _mean_ends(within, self.bits),
                 counts=counts,
             )
         )
@@ -126,6 +129,7 @@ class LayerMeter:
         figures = LayerFigures(
             relative_error=_relative(error_energy, energy),
             max_error=float(np.max([block.max_error for block in blocks])),
+            levels=self._levels(),
             clipped_share=_share([block.clipped for block in blocks], self.numel),
             sampled=self._stride > 1,
             levels_used=codes.levels_used,
@@ -137,6 +141,30 @@ class LayerMeter:
         self._before.sort()
         self._after.sort()
         return replace(figures, range=(low, high), **_sample_figures(self._before, self._after, low, high))
+
+    def _levels(self) -> tuple[float, ...] | None:
+        if self.bits is None or 2**self.bits > BINS:
+            return None
+        ends = [block.ends for block in self._blocks]
+        if any(end is None for end in ends):
+            return None
+        shares = [block.weights / self.numel for block in self._blocks]
+        low, high = (math.fsum(s * e[i] for s, e in zip(shares, ends, strict=True) if e) for i in (0, 1))
+        step = (high - low) / (2**self.bits - 1)
+        if not math.isfinite(step):
+            return None
+        levels = (low + step * code for code in range(2**self.bits))
+        # A level at zero would else show what rounding left of it.
+        return tuple(0.0 if abs(level) < _ROUNDING * step else level for level in levels)
+
+
+def _mean_ends(within: tuple[Tensor, Tensor], bits: int | None) -> tuple[float, float] | None:
+    """The mean lowest and highest level of the grids whose unclipped ranges these are."""
+    if bits is None:
+        return None
+    low, high = float(within[0].double().mean()), float(within[1].double().mean())
+    half = (high - low) / 2 ** (bits + 1)
+    return (low + half, high - half)
 
 
 def unclipped_range(encoded: Affine) -> tuple[Tensor, Tensor]:
@@ -224,6 +252,7 @@ def _sample_figures(before: Sample, after: Sample, low: float, high: float) -> d
     above = len(before) - np.searchsorted(before, -fences[1], "right")
     edges = _least_float32(np.linspace(low, high, BINS + 1)[1:-1])
     return {
+        "fences": (first - reach, third + reach),
         "outlier_share": int(below + above) / len(before),
         "kurtosis": _kurtosis(before),
         "histogram_before": _histogram(before, edges),

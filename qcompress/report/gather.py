@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompress.artifact.layout import INDEX_NAME
-from qcompress.artifact.manifest import Entry, input_hash
+from qcompress.artifact.manifest import Entry, artifact_hash, input_hash
 from qcompress.artifact.reader import Artifact, ArtifactFile, read_artifact
 from qcompress.checkpoint import Checkpoint
 from qcompress.coding.packing import count_codes
@@ -53,7 +53,7 @@ def gather_report(path: Path, baseline: Checkpoint | None = None) -> Report:
         return _stored_report(artifact)
     found = read_report(beside)
     if found.artifact.sha256 == artifact.sha256:
-        return found
+        return replace(found, input_sha256=_input_hash(artifact))
     warning = f"{beside.name} belongs to another artifact; figures are read from the artifact's own bytes"
     return replace(_stored_report(artifact), warnings=(warning,))
 
@@ -99,6 +99,11 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
         counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy()
         meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
     return meter.result()
+
+
+def _input_hash(artifact: Artifact) -> str:
+    """That of the checkpoint's one file; of several, that of their names and hashes."""
+    return artifact_hash([(file.path.name, file.manifest.input_sha256) for file in artifact.files])
 
 
 def _refuse_other_baseline(artifact: Artifact, baseline: Checkpoint) -> None:
@@ -187,6 +192,7 @@ def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Rep
     return Report(
         artifact=document.ArtifactFile(name=artifact.path.name, sha256=artifact.sha256),
         recipe_hash=artifact.files[0].manifest.recipe_sha256,
+        input_sha256=_input_hash(artifact),
         size=size,
         layers=tuple(sorted(layers, key=lambda layer: layer.name)),
     )

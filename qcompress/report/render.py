@@ -1,4 +1,4 @@
-"""One or several reports -> the text that a command prints. Imports no torch; rich only for a terminal."""
+"""Reports -> the text that a command prints. Imports no torch; rich only for a terminal, jinja2 only for HTML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qcompress.report.render_text import render_csv, render_markdown, render_pla
 from qcompress.report.view import View, view_comparison, view_report
 from qcompress.report.words import name_words
 
-Format: TypeAlias = Literal["table", "json", "markdown", "csv"]
+Format: TypeAlias = Literal["table", "json", "markdown", "csv", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
@@ -27,7 +27,8 @@ def render(
 ) -> str:
     """The text of one or more reports, ending in a newline.
 
-    form      table; json: exactly one document; markdown: for a pull request; csv: a line for each tensor
+    form      table; json: exactly one document; markdown: for a pull request; csv: a line for each tensor;
+              html: one self-contained file
     terminal  a table is drawn for a terminal of `width` columns, with colours where `color`; else plain aligned text
     """
     comparison = compare_reports(reports) if len(reports) > 1 else None
@@ -35,6 +36,10 @@ def render(
         return json_text(comparison_json(comparison)) if comparison else report_text(reports[0])
     if form == "csv":
         return render_csv(reports)
+    if form == "html":
+        from qcompress.report.render_html import render_html
+
+        return render_html(reports, comparison)
     view = view_comparison(comparison) if comparison else view_report(reports[0])
     if form == "markdown":
         # A table stands beside its warnings on stderr; Markdown is pasted where nobody sees them.

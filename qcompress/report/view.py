@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from qcompress.report.compare import Comparison, LayerComparison
-from qcompress.report.document import KEPT, GateResult, LayerReport, Report, badness
-from qcompress.report.gates import failure_words
+from qcompress.report.compare import WORST, Comparison, LayerComparison
+from qcompress.report.document import KEPT, AccuracyFigures, GateResult, LayerReport, Report, badness
+from qcompress.report.gates import failure_words, scaled
 from qcompress.report.words import (
     NOT_MEASURED,
     bits_words,
@@ -133,15 +133,14 @@ def _with_unit(sqnr_db: float | None) -> str:
 def accuracy_words(report: Report) -> list[str]:
     lines = []
     for item in report.accuracy or ():
-        before = number_words(item.baseline, 4) + _interval_words(item.baseline_interval)
-        after = number_words(item.artifact, 4) + _interval_words(item.artifact_interval)
-        drop = number_words(item.drop, 4) + _interval_words(item.interval)
-        text = f"{name_words(item.metric)} {before} -> {after}, drop {drop}"
+        before = number_words(item.baseline, 4) + interval_words(item.baseline_interval)
+        after = number_words(item.artifact, 4) + interval_words(item.artifact_interval)
+        text = f"{name_words(item.metric)} {before} -> {after}, drop {drop_words(item)}"
         lines.append(f"{text}, {count_words(item.samples, 'sample')}")
     return lines
 
 
-def _interval_words(interval: tuple[float, float] | None) -> str:
+def interval_words(interval: tuple[float, float] | None) -> str:
     return f" (95 %: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
 
 
@@ -149,16 +148,16 @@ def gate_words(gate: GateResult) -> str:
     name = name_words(gate.name)
     if not gate.passed:
         return f"FAILED {name} {failure_words(gate)}"
-    value = (
-        "exact"
-        if gate.value in (None, math.inf)
-        else f"{gate.value:,}"
-        if isinstance(gate.value, int)
-        else f"{gate.value:.6g}"
-    )
     sign = "<=" if gate.name.startswith("max-") else ">="
-    limit = f"{gate.limit:,}" if isinstance(gate.limit, int) else f"{gate.limit:.6g}"
-    return f"passed {name} {value} {sign} {limit}"
+    return f"passed {name} {gate_value(gate.name, gate.value)} {sign} {gate_value(gate.name, gate.limit)}"
+
+
+def gate_value(name: str, value: float | None) -> str:
+    """A gate's value or limit; a value of None is that of a gate which passed without any error to measure."""
+    shown, unit = scaled(name, value)
+    if shown is None or shown == math.inf:
+        return "exact"
+    return f"{shown:,}" if isinstance(shown, int) else f"{shown:.6g}{unit if unit == '%' else ''}"
 
 
 def _shown(layers: Sequence[LayerReport]) -> tuple[list[LayerReport], list[str]]:
@@ -217,6 +216,11 @@ def view_comparison(comparison: Comparison) -> View:
         for file, report in zip(comparison.files, comparison.reports, strict=True)
         for gate in report.gates
     ]
+    facts += [
+        (f"front {name_words(one.metric)}", ", ".join(point.label for point in one.front))
+        for one in comparison.trade_offs
+        if one.metric != WORST
+    ]
     title = f"{count_words(len(comparison.files), 'artifact')}, changes against {comparison.files[0].label}"
     tables = (_file_table(comparison), _change_table(comparison, layers))
     return View(title, tuple(facts), tables, tuple(notes))
@@ -226,17 +230,17 @@ def _file_table(comparison: Comparison) -> Table:
     metrics = list(dict.fromkeys(item.metric for report in comparison.reports for item in report.accuracy or ()))
     rows = []
     for file, report in zip(comparison.files, comparison.reports, strict=True):
-        measured = {item.metric: number_words(item.artifact, 4) for item in report.accuracy or ()}
+        measured = {item.metric: item for item in report.accuracy or ()}
         rows.append(
             (
                 f"{file.label} {name_words(file.name)}",
                 size_words(file.artifact_bytes),
-                _signed_size(file.bytes_change),
+                signed_size(file.bytes_change),
                 number_words(file.ratio),
                 bits_words(file.bits_per_weight),
                 decibel_words(file.worst_sqnr_db),
                 name_words(file.worst_layer or NOT_MEASURED),
-                *(measured.get(metric, NOT_MEASURED) for metric in metrics),
+                *(text for metric in metrics for text in _metric_cells(measured.get(metric))),
             )
         )
     columns = (
@@ -247,12 +251,22 @@ def _file_table(comparison: Comparison) -> Table:
         Column("b/weight"),
         Column("worst dB"),
         Column("worst layer", right=False, spare=3),
-        *(Column(name_words(metric)) for metric in metrics),
+        *(column for metric in metrics for column in (Column(name_words(metric)), Column("drop", spare=4))),
     )
     return Table(columns, tuple(rows))
 
 
-def _signed_size(change: int | None) -> str:
+def _metric_cells(item: AccuracyFigures | None) -> tuple[str, str]:
+    if item is None:
+        return (NOT_MEASURED, NOT_MEASURED)
+    return (number_words(item.artifact, 4), drop_words(item))
+
+
+def drop_words(item: AccuracyFigures) -> str:
+    return number_words(item.drop, 4) + interval_words(item.interval)
+
+
+def signed_size(change: int | None) -> str:
     if change is None:
         return NOT_MEASURED
     return f"{'+' if change > 0 else '-' if change < 0 else ''}{size_words(abs(change))}"

@@ -198,6 +198,7 @@ DOCUMENT = report_json(small_report())
         ("[" * 100_000, "not a JSON document"),
         ('{"schema": NaN}', "not a JSON document (NaN is not JSON)"),
         (report_text(small_report())[:500], "not a JSON document"),
+        (json.dumps(DOCUMENT | {"layers": 10**400}), "not a JSON document (an integer of 401 digits is no count)"),
         ("[]", "not a report of qcompress"),
         ('{"schema": "other/1"}', "not a report of qcompress"),
         ('{"schema": "qcompress.report/2"}', "schema qcompress.report/2, this version reads qcompress.report/1"),
@@ -214,6 +215,12 @@ DOCUMENT = report_json(small_report())
         (
             json.dumps(DOCUMENT | {"layers": [DOCUMENT["layers"][0] | {"figures": {"histogram_before": [1]}}]}),
             "damaged report: layers.0.figures: a histogram has 64 bins, not 1",
+        ),
+        (
+            json.dumps(
+                DOCUMENT | {"layers": [DOCUMENT["layers"][0] | {"figures": {"histogram_after": [-1] + [0] * 63}}]}
+            ),
+            "damaged report: layers.0.figures: a histogram counts less than nothing",
         ),
     ],
 )

@@ -1,0 +1,91 @@
+"""What HTML pages are made of: figures under their names, and tables whose cells may hold bars. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qcompress.report.glossary import GLOSSARY
+from qcompress.report.words import decibel_words
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value under its name; `term` is the glossary's, which defines it, and `notes` are figures that go with it."""
+
+    term: str
+    value: str
+    title: str = ""
+    notes: tuple[Figure, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.title or GLOSSARY[self.term].title
+
+    @property
+    def definition(self) -> str:
+        return GLOSSARY[self.term].line
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column; `right` holds numbers, `spare` is left out on a narrow screen."""
+
+    term: str
+    title: str = ""
+    right: bool = True
+    spare: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.title or GLOSSARY[self.term].title
+
+    @property
+    def definition(self) -> str:
+        return GLOSSARY[self.term].line
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text over a bar of `bar` per cent, "" for none; `mark` says more about it: worse, better, failed."""
+
+    text: str
+    bar: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """`link` is the place on the page that the first cell leads to; dim: a kept tensor."""
+
+    cells: tuple[Cell, ...]
+    link: str = ""
+    dim: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    heads: tuple[Head, ...]
+    rows: tuple[Row, ...]
+    total: tuple[str, ...] = ()
+
+
+def percent(share: float | None) -> str:
+    """A share as the length of a bar: "" where there is none, and never beyond the whole."""
+    if share is None:
+        return ""
+    return f"{round(100 * min(1.0, max(0.0, 0.0 if math.isnan(share) else share)), 1):g}"
+
+
+def sqnr_words(sqnr_db: float | None) -> str:
+    text = decibel_words(sqnr_db)
+    return f"{text} dB" if text[-1].isdigit() else text
+
+
+def terms_of(figures: Iterable[Figure], heads: Sequence[Head], more: Iterable[str] = ()) -> tuple[Figure, ...]:
+    """Each term that these show, once, with its definition as its value: for screens that cannot hover, and paper."""
+    shown = [one.term for figure in figures for one in (figure, *figure.notes)]
+    return tuple(
+        Figure(term, GLOSSARY[term].line) for term in dict.fromkeys([*shown, *(head.term for head in heads), *more])
+    )

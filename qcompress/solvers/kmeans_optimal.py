@@ -1,0 +1,273 @@
+"""Optimal clustering of atoms on lines, by dynamic programming; every step is one long operation over all lines.
+
+A cell of atoms i to j gains (sum of weight * x)**2 / weight over having its centroid at the origin, and the least
+squared error is the greatest sum of gains. The gain obeys Monge's inequality: gain(a, c) + gain(b, d) >=
+gain(a, d) + gain(b, c) for a <= b <= c <= d, so the best start of a cell never moves left when its end moves right
+(Wu 1991, "Optimal quantization by matrix searching"; Groenlund et al. 2017, arXiv 1701.07204), and the greatest gain
+of k cells is concave in k.
+
+Few clusters take a sweep over all atoms for each cluster. Many take a price for each cell, found such that the best
+number of cells is the wanted one (Aggarwal, Schieber, Tokuyama 1994): the sweeps then do not grow with the clusters.
+For a given price we do not work from left to right, which no long operation can, but improve whole policies: each atom
+keeps the start of the cell that ends there, all values follow by pointer doubling, one sweep betters the starts, until
+none can be bettered; that is Bellman's equation, whose only solution is the optimum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompress.solvers.kmeans_lines import Floats, Ints
+
+LAYERS_UP_TO = 64
+MOST_PROBES = 100
+NEWTON_PROBES = 8
+MOST_SWEEPS = 500
+EPSILON = 2.0**-51
+
+
+def optimal_cuts(mass: Floats, first: Floats, clusters: int) -> Ints:
+    """[lines, clusters + 1], ascending from 0 to n: the cells of least squared error, some empty where atoms are few.
+
+    mass   float64 [lines, n + 1], the weight of the atoms before
+    first  float64 [lines, n + 1], the sum of weight * x of the atoms before; the origin is best near the mean
+    """
+    mass, first = np.ascontiguousarray(mass), np.ascontiguousarray(first)
+    if clusters <= LAYERS_UP_TO:
+        _, starts = _layers(mass, first, clusters)
+        return _trace(starts, np.full(len(mass), mass.shape[1] - 1), clusters)
+    return _priced(mass, first, clusters, sides=1)
+
+
+def optimal_sides(mass: Floats, first: Floats, clusters: int) -> tuple[Ints, Ints]:
+    """Cells on both sides of a centroid that stays at the origin: their cuts, and their number on the left [lines].
+
+    mass, first  float64 [lines, 2, n + 1]: each side from its far end towards the origin, the sign of x not mattering
+    cuts         [lines, 2, clusters]: cells a side, the first of them empty; what is after the last belongs to zero
+    """
+    lines, _, width = mass.shape
+    mass, first = mass.reshape(-1, width), first.reshape(-1, width)
+    if clusters - 1 > LAYERS_UP_TO:
+        cuts = _priced(mass, first, clusters - 1, sides=2).reshape(lines, 2, clusters)
+        return cuts, np.count_nonzero(np.diff(cuts[:, 0]), axis=1)
+    gains, starts = _layers(mass, first, clusters - 1)
+    ends = gains.argmax(2)
+    most = gains.max(2).reshape(clusters, lines, 2)
+    left = (most[:, :, 0] + most[::-1, :, 1]).argmax(0)
+    cells = np.stack([left, clusters - 1 - left], 1).reshape(-1)
+    end = ends[cells, np.arange(len(mass))]
+    cuts = np.zeros((len(mass), clusters), np.intp)
+    cuts[:, -1] = end
+    for step in range(clusters - 1):
+        layer = np.maximum(cells - step, 0)
+        cuts[:, -2 - step] = starts[layer, np.arange(len(mass)), cuts[:, -1 - step]]
+    return cuts.reshape(lines, 2, clusters), left
+
+
+def _layers(mass: Floats, first: Floats, clusters: int) -> tuple[Floats, NDArray[np.int32]]:
+    """float64, int32 [clusters + 1, lines, n + 1]: the gain of at most k cells before each atom; the last's start."""
+    gains = np.zeros((clusters + 1, *mass.shape))
+    starts = np.zeros((clusters + 1, *mass.shape), np.int32)
+    if clusters:
+        np.divide(first * first, mass, out=gains[1], where=mass > 0)
+    for k in range(2, clusters + 1):
+        gains[k], starts[k] = _sweep(gains[k - 1], mass, first)
+    return gains, starts
+
+
+def _trace(starts: NDArray[Any], end: Ints, clusters: int) -> Ints:
+    """The cuts [lines, clusters + 1] that lead to `end`; `starts` [clusters + 1, lines, n + 1], [1, ...] for all k."""
+    cuts = np.zeros((len(end), clusters + 1), np.intp)
+    cuts[:, clusters] = end
+    lines = np.arange(len(end))
+    for k in range(clusters, 0, -1):
+        cuts[:, k - 1] = starts[k % len(starts), lines, cuts[:, k]]
+    return cuts
+
+
+def _sweep(value: Floats, mass: Floats, first: Floats) -> tuple[Floats, Ints]:
+    """For each end j > 0 the greatest value[i] + gain(i, j) over i < j, and the leftmost such i; both [lines, n + 1].
+
+    Ends are solved by halving strides: the best starts of the two neighbours that are already solved enclose those of
+    the end between, so each stride looks at every start about once, as one array over all lines.
+    """
+    lines, width = value.shape
+    best, start = np.zeros((lines, width)), np.zeros((lines, width), np.intp)
+    base = (np.arange(lines) * width)[:, None]
+    # One unit more in the last place: cells of no weight gain 0 / tiny = 0 instead of 0 / 0.
+    above = np.nextafter(mass, np.inf)
+    stride = 1 << (width - 1).bit_length() - 1
+    while stride:
+        ends = np.arange(stride, width, 2 * stride)
+        low = start[:, ends - stride]
+        high = start[:, np.minimum(ends + stride, width - 1)]
+        # Starts lie in [low, stop) or, below the end, at stop.
+        stop = np.where(ends + stride < width, np.minimum(high, ends), ends)
+        follow = np.concatenate([low[:, 1:], np.full((lines, 1), width)], 1)
+        counts = np.stack([stop - low, follow - stop], 2).reshape(-1)
+        end_first, end_mass = first[:, ends], above[:, ends]
+        # The rest of each run, up to the next one's, comes out as inf**2 / -1.
+        gain = np.repeat(np.stack([end_first, np.full_like(end_first, np.inf)], 2).reshape(-1), counts)
+        gain -= first.reshape(-1)
+        gain *= gain
+        weight = np.repeat(np.stack([end_mass, np.full_like(end_mass, -1.0)], 2).reshape(-1), counts)
+        weight -= mass.reshape(-1)
+        gain /= weight
+        gain += value.reshape(-1)
+        runs = (base + low).reshape(-1)
+        top = np.maximum.reduceat(gain, runs)
+        hits = np.flatnonzero(gain == np.repeat(top, (follow - low).reshape(-1)))
+        where = hits[np.minimum(np.searchsorted(hits, runs), len(hits) - 1)].reshape(low.shape) - base
+        top = np.where(stop > low, top.reshape(low.shape), -np.inf)
+        with np.errstate(invalid="ignore"):
+            last = end_first - np.take_along_axis(first, stop, 1)
+            last *= last / (end_mass - np.take_along_axis(mass, stop, 1))
+        last = np.where(stop < ends, last + np.take_along_axis(value, stop, 1), -np.inf)
+        best[:, ends] = np.maximum(top, last)
+        start[:, ends] = np.where(last > top, stop, where)
+        stride //= 2
+    return best, start
+
+
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    """The optimum for a price a cell.
+
+    start  intp [lines, n + 1], the start of the cell that ends at each atom
+    end    intp [lines], where the last cell ends
+    cells  intp [lines], their number
+    gain   float64 [lines], without the price
+    """
+
+    start: Ints
+    end: Ints
+    cells: Ints
+    gain: Floats
+
+    def where(self, lines: Ints, other: _Policy) -> _Policy:
+        """This policy for the lines that are true, `other` for the rest."""
+        choose = np.where
+        return _Policy(
+            choose(lines[:, None], self.start, other.start),
+            choose(lines, self.end, other.end),
+            choose(lines, self.cells, other.cells),
+            choose(lines, self.gain, other.gain),
+        )
+
+
+def _evaluate(start: Ints, price: Floats, mass: Floats, first: Floats) -> tuple[Floats, Ints]:
+    """The value (gain less price) and the number of cells before each atom if cells begin at `start`."""
+    lines, width = mass.shape
+    weight = mass - np.take_along_axis(mass, start, 1)
+    sums = first - np.take_along_axis(first, start, 1)
+    value = np.divide(sums * sums, weight, out=np.zeros_like(mass), where=weight > 0) - price[:, None]
+    cells = np.ones((lines, width), np.intp)
+    value[:, 0], cells[:, 0] = 0.0, 0
+    pointer = (start + (np.arange(lines) * width)[:, None]).reshape(-1)
+    flat, count = value.reshape(-1), cells.reshape(-1)
+    while count[pointer].any():
+        flat = flat + flat[pointer]
+        count = count + count[pointer]
+        pointer = pointer[pointer]
+    return flat.reshape(lines, width), count.reshape(lines, width)
+
+
+def _policy(start: Ints, value: Floats, cells: Ints, price: Floats, free: bool) -> _Policy:
+    lines = np.arange(len(start))
+    end = value.argmax(1) if free else np.full(len(start), start.shape[1] - 1)
+    number = cells[lines, end]
+    return _Policy(start, end, number, value[lines, end] + price * number)
+
+
+def _improve(start: Ints, price: Floats, mass: Floats, first: Floats, free: bool) -> _Policy:
+    """The optimal policy for a price [lines], beginning from any; `free` lets the last cell end anywhere."""
+    value, cells = _evaluate(start, price, mass, first)
+    for _ in range(MOST_SWEEPS):
+        best, better = _sweep(value, mass, first)
+        best -= price[:, None]
+        # What rounding alone could better would go round in circles.
+        gains = best > value + EPSILON * (np.abs(value) + np.abs(value).max(1, keepdims=True))
+        gains[:, 0] = False
+        if not gains.any():
+            break
+        start = np.where(gains, better, start)
+        value, cells = _evaluate(start, price, mass, first)
+    return _policy(start, value, cells, price, free)
+
+
+def _priced(mass: Floats, first: Floats, clusters: int, sides: int) -> Ints:
+    """Cuts [lines, clusters + 1] of the best `clusters` cells over each group of `sides` lines; 2 sides end freely."""
+    lines, width = mass.shape
+    free = sides == 2
+
+    def total(values: Ints | Floats) -> Floats:
+        summed: Floats = values.reshape(-1, sides).sum(1).astype(np.float64)
+        return summed
+
+    # Two optima that need no search: all atoms apart for no price; and for a high one a single cell, or none.
+    before = np.where(np.diff(mass, axis=1, prepend=-1.0) > 0, np.arange(width) - 1, 0).clip(0)
+    apart, single = np.maximum.accumulate(before, axis=1), np.zeros_like(before)
+    nothing = np.zeros(lines)
+    many = _policy(apart, *_evaluate(apart, nothing, mass, first), nothing, free)
+    highest = np.repeat(2 * total(many.gain) + 1e-300, sides)
+    few = _policy(single, *_evaluate(single, highest, mass, first), highest, free)
+    price = highest[::sides] / clusters**3
+    start, tied = single, np.zeros(lines // sides, bool)
+    for probe in range(MOST_PROBES):
+        fewest, largest = total(few.cells), total(many.cells)
+        active = (fewest < clusters) & (largest > clusters) & ~tied
+        if not active.any():
+            break
+        secant = probe >= NEWTON_PROBES and probe % 2 == 1
+        if secant:
+            price = np.where(active, (total(many.gain) - total(few.gain)) / np.maximum(largest - fewest, 1), price)
+        policy = _improve(start, np.repeat(price, sides), mass, first, free)
+        start, found = policy.start, total(policy.cells)
+        # The price at which both ends are worth the same either shows an optimum between them, or all between are tied.
+        if secant:
+            tied |= active & ((found <= fewest) | (found >= largest))
+        few = policy.where(np.repeat(active & (fewest < found) & (found <= clusters), sides), few)
+        many = policy.where(np.repeat(active & (clusters <= found) & (found < largest), sides), many)
+        # The error of k cells falls about as k**-2, so the price as k**-3.
+        price = price * (np.maximum(found, 0.5) / clusters) ** 3
+    return _settle(few, many, clusters, sides)
+
+
+def _settle(few: _Policy, many: _Policy, clusters: int, sides: int) -> Ints:
+    """The cuts of just `clusters` cells a group, spliced of two optima for one price where neither has that number."""
+    low, high = few.cells.reshape(-1, sides), many.cells.reshape(-1, sides)
+    wanted = high.copy()
+    over = high.sum(1) > clusters
+    wanted[over, 0] = (clusters - low[over, 1:].sum(1)).clip(low[over, 0], high[over, 0])
+    if sides == 2:
+        wanted[over, 1] = clusters - wanted[over, 0]
+    flat = wanted.reshape(-1)
+    cuts = _trace(few.start[None], few.end, clusters)
+    for line in np.flatnonzero(flat != few.cells).tolist():
+        some, more = (
+            _trace(policy.start[None, line : line + 1], policy.end[line : line + 1], int(policy.cells[line]))[0]
+            for policy in (few, many)
+        )
+        # Where the last cell ends freely, what follows is one more cell.
+        last = [few.start.shape[1]] if sides == 2 else []
+        joined = _splice(np.append(some, last), np.append(more, last), flat[line] + len(last))
+        cuts[line] = 0
+        cuts[line, clusters - flat[line] :] = joined[: flat[line] + 1]
+    return cuts
+
+
+def _splice(few: Ints, many: Ints, cells: int) -> Ints:
+    """The cuts of `cells` cells, from those of fewer and of more that are optimal for one price: then so is this.
+
+    It follows `many` up to a cell that lies within one of `few`, and `few` after that: by Monge's inequality the two
+    paths that are crossed there are together worth as much as before.
+    """
+    skip = cells - (len(few) - 1)
+    if skip in (0, len(many) - len(few)):
+        return few if skip == 0 else many
+    turn = int(np.argmax(many[skip + 1 : skip + len(few)] <= few[1:]))
+    return np.concatenate([many[: turn + skip + 1], few[turn + 1 :]]).astype(np.intp)
