@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -17,7 +18,9 @@ from conftest import ROOT, Ran, Run, Tensors, write_checkpoint
 from typer.main import get_command
 
 from qcompress.cli.app import app
+from qcompress.recipe import parse_recipe
 from qcompress.registry import EXPORTERS, METHODS
+from qcompress.registry.regularizers import REGULARIZERS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CLI = (ROOT / "docs" / "cli.md").read_text()
@@ -271,3 +274,21 @@ def test_the_shell_of_any_other_ci(shell: Callable[..., Ran], network: Path, tmp
     assert shell(script, tmp_path).out == "failed with 3\n"
     (tmp_path / "model-w3.safetensors").unlink()
     assert "a limit is broken: look at model-w3.report.json" in shell(script.replace("bpw 4", "bpw 1"), tmp_path).out
+
+
+def test_tables_of_training_options_are_fresh() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = tables.page()
+    assert (ROOT / "docs" / "training.md").read_text(encoding="utf-8") == text
+    assert all(f"<!-- options of {name} -->" in text for name in (*REGULARIZERS, "finetune", "all"))
+
+
+def test_recipes_in_the_training_page_are_valid() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        parse_recipe(block, "docs")

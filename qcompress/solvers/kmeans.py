@@ -27,7 +27,7 @@ __all__ = ["Clustering", "Start", "assign_scalars", "cluster_rows", "cluster_sca
 
 MOST_CLUSTERS = 2**15
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-ROW_BINS = 2**11
+ROW_BINS = 2**10
 ROW_ATOMS = 2**16
 ROW_VALUES = 2**20
 
@@ -90,7 +90,7 @@ def cluster_rows(
     zero: bool = False,
     generator: torch.Generator | None = None,
 ) -> Clustering:
-    """A codebook for each row, as `cluster_scalars` would find it, with 2**11 bins for longer rows.
+    """A codebook for each row, as `cluster_scalars` would find it, with 2**10 bins for longer rows.
 
     rows     float [rows, length]; weights alike
     returns  centroids [rows, clusters]: where fewer values differ, the last centroid is repeated and has no codes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, assert_never
+from typing import Any, Literal, TypeAlias, assert_never
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def cluster_vectors(
 
 
 def assign_vectors(points: Tensor, centroids: Tensor) -> Tensor:
-    """The number of the nearest centroid of each point: uint8 up to 256, else int16 [n]; a tie to the lower, but for rounding.
+    """The number of the nearest centroid of each point, uint8 up to 256, else int16 [n]; to the lower where rounding ties.
 
     points     float [n, dim]
     centroids  float [clusters, dim]
@@ -101,7 +101,9 @@ def _check(points: Tensor, clusters: int, weights: Tensor | None) -> None:
         raise ValueError(f"{clusters} clusters, not 1 to {MOST_CLUSTERS}")
     if not all(bool(points[span].isfinite().all()) for span in spans(len(points), PIECE)):
         raise ValueError("only finite values can be clustered")
-    if weights is not None and (weights.shape != points.shape[:1] or not (weights.min() >= 0 and weights.max() < torch.inf)):
+    if weights is None:
+        return
+    if weights.shape != points.shape[:1] or not (weights.min() >= 0 and weights.max() < torch.inf):
         raise ValueError("weights that are not one for each point, negative or not finite")
 
 
@@ -123,7 +125,7 @@ def _nearest(points: Tensor, centroids: Floats) -> Codes:
     return codes
 
 
-def _means(points: Tensor, mass: Floats | None, codes: NDArray[np.integer], centroids: Floats) -> tuple[Floats, Floats]:
+def _means(points: Tensor, mass: Floats | None, codes: NDArray[Any], centroids: Floats) -> tuple[Floats, Floats]:
     """The means [clusters, dim] and the weights [clusters] of the cells; a cell without weight keeps its centroid."""
     clusters, dim = centroids.shape
     weight, sums = np.zeros(clusters), np.zeros((clusters, dim))
@@ -138,17 +140,105 @@ def _means(points: Tensor, mass: Floats | None, codes: NDArray[np.integer], cent
     return np.divide(sums, weight[:, None], out=centroids.copy(), where=weight[:, None] > 0), weight
 
 
+def _error(points: Tensor, mass: Floats | None, codes: NDArray[Any], centroids: Floats) -> float:
+    """The sum of weight * |point - centroid|**2."""
+    error = 0.0
+    for span in spans(len(points), PIECE):
+        offset = points[span].double().numpy() - centroids[codes[span]]
+        squares = np.einsum("ij,ij->i", offset, offset)
+        error += float(squares.sum() if mass is None else squares @ mass[span])
+    return error
+
+
 def _lloyd(points: Tensor, mass: Floats | None, centroids: Floats, iterations: int) -> Floats:
-    """Centroids [clusters, dim] whose error has not grown; those that died take half of the cells of most weight."""
-    squares = _error(points, mass, np.zeros(len(points), np.int16), np.zeros_like(centroids[:1]))
-    before = np.inf
+    """Centroids [clusters, dim], none of more error than the ones before; those that die halve the heaviest cells."""
+    whole = np.zeros(len(points), np.int16)
+    origin, _ = _means(points, mass, whole, np.zeros_like(centroids[:1]))
+    squares, before = _error(points, mass, whole, origin), np.inf
     for _ in range(iterations):
         codes = _nearest(points, centroids)
         centroids, weight = _means(points, mass, codes, centroids)
-        error = squares - float((weight * (centroids**2).sum(1)).sum())
-        if (weight <= 0).any():
-            centroids = _revive(points, mass, codes, centroids, weight)
-        elif before - error <= LEAST_GAIN * before:
+        error = squares - float(weight @ ((centroids - origin) ** 2).sum(1))
+        revived = _revive(points, mass, codes, centroids, weight)
+        if not revived and before - error <= LEAST_GAIN * error:
             break
         before = error
     return centroids
+
+
+def _revive(points: Tensor, mass: Floats | None, codes: Codes, centroids: Floats, weight: Floats) -> bool:
+    """Whether a cell without weight has taken half of one of those of most weight, of which each gives once."""
+    dead = np.flatnonzero(weight <= 0).tolist()
+    if not dead:
+        return False
+    revived = False
+    for donor in np.argsort(-weight, kind="stable").tolist():
+        if not dead or weight[donor] <= 0:
+            break
+        index = np.flatnonzero(codes == donor)
+        own = points[torch.from_numpy(index)].double().numpy()
+        each = np.ones(len(own)) if mass is None else mass[index]
+        offset = own - centroids[donor]
+        axis = int((each @ offset**2).argmax())
+        above = offset[:, axis] > 0
+        if each[above].sum() > 0 and each[~above].sum() > 0:
+            centroids[dead.pop()] = np.average(own[above], 0, each[above])
+            centroids[donor] = np.average(own[~above], 0, each[~above])
+            revived = True
+    return revived
+
+
+def _finish(points: Tensor, mass: Floats | None, centroids: Floats) -> Clustering:
+    """The centroids that serve any point, in ascending order, as they are given back."""
+    dtype = _exact(points.dtype)
+    rounded = torch.from_numpy(centroids).to(dtype).double().numpy()
+    rounded = np.unique(rounded, axis=0)
+    codes = _nearest(points, rounded)
+    used = np.bincount(codes, minlength=len(rounded)) > 0
+    codes = (np.cumsum(used) - 1).astype(np.int16)[codes]
+    found = torch.from_numpy(rounded[used])
+    error = torch.tensor(_error(points, mass, codes, found.numpy()), dtype=torch.float64)
+    narrow = codes.astype(np.uint8) if len(found) <= 256 else codes
+    return Clustering(found.to(dtype), torch.from_numpy(narrow), error, error.clone())
+
+
+def _spread(points: Tensor, mass: Floats | None, clusters: int, generator: torch.Generator) -> Floats:
+    """k-means++ over float64 points."""
+    weight = torch.ones(len(points), dtype=torch.float64) if mass is None else torch.from_numpy(mass)
+    distance = torch.ones_like(weight)
+    centroids = torch.empty(clusters, points.shape[1], dtype=torch.float64)
+    for k in range(clusters):
+        sums = (weight * distance).cumsum(0)
+        share = torch.rand(1, dtype=torch.float64, generator=generator)
+        # Where all distances are 0 any point will do.
+        drawn = torch.searchsorted(sums, sums[-1:] * share, right=True).clamp_(max=len(points) - 1)
+        centroids[k] = points[drawn[0]]
+        nearer = (points - centroids[k]).square_().sum(1)
+        distance = nearer if k == 0 else torch.minimum(distance, nearer)
+    return centroids.numpy()
+
+
+def _split(points: Floats, mass: Floats | None, clusters: int) -> Floats:
+    """The means of cells that are halved, as many at a time as there are, across their principal axes."""
+    each = np.ones(len(points)) if mass is None else mass
+    dim = points.shape[1]
+    codes, count = np.zeros(len(points), np.intp), 1
+    while True:
+        weight = np.bincount(codes, each, minlength=count)
+        held = np.maximum(weight, np.finfo(np.float64).tiny)
+        means = np.stack([np.bincount(codes, each * column, minlength=count) for column in points.T], 1) / held[:, None]
+        if count == clusters:
+            return means
+        offset = points - means[codes]
+        spread = np.empty((count, dim, dim))
+        for row in range(dim):
+            for column in range(row + 1):
+                product = np.bincount(codes, each * offset[:, row] * offset[:, column], minlength=count)
+                spread[:, row, column] = spread[:, column, row] = product
+        values, axes = np.linalg.eigh(spread)
+        donors = np.argsort(-values[:, -1], kind="stable")[: clusters - count]
+        target = np.full(count, -1)
+        target[donors] = count + np.arange(len(donors))
+        above = (np.einsum("ij,ij->i", offset, axes[codes, :, -1]) > 0) & (target[codes] >= 0)
+        codes = np.where(above, target[codes], codes)
+        count += len(donors)

@@ -20,7 +20,7 @@ def rtn(options: str) -> str:
 
 ANY_METHOD = ", ".join(f"`{name}`" for name in ("match", "keep", *registry.METHODS))
 ANY_ACTION = ", ".join(f"`{name}`" for name in ("keep", *registry.METHODS))
-ANY_KEY = "`version`, `seed`, `model`, `data`, `task`, `activations`, `companions`, `rules`, `gates`"
+ANY_KEY = "`version`, `seed`, `model`, `data`, `task`, `activations`, `companions`, `rules`, `finetune`, `gates`"
 QUOTE_STAR = 'put text that starts with * in quotes, as "*.weight"'
 
 WRONG: dict[str, tuple[str, list[str]]] = {
@@ -132,8 +132,47 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         ["r.yaml:4: zzz: unknown key `zzz`; valid here: " + ANY_KEY],
     ),
     "later key": (
+        RULE + "budget: {bpw: 2}\n",
+        ["r.yaml:4: budget: `budget` is not available in this version; remove it"],
+    ),
+    "finetune without optimizer": (
         RULE + "finetune: {epochs: 2}\n",
-        ["r.yaml:4: finetune: `finetune` is not available in this version; remove it"],
+        [
+            "r.yaml:4: finetune: `optimizer` is missing; add `optimizer: {sgd: {lr: 0.001, momentum: 0.9}}`",
+        ],
+    ),
+    "two optimizers": (
+        RULE + "finetune: {optimizer: {sgd: {lr: 1.0}, adamw: {lr: 1.0}}}\n",
+        ["r.yaml:4: finetune.optimizer: 2 kinds of optimizer; give one of `sgd`, `adamw`"],
+    ),
+    "nesterov without momentum": (
+        RULE + "finetune: {optimizer: {sgd: {lr: 1.0, momentum: 0, nesterov: true}}}\n",
+        ["r.yaml:4: finetune.optimizer.sgd: nesterov needs momentum; give momentum: 0.9"],
+    ),
+    "unknown schedule": (
+        RULE + "finetune: {optimizer: {sgd: {lr: 1.0}}, schedule: linear}\n",
+        [
+            "r.yaml:4: finetune.schedule.linear: unknown schedule `linear`; valid here: `constant`, `cosine`, `step`",
+        ],
+    ),
+    "two regularizers": (
+        RULE + "finetune: {optimizer: {sgd: {lr: 1.0}}, regularize: [{match: a, l2: {}, linf: {}}]}\n",
+        [
+            "r.yaml:4: finetune.regularize[0]: a rule with 2 regularizers: `l2`, `linf`; make it one rule each",
+        ],
+    ),
+    "regularizer without match": (
+        RULE + "finetune: {optimizer: {sgd: {lr: 1.0}}, regularize: [{l2: {}}]}\n",
+        [
+            "r.yaml:4: finetune.regularize[0]: `match` is missing; add `match`, a glob over tensor names",
+        ],
+    ),
+    "sine without minima": (
+        RULE + "finetune: {optimizer: {sgd: {lr: 1.0}}, regularize: [{match: a, sine: {}}]}\n",
+        [
+            "r.yaml:4: finetune.regularize[0].sine: the minima are not said; "
+            "give levels, or bits for the grid that quantize will use",
+        ],
     ),
     "model without factory": (
         RULE + "model: {args: {a: 1}}\n",

@@ -1,0 +1,96 @@
+"""Writes the tables of options in docs/training.md from the config dataclasses: python docs/tables.py"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from qcompress.recipe.expect import limits
+from qcompress.recipe.schema import recipe_schema
+from qcompress.registry.regularizers import REGULARIZERS, RegularizerConfig
+from qcompress.settings import TrainingOptions
+
+PAGE = Path(__file__).with_name("training.md")
+SHARED = [one.name for one in dataclasses.fields(RegularizerConfig)]
+OWN = ("strength", "start", "ramp")
+"""Shared options whose defaults differ between regularizers."""
+
+
+def page() -> str:
+    """The page with every table as it should be."""
+    text = PAGE.read_text(encoding="utf-8")
+    return re.sub(r"<!-- options of (\S+) -->\n.*?(?=\n\n|\Z)", _section, text, flags=re.DOTALL)
+
+
+def _section(found: re.Match[str]) -> str:
+    name = found[1]
+    schema = recipe_schema()
+    if name == "finetune":
+        names = {one.name for one in dataclasses.fields(TrainingOptions)}
+        options = {key: value for key, value in schema["properties"]["finetune"]["properties"].items() if key in names}
+        rows = [_row(key, option, _default(option.get("default"))) for key, option in options.items()]
+    elif name == "all":
+        options = schema["$defs"]["regularizer-l2"]["properties"]
+        rows = [_row(key, options[key], "" if key in OWN else _default(options[key].get("default"))) for key in SHARED]
+    else:
+        options = schema["$defs"][f"regularizer-{name}"]["properties"]
+        config = REGULARIZERS[name].config
+        needed: dict[str, Any] = {"levels": 4} if name in ("sine", "cosine") else {}
+        usual = config(**needed)
+        preset = options.get("preset")
+        paper = config(**needed, preset=_choices(preset)[0].strip("`")) if preset else usual
+        rows = [
+            _row(key, option, "" if key in ("preset", *needed) else _both(getattr(usual, key), getattr(paper, key)))
+            for key, option in options.items()
+            if key not in SHARED or key in OWN
+        ]
+    return "\n".join([f"<!-- options of {name} -->", "| option | values | default | |", "|---|---|---|---|", *rows])
+
+
+def _row(name: str, option: dict[str, Any], default: str) -> str:
+    return f"| `{name}` | {', '.join(_choices(option))} | {default} | {option.get('description', '')} |"
+
+
+def _both(usual: Any, paper: Any) -> str:
+    if usual == paper:
+        return _default(usual)
+    return f"{_default(usual) or 'none'}; paper {_default(paper) or 'none'}"
+
+
+def _default(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case bool() | str():
+            return f"`{str(value).lower()}`"
+        case list() | tuple():
+            return f"[{', '.join(map(str, value))}]"
+        case _:
+            return f"{value:g}"
+
+
+def _choices(option: dict[str, Any]) -> list[str]:
+    """The values that an option takes, in words."""
+    if "anyOf" in option:
+        return [choice for branch in option["anyOf"] if branch.get("type") != "null" for choice in _choices(branch)]
+    if "enum" in option:
+        return [f"`{value}`" for value in option["enum"]]
+    if "const" in option:
+        return [f"`{option['const']}`"]
+    match option["type"]:
+        case "boolean":
+            return ["`true`", "`false`"]
+        case "array":
+            return ["[low, high]" if "prefixItems" in option else "a list"]
+        case "string":
+            return ["text"]
+        case kind:
+            words = limits(option) or ("a number" if kind == "number" else "an integer")
+            words = re.sub(r"^between (\S+) and ", r"\1 to ", words)
+            return [re.sub(r"^at least (\S+)", r"\1 or more", words)]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
