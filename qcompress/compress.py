@@ -74,6 +74,7 @@ class _Done:
     shard: Shard
     written: Written
     finished: Mapping[str, Finished]
+    input_sha256: str
 
 
 def keep_nonfinite(checkpoint: Checkpoint, plan: Plan) -> Plan:
@@ -211,7 +212,7 @@ def _write_shard(shard: Shard, path: Path, journal: Journal | None, fitted: Fitt
             return render_header(slots, replace(manifest, sha256=sha256, header_crc32=crc32))
 
         written = writer.finish(render)
-    return _Done(shard, written, finished)
+    return _Done(shard, written, finished, manifest.input_sha256)
 
 
 def _record(writer: SlotWriter, one: Finished) -> Record:
@@ -335,6 +336,7 @@ def _make_report(
     return Report(
         artifact=ArtifactFile(name=name, sha256=artifact_hash([(s.shard.file, s.written.sha256) for s in done])),
         recipe_hash=recipe_hash(plan.recipe),
+        input_sha256=artifact_hash([(s.shard.file, s.input_sha256) for s in done]),
         size=size,
         layers=layers,
         run=run,

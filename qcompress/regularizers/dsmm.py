@@ -8,6 +8,8 @@ kept in [alpha_min, 1e4 / range]: below 0 the penalty would widen the range.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -106,11 +108,13 @@ def _soft_range(groups: Groups, alpha: Tensor, into: Tensor | None, factor: floa
     matrix = groups.matrix
     low, high = groups.ends()
     local = alpha.to(matrix.dtype)
+    # torch's exp2 takes a quarter of the time of its exp on the CPU.
+    binary = (alpha / math.log(2)).to(matrix.dtype)
     sums = {end: [groups.zeros() for _ in range(3)] for end in ("high", "low")}
     for rows, columns in tiles(matrix):
         for end, sign, origin in (("high", 1.0, high), ("low", -1.0, low)):
             distance = matrix[rows, columns] - groups.of(origin, rows)
-            weights = (distance * (sign * groups.of(local, rows))).exp_()
+            weights = (distance * (sign * groups.of(binary, rows))).exp2_()
             for total in sums[end]:
                 groups.add(total, rows, weights)
                 if total is not sums[end][2]:
@@ -126,10 +130,9 @@ def _soft_range(groups: Groups, alpha: Tensor, into: Tensor | None, factor: floa
         )
         for rows, columns in tiles(matrix):
             for sign, origin, mean, share in ends:
-                step = sign * groups.of(local, rows)
                 distance = matrix[rows, columns] - groups.of(origin, rows)
-                weights = (distance * step).exp_().mul_(groups.of(share, rows))
-                slope = distance.sub_(groups.of(mean, rows)).mul_(step).add_(1.0)
+                weights = (distance * (sign * groups.of(binary, rows))).exp2_().mul_(groups.of(share, rows))
+                slope = distance.sub_(groups.of(mean, rows)).mul_(sign * groups.of(local, rows)).add_(1.0)
                 into[rows, columns].addcmul_(weights, slope)
     soft = (high.double() + mean_high) - (low.double() + mean_low)
     return soft, variances

@@ -99,8 +99,8 @@ class Groups:
     def ends(self) -> tuple[Tensor, Tensor]:
         """The least and the largest weight of every group, [groups, 1] of the matrix's dtype."""
         if self.per_row:
-            low, high = torch.aminmax(self.matrix, dim=1, keepdim=True)
-            return low, high
+            # Along a dimension aminmax takes ten times as long as both of these.
+            return self.matrix.amin(1, keepdim=True), self.matrix.amax(1, keepdim=True)
         low, high = torch.aminmax(self.matrix)
         return low.view(1, 1), high.view(1, 1)
 

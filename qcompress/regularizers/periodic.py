@@ -66,8 +66,10 @@ def accumulate(config: Any, weight: Tensor, gradient: Tensor | None, factor: flo
         rate, origin = groups.of(wave.rate, rows), groups.of(wave.origin, rows)
         part = groups.matrix[rows, columns]
         inside = part if wave.low is None else part.clamp(wave.low, wave.high)
-        phase = (inside - origin).mul_(rate)
-        height, slope = phase.sin(), phase.cos_()
+        turns = (inside - origin).mul_(rate / math.pi)
+        # Within a quarter turn of the nearest minimum the cosine is the root that is not negative.
+        height = turns.sub_(turns.round()).mul_(math.pi).sin_()
+        slope = (1 - height.square()).clamp_min_(0).sqrt_()
         if config.power == 1:
             slope.mul_(height.sign()).mul_(rate)
             height.abs_()

@@ -89,7 +89,7 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
             "signal to quantization noise ratio in dB, -10 log10(relative_error): 6 dB more halve the errors",
             ("sqnr", "SQNR dB", "dB"),
         ),
-        "worst_sqnr_db": Term("worst SQNR", "the least SQNR of all compressed tensors, in dB", ("worst dB",)),
+        "worst_sqnr_db": Term("worst SQNR", "the least SQNR of the compressed tensors, in dB", ("worst dB",)),
         "worst_layer": Term("worst layer", "the compressed tensor of least SQNR"),
         "max_error": Term("largest error", "the largest difference between a weight and its decoded value"),
         "range": Term("range", "the lowest and the highest weight"),

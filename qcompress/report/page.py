@@ -78,7 +78,7 @@ def _cards(report: Report) -> tuple[Figure, ...]:
             bits_words(size.bits_per_weight),
             notes=(
                 Figure("bits_per_weight_file", bits_words(size.bits_per_weight_file), "whole file"),
-                Figure("entropy_bound_bytes", bits_words(bound), "entropy of the codes"),
+                Figure("entropy", bits_words(bound), "entropy of the codes"),
             ),
         ),
         Figure(

@@ -38,6 +38,11 @@ class Head:
     spare: bool = False
 
     @property
+    def kind(self) -> str:
+        """The classes of its cells."""
+        return " ".join(letter for letter, is_so in (("n", self.right), ("s", self.spare)) if is_so)
+
+    @property
     def name(self) -> str:
         return self.title or GLOSSARY[self.term].title
 

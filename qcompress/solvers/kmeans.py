@@ -213,10 +213,11 @@ def _used(line: Lines, centroids: Points, zero: bool) -> Points:
     """Those of one line's centroids that any point is nearest to, and 0 if `zero`."""
     kept = np.unique(centroids)
     counts = np.diff(line.cuts(kept[None]), axis=1)[0]
-    return kept[(counts > 0) | (zero & (kept == 0))]
+    used: Points = kept[(counts > 0) | (zero & (kept == 0))]
+    return used
 
 
 def _errors(lines: Lines, centroids: Points, least: Floats) -> tuple[Tensor, Tensor]:
-    """The error and its distance from the least, float64 [lines]; 0 where every point is a centroid."""
+    """The error and the most by which another is less, float64 [lines]."""
     error = lines.error(lines.cuts(centroids), centroids)
     return torch.from_numpy(error), torch.from_numpy((error - least).clip(0, None))

@@ -108,7 +108,8 @@ def midpoints(centroids: Points, dtype: np.dtype[Any]) -> Points:
 def search(rows: NDArray[Any], wanted: NDArray[Any], *, right: bool = False) -> Ints:
     """How many of each ascending row are below (`right`: at most) each wanted number: [lines, any], of one dtype."""
     if len(rows) == 1:
-        return np.searchsorted(rows[0], wanted[0], side="right" if right else "left").reshape(1, -1)
+        alone: Ints = np.searchsorted(rows[0], wanted[0], side="right" if right else "left")
+        return alone[None]
     found = torch.searchsorted(torch.from_numpy(rows), torch.from_numpy(np.ascontiguousarray(wanted)), right=right)
     index: Ints = found.numpy()
     return index

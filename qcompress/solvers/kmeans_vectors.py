@@ -23,7 +23,7 @@ DISTANCES = 2**21
 PIECE = 2**18
 SAMPLE = 2**16
 SAMPLE_EACH = 64
-SAMPLE_ITERATIONS = 30
+SAMPLE_ITERATIONS = 100
 LEAST_GAIN = 1e-5
 """The share of the error that an iteration must take away for another to follow."""
 
@@ -78,7 +78,7 @@ def cluster_vectors(
 
 
 def assign_vectors(points: Tensor, centroids: Tensor) -> Tensor:
-    """The number of the nearest centroid of each point, uint8 up to 256, else int16 [n]; to the lower where rounding ties.
+    """The number of the nearest centroid of each point, uint8 up to 256, else int16 [n]; the lower of a tie.
 
     points     float [n, dim]
     centroids  float [clusters, dim]

@@ -50,7 +50,7 @@ COMMAND_LINE = {
     "metric that is no number": (["report", "M", "--max-drop", "top1=nan"], "top1=0.7"),
     "unknown coding": (["quantize", "M", "-b", "2", "--coding", "rar"], "--coding"),
     "unknown device": (["quantize", "M", "-b", "2", "--device", "tpu"], "--device"),
-    "html": (["report", "M", "--format", "html"], "--format html: not available in this version"),
+    "HTML and JSON on stdout": (["report", "M", "--format", "html", "--json", "-"], "both say what stdout holds"),
     "JSON over the checkpoint": (["quantize", "M", "-b", "2", "--json", "M"], "is a place for weights"),
     "JSON over an artifact": (["report", "M", "--json", "M"], "is a place for weights"),
     "a recipe's JSON over a checkpoint": (["recipe", "show", "r.yaml", "--json", "M"], "is a place for weights"),
