@@ -212,7 +212,7 @@ def _write(module: nn.Module, checkpoint: Checkpoint | None, staged: Path, state
     if checkpoint is None:
         tied = tied_names(module)
         own = {name: value.contiguous().clone() for name, value in values.items() if name not in tied}
-        write_checkpoint(own, staged, {name: twin for name, twin in tied.items()})
+        write_checkpoint(own, staged, tied)
     else:
         for shard in checkpoint.shards:
             tensors = {

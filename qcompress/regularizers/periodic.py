@@ -78,6 +78,10 @@ def accumulate(config: Any, weight: Tensor, gradient: Tensor | None, factor: flo
             height.square_()
         if wave.low is not None:
             _extend(part, inside, height, slope, rate, hinge=config.outside == "hinge")
+        if config.height == "gap":
+            unit = torch.where(rate > 0, rate, torch.inf).pow(-config.power)
+            height.mul_(unit)
+            slope.mul_(unit)
         total += height.sum()
         if into is not None:
             into[rows, columns].add_(slope, alpha=factor * scale)

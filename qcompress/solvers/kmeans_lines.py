@@ -31,8 +31,8 @@ class Lines:
 
     points  float32 or float64 [lines, n], ascending, finite
     mass    float64 [lines, n + 1]: the weight of all points before; None where each point weighs 1
-    first   float64 [lines, n + 1]: the sum of weight * point before
-    origin  float64 [lines, 1]: the mean
+    first   float64 [lines, n + 1]: the sum of weight * (point - origin) before
+    origin  float64 [lines, 1]: about the mean
     """
 
     points: Points
@@ -60,7 +60,7 @@ class Lines:
 
     def first_at(self, index: Ints, origin: Floats) -> Floats:
         """float64, the sum of weight * (point - origin) before each index [lines, any]."""
-        return np.take_along_axis(self.first, index, 1) - origin * self.mass_at(index)
+        return np.take_along_axis(self.first, index, 1) + (self.origin - origin) * self.mass_at(index)
 
     def cuts(self, centroids: Points) -> Ints:
         """[lines, clusters + 1]: where the points change to the next of the ascending centroids, a tie to the lower."""
@@ -72,7 +72,7 @@ class Lines:
         """float64 [lines, clusters]: the mean of each cell, `empty` for those without weight."""
         mass = np.diff(self.mass_at(cuts), axis=1)
         first = np.diff(np.take_along_axis(self.first, cuts, 1), axis=1)
-        found = np.divide(first, mass, out=empty.copy(), where=mass > 0)
+        found = np.divide(first, mass, out=empty.copy(), where=mass > 0) + self.origin
         # Running sums are rounded, which must not carry a mean out of its cell.
         low, high = self.at(cuts[:, :-1]), self.at(cuts[:, 1:] - 1)
         means: Floats = np.where(mass > 0, np.clip(found, low, np.maximum(low, high)), empty)
@@ -183,16 +183,16 @@ def _lines(points: Points, weights: Floats | None) -> Lines:
     if not np.isfinite(points[:, [0, -1]]).all():
         raise ValueError("only finite values can be clustered")
     lines, size = points.shape
+    origin = points.mean(1, dtype=np.float64, keepdims=True)
     first = np.zeros((lines, size + 1))
-    if weights is None:
-        mass = None
-        np.cumsum(points, axis=1, dtype=np.float64, out=first[:, 1:])
-        origin = first[:, -1:] / size
-    else:
+    # Seen from the mean: sums of numbers that are large against their differences would tell nothing of these.
+    np.subtract(points, origin, out=first[:, 1:])
+    mass = None
+    if weights is not None:
         mass = np.zeros((lines, size + 1))
         np.cumsum(weights, axis=1, out=mass[:, 1:])
-        np.cumsum(weights * points, axis=1, out=first[:, 1:])
-        origin = first[:, -1:] / mass[:, -1:]
+        first[:, 1:] *= weights
+    np.cumsum(first, axis=1, out=first)
     return Lines(points, mass, first, origin)
 
 

@@ -15,6 +15,7 @@ none can be bettered; that is Bellman's equation, whose only solution is the opt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,8 @@ from numpy.typing import NDArray
 
 from qcompress.solvers.kmeans_lines import Floats, Ints
 
-LAYERS_UP_TO = 64
+LAYERS_UP_TO = 128
 MOST_PROBES = 100
-NEWTON_PROBES = 8
 MOST_SWEEPS = 500
 EPSILON = 2.0**-51
 
@@ -38,7 +38,7 @@ def optimal_cuts(mass: Floats, first: Floats, clusters: int) -> Ints:
     """
     mass, first = np.ascontiguousarray(mass), np.ascontiguousarray(first)
     if clusters <= LAYERS_UP_TO:
-        _, starts = _layers(mass, first, clusters)
+        starts = _layers(mass, first, clusters)[-1]
         return _trace(starts, np.full(len(mass), mass.shape[1] - 1), clusters)
     return _priced(mass, first, clusters, sides=1)
 
@@ -54,10 +54,9 @@ def optimal_sides(mass: Floats, first: Floats, clusters: int) -> tuple[Ints, Int
     if clusters - 1 > LAYERS_UP_TO:
         cuts = _priced(mass, first, clusters - 1, sides=2).reshape(lines, 2, clusters)
         return cuts, np.count_nonzero(np.diff(cuts[:, 0]), axis=1)
-    gains, starts = _layers(mass, first, clusters - 1)
-    ends = gains.argmax(2)
-    most = gains.max(2).reshape(clusters, lines, 2)
-    left = (most[:, :, 0] + most[::-1, :, 1]).argmax(0)
+    most, ends, starts = _layers(mass, first, clusters - 1)
+    each = most.reshape(clusters, lines, 2)
+    left = (each[:, :, 0] + each[::-1, :, 1]).argmax(0)
     cells = np.stack([left, clusters - 1 - left], 1).reshape(-1)
     end = ends[cells, np.arange(len(mass))]
     cuts = np.zeros((len(mass), clusters), np.intp)
@@ -68,15 +67,21 @@ def optimal_sides(mass: Floats, first: Floats, clusters: int) -> tuple[Ints, Int
     return cuts.reshape(lines, 2, clusters), left
 
 
-def _layers(mass: Floats, first: Floats, clusters: int) -> tuple[Floats, NDArray[np.int32]]:
-    """float64, int32 [clusters + 1, lines, n + 1]: the gain of at most k cells before each atom; the last's start."""
-    gains = np.zeros((clusters + 1, *mass.shape))
+def _layers(mass: Floats, first: Floats, clusters: int) -> tuple[Floats, Ints, NDArray[np.int32]]:
+    """What at most k cells gain that end anywhere, where the last of them ends, and where the last before each atom starts.
+
+    float64 and intp [clusters + 1, lines], int32 [clusters + 1, lines, n + 1]
+    """
+    most, ends = np.zeros((clusters + 1, len(mass))), np.zeros((clusters + 1, len(mass)), np.intp)
     starts = np.zeros((clusters + 1, *mass.shape), np.int32)
-    if clusters:
-        np.divide(first * first, mass, out=gains[1], where=mass > 0)
-    for k in range(2, clusters + 1):
-        gains[k], starts[k] = _sweep(gains[k - 1], mass, first)
-    return gains, starts
+    gains = np.zeros_like(mass)
+    for k in range(1, clusters + 1):
+        if k == 1:
+            gains = np.divide(first * first, mass, out=np.zeros_like(mass), where=mass > 0)
+        else:
+            gains, starts[k] = _sweep(gains, mass, first)
+        most[k], ends[k] = gains.max(1), gains.argmax(1)
+    return most, ends, starts
 
 
 def _trace(starts: NDArray[Any], end: Ints, clusters: int) -> Ints:
@@ -93,44 +98,63 @@ def _sweep(value: Floats, mass: Floats, first: Floats) -> tuple[Floats, Ints]:
     """For each end j > 0 the greatest value[i] + gain(i, j) over i < j, and the leftmost such i; both [lines, n + 1].
 
     Ends are solved by halving strides: the best starts of the two neighbours that are already solved enclose those of
-    the end between, so each stride looks at every start about once, as one array over all lines.
+    the end between, so each stride looks at every start about once, as one array over all lines. Cells without weight
+    are left out: the same without them gains as much.
     """
     lines, width = value.shape
     best, start = np.zeros((lines, width)), np.zeros((lines, width), np.intp)
     base = (np.arange(lines) * width)[:, None]
-    # One unit more in the last place: cells of no weight gain 0 / tiny = 0 instead of 0 / 0.
-    above = np.nextafter(mass, np.inf)
+    flat_value, flat_mass, flat_first = value.reshape(-1), mass.reshape(-1), first.reshape(-1)
     stride = 1 << (width - 1).bit_length() - 1
     while stride:
         ends = np.arange(stride, width, 2 * stride)
         low = start[:, ends - stride]
+        # The end after the last is not solved: no start is too far right for it.
         high = start[:, np.minimum(ends + stride, width - 1)]
-        # Starts lie in [low, stop) or, below the end, at stop.
-        stop = np.where(ends + stride < width, np.minimum(high, ends), ends)
-        follow = np.concatenate([low[:, 1:], np.full((lines, 1), width)], 1)
-        counts = np.stack([stop - low, follow - stop], 2).reshape(-1)
-        end_first, end_mass = first[:, ends], above[:, ends]
-        # The rest of each run, up to the next one's, comes out as inf**2 / -1.
-        gain = np.repeat(np.stack([end_first, np.full_like(end_first, np.inf)], 2).reshape(-1), counts)
-        gain -= first.reshape(-1)
-        gain *= gain
-        weight = np.repeat(np.stack([end_mass, np.full_like(end_mass, -1.0)], 2).reshape(-1), counts)
-        weight -= mass.reshape(-1)
-        gain /= weight
-        gain += value.reshape(-1)
-        runs = (base + low).reshape(-1)
-        top = np.maximum.reduceat(gain, runs)
-        hits = np.flatnonzero(gain == np.repeat(top, (follow - low).reshape(-1)))
-        where = hits[np.minimum(np.searchsorted(hits, runs), len(hits) - 1)].reshape(low.shape) - base
-        top = np.where(stop > low, top.reshape(low.shape), -np.inf)
-        with np.errstate(invalid="ignore"):
-            last = end_first - np.take_along_axis(first, stop, 1)
-            last *= last / (end_mass - np.take_along_axis(mass, stop, 1))
-        last = np.where(stop < ends, last + np.take_along_axis(value, stop, 1), -np.inf)
-        best[:, ends] = np.maximum(top, last)
-        start[:, ends] = np.where(last > top, stop, where)
+        high[:, ends + stride >= width] = width - 1
+        counts = np.concatenate([low[:, 1:], np.full((lines, 1), width)], 1) - low
+        runs = (low + base).reshape(-1)
+        spread = _spread(runs, counts.reshape(-1), value.size)
+        end_first, end_mass = first[:, ends].reshape(-1), mass[:, ends].reshape(-1)
+        gain, weight = spread(end_first), spread(end_mass)
+        gain -= flat_first
+        weight -= flat_mass
+        top, where = _greatest(gain, weight, flat_value, runs, spread)
+        # The next run begins at `high`, which may be the best start of both.
+        last = (high + base).reshape(-1)
+        gain, weight = end_first - flat_first[last], end_mass - flat_mass[last]
+        gain = np.divide(gain * gain, weight, out=np.full_like(gain, -np.inf), where=weight > 0) + flat_value[last]
+        empty = counts.reshape(-1) == 0
+        better = (gain > top) | empty
+        best[:, ends] = np.where(better, gain, top).reshape(low.shape)
+        start[:, ends] = np.where(better, last, where).reshape(low.shape) - base
         stride //= 2
+    nothing = mass <= 0
+    best[nothing], start[nothing] = 0.0, 0
     return best, start
+
+
+def _spread(runs: Ints, counts: Ints, size: int) -> Callable[[Floats], Floats]:
+    """A function that repeats the value of each run over all of it."""
+    if 8 * len(runs) < size:
+        return lambda values: np.repeat(values, counts)
+    owners = np.bincount(runs, minlength=size).cumsum() - 1
+    return lambda values: values[owners]
+
+
+def _greatest(
+    gain: Floats, weight: Floats, value: Floats, runs: Ints, spread: Callable[[Floats], Floats]
+) -> tuple[Floats, Ints]:
+    """The greatest gain**2 / weight + value of each run, and where it first is; what has no weight does not count."""
+    gain *= gain
+    outside = weight <= 0
+    np.copyto(weight, 1.0, where=outside)
+    gain /= weight
+    gain += value
+    np.copyto(gain, -np.inf, where=outside)
+    top = np.maximum.reduceat(gain, runs)
+    hits = np.flatnonzero(gain == spread(top))
+    return top, hits[np.minimum(np.searchsorted(hits, runs), len(hits) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,26 +239,60 @@ def _priced(mass: Floats, first: Floats, clusters: int, sides: int) -> Ints:
     many = _policy(apart, *_evaluate(apart, nothing, mass, first), nothing, free)
     highest = np.repeat(2 * total(many.gain) + 1e-300, sides)
     few = _policy(single, *_evaluate(single, highest, mass, first), highest, free)
-    price = highest[::sides] / clusters**3
-    start, tied = single, np.zeros(lines // sides, bool)
-    for probe in range(MOST_PROBES):
+    step = max(1, (width - 1) * sides // clusters)
+    start = np.broadcast_to((np.arange(width) - 1).clip(0) // step * step, mass.shape)
+    # What gains less than this is lost in rounding.
+    least = EPSILON * total(many.gain)
+    search = _PriceSearch(3 * highest[::sides] / clusters**3, clusters)
+    for _ in range(MOST_PROBES):
         fewest, largest = total(few.cells), total(many.cells)
-        active = (fewest < clusters) & (largest > clusters) & ~tied
+        active = (fewest < clusters) & (largest > clusters) & ~search.tied & (search.price > least)
         if not active.any():
             break
-        secant = probe >= NEWTON_PROBES and probe % 2 == 1
-        if secant:
-            price = np.where(active, (total(many.gain) - total(few.gain)) / np.maximum(largest - fewest, 1), price)
+        price = search.propose(fewest, largest, total(many.gain) - total(few.gain))
         policy = _improve(start, np.repeat(price, sides), mass, first, free)
         start, found = policy.start, total(policy.cells)
-        # The price at which both ends are worth the same either shows an optimum between them, or all between are tied.
-        if secant:
-            tied |= active & ((found <= fewest) | (found >= largest))
+        search.learn(found, active & ((found <= fewest) | (found >= largest)))
         few = policy.where(np.repeat(active & (fewest < found) & (found <= clusters), sides), few)
         many = policy.where(np.repeat(active & (clusters <= found) & (found < largest), sides), many)
-        # The error of k cells falls about as k**-2, so the price as k**-3.
-        price = price * (np.maximum(found, 0.5) / clusters) ** 3
     return _settle(few, many, clusters, sides)
+
+
+class _PriceSearch:
+    """Where to look next for the prices [groups] at which the best number of cells is the wanted one."""
+
+    def __init__(self, price: Floats, clusters: int) -> None:
+        self.clusters = clusters
+        self.price = price
+        self.low, self.high = np.zeros_like(price), np.full_like(price, np.inf)
+        self.secant = self.tied = np.zeros(price.shape, np.bool_)
+        self.slope = np.full_like(price, 3.0)
+        self.last: tuple[Floats, Floats] | None = None
+
+    def propose(self, fewest: Floats, largest: Floats, gained: Floats) -> Floats:
+        """The next prices, given the numbers of cells on either side of the wanted one and the gain between the two."""
+        # Nearby, the price at which both are worth the same, where an optimum between them shows or all are tied.
+        self.secant = largest <= 1.25 * fewest
+        self.price = np.where(self.secant, gained / np.maximum(largest - fewest, 1), self.price)
+        return self.price
+
+    def learn(self, found: Floats, outside: NDArray[np.bool_]) -> None:
+        """Take in the numbers of cells that the prices gave; `outside` the known two, or one of them again."""
+        self.tied = self.tied | self.secant & outside
+        self.low = np.where(found >= self.clusters, np.maximum(self.low, self.price), self.low)
+        self.high = np.where(found <= self.clusters, np.minimum(self.high, self.price), self.high)
+        found = np.maximum(found, 0.5)
+        if self.last is not None:
+            price, number = self.last
+            fall = np.log(number / found)
+            rise = np.log(np.maximum(self.price, 1e-300) / np.maximum(price, 1e-300))
+            steep = np.divide(rise, fall, out=self.slope.copy(), where=fall != 0)
+            self.slope = steep.clip(1.0, 12.0)
+        self.last = self.price, found
+        # The error of k cells falls about as k**-2, so the price as k**-3; then as the last two prices tell.
+        guess = self.price * (found / self.clusters) ** self.slope
+        middle = np.sqrt(np.maximum(self.low, self.high / 2**20) * np.minimum(self.high, self.low * 2**20))
+        self.price = np.where((self.low < guess) & (guess < self.high), guess, middle)
 
 
 def _settle(few: _Policy, many: _Policy, clusters: int, sides: int) -> Ints:

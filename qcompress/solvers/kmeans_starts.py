@@ -181,5 +181,7 @@ def _halves(lines: Lines, line: int, cut: Ints, mean: float) -> Floats:
     ends = np.array([cut[0], middle, cut[1]])
     mass = ends.astype(np.float64) if lines.mass is None else lines.mass[line, ends]
     halves = np.diff(mass)
-    means: Floats = np.divide(np.diff(lines.first[line, ends]), halves, out=np.full(2, mean), where=halves > 0)
+    found = np.diff(lines.first[line, ends])
+    origin = lines.origin[line, 0]
+    means: Floats = np.divide(found, halves, out=np.full(2, mean - origin), where=halves > 0) + origin
     return means

@@ -23,7 +23,7 @@ DISTANCES = 2**21
 PIECE = 2**18
 SAMPLE = 2**16
 SAMPLE_EACH = 64
-SAMPLE_ITERATIONS = 100
+SAMPLE_ITERATIONS = 50
 LEAST_GAIN = 1e-5
 """The share of the error that an iteration must take away for another to follow."""
 

@@ -15,7 +15,7 @@ METHOD_FLAG = "qcompress quantize m.safetensors --method "
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("qcompress ", {"quantize", "eval", "report", "verify", "export", "demo", "recipe"}),
+        ("qcompress ", {"quantize", "finetune-reg", "eval", "report", "verify", "export", "demo", "recipe"}),
         ("qcompress qu", {"quantize"}),
         ("qcompress recipe ", {"check", "show", "schema"}),
         (METHOD_FLAG, set(METHODS)),

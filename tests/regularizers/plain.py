@@ -65,8 +65,10 @@ def l2(config: Any, weight: Tensor, terms: dict[str, Tensor]) -> Tensor:
     return (weight.square().mean() if config.reduction == "mean" else weight.square().sum()) / 2
 
 
-def _waves(config: Any, height: Tensor) -> Tensor:
+def _waves(config: Any, height: Tensor, gap: Tensor | float) -> Tensor:
     height = height.abs() if config.power == 1 else height.square()
+    if config.height == "gap":
+        height = height * (gap / math.pi) ** config.power
     return height.mean() if config.reduction == "mean" else height.sum()
 
 
@@ -75,14 +77,17 @@ def sine(config: Any, weight: Tensor, terms: dict[str, Tensor]) -> Tensor:
         matrix = weight.flatten(1) if config.granularity == "channel" else weight.reshape(1, -1)
         high = matrix.detach().amax(1, keepdim=True).clamp_min(0)
         low = matrix.detach().amin(1, keepdim=True).clamp_max(0)
-        return _waves(config, torch.sin(math.pi * matrix / ((high - low) / (2**config.bits - 1))))
+        step = (high - low) / (2**config.bits - 1)
+        return _waves(config, torch.sin(math.pi * matrix / step), step)
     low, high = config.range
-    return _waves(config, torch.sin(math.pi * (config.levels - 1) * (weight - low) / (high - low)))
+    gap = (high - low) / (config.levels - 1)
+    return _waves(config, torch.sin(math.pi * (weight - low) / gap), gap)
 
 
 def cosine(config: Any, weight: Tensor, terms: dict[str, Tensor]) -> Tensor:
     low, high = config.range
-    return _waves(config, torch.cos(math.pi * config.levels * (weight - low) / (high - low)))
+    gap = (high - low) / config.levels
+    return _waves(config, torch.cos(math.pi * (weight - low) / gap), gap)
 
 
 def _nearest(config: Any, each: Tensor) -> Tensor:
