@@ -6,28 +6,19 @@ gain(a, d) + gain(b, c) for a <= b <= c <= d, so the best start of a cell never 
 (Wu 1991, "Optimal quantization by matrix searching"; Groenlund et al. 2017, arXiv 1701.07204), and the greatest gain
 of k cells is concave in k.
 
-Few clusters take a sweep over all atoms for each cluster. Many take a price for each cell, found such that the best
-number of cells is the wanted one (Aggarwal, Schieber, Tokuyama 1994): the sweeps then do not grow with the clusters.
-For a given price we do not work from left to right, which no long operation can, but improve whole policies: each atom
-keeps the start of the cell that ends there, all values follow by pointer doubling, one sweep betters the starts, until
-none can be bettered; that is Bellman's equation, whose only solution is the optimum.
+Few clusters take a sweep over all atoms for each cluster; many take a price, and sweeps that do not grow with them.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qcompress.solvers.kmeans_lines import Floats, Ints
+from qcompress.solvers.kmeans_priced import priced_cuts
+from qcompress.solvers.kmeans_sweep import sweep, trace
 
 LAYERS_UP_TO = 128
-MOST_PROBES = 100
-MOST_SWEEPS = 500
-EPSILON = 2.0**-51
 
 
 def optimal_cuts(mass: Floats, first: Floats, clusters: int) -> Ints:
@@ -39,8 +30,8 @@ def optimal_cuts(mass: Floats, first: Floats, clusters: int) -> Ints:
     mass, first = np.ascontiguousarray(mass), np.ascontiguousarray(first)
     if clusters <= LAYERS_UP_TO:
         starts = _layers(mass, first, clusters)[-1]
-        return _trace(starts, np.full(len(mass), mass.shape[1] - 1), clusters)
-    return _priced(mass, first, clusters, sides=1)
+        return trace(starts, np.full(len(mass), mass.shape[1] - 1), clusters)
+    return priced_cuts(mass, first, clusters, sides=1)
 
 
 def optimal_sides(mass: Floats, first: Floats, clusters: int) -> tuple[Ints, Ints]:
@@ -52,7 +43,7 @@ def optimal_sides(mass: Floats, first: Floats, clusters: int) -> tuple[Ints, Int
     lines, _, width = mass.shape
     mass, first = mass.reshape(-1, width), first.reshape(-1, width)
     if clusters - 1 > LAYERS_UP_TO:
-        cuts = _priced(mass, first, clusters - 1, sides=2).reshape(lines, 2, clusters)
+        cuts = priced_cuts(mass, first, clusters - 1, sides=2).reshape(lines, 2, clusters)
         return cuts, np.count_nonzero(np.diff(cuts[:, 0]), axis=1)
     most, ends, starts = _layers(mass, first, clusters - 1)
     each = most.reshape(clusters, lines, 2)
@@ -68,9 +59,9 @@ def optimal_sides(mass: Floats, first: Floats, clusters: int) -> tuple[Ints, Int
 
 
 def _layers(mass: Floats, first: Floats, clusters: int) -> tuple[Floats, Ints, NDArray[np.int32]]:
-    """What at most k cells gain that end anywhere, where the last of them ends, and where the last before each atom starts.
+    """Of at most k cells: the most they gain if they end anywhere, where they then end, where the last starts if not.
 
-    float64 and intp [clusters + 1, lines], int32 [clusters + 1, lines, n + 1]
+    float64 and intp [clusters + 1, lines]; int32 [clusters + 1, lines, n + 1], for each atom that may end the last cell
     """
     most, ends = np.zeros((clusters + 1, len(mass))), np.zeros((clusters + 1, len(mass)), np.intp)
     starts = np.zeros((clusters + 1, *mass.shape), np.int32)
@@ -79,253 +70,6 @@ def _layers(mass: Floats, first: Floats, clusters: int) -> tuple[Floats, Ints, N
         if k == 1:
             gains = np.divide(first * first, mass, out=np.zeros_like(mass), where=mass > 0)
         else:
-            gains, starts[k] = _sweep(gains, mass, first)
+            gains, starts[k] = sweep(gains, mass, first)
         most[k], ends[k] = gains.max(1), gains.argmax(1)
     return most, ends, starts
-
-
-def _trace(starts: NDArray[Any], end: Ints, clusters: int) -> Ints:
-    """The cuts [lines, clusters + 1] that lead to `end`; `starts` [clusters + 1, lines, n + 1], [1, ...] for all k."""
-    cuts = np.zeros((len(end), clusters + 1), np.intp)
-    cuts[:, clusters] = end
-    lines = np.arange(len(end))
-    for k in range(clusters, 0, -1):
-        cuts[:, k - 1] = starts[k % len(starts), lines, cuts[:, k]]
-    return cuts
-
-
-def _sweep(value: Floats, mass: Floats, first: Floats) -> tuple[Floats, Ints]:
-    """For each end j > 0 the greatest value[i] + gain(i, j) over i < j, and the leftmost such i; both [lines, n + 1].
-
-    Ends are solved by halving strides: the best starts of the two neighbours that are already solved enclose those of
-    the end between, so each stride looks at every start about once, as one array over all lines. Cells without weight
-    are left out: the same without them gains as much.
-    """
-    lines, width = value.shape
-    best, start = np.zeros((lines, width)), np.zeros((lines, width), np.intp)
-    base = (np.arange(lines) * width)[:, None]
-    flat_value, flat_mass, flat_first = value.reshape(-1), mass.reshape(-1), first.reshape(-1)
-    stride = 1 << (width - 1).bit_length() - 1
-    while stride:
-        ends = np.arange(stride, width, 2 * stride)
-        low = start[:, ends - stride]
-        # The end after the last is not solved: no start is too far right for it.
-        high = start[:, np.minimum(ends + stride, width - 1)]
-        high[:, ends + stride >= width] = width - 1
-        counts = np.concatenate([low[:, 1:], np.full((lines, 1), width)], 1) - low
-        runs = (low + base).reshape(-1)
-        spread = _spread(runs, counts.reshape(-1), value.size)
-        end_first, end_mass = first[:, ends].reshape(-1), mass[:, ends].reshape(-1)
-        gain, weight = spread(end_first), spread(end_mass)
-        gain -= flat_first
-        weight -= flat_mass
-        top, where = _greatest(gain, weight, flat_value, runs, spread)
-        # The next run begins at `high`, which may be the best start of both.
-        last = (high + base).reshape(-1)
-        gain, weight = end_first - flat_first[last], end_mass - flat_mass[last]
-        gain = np.divide(gain * gain, weight, out=np.full_like(gain, -np.inf), where=weight > 0) + flat_value[last]
-        empty = counts.reshape(-1) == 0
-        better = (gain > top) | empty
-        best[:, ends] = np.where(better, gain, top).reshape(low.shape)
-        start[:, ends] = np.where(better, last, where).reshape(low.shape) - base
-        stride //= 2
-    nothing = mass <= 0
-    best[nothing], start[nothing] = 0.0, 0
-    return best, start
-
-
-def _spread(runs: Ints, counts: Ints, size: int) -> Callable[[Floats], Floats]:
-    """A function that repeats the value of each run over all of it."""
-    if 8 * len(runs) < size:
-        return lambda values: np.repeat(values, counts)
-    owners = np.bincount(runs, minlength=size).cumsum() - 1
-    return lambda values: values[owners]
-
-
-def _greatest(
-    gain: Floats, weight: Floats, value: Floats, runs: Ints, spread: Callable[[Floats], Floats]
-) -> tuple[Floats, Ints]:
-    """The greatest gain**2 / weight + value of each run, and where it first is; what has no weight does not count."""
-    gain *= gain
-    outside = weight <= 0
-    np.copyto(weight, 1.0, where=outside)
-    gain /= weight
-    gain += value
-    np.copyto(gain, -np.inf, where=outside)
-    top = np.maximum.reduceat(gain, runs)
-    hits = np.flatnonzero(gain == spread(top))
-    return top, hits[np.minimum(np.searchsorted(hits, runs), len(hits) - 1)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Policy:
-    """The optimum for a price a cell.
-
-    start  intp [lines, n + 1], the start of the cell that ends at each atom
-    end    intp [lines], where the last cell ends
-    cells  intp [lines], their number
-    gain   float64 [lines], without the price
-    """
-
-    start: Ints
-    end: Ints
-    cells: Ints
-    gain: Floats
-
-    def where(self, lines: Ints, other: _Policy) -> _Policy:
-        """This policy for the lines that are true, `other` for the rest."""
-        choose = np.where
-        return _Policy(
-            choose(lines[:, None], self.start, other.start),
-            choose(lines, self.end, other.end),
-            choose(lines, self.cells, other.cells),
-            choose(lines, self.gain, other.gain),
-        )
-
-
-def _evaluate(start: Ints, price: Floats, mass: Floats, first: Floats) -> tuple[Floats, Ints]:
-    """The value (gain less price) and the number of cells before each atom if cells begin at `start`."""
-    lines, width = mass.shape
-    weight = mass - np.take_along_axis(mass, start, 1)
-    sums = first - np.take_along_axis(first, start, 1)
-    value = np.divide(sums * sums, weight, out=np.zeros_like(mass), where=weight > 0) - price[:, None]
-    cells = np.ones((lines, width), np.intp)
-    value[:, 0], cells[:, 0] = 0.0, 0
-    pointer = (start + (np.arange(lines) * width)[:, None]).reshape(-1)
-    flat, count = value.reshape(-1), cells.reshape(-1)
-    while count[pointer].any():
-        flat = flat + flat[pointer]
-        count = count + count[pointer]
-        pointer = pointer[pointer]
-    return flat.reshape(lines, width), count.reshape(lines, width)
-
-
-def _policy(start: Ints, value: Floats, cells: Ints, price: Floats, free: bool) -> _Policy:
-    lines = np.arange(len(start))
-    end = value.argmax(1) if free else np.full(len(start), start.shape[1] - 1)
-    number = cells[lines, end]
-    return _Policy(start, end, number, value[lines, end] + price * number)
-
-
-def _improve(start: Ints, price: Floats, mass: Floats, first: Floats, free: bool) -> _Policy:
-    """The optimal policy for a price [lines], beginning from any; `free` lets the last cell end anywhere."""
-    value, cells = _evaluate(start, price, mass, first)
-    for _ in range(MOST_SWEEPS):
-        best, better = _sweep(value, mass, first)
-        best -= price[:, None]
-        # What rounding alone could better would go round in circles.
-        gains = best > value + EPSILON * (np.abs(value) + np.abs(value).max(1, keepdims=True))
-        gains[:, 0] = False
-        if not gains.any():
-            break
-        start = np.where(gains, better, start)
-        value, cells = _evaluate(start, price, mass, first)
-    return _policy(start, value, cells, price, free)
-
-
-def _priced(mass: Floats, first: Floats, clusters: int, sides: int) -> Ints:
-    """Cuts [lines, clusters + 1] of the best `clusters` cells over each group of `sides` lines; 2 sides end freely."""
-    lines, width = mass.shape
-    free = sides == 2
-
-    def total(values: Ints | Floats) -> Floats:
-        summed: Floats = values.reshape(-1, sides).sum(1).astype(np.float64)
-        return summed
-
-    # Two optima that need no search: all atoms apart for no price; and for a high one a single cell, or none.
-    before = np.where(np.diff(mass, axis=1, prepend=-1.0) > 0, np.arange(width) - 1, 0).clip(0)
-    apart, single = np.maximum.accumulate(before, axis=1), np.zeros_like(before)
-    nothing = np.zeros(lines)
-    many = _policy(apart, *_evaluate(apart, nothing, mass, first), nothing, free)
-    highest = np.repeat(2 * total(many.gain) + 1e-300, sides)
-    few = _policy(single, *_evaluate(single, highest, mass, first), highest, free)
-    step = max(1, (width - 1) * sides // clusters)
-    start = np.broadcast_to((np.arange(width) - 1).clip(0) // step * step, mass.shape)
-    # What gains less than this is lost in rounding.
-    least = EPSILON * total(many.gain)
-    search = _PriceSearch(3 * highest[::sides] / clusters**3, clusters)
-    for _ in range(MOST_PROBES):
-        fewest, largest = total(few.cells), total(many.cells)
-        active = (fewest < clusters) & (largest > clusters) & ~search.tied & (search.price > least)
-        if not active.any():
-            break
-        price = search.propose(fewest, largest, total(many.gain) - total(few.gain))
-        policy = _improve(start, np.repeat(price, sides), mass, first, free)
-        start, found = policy.start, total(policy.cells)
-        search.learn(found, active & ((found <= fewest) | (found >= largest)))
-        few = policy.where(np.repeat(active & (fewest < found) & (found <= clusters), sides), few)
-        many = policy.where(np.repeat(active & (clusters <= found) & (found < largest), sides), many)
-    return _settle(few, many, clusters, sides)
-
-
-class _PriceSearch:
-    """Where to look next for the prices [groups] at which the best number of cells is the wanted one."""
-
-    def __init__(self, price: Floats, clusters: int) -> None:
-        self.clusters = clusters
-        self.price = price
-        self.low, self.high = np.zeros_like(price), np.full_like(price, np.inf)
-        self.secant = self.tied = np.zeros(price.shape, np.bool_)
-        self.slope = np.full_like(price, 3.0)
-        self.last: tuple[Floats, Floats] | None = None
-
-    def propose(self, fewest: Floats, largest: Floats, gained: Floats) -> Floats:
-        """The next prices, given the numbers of cells on either side of the wanted one and the gain between the two."""
-        # Nearby, the price at which both are worth the same, where an optimum between them shows or all are tied.
-        self.secant = largest <= 1.25 * fewest
-        self.price = np.where(self.secant, gained / np.maximum(largest - fewest, 1), self.price)
-        return self.price
-
-    def learn(self, found: Floats, outside: NDArray[np.bool_]) -> None:
-        """Take in the numbers of cells that the prices gave; `outside` the known two, or one of them again."""
-        self.tied = self.tied | self.secant & outside
-        self.low = np.where(found >= self.clusters, np.maximum(self.low, self.price), self.low)
-        self.high = np.where(found <= self.clusters, np.minimum(self.high, self.price), self.high)
-        found = np.maximum(found, 0.5)
-        if self.last is not None:
-            price, number = self.last
-            fall = np.log(number / found)
-            rise = np.log(np.maximum(self.price, 1e-300) / np.maximum(price, 1e-300))
-            steep = np.divide(rise, fall, out=self.slope.copy(), where=fall != 0)
-            self.slope = steep.clip(1.0, 12.0)
-        self.last = self.price, found
-        # The error of k cells falls about as k**-2, so the price as k**-3; then as the last two prices tell.
-        guess = self.price * (found / self.clusters) ** self.slope
-        middle = np.sqrt(np.maximum(self.low, self.high / 2**20) * np.minimum(self.high, self.low * 2**20))
-        self.price = np.where((self.low < guess) & (guess < self.high), guess, middle)
-
-
-def _settle(few: _Policy, many: _Policy, clusters: int, sides: int) -> Ints:
-    """The cuts of just `clusters` cells a group, spliced of two optima for one price where neither has that number."""
-    low, high = few.cells.reshape(-1, sides), many.cells.reshape(-1, sides)
-    wanted = high.copy()
-    over = high.sum(1) > clusters
-    wanted[over, 0] = (clusters - low[over, 1:].sum(1)).clip(low[over, 0], high[over, 0])
-    if sides == 2:
-        wanted[over, 1] = clusters - wanted[over, 0]
-    flat = wanted.reshape(-1)
-    cuts = _trace(few.start[None], few.end, clusters)
-    for line in np.flatnonzero(flat != few.cells).tolist():
-        some, more = (
-            _trace(policy.start[None, line : line + 1], policy.end[line : line + 1], int(policy.cells[line]))[0]
-            for policy in (few, many)
-        )
-        # Where the last cell ends freely, what follows is one more cell.
-        last = [few.start.shape[1]] if sides == 2 else []
-        joined = _splice(np.append(some, last), np.append(more, last), flat[line] + len(last))
-        cuts[line] = 0
-        cuts[line, clusters - flat[line] :] = joined[: flat[line] + 1]
-    return cuts
-
-
-def _splice(few: Ints, many: Ints, cells: int) -> Ints:
-    """The cuts of `cells` cells, from those of fewer and of more that are optimal for one price: then so is this.
-
-    It follows `many` up to a cell that lies within one of `few`, and `few` after that: by Monge's inequality the two
-    paths that are crossed there are together worth as much as before.
-    """
-    skip = cells - (len(few) - 1)
-    if skip in (0, len(many) - len(few)):
-        return few if skip == 0 else many
-    turn = int(np.argmax(many[skip + 1 : skip + len(few)] <= few[1:]))
-    return np.concatenate([many[: turn + skip + 1], few[turn + 1 :]]).astype(np.intp)

@@ -169,7 +169,8 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     except InputError as error:
         assert all(line.startswith("r.yaml") and "\n" not in line for line in error.lines())
         assert all(line.isprintable() for line in error.lines())
-        assert not any(word in line for line in error.lines() for word in ("pydantic", "Input should be", "Config"))
+        inner = [word for word in ("pydantic", "Input should be", "Config") if word not in text]
+        assert not any(word in line for line in error.lines() for word in inner)
     else:
         assert recipe.rules
 
