@@ -24,7 +24,8 @@ import torch
 from networks import CASES, Case, compressible
 from torch import Tensor
 
-from qcompress.coding.affine import decode, exponent_for
+from qcompress.coding.affine import decode
+from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight
 from qcompress.registry import METHODS
 from qcompress.types import Affine

@@ -1,4 +1,4 @@
-"""docs/results.md: accuracy of every method on the measured networks, each figure from one run of the command line.
+"""The methods' section of docs/results.md: accuracy of every method, each figure from one run of the command line.
 
     QCOMPRESS_DATA=data python benchmarks/results.py --work results
 
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from page import put_section
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
@@ -131,7 +133,7 @@ def cell(report: dict[str, Any]) -> str:
 def table(network: Network, reports: dict[str, dict[str, Any]]) -> list[str]:
     any_report = next(report for name, report in reports.items() if name.startswith(Path(network.recipes).name))
     lines = [
-        f"## {network.title}",
+        f"### {network.title}",
         "",
         f"FP32: {top1(any_report)['baseline']:.4f}.",
         "",
@@ -147,7 +149,7 @@ def table(network: Network, reports: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-HEAD = """# Results
+HEAD = """## Methods after training
 
 Written by `benchmarks/results.py`: every figure is one run of the command line on the ready [recipes](../recipes), the
 artifact read back from disk and measured.
@@ -159,7 +161,7 @@ All layers are compressed, first and last included; inputs of all layers have 8 
 seconds of the whole run on one core, measuring before and after included. No companion was used.
 """
 
-READING = """## How to read this
+READING = """### How to read this
 
 - 95 % intervals are about 0.8 points wide each way on 5,000 images, and 4 points on 400 photos: what lies nearer
   together is equal here.
@@ -179,7 +181,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("results"))
     parser.add_argument("--only", default="")
     parser.add_argument("--without", default="nothing", help="leave out the runs whose name has this part")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
     data = Path(os.environ["QCOMPRESS_DATA"])
     options.work.mkdir(exist_ok=True, parents=True)
@@ -191,7 +192,7 @@ def main() -> None:
     parts = [
         table(network, reports) for network in NETWORKS if any(Path(network.recipes).name in name for name in reports)
     ]
-    options.out.write_text("\n".join([HEAD, *itertools.chain.from_iterable(parts), READING]))
+    put_section("methods", [HEAD, *itertools.chain.from_iterable(parts), READING])
 
 
 if __name__ == "__main__":

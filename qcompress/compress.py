@@ -308,7 +308,7 @@ def _put_payload(writer: SlotWriter, finished: Finished) -> None:
     name = part_name(finished.decision.tensor.name, "codes")
     data = memoryview(finished.payload or b"")
     entry = finished.entry
-    packed = (entry.rows, row_bytes(entry.columns, entry.bits))
+    packed = (entry.code_rows, row_bytes(entry.columns, entry.bits))
     writer.put_varying(name, data, packed if entry.coding == "packed" else (data.nbytes,))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from qcompress.coding.affine import exponent_for
+from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight
 from qcompress.errors import InputError, ModelError, raise_all
 from qcompress.model.activations import measure_activations

@@ -201,7 +201,35 @@ class Affine:
     dtype: str = "F32"
 
 
-Encoded: TypeAlias = Kept | Affine
+@dataclass(frozen=True, slots=True)
+class Codebook:
+    """Codes that name entries of tables of values; `dim` neighbouring rows have one code together.
+
+    codes      uint8, or int16 above 8 bits, [rows / dim, columns], below the number of entries
+    bits       1 to 12
+    centroids  float16, float32 or int8 [tables, entries, dim]: every rows / tables rows have a table of their own
+    scale      float16 [tables, 1] of int8 centroids, else None
+    exponent   a weight is centroid * scale * 2**exponent; 0 for float32 centroids
+    shape      of the weight; `axis` are its channel axes, which become the rows
+    dtype      of the weight, as safetensors names it
+    """
+
+    codes: Tensor
+    bits: int
+    centroids: Tensor
+    exponent: int
+    shape: Shape
+    scale: Tensor | None = None
+    axis: tuple[int, ...] = (0,)
+    dtype: str = "F32"
+
+    @property
+    def dim(self) -> int:
+        """Weights a vector."""
+        return int(self.centroids.shape[2])
+
+
+Encoded: TypeAlias = Kept | Affine | Codebook
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ from qcompress.artifact.layout import PARTS, grid_of, part_name
 from qcompress.artifact.manifest import Entry
 from qcompress.artifact.writer import SlotWriter
 from qcompress.checkpoint import tensor_view
-from qcompress.coding.affine import decode_rows, exponent_for, take_rows
+from qcompress.coding.affine import decode_rows, row_spans, take_rows
+from qcompress.coding.half import exponent_for
 from qcompress.coding.packing import pack, row_bytes
 from qcompress.coding.payload import Coding, CodingChoice, encode_payload
-from qcompress.coding.rows import rows_from_weight
+from qcompress.coding.rows import dim_of, rows_from_weight
 from qcompress.container import Container
 from qcompress.errors import CheckpointError
 from qcompress.model.live import seeded_generator
@@ -30,7 +31,7 @@ from qcompress.model.statistics import read_statistics, refuse_misfit
 from qcompress.registry import METHODS
 from qcompress.report.document import LayerFigures
 from qcompress.report.figures import LayerMeter, unclipped_range
-from qcompress.types import Affine, Decision, Encoded, TensorInfo, row_shape
+from qcompress.types import Affine, Codebook, Decision, Encoded, TensorInfo, row_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,6 +42,9 @@ Payload: TypeAlias = bytes | memoryview
 BLOCK_WEIGHTS = 1 << 19
 SURVEY_BYTES = 1 << 20
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+FIELDS = {**{part: part for part in PARTS}, "codebook": "centroids"}
+"""Part of a stored tensor -> the field of Affine or Codebook that it holds."""
 
 MAGNITUDES = {"F64": ("i8", "u8"), "F32": ("i4", "u4"), "F16": ("i2", "u2"), "BF16": ("i2", "u2")}
 
@@ -142,15 +146,17 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     ready = job.ready
     if ready is None and METHODS[decision.method or ""].needs != "weights":
         ready = _from_statistics(job, weight)
-    if isinstance(ready, Affine):
+    exponent = exponent_for(survey.largest)
+    if isinstance(ready, (Affine, Codebook)):
         exponent = ready.exponent
         blocks = _ready_blocks(rows, ready)
     else:
-        exponent = exponent_for(survey.largest)
-        blocks = _encoded_blocks(rows, decision, exponent, job.device)
+        blocks = _encoded_blocks(rows, job, exponent)
     for block, encoded in blocks:
         if stop.is_set():
             raise Stopped
+        # Centroids of full precision need no exponent.
+        exponent = encoded.exponent
         packed = pack(encoded.codes.numpy(), encoded.bits)
         counts = torch.bincount(encoded.codes.reshape(-1), minlength=2**encoded.bits).numpy()
         meter.add(block, decode_rows(encoded), counts, within=unclipped_range(encoded))
@@ -173,6 +179,7 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
         coding=coding,
         exponent=exponent,
         crc32=crc,
+        dim=dim_of(decision),
     )
     return Finished(decision, entry, meter.result(), survey.crc32, payload)
 
@@ -184,16 +191,20 @@ def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> Checkp
     return CheckpointError(f"{source.path}: tensor {tensor.name!r}", what, mend)
 
 
-def _encoded_blocks(rows: Tensor, decision: Decision, exponent: int, device: str) -> Iterator[tuple[Tensor, Affine]]:
+def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Tensor, Affine | Codebook]]:
     """Row blocks as float32 [rows, columns] on the CPU, each with its codes and grid."""
-    encode: Callable[[Tensor, object, int], Affine] = METHODS[decision.method or ""].load()
+    decision, device = job.decision, job.device
+    method = METHODS[decision.method or ""]
+    encode: Callable[..., Affine | Codebook] = method.load()
+    if method.family == "cluster":
+        # A 16-bit weight stays one: its few distinct values are what makes clustering exact and fast.
+        generator = seeded_generator(job.seed, decision.tensor.name, "cpu")
+        yield from _ready_blocks(rows, encode(rows, decision.config, exponent, generator))
+        return
     count = rows.shape[0]
     step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
     if decision.config.granularity == "tensor":
-        whole = _to_cpu(encode(_float_rows(rows, device), decision.config, exponent))
-        for start in range(0, count, step):
-            block = _float_rows(rows[start : start + step], "cpu")
-            yield block.reshape(len(block), -1), take_rows(whole, start, start + step)
+        yield from _ready_blocks(rows, encode(_float_rows(rows, device), decision.config, exponent))
         return
     for start in range(0, count, step):
         block = _float_rows(rows[start : start + step], "cpu")
@@ -212,30 +223,28 @@ def _from_statistics(job: Job, weight: Tensor) -> Affine:
     return found
 
 
-def _ready_blocks(rows: Tensor, ready: Affine) -> Iterator[tuple[Tensor, Affine]]:
+def _ready_blocks(rows: Tensor, ready: Affine | Codebook) -> Iterator[tuple[Tensor, Affine | Codebook]]:
     """Row blocks of a weight that has its codes already, as `_encoded_blocks` gives them."""
     ready = _to_cpu(ready)
-    count = rows.shape[0]
-    step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
-    for start in range(0, count, step):
-        block = _float_rows(rows[start : start + step], "cpu")
-        yield block.reshape(len(block), -1), take_rows(ready, start, start + step)
+    for start, stop in row_spans(ready, BLOCK_WEIGHTS):
+        block = _float_rows(rows[start:stop], "cpu")
+        yield block.reshape(len(block), -1), take_rows(ready, start, stop)
 
 
 def _float_rows(rows: Tensor, device: str) -> Tensor:
     return rows.to(device=device, dtype=torch.float32).contiguous()
 
 
-def _to_cpu(encoded: Affine) -> Affine:
+def _to_cpu(encoded: Affine | Codebook) -> Affine | Codebook:
     if encoded.codes.device.type == "cpu":
         return encoded
-    moved = {part: getattr(encoded, part) for part in PARTS}
-    return replace(encoded, **{part: value.cpu() for part, value in moved.items() if value is not None})
+    moved = {field: getattr(encoded, field, None) for field in FIELDS.values()}
+    return replace(encoded, **{field: value.cpu() for field, value in moved.items() if value is not None})
 
 
-def _collect_grid(grids: dict[str, list[Tensor]], encoded: Affine) -> None:
+def _collect_grid(grids: dict[str, list[Tensor]], encoded: Affine | Codebook) -> None:
     for part in PARTS[1:]:
-        value = getattr(encoded, part)
+        value = getattr(encoded, FIELDS[part], None)
         if value is not None:
             grids.setdefault(part, []).append(value)
 
@@ -266,5 +275,5 @@ class _Codes:
         columns = decision.tensor.numel // shape[0]
         packed = np.concatenate(self._gathered)
         self._gathered.clear()
-        assert packed.shape == (shape[0], row_bytes(columns, bits))
+        assert packed.shape == (shape[0] // dim_of(decision), row_bytes(columns, bits))
         return encode_payload(packed, bits, columns, self._choice)

@@ -35,7 +35,8 @@ from safetensors.torch import load_file
 from qcompress import worker
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint import read_checkpoint
-from qcompress.coding.affine import decode, exponent_for, take_rows
+from qcompress.coding.affine import decode, take_rows
+from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.compress import Options, compress, keep_nonfinite
 from qcompress.errors import CheckpointError, OutputError, ResourceError

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from qcompress.artifact.manifest import METADATA_KEY, Entry, Manifest, Placement, manifest_text
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice, bound_bytes
-from qcompress.coding.rows import grid_shape
+from qcompress.coding.rows import codebook_shape, dim_of, grid_shape
 from qcompress.container import RESERVED
 from qcompress.types import DTYPE_BITS, Decision, Shape, row_shape
 
 INDEX_NAME = "model.safetensors.index.json"
 
-PARTS = ("codes", "scale", "zero_point", "offset")
+PARTS = ("codes", "scale", "zero_point", "offset", "codebook")
 """Every part of a compressed tensor, in the order in which its CRC-32 runs over them."""
 
 
@@ -64,7 +64,8 @@ def grid_of(decision: Decision) -> Placement:
     """What places the grid that a compressing decision will store."""
     config = decision.config
     if config.form != "symmetric":
-        return "zero-point" if config.form == "zero-point" else "offset"
+        placement: Placement = config.form
+        return placement
     convention: Placement = config.stored_convention
     return convention
 
@@ -79,6 +80,8 @@ def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
     config = decision.config
     rows = row_shape(tensor.shape, decision.axis)
     columns = math.prod(rows[1:])
+    if config.form == "codebook":
+        return _codebook_slots(decision, rows[0], columns, choice)
     grids = grid_shape(rows, config.granularity, config.group_size)
     packed: Shape = (rows[0], row_bytes(columns, config.bits))
     most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(rows[0], columns, config.bits, choice)
@@ -92,6 +95,23 @@ def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
         slots.append(Slot(part_name(name, "zero_point"), "U8", grids, math.prod(grids), name))
     elif config.form == "offset":
         slots.append(Slot(part_name(name, "offset"), "F16", grids, 2 * math.prod(grids), name))
+    return slots
+
+
+def _codebook_slots(decision: Decision, rows: int, columns: int, choice: CodingChoice) -> list[Slot]:
+    config, name = decision.config, decision.tensor.name
+    code_rows = rows // config.dim
+    packed: Shape = (code_rows, row_bytes(columns, config.bits))
+    most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(code_rows, columns, config.bits, choice)
+    shape = packed if choice in ("packed", "auto") else (most,)
+    tables = codebook_shape(config, rows, columns)
+    dtype, size = {"f16": ("F16", 2), "f32": ("F32", 4), "int8": ("I8", 1)}[config.codebook]
+    slots = [
+        Slot(part_name(name, "codes"), "U8", shape, most, name, varies=choice != "packed"),
+        Slot(part_name(name, "codebook"), dtype, tables, size * math.prod(tables), name),
+    ]
+    if config.codebook == "int8":
+        slots.append(Slot(part_name(name, "scale"), "F16", (tables[0], 1), 2 * tables[0], name))
     return slots
 
 
@@ -120,6 +140,7 @@ def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:
         coding="zstd" if choice == "auto" else choice,
         exponent=-126,
         crc32=2**32 - 1,
+        dim=dim_of(decision),
     )
 
 

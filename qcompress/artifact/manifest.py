@@ -19,11 +19,12 @@ from qcompress.types import WEIGHT_DTYPES, ActivationGrid, Convention, Shape, Te
 FORMAT = 1
 METADATA_KEY = "qcompress"
 
-Placement: TypeAlias = Literal["zero-point", "offset"] | Convention
-"""What places a grid: a stored zero point, a stored offset, or a symmetric convention."""
+Placement: TypeAlias = Literal["zero-point", "offset", "codebook"] | Convention
+"""What places a grid: a stored zero point, a stored offset, or a symmetric convention; or a codebook in its place."""
 GRIDS = (*get_args(get_args(Placement)[0]), *get_args(Convention))
 CODINGS: tuple[Coding, ...] = get_args(Coding)
-LIMITS = {"exponent": (-126, 112), "crc32": (0, 2**32 - 1), "bits": (1, 8)}
+LIMITS = {"exponent": (-126, 112), "crc32": (0, 2**32 - 1), "bits": (1, 12), "dim": (1, 8)}
+AFFINE_BITS = 8
 """Under an exponent of 112 every scale and offset is a finite float32."""
 MAX_DIMENSIONS = 64
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
@@ -47,7 +48,8 @@ class NewerFormatError(ManifestError):
 class Entry:
     """What the manifest says of one compressed tensor.
 
-    crc32  of the packed codes, scale, zero point and offset, in this order, as bytes
+    crc32  of the packed codes, scale, zero point, offset and codebook, in this order, as bytes
+    dim    rows that have one code together
     """
 
     shape: Shape
@@ -58,10 +60,15 @@ class Entry:
     coding: Coding
     exponent: int
     crc32: int
+    dim: int = 1
 
     @property
     def rows(self) -> int:
         return row_shape(self.shape, self.axis)[0]
+
+    @property
+    def code_rows(self) -> int:
+        return self.rows // self.dim
 
     @property
     def columns(self) -> int:
@@ -131,7 +138,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:
-    values = {part.name: getattr(entry, part.name) for part in fields(entry)}
+    values = {part.name: getattr(entry, part.name) for part in fields(entry) if part.name != "dim" or entry.dim > 1}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -258,7 +265,7 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
         raise ManifestError(f"tensor {name!r} has {RESERVED!r} in its name, which only parts of tensors have")
     if not isinstance(own, dict):
         raise ManifestError(f"tensor {name!r} has no entry in the manifest")
-    values = {**defaults, **own}
+    values = {"dim": 1, **defaults, **own}
     wanted = {part.name for part in fields(Entry)}
     if set(values) != wanted:
         odd = sorted(set(values) ^ wanted)[0]
@@ -269,6 +276,8 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
     for key, known in (("dtype", WEIGHT_DTYPES), ("grid", GRIDS), ("coding", CODINGS)):
         if not isinstance(values[key], str) or values[key] not in known:
             raise ManifestError(f"tensor {name!r} has the unknown {key} {values[key]!r}")
+    if values["grid"] != "codebook" and (values["bits"] > AFFINE_BITS or values["dim"] > 1):
+        raise ManifestError(f"tensor {name!r} has {values['bits']} bits and dim {values['dim']}, which a grid has not")
     for key in ("shape", "axis"):
         value = values[key]
         if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
@@ -280,7 +289,10 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
     rank = max(len(shape), 2)
     if len(set(axis)) != len(axis) or not (0 < len(axis) < rank and max(axis) < rank):
         raise ManifestError(f"tensor {name!r} of shape {list(shape)} has the channel axes {list(axis)}")
-    return Entry(**{**values, "shape": shape, "axis": axis})
+    entry = Entry(**{**values, "shape": shape, "axis": axis})
+    if entry.rows % entry.dim:
+        raise ManifestError(f"tensor {name!r} has {entry.rows} rows in vectors of {entry.dim}")
+    return entry
 
 
 def input_hash(tensors: Sequence[TensorInfo], crcs: Mapping[str, int]) -> str:

@@ -35,14 +35,25 @@ from qcompress.types import ActivationGrid, TensorInfo
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qcompress.types import Affine
+    from qcompress.types import Affine, Codebook
 
 REFETCH = "the file is damaged: fetch or make it again"
 MAX_EXPANSION = 1 << 18
 """Weights that one stored byte of codes may stand for at most: a chunk that `ans` codes takes a byte of index."""
 
-GRID_PARTS = {"zero-point": ("codes", "scale", "zero_point"), "offset": ("codes", "scale", "offset")}
-PART_DTYPES = {"codes": "U8", "scale": "F16", "zero_point": "U8", "offset": "F16"}
+GRID_PARTS = {
+    "zero-point": ("codes", "scale", "zero_point"),
+    "offset": ("codes", "scale", "offset"),
+    "codebook": ("codes", "codebook"),
+}
+PART_DTYPES = {
+    "codes": ("U8",),
+    "scale": ("F16",),
+    "zero_point": ("U8",),
+    "offset": ("F16",),
+    "codebook": ("F16", "F32", "I8"),
+}
+NUMPY_DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class ArtifactFile:
         entry = self.manifest.tensors[name]
         payload = self.container.bytes_of(part_name(name, "codes"))
         try:
-            packed = decode_payload(payload, entry.coding, entry.bits, entry.rows, entry.columns)
+            packed = decode_payload(payload, entry.coding, entry.bits, entry.code_rows, entry.columns)
         except ValueError as error:
             raise ArtifactError(f"{self.path}: tensor {name!r}", str(error), REFETCH) from None
         crc = zlib.crc32(np.ascontiguousarray(packed).data)
@@ -99,19 +110,32 @@ class ArtifactFile:
         grids = {}
         for part, info in self.parts_of(name).items():
             if part != "codes":
-                dtype = np.uint8 if info.dtype == "U8" else np.dtype("<f2")
+                dtype = np.dtype(NUMPY_DTYPES[info.dtype])
                 grids[part] = np.frombuffer(self.container.bytes_of(info.name), dtype).reshape(info.shape)
         return grids
 
-    def read_encoded(self, name: str) -> Affine:
-        """A compressed tensor's codes and grid. Raises ArtifactError."""
+    def read_encoded(self, name: str) -> Affine | Codebook:
+        """A compressed tensor's codes and grid or codebook. Raises ArtifactError."""
         import torch
 
-        from qcompress.types import Affine
+        from qcompress.types import Affine, Codebook
 
         entry = self.manifest.tensors[name]
         codes = unpack(self.packed_codes(name), entry.bits, entry.columns)
         grids = {part: torch.from_numpy(values.copy()) for part, values in self._grids(name).items()}
+        if entry.grid == "codebook":
+            if codes.size and int(codes.max()) >= grids["codebook"].shape[1]:
+                raise ArtifactError(f"{self.path}: tensor {name!r}", "a code is beyond its codebook", REFETCH)
+            return Codebook(
+                codes=torch.from_numpy(codes if entry.bits <= 8 else codes.astype(np.int16)),
+                bits=entry.bits,
+                centroids=grids["codebook"],
+                exponent=entry.exponent,
+                shape=entry.shape,
+                scale=grids.get("scale"),
+                axis=entry.axis,
+                dtype=entry.dtype,
+            )
         return Affine(
             codes=torch.from_numpy(codes),
             bits=entry.bits,
@@ -253,14 +277,16 @@ def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, 
     for name, entry in manifest.tensors.items():
         wanted = GRID_PARTS.get(entry.grid, ("codes", "scale"))
         found = _find_parts(container, name)
+        if "codebook" in found and found["codebook"].dtype == "I8":
+            wanted = (*wanted, "scale")
         for info in found.values():
             del stored[info.name]
         if set(found) != set(wanted):
             odd = sorted(set(found) ^ set(wanted))[0]
             raise ManifestError(f"tensor {name!r} has its {odd} missing or too many")
         for part, info in found.items():
-            if info.dtype != PART_DTYPES[part]:
-                raise ManifestError(f"tensor {name!r} has a {part} of {info.dtype}, not {PART_DTYPES[part]}")
+            if info.dtype not in PART_DTYPES[part]:
+                raise ManifestError(f"tensor {name!r} has a {part} of {info.dtype}, not {PART_DTYPES[part][0]}")
         _check_shapes(name, entry, found)
     broken = next((name for name in stored if name in manifest.tensors or RESERVED in name), None)
     if broken is not None:
@@ -274,7 +300,7 @@ def _find_parts(container: Container, name: str) -> dict[str, TensorInfo]:
 
 
 def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:
-    rows, columns, codes = entry.rows, entry.columns, found["codes"]
+    rows, columns, codes = entry.code_rows, entry.columns, found["codes"]
     packed = (rows, row_bytes(columns, entry.bits))
     if entry.coding == "packed" and codes.shape != packed:
         raise ManifestError(f"tensor {name!r} has codes of shape {list(codes.shape)}, not {list(packed)}")
@@ -284,6 +310,9 @@ def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> N
         raise ManifestError(
             f"tensor {name!r} declares {math.prod(entry.shape)} weights in {codes.n_bytes} bytes of codes"
         )
+    if entry.grid == "codebook":
+        _check_codebook(name, entry, found)
+        return
     grid = found["scale"].shape
     if (
         len(grid) != 2
@@ -296,3 +325,13 @@ def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> N
     for part in ("zero_point", "offset"):
         if part in found and found[part].shape != grid:
             raise ManifestError(f"tensor {name!r} has a {part} of another shape than its scale")
+
+
+def _check_codebook(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:
+    shape = found["codebook"].shape
+    if len(shape) != 3 or shape[2] != entry.dim or not 0 < shape[1] <= 2**entry.bits:
+        raise ManifestError(f"tensor {name!r} has a codebook of shape {list(shape)} for {entry.bits} bits")
+    if shape[0] < 1 or entry.code_rows % shape[0]:
+        raise ManifestError(f"tensor {name!r} has {shape[0]} codebooks for {entry.code_rows} rows of codes")
+    if "scale" in found and found["scale"].shape != (shape[0], 1):
+        raise ManifestError(f"tensor {name!r} has a scale of another shape than one for each codebook")

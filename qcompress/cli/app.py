@@ -14,6 +14,7 @@ import typer
 
 from qcompress import __version__
 from qcompress.cli import options as opt
+from qcompress.cli.cluster import cluster
 from qcompress.cli.eval import evaluate
 from qcompress.cli.export import export
 from qcompress.cli.finetune import finetune_reg
@@ -62,6 +63,7 @@ def _root(
 
 
 app.command()(quantize)
+app.command()(cluster)
 app.command("finetune-reg")(finetune_reg)
 app.command()(report)
 app.command("eval")(evaluate)

@@ -35,7 +35,7 @@ def evaluate(
     """
     from qcompress.cli.gates import make_gates
     from qcompress.cli.live import make_setting
-    from qcompress.cli.quantize import make_recipe
+    from qcompress.cli.run import make_recipe
     from qcompress.cli.streams import Streams, print_result, refuse_mixed, write_json
     from qcompress.errors import raise_all
     from qcompress.evaluate import evaluate as measure

@@ -54,7 +54,7 @@ def finetune_reg(
     from qcompress.checkpoint import read_checkpoint
     from qcompress.cli.gates import make_gates
     from qcompress.cli.live import make_setting, say
-    from qcompress.cli.quantize import make_recipe
+    from qcompress.cli.run import make_recipe
     from qcompress.cli.streams import Streams, refuse_mixed
     from qcompress.errors import raise_all
     from qcompress.recipe import refuse_untrainable
@@ -83,7 +83,7 @@ def finetune_reg(
 
 
 def _default_output(checkpoint: Path | None, recipe: Path) -> Path:
-    from qcompress.cli.quantize import default_output
+    from qcompress.cli.run import default_output
 
     if checkpoint is not None:
         return default_output(checkpoint, recipe, "")

@@ -80,13 +80,16 @@ CodingOption = Annotated[
 FormatOption = Annotated[Format, typer.Option("--format", help="How to print the report.")]
 
 
+QUANTIZERS = [name for name, method in METHODS.items() if method.family == "quantize"]
+
+
 def _complete_method(incomplete: str) -> list[str]:
-    return [name for name in METHODS if name.startswith(incomplete)]
+    return [name for name in QUANTIZERS if name.startswith(incomplete)]
 
 
 MethodOption = Annotated[
     str | None,
-    typer.Option("--method", "-m", metavar="|".join(METHODS), autocompletion=_complete_method, help="With --bits."),
+    typer.Option("--method", "-m", metavar="|".join(QUANTIZERS), autocompletion=_complete_method, help="With --bits."),
 ]
 
 MaxSize = Annotated[str | None, typer.Option("--max-size", metavar="SIZE", help="Gate: the artifact's size: 2MB.")]

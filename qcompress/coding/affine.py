@@ -1,16 +1,18 @@
-"""Affine grids: integers to reals, and real scales to what the disk holds."""
+"""Integers back to reals: affine grids, and whatever else a weight can be encoded in."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import assert_never
 
 import torch
 from torch import Tensor
 
+from qcompress.coding.codebook import decode_codebook_rows, row_unit, take_codebook_rows
+from qcompress.coding.half import from_half
 from qcompress.coding.rows import weight_from_rows
-from qcompress.types import Affine, Convention, Encoded, Kept
+from qcompress.types import Affine, Codebook, Convention, Encoded, Kept
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -18,47 +20,6 @@ TORCH_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-
-HALF_MAX = 65504.0
-HALF_TINY = 2.0**-24
-
-
-def exponent_for(largest: float) -> int:
-    """The exponent under which a scale or offset of about `largest`, the largest |weight|, lies near 2**12 in float16.
-
-    Eight times `largest` still fits, and scales down to 2**-25 of it keep all 11 bits.
-    """
-    if largest == 0.0:
-        # The least scale that there is, for grids without a level at zero.
-        return -126
-    return max(-126, min(112, math.frexp(largest)[1] - 12))
-
-
-def round_scale(scale: Tensor, exponent: int, *, up: bool = False) -> Tensor:
-    """A scale as the disk holds it: float16, never zero, times 2**exponent.
-
-    scale    float32, any shape, not negative unless its sign is meant
-    up       round away from zero, so that a range is covered; a relative 2**-20 is forgiven, which makes a range that
-             was read off its own grid give that grid again
-    returns  float16, shaped like scale
-    """
-    reduced = scale.double() * 2.0**-exponent
-    half = reduced.clamp(-HALF_MAX, HALF_MAX).half()
-    if up:
-        short = (half.double().abs() < reduced.abs() * (1 - 2.0**-20)) & (half.abs() < HALF_MAX)
-        # One step of a float16's bit pattern is one step away from zero, whatever the sign.
-        half = torch.where(short, (half.view(torch.int16) + 1).view(torch.float16), half)
-    return torch.where(half == 0, torch.full_like(half, HALF_TINY), half)
-
-
-def round_offset(offset: Tensor, exponent: int) -> Tensor:
-    """An offset as the disk holds it: float16, shaped like the float one that is given, nearest, times 2**exponent."""
-    return (offset.double() * 2.0**-exponent).clamp(-HALF_MAX, HALF_MAX).half()
-
-
-def from_half(half: Tensor, exponent: int) -> Tensor:
-    """The float32 value of a stored scale or offset: exact unless below float32's smallest."""
-    return half.float() * 2.0**exponent
 
 
 def middle(convention: Convention, bits: int) -> float:
@@ -74,8 +35,10 @@ def middle(convention: Convention, bits: int) -> float:
             assert_never(convention)
 
 
-def decode_rows(encoded: Affine) -> Tensor:
+def decode_rows(encoded: Affine | Codebook) -> Tensor:
     """The weight as float32 [rows, columns]."""
+    if isinstance(encoded, Codebook):
+        return decode_codebook_rows(encoded)
     rows, columns = encoded.codes.shape
     grid_rows, groups = encoded.scale.shape
     if not encoded.codes.numel():
@@ -93,8 +56,24 @@ def decode_rows(encoded: Affine) -> Tensor:
     return values.reshape(rows, columns)
 
 
-def take_rows(encoded: Affine, start: int, stop: int) -> Affine:
-    """The rows [start, stop) of an encoded weight, as a weight of two dimensions; views, no copies."""
+def row_spans(encoded: Affine | Codebook, values: int) -> Iterator[tuple[int, int]]:
+    """Where an encoded weight may be cut into pieces of about so many values: rows [start, stop)."""
+    rows, columns = encoded.codes.shape
+    unit = 1
+    if isinstance(encoded, Codebook):
+        unit, rows = row_unit(encoded), rows * encoded.dim
+    step = unit * max(1, values // max(columns * unit, 1))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def take_rows(encoded: Affine | Codebook, start: int, stop: int) -> Affine | Codebook:
+    """The rows [start, stop) of an encoded weight, as a weight of two dimensions; views, no copies.
+
+    Of a codebook both ends lie where `row_spans` cuts.
+    """
+    if isinstance(encoded, Codebook):
+        return take_codebook_rows(encoded, start, stop)
     codes = encoded.codes[start:stop]
     grid = {} if encoded.scale.shape[0] == 1 else {"scale", "zero_point", "offset"}
     parts = {part: value[start:stop] for part in grid if (value := getattr(encoded, part)) is not None}
@@ -106,7 +85,7 @@ def decode(encoded: Encoded) -> Tensor:
     match encoded:
         case Kept(value):
             return value
-        case Affine():
+        case Affine() | Codebook():
             dtype = TORCH_DTYPES[encoded.dtype]
             # A grid may reach past the largest number of a dtype, which is nearer to the weight than infinity.
             most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes: TypeAlias = NDArray[np.uint8]
+Codes: TypeAlias = NDArray[Any]
+"""uint8, or 16-bit integers where codes have more than 8 bits."""
 
 BLOCK_CODES = 1 << 18
 """Codes worked on at once: the few words of scratch that they need stay in a core's cache."""
@@ -49,14 +51,16 @@ def blocks(rows: int, columns: int, limit: int) -> Iterator[tuple[slice, slice]]
             yield slice(row, min(row + tall, rows)), slice(column, min(column + wide, columns))
 
 
-def pack(codes: Bytes, bits: int) -> Bytes:
+def pack(codes: Codes, bits: int) -> Bytes:
     """The codes as dense bits: uint8 [rows, row_bytes(columns, bits)], padding bits zero.
 
-    codes  uint8 [rows, columns] in [0, 2**bits), of any strides; bits 1 to 8
+    codes  [rows, columns] in [0, 2**bits), of any strides: uint8 for 1 to 8 bits, 16-bit integers for 9 to 16
 
     Raises ValueError where a code needs more bits.
     """
     _check_bits(bits)
+    if bits > 8:
+        return _pack_wide(codes, bits)
     rows, columns = codes.shape
     packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
     source, target = codes, packed
@@ -79,14 +83,18 @@ def pack(codes: Bytes, bits: int) -> Bytes:
     return packed
 
 
-def unpack(packed: Bytes, bits: int, columns: int) -> Bytes:
-    """The inverse of `pack`: codes uint8 [rows, columns] in [0, 2**bits), contiguous. Padding bits are not looked at.
+def unpack(packed: Bytes, bits: int, columns: int) -> Codes:
+    """The inverse of `pack`: codes [rows, columns] in [0, 2**bits), contiguous. Padding bits are not looked at.
+
+    Codes are uint8, above 8 bits uint16.
 
     packed  uint8 [rows, row_bytes(columns, bits)], of any strides
 
     Raises ValueError where a row's bytes are not those of `columns` codes.
     """
     _check_packed(packed, bits, columns)
+    if bits > 8:
+        return _unpack_wide(packed, bits, columns)
     codes = np.empty((len(packed), columns), np.uint8)
     source, target = packed, codes
     if columns * bits % 8 == 0 and packed.flags.c_contiguous:
@@ -114,6 +122,13 @@ def count_codes(packed: Bytes, bits: int, columns: int) -> NDArray[np.int64]:
     """
     _check_packed(packed, bits, columns)
     rows = len(packed)
+    if bits > 8:
+        counts = np.zeros(1 << bits, np.int64)
+        for row_span, column_span in _cache_blocks(rows, columns):
+            width = column_span.stop - column_span.start
+            codes = _unpack_wide(packed[row_span, byte_span(column_span, bits)], bits, width)
+            counts += np.bincount(codes.reshape(-1), minlength=1 << bits)
+        return counts
     if 8 % bits == 0:
         symbol_bits = 8
         histogram = _count_bytes(np.ascontiguousarray(packed).reshape(-1))
@@ -136,6 +151,32 @@ def count_codes(packed: Bytes, bits: int, columns: int) -> NDArray[np.int64]:
         counts += histogram.reshape(-1, 1 << bits, 1 << place).sum(axis=(0, 2))
     counts[0] -= padding
     return counts
+
+
+def _pack_wide(codes: Codes, bits: int) -> Bytes:
+    """`pack` for codes that take more than a byte: bit by bit."""
+    rows, columns = codes.shape
+    packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
+    for row_span, column_span in _cache_blocks(rows, columns):
+        piece = np.ascontiguousarray(codes[row_span, column_span]).astype("<u2")
+        if int(piece.max()) >> bits:
+            raise ValueError(f"a code of {piece.max()} needs more than {bits} bits")
+        places = np.unpackbits(piece.view(np.uint8).reshape(*piece.shape, 2), axis=2, bitorder="little")[:, :, :bits]
+        dense = np.packbits(places.reshape(len(piece), -1), axis=1, bitorder="little")
+        packed[row_span, byte_span(column_span, bits)] = dense
+    return packed
+
+
+def _unpack_wide(packed: Bytes, bits: int, columns: int) -> NDArray[np.uint16]:
+    codes = np.empty((len(packed), columns), "<u2")
+    for row_span, column_span in _cache_blocks(len(packed), columns):
+        into = codes[row_span, column_span]
+        dense = np.ascontiguousarray(packed[row_span, byte_span(column_span, bits)])
+        places = np.zeros((*into.shape, 16), np.uint8)
+        flat = np.unpackbits(dense, axis=1, bitorder="little", count=into.shape[1] * bits)
+        places[:, :, :bits] = flat.reshape(*into.shape, bits)
+        into[:] = np.packbits(places, axis=2, bitorder="little").view("<u2")[:, :, 0]
+    return codes
 
 
 def _count_bytes(flat: Bytes) -> NDArray[np.int64]:
@@ -255,8 +296,8 @@ def _round_up(count: int, multiple: int) -> int:
 
 
 def _check_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"codes have 1 to 8 bits, not {bits}")
+    if not 1 <= bits <= 16:
+        raise ValueError(f"codes have 1 to 16 bits, not {bits}")
 
 
 def _check_packed(packed: Bytes, bits: int, columns: int) -> None:

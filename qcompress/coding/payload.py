@@ -21,6 +21,10 @@ from qcompress.coding.packing import Bytes, blocks, byte_span, count_codes, pack
 Coding: TypeAlias = Literal["packed", "zstd", "ans"]
 CodingChoice: TypeAlias = Literal["auto", "packed", "zstd", "ans"]
 
+MOST_BITS = 12
+ANS_BITS = 8
+"""Codes of more bits have no table of frequencies: what they take is left to zstd."""
+
 _ZSTD_LEVEL = 1
 _ZSTD_BLOCK = 1 << 17
 _SAVING_PERCENT = 2
@@ -42,6 +46,8 @@ def encode_payload(packed: Bytes, bits: int, columns: int, choice: CodingChoice)
     if packed.shape[1] != row_bytes(columns, bits):
         raise ValueError(f"{columns} codes of {bits} bits do not make rows of {packed.shape[1]} bytes")
     packed = np.ascontiguousarray(packed)
+    if bits > ANS_BITS and choice == "ans":
+        choice = "zstd"
     if choice == "auto":
         return _encode_smallest(packed, bits, columns)
     if not packed.size:
@@ -90,7 +96,7 @@ def bound_bytes(rows: int, columns: int, bits: int, choice: CodingChoice) -> int
     size = rows * row_bytes(columns, bits)
     if choice in ("auto", "packed") or not size:
         return size
-    if choice == "zstd":
+    if choice == "zstd" or bits > ANS_BITS:
         return 1 + min(_zstd_bound(rows * row_bytes(columns, lane)) for lane in _zstd_lanes(bits))
     return bound_ans(rows, columns, bits)
 
@@ -108,8 +114,13 @@ def _encode_smallest(packed: Bytes, bits: int, columns: int) -> tuple[Coding, by
     best: tuple[Coding, bytes | memoryview] = ("packed", packed.reshape(-1).data)
     if not limit:
         return best
-    table = fit_table(count_codes(packed, bits, columns))
     foretold = _foretell_zstd(packed, bits, columns)
+    if bits > ANS_BITS:
+        if min(foretold.values()) > _SAMPLE_DOUBT * limit:
+            return best
+        frame = _encode_zstd(packed, bits, columns, foretold)
+        return ("zstd", frame) if len(frame) <= limit else best
+    table = fit_table(count_codes(packed, bits, columns))
     if min(foretold.values()) <= _SAMPLE_DOUBT * min(limit, table.expected_bytes):
         frame = _encode_zstd(packed, bits, columns, foretold)
         if len(frame) <= limit:
@@ -123,6 +134,8 @@ def _encode_smallest(packed: Bytes, bits: int, columns: int) -> tuple[Coding, by
 
 def _zstd_lanes(bits: int) -> tuple[int, ...]:
     """The widths at which codes may be packed before zstd sees them: it finds no symbols that straddle bytes."""
+    if bits > 8:
+        return (16,)
     if 8 % bits == 0:
         return (bits,)
     return (4, 8) if bits == 3 else (8,)
@@ -190,6 +203,8 @@ def _decode_zstd(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
     if len(content) != size:
         raise ValueError(f"the zstd frame holds {len(content)} bytes, not {size}")
     lanes = np.frombuffer(content, np.uint8).reshape(rows, -1)
+    if lane > 8 and (np.ascontiguousarray(lanes).view("<u2") >> bits).any():
+        raise ValueError(f"the zstd frame holds codes of more than {bits} bits")
     _check_padding(lanes, lane, columns)
     if lane == bits:
         return lanes
@@ -201,8 +216,8 @@ def _decode_zstd(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
 
 
 def _check_width(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"codes have 1 to 8 bits, not {bits}")
+    if not 1 <= bits <= MOST_BITS:
+        raise ValueError(f"codes have 1 to {MOST_BITS} bits, not {bits}")
 
 
 def _check_padding(packed: Bytes, bits: int, columns: int) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qcompress.types import Granularity, Shape, row_shape
+from qcompress.types import Decision, Granularity, Shape, row_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,3 +48,18 @@ def blocks_from_rows(rows: Tensor, granularity: Granularity, group_size: int | N
     """Rows [rows, ...] as [blocks, length], one block a grid, blocks in the order of the flattened grid shape."""
     grids = math.prod(grid_shape(tuple(rows.shape), granularity, group_size))
     return rows.reshape(grids, rows.numel() // grids if grids else 0)
+
+
+def codebook_shape(config: Any, rows: int, columns: int) -> tuple[int, int, int]:
+    """(tables, entries, dim) of the codebooks of a weight: one table a tensor, a channel, or `group_size` channels.
+
+    A table has no more entries than there are vectors for it.
+    """
+    unit = {"tensor": rows, "channel": 1, "group": config.group_size}[config.granularity]
+    vectors = max(unit // config.dim, 1) * columns
+    return (rows // unit, min(2**config.bits, vectors), config.dim)
+
+
+def dim_of(decision: Decision) -> int:
+    """Rows that have one code together."""
+    return int(getattr(decision.config, "dim", 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from qcompress.artifact.layout import Layout, Slot, header_text
 from qcompress.artifact.reader import Artifact, ArtifactFile
 from qcompress.artifact.writer import SlotWriter, copy_companions, refuse_own_input, staged_output, write_index
-from qcompress.coding.affine import decode, take_rows
+from qcompress.coding.affine import decode, row_spans, take_rows
 from qcompress.errors import ArtifactError
 from qcompress.types import DTYPE_BITS
 
@@ -70,10 +70,8 @@ def _dense_bytes(file: ArtifactFile, name: str) -> Iterator[memoryview]:
     if encoded.axis != tuple(range(len(encoded.axis))):
         yield _raw(decode(encoded))
         return
-    rows, columns = encoded.codes.shape
-    step = max(1, BLOCK_WEIGHTS // max(columns, 1))
-    for start in range(0, rows, step):
-        yield _raw(decode(take_rows(encoded, start, start + step)))
+    for start, stop in row_spans(encoded, BLOCK_WEIGHTS):
+        yield _raw(decode(take_rows(encoded, start, stop)))
 
 
 def _raw(weight: Tensor) -> memoryview:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import from_half, round_offset
+from qcompress.coding.half import from_half, round_offset
 from qcompress.coding.rows import blocks_from_rows, grid_shape
 from qcompress.registry import HqqConfig
 from qcompress.solvers.blocks import Chunk, walk

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import from_half, middle, round_offset, round_scale
+from qcompress.coding.affine import middle
+from qcompress.coding.half import from_half, round_offset, round_scale
 from qcompress.coding.rows import blocks_from_rows, grid_shape
 from qcompress.registry import SquantConfig
 from qcompress.solvers.blocks import extremes, fold

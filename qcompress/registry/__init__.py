@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompress.registry.calibrated import AdaroundConfig, DfqConfig, GptqConfig, PdquantConfig
+from qcompress.registry.clusters import ClusterConfig, KmeansConfig, LearnedConfig, refuse_codebook
 from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig, SquantConfig, refuse_grid
 from qcompress.types import Family, Shape
 
@@ -19,16 +20,20 @@ __all__ = [
     "EXPORTERS",
     "METHODS",
     "AdaroundConfig",
+    "ClusterConfig",
     "DfqConfig",
     "Exporter",
     "GptqConfig",
     "GridConfig",
     "HqqConfig",
+    "KmeansConfig",
+    "LearnedConfig",
     "Method",
     "MseConfig",
     "PdquantConfig",
     "RtnConfig",
     "SquantConfig",
+    "refuse_codebook",
     "refuse_grid",
 ]
 
@@ -54,7 +59,8 @@ class Method:
     statistics: bool = False
 
     def load(self) -> Callable[..., Any]:
-        """The function: encode(weight float32 [rows, ...], config, exponent) -> Affine where `needs` is weights; else
+        """The function: encode(weight float32 [rows, ...], config, exponent) -> Affine where `needs` is weights; of the
+        family cluster encode(weight [rows, ...] in its dtype, config, exponent, generator) -> Codebook; else
         fit(live: LiveModel, decisions) -> Fitted."""
         return _load(self.target)
 
@@ -85,6 +91,10 @@ def _live_method(
     return Method(name, "quantize", config, needs, adjusts, refuse_grid, target, statistics)
 
 
+def _cluster_method(name: str, config: type[ClusterConfig]) -> Method:
+    return Method(name, "cluster", config, "weights", False, refuse_codebook, f"qcompress.methods.{name}:encode")
+
+
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
@@ -96,6 +106,7 @@ METHODS: Mapping[str, Method] = {
         _live_method("adaround", AdaroundConfig, "calibration", adjusts=True, statistics=True),
         _live_method("gptq", GptqConfig, "calibration", statistics=True),
         _live_method("pdquant", PdquantConfig, "calibration"),
+        _cluster_method("kmeans", KmeansConfig),
     )
 }
 

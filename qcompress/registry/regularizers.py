@@ -121,8 +121,8 @@ class _PeriodicConfig(RegularizerConfig):
                the penalty begins; or [low, high]
     outside    beyond the range: `periodic` goes on, `hinge` grows linearly, `clamp` stays
     power      1: the absolute value, 2: the square, which is smooth
-    height     of the penalty half-way between minima: `one` for all, as published; or that of their `gap` over pi, to the
-               power, so that all weights are pulled alike whatever their layer's scale
+    height     of the penalty half-way between minima: `one` for all, as published; or that of their `gap` over pi, to
+               the power, so that all weights are pulled alike whatever their layer's scale
     reduction  over the weights
     """
 

@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcompress.coding.affine import from_half, middle
+from qcompress.coding.affine import middle
+from qcompress.coding.half import from_half
 from qcompress.report.counts import Counts, measure_counts
 from qcompress.report.document import BINS, LayerFigures
-from qcompress.types import Affine
+from qcompress.types import Affine, Codebook
 
 Sample: TypeAlias = NDArray[Any]
 
@@ -167,11 +168,13 @@ def _mean_ends(within: tuple[Tensor, Tensor], bits: int | None) -> tuple[float, 
     return (low + half, high - half)
 
 
-def unclipped_range(encoded: Affine) -> tuple[Tensor, Tensor]:
-    """Lowest and highest weight that a grid does not clip: half a step beyond its end levels.
+def unclipped_range(encoded: Affine | Codebook) -> tuple[Tensor, Tensor] | None:
+    """Lowest and highest weight that a grid does not clip: half a step beyond its end levels; a codebook clips nothing.
 
     returns  two float32 tensors shaped like the scale, [1 or rows, groups]
     """
+    if isinstance(encoded, Codebook):
+        return None
     scale = from_half(encoded.scale, encoded.exponent)
     if encoded.offset is not None:
         lowest = from_half(encoded.offset, encoded.exponent)

@@ -85,17 +85,16 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
     """The figures of one tensor, block by block."""
     import torch
 
-    from qcompress.coding.affine import decode_rows, take_rows
+    from qcompress.coding.affine import decode_rows, row_spans, take_rows
     from qcompress.coding.rows import rows_from_weight
     from qcompress.report.figures import LayerMeter, unclipped_range
 
     entry, encoded = file.manifest.tensors[name], file.read_encoded(name)
     rows = rows_from_weight(weight, entry.axis)
     meter = LayerMeter(weight.numel(), entry.bits)
-    step = max(1, BLOCK_WEIGHTS // entry.columns)
-    for start in range(0, entry.rows, step):
-        part = take_rows(encoded, start, start + step)
-        block = rows[start : start + step].float().reshape(part.shape)
+    for start, stop in row_spans(encoded, BLOCK_WEIGHTS):
+        part = take_rows(encoded, start, stop)
+        block = rows[start:stop].float().reshape(part.shape)
         counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy()
         meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
     return meter.result()

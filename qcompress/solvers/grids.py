@@ -14,7 +14,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import HALF_TINY, from_half, middle, round_offset, round_scale
+from qcompress.coding.affine import middle
+from qcompress.coding.half import HALF_TINY, from_half, round_offset, round_scale
 from qcompress.solvers.blocks import CHUNK_VALUES, extremes, spans
 from qcompress.types import Affine, Convention
 

@@ -18,7 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import exponent_for, from_half, middle, round_offset, round_scale
+from qcompress.coding.affine import middle
+from qcompress.coding.half import exponent_for, from_half, round_offset, round_scale
 from qcompress.coding.rows import grid_shape
 from qcompress.solvers.blocks import extremes
 from qcompress.solvers.grids import Grid, affine_from_codes, minmax_grid, symmetric_grid, zero_point_grid

@@ -72,7 +72,7 @@ def cluster_scalars(
     Raises ValueError for no values, values that are not finite and negative weights.
     """
     _check(values, clusters, weights)
-    line = line_from_values(values.detach(), None if weights is None else weights.detach())
+    line = line_from_values(values.detach(), None if weights is None else torch.from_numpy(_array(weights)))
     generator = generator or torch.Generator().manual_seed(0)
     centroids, least = _centroids(line, clusters, start, zero, generator, MOST_BINS)
     kept = _used(line, _stored(centroids, values.dtype), zero)

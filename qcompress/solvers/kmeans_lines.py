@@ -32,7 +32,7 @@ class Lines:
     points  float32 or float64 [lines, n], ascending, finite
     mass    float64 [lines, n + 1]: the weight of all points before; None where each point weighs 1
     first   float64 [lines, n + 1]: the sum of weight * (point - origin) before
-    origin  float64 [lines, 1]: about the mean
+    origin  float64 [lines, 1]: the middle point
     """
 
     points: Points
@@ -183,9 +183,9 @@ def _lines(points: Points, weights: Floats | None) -> Lines:
     if not np.isfinite(points[:, [0, -1]]).all():
         raise ValueError("only finite values can be clustered")
     lines, size = points.shape
-    origin = points.mean(1, dtype=np.float64, keepdims=True)
+    origin = points[:, size // 2 : size // 2 + 1].astype(np.float64)
     first = np.zeros((lines, size + 1))
-    # Seen from the mean: sums of numbers that are large against their differences would tell nothing of these.
+    # Seen from the middle: sums of numbers that are large against their differences would tell nothing of these.
     np.subtract(points, origin, out=first[:, 1:])
     mass = None
     if weights is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import HALF_TINY
+from qcompress.coding.half import HALF_TINY
 from qcompress.solvers.blocks import Chunk
 
 OUTER_SIGMA = (0.798, 1.494, 2.05, 2.51, 2.92, 3.28, 3.61, 3.93)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import from_half, middle, round_offset, round_scale
+from qcompress.coding.affine import middle
+from qcompress.coding.half import from_half, round_offset, round_scale
 from qcompress.solvers.blocks import Chunk, walk
 from qcompress.solvers.grids import (
     Grid,

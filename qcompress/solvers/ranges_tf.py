@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompress.coding.affine import from_half, round_scale
+from qcompress.coding.half import from_half, round_scale
 from qcompress.solvers.blocks import extremes, spans
 from qcompress.solvers.grids import Grid, joined_grid
 

@@ -10,19 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompress.coding.affine import (
-    HALF_MAX,
-    HALF_TINY,
-    TORCH_DTYPES,
-    decode,
-    decode_rows,
-    exponent_for,
-    from_half,
-    middle,
-    round_offset,
-    round_scale,
-    take_rows,
-)
+from qcompress.coding.affine import TORCH_DTYPES, decode, decode_rows, middle, take_rows
+from qcompress.coding.half import HALF_MAX, HALF_TINY, exponent_for, from_half, round_offset, round_scale
 from qcompress.coding.rows import grid_shape, row_shape
 from qcompress.types import Affine, Convention, Kept
 

@@ -9,12 +9,16 @@ from hypothesis import strategies as st
 
 from qcompress.coding.packing import BLOCK_CODES, blocks, byte_span, count_codes, pack, row_bytes, unpack
 
-WIDTHS = range(1, 9)
+WIDTHS = (*range(1, 10), 12, 16)
 LONG = [(1, BLOCK_CODES + 5), (2, BLOCK_CODES + 8), (BLOCK_CODES // 9 + 3, 9), (BLOCK_CODES + 1, 1), (3, BLOCK_CODES)]
 
 
 def random_codes(rows: int, columns: int, bits: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), dtype=code_dtype(bits))
+
+
+def code_dtype(bits: int) -> type[np.generic]:
+    return np.uint8 if bits <= 8 else np.uint16
 
 
 def bit_string_row(codes: np.ndarray, bits: int) -> bytes:
@@ -25,7 +29,7 @@ def bit_string_row(codes: np.ndarray, bits: int) -> bytes:
 
 @st.composite
 def code_matrices(draw: st.DrawFn) -> tuple[np.ndarray, int]:
-    bits = draw(st.integers(1, 8))
+    bits = draw(st.integers(1, 16))
     rows, columns = draw(st.integers(0, 6)), draw(st.integers(0, 70))
     return random_codes(rows, columns, bits, draw(st.integers(0, 2**32 - 1))), bits
 
@@ -47,10 +51,13 @@ def code_matrices(draw: st.DrawFn) -> tuple[np.ndarray, int]:
         (7, [1, 127], "813f"),
         (7, [0, 0, 0, 0, 0, 0, 0, 127], "000000000000fe"),
         (8, [0, 255, 16], "00ff10"),
+        (9, [1, 511], "01fe03"),
+        (12, [1, 4095, 2], "01f0ff0200"),
+        (16, [1, 65535], "0100ffff"),
     ],
 )
 def test_bytes_written_by_hand(bits: int, codes: list[int], expected: str) -> None:
-    matrix = np.array([codes, codes], np.uint8)
+    matrix = np.array([codes, codes], code_dtype(bits))
     packed = pack(matrix, bits)
     assert packed.tobytes().hex() == expected * 2
     assert np.array_equal(unpack(packed, bits, len(codes)), matrix)
@@ -74,7 +81,8 @@ def test_more_than_one_block(bits: int, shape: tuple[int, int]) -> None:
     codes = random_codes(*shape, bits)
     packed = pack(codes, bits)
     # numpy's own bits, one a byte: slow, and made by other code.
-    planes = np.unpackbits(codes.reshape(-1, 1), axis=1, count=bits, bitorder="little").reshape(shape[0], -1)
+    octets = codes.reshape(-1, 1).view(np.uint8)
+    planes = np.unpackbits(octets, axis=1, count=bits, bitorder="little").reshape(shape[0], -1)
     assert np.array_equal(packed, np.packbits(planes, axis=1, bitorder="little"))
     assert np.array_equal(unpack(packed, bits, shape[1]), codes)
     assert np.array_equal(count_codes(packed, bits, shape[1]), np.bincount(codes.ravel(), minlength=1 << bits))
@@ -92,7 +100,7 @@ def test_counts_of_many_bytes(bits: int) -> None:
 def test_any_strides_and_read_only(bits: int, columns: int) -> None:
     codes = random_codes(9, columns, bits)
     expected = pack(codes, bits)
-    wide = np.zeros((18, 3 * columns), np.uint8)
+    wide = np.zeros((18, 3 * columns), code_dtype(bits))
     wide[::2, 1::3] = codes
     reversed_rows = np.ascontiguousarray(codes[::-1])[::-1]
     for view in (np.asfortranarray(codes), wide[::2, 1::3], reversed_rows):
@@ -116,19 +124,19 @@ def test_padding_is_ignored_by_unpack(bits: int) -> None:
     assert np.array_equal(unpack(packed, bits, 3), codes)
 
 
-@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize("bits", [*range(1, 8), 9, 12, 15])
 @pytest.mark.parametrize("columns", [8, 11])
 def test_a_code_out_of_range_is_refused(bits: int, columns: int) -> None:
-    codes = np.zeros((3, columns), np.uint8)
+    codes = np.zeros((3, columns), code_dtype(bits))
     codes[2, columns - 1] = 1 << bits
     with pytest.raises(ValueError, match=f"a code of {1 << bits} needs more than {bits} bits"):
         pack(codes, bits)
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1])
+@pytest.mark.parametrize("bits", [0, 17, -1])
 def test_widths_out_of_range_are_refused(bits: int) -> None:
     for call in (lambda: pack(np.zeros((1, 8), np.uint8), bits), lambda: unpack(np.zeros((1, 8), np.uint8), bits, 8)):
-        with pytest.raises(ValueError, match="1 to 8 bits"):
+        with pytest.raises(ValueError, match="1 to 16 bits"):
             call()
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qcompress.coding import ans
 from qcompress.coding.ans import CHUNK_CODES
 from qcompress.coding.packing import count_codes, pack, row_bytes
-from qcompress.coding.payload import Coding, bound_bytes, decode_payload, encode_payload, entropy_bits
+from qcompress.coding.payload import Coding, CodingChoice, bound_bytes, decode_payload, encode_payload, entropy_bits
 
 CODINGS = get_args(Coding)
 SHAPES = [(0, 5), (5, 0), (0, 0), (1, 1), (1, 8), (7, 3), (5, 9), (64, 27), (33, 130)]
@@ -397,11 +397,11 @@ def test_every_lie_is_refused(coding: Coding, data: bytes, shape: tuple[int, int
         decode_payload(data, coding, bits, *shape)
 
 
-@pytest.mark.parametrize("bits", [0, 9])
+@pytest.mark.parametrize("bits", [0, 13])
 def test_widths_out_of_range_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match="1 to 8 bits"):
+    with pytest.raises(ValueError, match="1 to 12 bits"):
         decode_payload(b"", "packed", bits, 1, 1)
-    with pytest.raises(ValueError, match="1 to 8 bits"):
+    with pytest.raises(ValueError, match="1 to 12 bits"):
         encode_payload(np.zeros((1, 1), np.uint8), bits, 1, "auto")
 
 
@@ -457,3 +457,23 @@ def test_counts_of_a_payload_are_those_of_its_codes() -> None:
     _, data = encode_payload(pack(codes, 5), 5, 31, "ans")
     decoded = decode_payload(data, "ans", 5, 20, 31)
     assert np.array_equal(count_codes(decoded, 5, 31), np.bincount(codes.ravel(), minlength=32))
+
+
+@pytest.mark.parametrize("bits", [9, 10, 12])
+@pytest.mark.parametrize("choice", ["packed", "zstd", "ans", "auto"])
+@pytest.mark.parametrize("spread", [3, 4096])
+def test_wide_codes_go_through_every_coding(bits: int, choice: CodingChoice, spread: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, min(spread, 1 << bits), (40, 333), dtype=np.uint16)
+    packed = pack(codes, bits)
+    coding, payload = encode_payload(packed, bits, 333, choice)
+    assert coding == {"packed": "packed", "zstd": "zstd", "ans": "zstd"}.get(choice, coding)
+    assert len(memoryview(payload).cast("B")) <= bound_bytes(40, 333, bits, choice)
+    assert np.array_equal(decode_payload(payload, coding, bits, 40, 333), packed)
+    if choice == "auto":
+        assert coding == ("zstd" if spread == 3 else "packed")
+
+
+def test_wide_codes_beyond_their_bits_are_refused() -> None:
+    coding, payload = encode_payload(pack(np.full((1, 64), 1023, np.uint16), 10), 10, 64, "zstd")
+    with pytest.raises(ValueError, match="more than 9 bits"):
+        decode_payload(payload, coding, 9, 1, 64)

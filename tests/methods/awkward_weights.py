@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import decode, exponent_for
+from qcompress.coding.affine import decode
+from qcompress.coding.half import exponent_for
 from qcompress.types import Affine
 
 

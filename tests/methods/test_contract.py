@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import decode, exponent_for
+from qcompress.coding.affine import decode
+from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import grid_shape
 from qcompress.registry import METHODS, Method
 from qcompress.types import Affine

@@ -10,7 +10,8 @@ from awkward_weights import AWKWARD, assert_cut_does_not_matter, assert_same, en
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompress.coding.affine import decode, decode_rows, exponent_for, from_half
+from qcompress.coding.affine import decode, decode_rows
+from qcompress.coding.half import exponent_for, from_half
 from qcompress.methods import hqq
 from qcompress.registry import HqqConfig
 from qcompress.solvers.blocks import walk

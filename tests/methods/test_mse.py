@@ -18,7 +18,8 @@ from awkward_weights import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompress.coding.affine import decode, decode_rows, exponent_for
+from qcompress.coding.affine import decode, decode_rows
+from qcompress.coding.half import exponent_for
 from qcompress.methods import mse, rtn
 from qcompress.registry import MseConfig, RtnConfig
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qcompress.coding.affine import decode, exponent_for, from_half
+from qcompress.coding.affine import decode
+from qcompress.coding.half import exponent_for, from_half
 from qcompress.methods import squant
 from qcompress.methods.squant import Cut, encode, flipped_codes
 from qcompress.registry import SquantConfig

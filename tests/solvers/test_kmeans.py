@@ -17,7 +17,7 @@ from torch import Tensor
 from qcompress.solvers import kmeans, kmeans_lines, kmeans_optimal
 from qcompress.solvers.kmeans import Clustering, Start, assign_scalars, cluster_rows, cluster_scalars, recentre
 from qcompress.solvers.kmeans_lines import lines_from_rows
-from qcompress.solvers.kmeans_starts import lloyd, other_start
+from qcompress.solvers.kmeans_starts import lloyd, optimal_start, other_start
 
 Floats = NDArray[np.float64]
 
@@ -113,6 +113,20 @@ def test_a_price_for_each_cell_finds_the_same(values, clusters, zero):
     assert float(found.error) == pytest.approx(
         brute_force(x.numpy(), clusters, None, zero), rel=1e-9, abs=50 * slack(x)
     )
+
+
+@given(numbers, st.integers(1, 9), st.booleans(), st.booleans())
+def test_the_dynamic_programme_needs_no_iterations_after_it(values, clusters, zero, priced):
+    x = np.array(values)
+    lines = lines_from_rows(np.stack([x, x[::-1] * 3]), None)
+    with patch.object(kmeans_optimal, "LAYERS_UP_TO", 0 if priced else 128):
+        centroids, least = optimal_start(lines, clusters, zero, len(x))
+    found = lines.error(lines.cuts(np.sort(centroids, 1)), np.sort(centroids, 1))
+    expected = brute_force(x, clusters, None, zero)
+    rounding = 1e-11 * float(x @ x) + 1e-300
+    assert found[0] == pytest.approx(expected, rel=1e-9, abs=rounding)
+    assert found[1] == pytest.approx(9 * expected, rel=1e-9, abs=9 * rounding)
+    assert (least <= np.array([1, 9]) * expected * (1 + 1e-12) + 1e-300).all()
 
 
 @pytest.mark.parametrize("clusters", [65, 100, 299])
@@ -382,13 +396,15 @@ def test_the_bound_of_long_rows_holds(zero):
     assert bool((binned.error - binned.bound <= exact.error).all())
 
 
-@given(st.lists(reals, min_size=1, max_size=12, unique=True), numbers)
+# Sixteenths: their midpoints and distances are exact, so that a tie is one.
+@given(st.lists(st.integers(-40, 40).map(lambda i: i / 16), min_size=1, max_size=12, unique=True), numbers)
 def test_codes_name_the_nearest_centroid_and_the_lower_of_two(centroids, values):
     c = torch.tensor(sorted(centroids), dtype=torch.float64)
     x = torch.cat([torch.tensor(values, dtype=torch.float64), (c[1:] + c[:-1]) / 2, c])
     distances = (x.unsqueeze(1) - c).abs()
     codes = assign_scalars(x, c)
-    assert torch.equal(distances.gather(1, codes.long().unsqueeze(1)).squeeze(1), distances.amin(1))
+    chosen = distances.gather(1, codes.long().unsqueeze(1)).squeeze(1)
+    assert bool((chosen <= distances.amin(1) * (1 + 1e-15)).all())
     middle = codes[len(values) : len(values) + len(c) - 1]
     assert middle.tolist() == list(range(len(c) - 1))
 
@@ -414,6 +430,12 @@ def test_float32_values_are_held_against_the_true_midpoint():
     low = torch.tensor(1 + 2**-23)
     c = torch.stack([low, torch.nextafter(low, torch.tensor(2.0))])
     assert assign_scalars(c, c).tolist() == [0, 1]
+
+
+def test_cells_part_at_midpoints_which_belong_to_the_lower():
+    lines = lines_from_rows(np.array([[3.0, 0.0, 2.0, 1.0, 1.0]]), None)
+    assert lines.cuts(np.array([[0.0, 2.0, 4.0]])).tolist() == [[0, 3, 5, 5]]
+    assert lines.cuts(np.array([[0.0, 2.0, 2.0]])).tolist() == [[0, 3, 5, 5]]
 
 
 def test_copies_of_the_last_centroid_are_never_chosen():

@@ -78,6 +78,16 @@ def test_clumps_are_found(start, dim, centres):
     assert torch.equal(found.codes.long(), torch.arange(2000) % centres)
 
 
+def test_splits_go_across_the_principal_axis():
+    long, across = torch.tensor([3.0, 4.0]) / 5, torch.tensor([-4.0, 3.0]) / 5
+    points = bell(4000, 1) * 5 * long + bell(4000, 1, seed=1) * across
+    found = cluster_vectors(points, 2, start="split", iterations=0)
+    apart = found.centroids[1] - found.centroids[0]
+    # The means of the halves of a Gaussian lie 2 * sqrt(2 / pi) deviations apart.
+    assert float(apart @ long) == pytest.approx(5 * 2 * (2 / torch.pi) ** 0.5, rel=0.05)
+    assert abs(float(apart @ across)) < 0.2
+
+
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_more_iterations_never_add_error(start, weighted):

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompress.coding.affine import exponent_for, from_half, middle
+from qcompress.coding.affine import middle
+from qcompress.coding.half import exponent_for, from_half
 from qcompress.solvers import blocks as blocks_module
 from qcompress.solvers import grids as grids_module
 from qcompress.solvers import least_squares

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import decode_rows, exponent_for, from_half
+from qcompress.coding.affine import decode_rows
+from qcompress.coding.half import exponent_for, from_half
 from qcompress.solvers.grids import Grid, affine_from_grid
 from qcompress.solvers.ranges_tf import tf_enhanced_grid
 

@@ -1,0 +1,245 @@
+"""What `quantize` and `cluster` do alike: a recipe, a plan, an artifact, its report and gates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompress.cli import options as opt
+from qcompress.errors import GateFailed, UsageError
+
+if TYPE_CHECKING:
+    from qcompress.checkpoint import Checkpoint
+    from qcompress.cli.streams import Streams
+    from qcompress.coding.payload import CodingChoice
+    from qcompress.evaluate import Setting
+    from qcompress.report.document import Report
+    from qcompress.types import Family, Plan, Recipe
+
+MOST_THREADS = 8
+
+
+@dataclass(frozen=True)
+class GateFlags:
+    """The gates of the command line."""
+
+    max_size: str | None
+    max_bpw: float | None
+    min_sqnr: float | None
+    min_metric: Sequence[str]
+    max_drop: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One run as the command line asks for it; `suffix` names the output where no recipe file does."""
+
+    checkpoint: Path
+    recipe: Recipe
+    recipe_file: Path | None
+    suffix: str
+    gates: GateFlags
+    output: Path | None
+    coding: CodingChoice
+    force: bool
+    dry_run: bool
+    resume: bool
+    device: opt.Device
+    threads: int | None
+    max_memory: str | None
+    allow_code: bool
+    skip_nonfinite: bool
+    statistics: Path | None = None
+    save_statistics: Path | None = None
+
+
+def run(request: Request, streams: Streams) -> None:
+    """Make the artifact, or print its plan."""
+    from qcompress.checkpoint import read_checkpoint
+    from qcompress.cli.gates import make_gates, refuse_unmeasurable
+    from qcompress.cli.live import make_setting
+    from qcompress.errors import raise_all
+    from qcompress.recipe import refuse_missing
+
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise UsageError("torchrun", "splitting over ranks is not available in this version", "run qcompress by itself")
+    gates = request.gates
+    asked = replace(
+        request.recipe,
+        gates=make_gates(
+            request.recipe.gates,
+            gates.max_size,
+            gates.max_bpw,
+            gates.min_sqnr,
+            gates.min_metric,
+            gates.max_drop,
+        ),
+    )
+    raise_all(refuse_missing(asked, statistics=request.statistics is not None))
+    if asked.model is None:
+        refuse_unmeasurable(asked.gates)
+        if request.save_statistics is not None:
+            raise UsageError(
+                "--save-statistics", "there is no model to gather from", "add -r RECIPE with model and data"
+            )
+    source = read_checkpoint(request.checkpoint)
+    target = request.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
+    if request.dry_run:
+        from qcompress.cli.plan import print_plan
+
+        print_plan(source, _make_plan(source, asked), target, request.coding, streams)
+        return
+    options: dict[str, Any] = {
+        "choice": request.coding,
+        "force": request.force,
+        "resume": request.resume,
+        "threads": request.threads or default_threads(),
+        "max_memory": _parse_size("--max-memory", request.max_memory),
+    }
+    if asked.model is None:
+        options |= {"device": _device(request.device), "statistics": request.statistics}
+        _compress(source, _make_plan(source, asked), target, options, request.skip_nonfinite, streams)
+        return
+    if request.skip_nonfinite or request.statistics is not None:
+        flag = "--skip-nonfinite" if request.skip_nonfinite else "--statistics"
+        where = f"-r {request.recipe_file} {flag}"
+        raise UsageError(where, "the recipe names a live model", "leave one of them out")
+    setting = make_setting(asked, request.device, request.allow_code, streams)
+    _compress_live(source, setting, target, options, request.save_statistics, streams)
+
+
+def make_recipe(
+    recipe: Path | None,
+    method: str | None,
+    flags: dict[str, Any],
+    overrides: list[str],
+    seed: int | None,
+    family: Family = "quantize",
+) -> Recipe:
+    """The one visible recipe: from the file, or of one rule from the flags. Raises UsageError, RecipeError."""
+    from qcompress.cli.streams import read_stdin
+    from qcompress.recipe import read_recipe, recipe_from_flags
+
+    given = [f"--{name.replace('_', '-')}" for name, value in {"method": method, **flags}.items() if value is not None]
+    if recipe is None:
+        if overrides:
+            raise UsageError(f"--set {overrides[0]}", "there is no recipe to change", "add -r RECIPE")
+        if not given:
+            raise UsageError(f"qcompress {family}", "nothing says how", "add --bits N, or -r RECIPE")
+        made = recipe_from_flags(method, flags, family)
+    else:
+        if given:
+            key = given[0].removeprefix("--").replace("-", "_")
+            mend = f"say it in the recipe, or with --set rules.0.METHOD.{key}=VALUE"
+            raise UsageError(f"-r {recipe} {given[0]}", "the recipe decides this", mend)
+        text = read_stdin() if str(recipe) == "-" else None
+        made = read_recipe(None if text is not None else recipe, overrides, text=text, family=family)
+        if made.family != family:
+            raise UsageError(
+                f"-r {recipe}", f"its methods are of family {made.family}", f"use `qcompress {made.family}`"
+            )
+    if seed is not None:
+        made = replace(made, seed=seed)
+    return made
+
+
+def _make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
+    from qcompress.plan import make_plan
+
+    return make_plan(recipe, source.tensors, source.tied, source.axes)
+
+
+def default_output(checkpoint: Path, recipe: Path | None, suffix: str) -> Path:
+    """Beside the input: `model-w2.safetensors`, or `model-RECIPE.safetensors`; a folder gives a folder."""
+    if recipe is not None:
+        suffix = "recipe" if str(recipe) == "-" else recipe.stem
+    real = checkpoint.resolve() if checkpoint.name in ("", ".", "..") else checkpoint
+    if checkpoint.is_dir():
+        return real.with_name(f"{real.name}-{suffix}")
+    return real.with_name(f"{real.name.removesuffix('.safetensors')}-{suffix}.safetensors")
+
+
+def default_threads() -> int:
+    """The processors that this process may use, up to a few."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MOST_THREADS)
+
+
+def _device(device: opt.Device) -> str:
+    """auto is the CPU: methods that need only weights wait for memory, not for arithmetic."""
+    if device is not opt.Device.cuda:
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        from qcompress.errors import ResourceError
+
+        raise ResourceError("--device cuda", "this machine or this torch has no CUDA device", "use --device cpu")
+    return "cuda"
+
+
+def _parse_size(flag: str, text: str | None) -> int | None:
+    from qcompress.recipe import parse_size
+
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}", str(error), "write it like 2MB or 4GiB") from None
+
+
+def _compress(
+    source: Checkpoint,
+    plan: Plan,
+    target: Path,
+    run: dict[str, Any],
+    skip_nonfinite: bool,
+    streams: Streams,
+) -> None:
+    from qcompress.cli.streams import progress
+    from qcompress.compress import Options, compress, keep_nonfinite
+
+    if skip_nonfinite:
+        plan = keep_nonfinite(source, plan)
+    with progress(sum(tensor.n_bytes for tensor in source.tensors), streams) as advance:
+        report = compress(source, plan, Options(target, progress=advance, **run))
+    _finish(report, plan, target, streams)
+
+
+def _compress_live(
+    source: Checkpoint,
+    setting: Setting,
+    target: Path,
+    run: dict[str, Any],
+    save_statistics: Path | None,
+    streams: Streams,
+) -> None:
+    from qcompress.calibrate import LiveOptions, compress_live, plan_live
+    from qcompress.cli.live import say
+    from qcompress.compress import Options
+
+    plan = plan_live(source, setting.recipe, setting)
+    how = LiveOptions(save_statistics, lambda text: say(streams, text))
+    report = compress_live(source, plan, Options(target, **run), setting, how)
+    _finish(report, plan, target, streams)
+
+
+def _finish(report: Report, plan: Plan, target: Path, streams: Streams) -> None:
+    """Hold the gates, write the report beside the artifact, and print it. Raises GateFailed."""
+    from qcompress.cli.streams import print_report
+    from qcompress.report.document_json import write_report
+    from qcompress.report.gates import check_gates, gate_error
+    from qcompress.report.gather import report_path
+
+    try:
+        report = replace(report, gates=check_gates(plan.recipe.gates, report))
+    finally:
+        write_report(report, report_path(target))
+    print_report(report, target, streams)
+    failed: GateFailed | None = gate_error(report.gates)
+    if failed is not None:
+        raise failed

@@ -1,0 +1,109 @@
+"""The configs of methods that share weights: codes that name the entries of a codebook."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Interval
+
+from qcompress.types import Granularity, Shape
+
+CENTROID_BYTES = {"f16": 2, "f32": 4, "int8": 1}
+WEIGHT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What all methods with a codebook share.
+
+    bits         of a code, 1 to 12: a codebook has 2**bits entries
+    dim          neighbouring channels that have one code together: bits / dim bits a weight
+    granularity  one codebook a tensor, a channel, or `group_size` channels; group where only `group_size` is given
+    group_size   channels that share a codebook
+    codebook     how entries are stored; codes are chosen against what is stored
+    axis         the channel axis, or the pair of them in stacked experts; the plan's choice where absent
+    """
+
+    bits: Annotated[int, Interval(ge=1, le=12)]
+    dim: Annotated[int, Interval(ge=1, le=8)] = 1
+    granularity: Granularity | None = None
+    group_size: Annotated[int, Ge(1)] | None = None
+    codebook: Literal["f16", "f32", "int8"] = "f16"
+    axis: int | tuple[int, ...] | None = None
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
+
+    def __post_init__(self) -> None:
+        granularity = self.granularity or ("group" if self.group_size else "tensor")
+        object.__setattr__(self, "granularity", granularity)
+        if granularity == "group" and self.group_size is None:
+            raise ValueError("granularity: group needs group_size, the channels that share a codebook")
+        if granularity != "group" and self.group_size is not None:
+            raise ValueError(f"group_size needs granularity: group, not {granularity}")
+        if granularity == "channel" and self.dim > 1:
+            raise ValueError("a vector spans channels; use granularity: tensor or group with dim")
+
+    @property
+    def form(self) -> Literal["codebook"]:
+        """What is stored beside the codes."""
+        return "codebook"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KmeansConfig(ClusterConfig):
+    """k-means: the codebook of least squared error, exact for scalars of 16 bits.
+
+    init  where scalar codebooks begin: `optimal` ends at the global optimum, or within a bound of it; `linear` between
+          the ends, `density` at equal shares of the weights, `random` weights, or `k-means++`. Vectors begin with
+          `k-means++` unless `random` is asked for
+    zero  one entry is exactly 0; scalars only
+    """
+
+    init: Literal["optimal", "linear", "density", "random", "k-means++"] = "optimal"
+    zero: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim > 1 and self.zero:
+            raise ValueError("zero is for scalars; leave it out with dim")
+        if self.dim > 1 and self.init in ("linear", "density"):
+            raise ValueError(f"init: {self.init} is for scalars; use k-means++ or random with dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedConfig(ClusterConfig):
+    """The representatives that finetune-reg learned: assign each weight to the nearest, then recentre.
+
+    bits      the least that the representatives need where absent
+    recentre  move each representative to the mean of its weights
+    """
+
+    bits: Annotated[int, Interval(ge=1, le=12)] = 12
+    recentre: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim > 1 or self.granularity != "tensor":
+            raise ValueError("representatives are scalars, one set a tensor; leave dim and granularity out")
+
+
+def refuse_codebook(config: ClusterConfig, shape: Shape) -> str | None:
+    """Why a weight [rows, ...] cannot have such a codebook, or None."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    if rows % config.dim:
+        return f"dim {config.dim} does not divide its {rows} channels"
+    unit = {"tensor": rows, "channel": 1, "group": config.group_size or 1}[config.granularity or "tensor"]
+    if rows % unit:
+        return f"group_size {unit} does not divide its {rows} channels"
+    if unit % config.dim:
+        return f"dim {config.dim} does not divide the {unit} channels of a codebook"
+    entries = min(2**config.bits, unit // config.dim * columns)
+    table = rows // unit * entries * config.dim * CENTROID_BYTES[config.codebook]
+    codes = rows // config.dim * -(-columns * config.bits // 8)
+    whole = rows * columns * WEIGHT_BYTES
+    if table + codes >= whole and columns * rows > 1:
+        books = f"{rows // unit} x {entries} entries of {config.dim}"
+        return f"{codes} bytes of codes and {table} of codebook ({books}) are no less than its {whole} as float32"
+    return None
