@@ -26,7 +26,7 @@ from qcompress.artifact.manifest import (
     header_crc32,
     parse_manifest,
 )
-from qcompress.coding.packing import row_bytes, unpack
+from qcompress.coding.packing import count_codes, row_bytes, unpack
 from qcompress.coding.payload import decode_payload
 from qcompress.container import RESERVED, Container, parse_json, read_container
 from qcompress.errors import ArtifactError
@@ -103,6 +103,10 @@ class ArtifactFile:
             raise ArtifactError(f"{self.path}: tensor {name!r}", "its checksum does not hold", REFETCH)
         if not all(np.isfinite(grid).all() for grid in self._grids(name).values()):
             raise ArtifactError(f"{self.path}: tensor {name!r}", "its grid holds NaN or Inf", REFETCH)
+        if entry.grid == "codebook":
+            entries = self.parts_of(name)["codebook"].shape[1]
+            if entries < 2**entry.bits and count_codes(packed, entry.bits, entry.columns)[entries:].any():
+                raise ArtifactError(f"{self.path}: tensor {name!r}", "a code is beyond its codebook", REFETCH)
         return packed
 
     def _grids(self, name: str) -> dict[str, NDArray[Any]]:
@@ -124,8 +128,6 @@ class ArtifactFile:
         codes = unpack(self.packed_codes(name), entry.bits, entry.columns)
         grids = {part: torch.from_numpy(values.copy()) for part, values in self._grids(name).items()}
         if entry.grid == "codebook":
-            if codes.size and int(codes.max()) >= grids["codebook"].shape[1]:
-                raise ArtifactError(f"{self.path}: tensor {name!r}", "a code is beyond its codebook", REFETCH)
             return Codebook(
                 codes=torch.from_numpy(codes if entry.bits <= 8 else codes.astype(np.int16)),
                 bits=entry.bits,

@@ -40,11 +40,12 @@ def expand(path: Path) -> dict[str, Dense]:
             entry = manifest["defaults"] | own
             parts = {
                 part: bytes_of(header[f"{name}.qc.{part}"], data)
-                for part in ("codes", "scale", "zero_point", "offset")
+                for part in ("codes", "scale", "zero_point", "offset", "codebook")
                 if f"{name}.qc.{part}" in header
             }
-            grids = header[f"{name}.qc.scale"]["shape"]
-            tensors[name] = Dense(entry["dtype"], tuple(entry["shape"]), decode(entry, parts, grids))
+            grid = "codebook" if entry["grid"] == "codebook" else "scale"
+            about = header[f"{name}.qc.{grid}"]
+            tensors[name] = Dense(entry["dtype"], tuple(entry["shape"]), decode(entry, parts, about))
     return tensors | {name: tensors[twin] for name, twin in tied.items()}
 
 
@@ -68,7 +69,7 @@ def bytes_of(stored: dict[str, Any], data: bytes) -> bytes:
     return data[begin:end]
 
 
-def decode(entry: dict[str, Any], parts: dict[str, bytes], grids: list[int]) -> bytes:
+def decode(entry: dict[str, Any], parts: dict[str, bytes], about: dict[str, Any]) -> bytes:
     """The bytes of a weight in its own dtype and order."""
     shape, axis, bits = entry["shape"], entry["axis"], entry["bits"]
     if len(shape) < 2:
@@ -77,13 +78,33 @@ def decode(entry: dict[str, Any], parts: dict[str, bytes], grids: list[int]) -> 
         order = [*axis, *(index for index in range(len(shape)) if index not in axis)]
         rows = math.prod(shape[index] for index in axis)
     columns = math.prod(shape) // rows
-    codes = decode_payload(parts["codes"], entry["coding"], bits, rows, columns)
-    checked = pack(codes, bits) + b"".join(parts.get(part, b"") for part in ("scale", "zero_point", "offset"))
+    dim = entry.get("dim", 1)
+    codes = decode_payload(parts["codes"], entry["coding"], bits, rows // dim, columns)
+    grids = ("scale", "zero_point", "offset", "codebook")
+    checked = pack(codes, bits) + b"".join(parts.get(part, b"") for part in grids)
     assert zlib.crc32(checked) == entry["crc32"]
     with np.errstate(over="ignore"):
-        values = values_of(codes, parts, grids, entry["grid"], bits, entry["exponent"])
+        if entry["grid"] == "codebook":
+            values = entries_of(codes, parts, about, entry["exponent"])
+        else:
+            values = values_of(codes, parts, about["shape"], entry["grid"], bits, entry["exponent"])
     permuted = values.reshape([shape[index] for index in order])
     return in_dtype(np.moveaxis(permuted, range(len(order)), order) if order else permuted, entry["dtype"])
+
+
+def entries_of(codes: np.ndarray, parts: dict[str, bytes], about: dict[str, Any], exponent: int) -> np.ndarray:
+    """float32 [rows, columns] of vectors, one entry at a time."""
+    books, _, dim = about["shape"]
+    dtype = {"F16": "<f2", "F32": "<f4", "I8": "i1"}[about["dtype"]]
+    book = np.frombuffer(parts["codebook"], dtype).astype(np.float32).reshape(about["shape"])
+    if about["dtype"] == "I8":
+        book = book * np.frombuffer(parts["scale"], "<f2").astype(np.float32).reshape(books, 1, 1)
+    book = book * np.float32(2.0**exponent)
+    vectors, columns = codes.shape
+    values = np.zeros((vectors * dim, columns), np.float32)
+    for v, c in itertools.product(range(vectors), range(columns)):
+        values[v * dim : (v + 1) * dim, c] = book[v // (vectors // books), codes[v, c]]
+    return values
 
 
 def values_of(
@@ -117,7 +138,7 @@ def in_dtype(values: np.ndarray, dtype: str) -> bytes:
 
 
 def decode_payload(data: bytes, coding: str, bits: int, rows: int, columns: int) -> np.ndarray:
-    """The codes, uint8 [rows, columns]."""
+    """The codes [rows, columns]."""
     if coding == "ans":
         return decode_ans(data, rows, columns)
     if coding == "zstd":
@@ -128,7 +149,7 @@ def decode_payload(data: bytes, coding: str, bits: int, rows: int, columns: int)
 def unpack(data: bytes, bits: int, rows: int, columns: int) -> np.ndarray:
     width = math.ceil(columns * bits / 8)
     assert len(data) == rows * width
-    codes = np.zeros((rows, columns), np.uint8)
+    codes = np.zeros((rows, columns), np.uint16 if bits > 8 else np.uint8)
     for row in range(rows):
         string = int.from_bytes(data[row * width : (row + 1) * width], "little")
         for column in range(columns):

@@ -114,7 +114,7 @@ def seal(header: Header, manifest: Header, data: bytes, name: str) -> None:
     """Make the CRC-32 of a tensor with packed codes true again."""
     parts = [
         header[f"{name}.qc.{part}"]
-        for part in ("codes", "scale", "zero_point", "offset")
+        for part in ("codes", "scale", "zero_point", "offset", "codebook")
         if f"{name}.qc.{part}" in header
     ]
     spans = [part["data_offsets"] for part in parts]

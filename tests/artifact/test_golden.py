@@ -55,7 +55,7 @@ def test_the_golden_files_are_of_every_grid_coding_and_width() -> None:
     entries = [
         entry for name in NAMES for file in verify(golden(name)).files for entry in file.manifest.tensors.values()
     ]
-    assert {entry.grid for entry in entries} == {"zero-point", "offset", "full", "narrow", "mid-rise"}
+    assert {entry.grid for entry in entries} == {"zero-point", "offset", "full", "narrow", "mid-rise", "codebook"}
     assert {entry.coding for entry in entries} == {"packed", "zstd", "ans"}
-    assert {entry.bits for entry in entries} == set(range(1, 9))
+    assert {entry.bits for entry in entries} == {*range(1, 9), 10}
     assert {entry.dtype for entry in entries} == {"F64", "F32", "F16", "BF16"}

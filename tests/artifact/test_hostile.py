@@ -113,8 +113,11 @@ def fill(name: str, value: bytes) -> Change:
 
 
 ENTRIES: dict[str, tuple[Change, str]] = {
-    "bits 0": (field("w", "bits", 0), "tensor 'w' has the bits 0, not a number in [1, 8]"),
-    "bits 9": (field("w", "bits", 9), "tensor 'w' has the bits 9"),
+    "bits 0": (field("w", "bits", 0), "tensor 'w' has the bits 0, not a number in [1, 12]"),
+    "bits 9": (field("w", "bits", 9), "tensor 'w' has 9 bits and dim 1, which a grid has not"),
+    "bits 13": (field("w", "bits", 13), "tensor 'w' has the bits 13"),
+    "dim of a grid": (field("w", "dim", 2), "bits and dim 2, which a grid has not"),
+    "dim 9": (field("w", "dim", 9), "tensor 'w' has the dim 9"),
     "bits true": (field("w", "bits", True), "tensor 'w' has the bits True"),
     "bits real": (field("w", "bits", 3.0), "tensor 'w' has the bits 3.0"),
     "bits of other codes": (field("w", "bits", 4), "tensor 'w' has codes of shape [6, 4], not [6, 5]"),
@@ -446,3 +449,52 @@ def test_the_manifest_is_short_sorted_and_silent_about_the_machine(tmp_path: Pat
     assert set(manifest["tensors"]["w"]) == {"bits", "crc32", "exponent", "shape"}
     assert str(tmp_path) not in text
     assert manifest["input_bytes"] == source.stat().st_size
+
+
+def codebook_artifact(folder: Path) -> Path:
+    weight = gaussian(6, 8)
+    source = save(folder / "in.safetensors", {"w": weight})
+    run(source, folder / "out.safetensors", recipe(rule("w", "kmeans", bits=2, dim=2)))
+    return folder / "out.safetensors"
+
+
+CODEBOOKS: dict[str, tuple[Change, str]] = {
+    "no codebook": (drop_tensor("w.qc.codebook"), "has its codebook missing or too many"),
+    "scale beside half precision": (
+        add_tensor("w.qc.scale", {"dtype": "F16", "shape": [1, 1]}, b"\0\x3c"),
+        "has its scale missing or too many",
+    ),
+    "codebook of integers": (stored("w.qc.codebook", dtype="I16"), "has a codebook of I16"),
+    "codebook of two dimensions": (stored("w.qc.codebook", shape=[4, 2]), "has a codebook of shape [4, 2]"),
+    "codebook of another dim": (stored("w.qc.codebook", shape=[1, 2, 4]), "has a codebook of shape [1, 2, 4]"),
+    "more entries than codes": (field("w", "bits", 1), "codes of shape"),
+    "codebooks that do not divide": (stored("w.qc.codebook", shape=[2, 2, 2]), "has 2 codebooks for 3 rows of codes"),
+    "dim that does not divide": (field("w", "dim", 4), "has 6 rows in vectors of 4"),
+    "a codebook with NaN": (fill("w.qc.codebook", b"\x00\x7e"), "its grid holds NaN or Inf"),
+    "13 bits": (field("w", "bits", 13), "has the bits 13, not a number in [1, 12]"),
+}
+
+
+@pytest.mark.parametrize("case", CODEBOOKS)
+def test_a_codebook_that_lies_is_refused(tmp_path: Path, case: str) -> None:
+    change, what = CODEBOOKS[case]
+    path = codebook_artifact(tmp_path)
+    rewrite(path, change)
+    assert what in refusal(path)
+
+
+def test_a_code_beyond_its_codebook_is_refused(tmp_path: Path) -> None:
+    path = codebook_artifact(tmp_path)
+
+    def change(header: Header, manifest: Header, data: bytearray) -> None:
+        begin, end = header["w.qc.codebook"]["data_offsets"]
+        del data[end - 4 : end]
+        header["w.qc.codebook"] |= {"shape": [1, 3, 2], "data_offsets": [begin, end - 4]}
+        for name, one in header.items():
+            if name not in ("__metadata__", "w.qc.codebook") and one["data_offsets"][0] >= end:
+                one["data_offsets"] = [place - 4 for place in one["data_offsets"]]
+        seal(header, manifest, data, "w")
+
+    rewrite(path, change)
+    assert "a code is beyond its codebook" in refusal(path, load_state_dict)
+    assert "a code is beyond its codebook" in refusal(path)
