@@ -53,9 +53,10 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, not what: none of it changes the bytes, but for `choice`, `device` and `statistics`.
+    """How to run, not what: none of it changes the bytes, but for `choice`, `device` and the files.
 
-    statistics  a file of the layers' input statistics, for the methods that can work from them
+    statistics       a file of the layers' input statistics, for the methods that can work from them
+    representatives  a file of what finetune-reg has learned, for the methods that take it up
     """
 
     output: Path
@@ -66,6 +67,7 @@ class Options:
     max_memory: int | None = None
     resume: bool = False
     statistics: Path | None = None
+    representatives: Path | None = None
     progress: Progress | None = None
 
 
@@ -291,6 +293,7 @@ def _encode_all(
                         reference,
                         options.statistics,
                         shard.seed,
+                        options.representatives,
                     )
                     running.append(pool.submit(encode_tensor, job, stop))
                 finished = running.pop(0).result()

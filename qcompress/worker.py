@@ -31,6 +31,7 @@ from qcompress.model.statistics import read_statistics, refuse_misfit
 from qcompress.registry import METHODS
 from qcompress.report.document import LayerFigures
 from qcompress.report.figures import LayerMeter, unclipped_range
+from qcompress.representatives import read_representatives
 from qcompress.types import Affine, Codebook, Decision, Encoded, TensorInfo, row_shape
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class Job:
     ready       its codes, where a method on a live model has chosen them already
     reference   the float weight that those codes stand for, where that is not the checkpoint's
     statistics  the file of input statistics that methods which need them work from
+    representatives  the file of what finetune-reg has learned
     """
 
     source: Container
@@ -126,6 +128,7 @@ class Job:
     reference: Tensor | None = None
     statistics: Path | None = None
     seed: int = 0
+    representatives: Path | None = None
 
 
 def encode_tensor(job: Job, stop: threading.Event) -> Finished:
@@ -199,7 +202,8 @@ def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Ten
     if method.family == "cluster":
         # A 16-bit weight stays one: its few distinct values are what makes clustering exact and fast.
         generator = seeded_generator(job.seed, decision.tensor.name, "cpu")
-        yield from _ready_blocks(rows, encode(rows, decision.config, exponent, generator))
+        learned = _representatives(job) if method.representatives else ()
+        yield from _ready_blocks(rows, encode(rows, decision.config, exponent, generator, *learned))
         return
     count = rows.shape[0]
     step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
@@ -210,6 +214,12 @@ def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Ten
         block = _float_rows(rows[start : start + step], "cpu")
         encoded = _to_cpu(encode(block.to(device), decision.config, exponent))
         yield block.reshape(len(block), -1), encoded
+
+
+def _representatives(job: Job) -> tuple[Tensor]:
+    """What was learned for the job's tensor, as an argument; the plan knows that it is there."""
+    assert job.representatives is not None
+    return (read_representatives(job.representatives)[job.decision.tensor.name],)
 
 
 def _from_statistics(job: Job, weight: Tensor) -> Affine:

@@ -20,20 +20,8 @@ KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
 VERBS = (
-    *(
-        "allocate",
-        "audit",
-        "calibrate",
-        "compress",
-        "demo",
-        "evaluate",
-        "finetune",
-        "fit",
-        "journal",
-        "load",
-        "sensitivity",
-    ),
-    *("shards", "worker"),
+    *("allocate", "audit", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "journal", "load"),
+    *("representatives", "sensitivity", "shards", "worker"),
 )
 
 MAY_IMPORT = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,6 +50,12 @@ def cluster(
     ] = False,
     resume: opt.Resume = False,
     allow_code: opt.AllowCode = False,
+    representatives: Annotated[
+        Path | None,
+        typer.Option(
+            "--representatives", metavar="FILE", help="What finetune-reg learned; beside the checkpoint if absent."
+        ),
+    ] = None,
     max_size: opt.MaxSize = None,
     max_bpw: opt.MaxBpw = None,
     min_sqnr: opt.MinSqnr = None,
@@ -71,7 +78,7 @@ def cluster(
             checkpoint=checkpoint,
             recipe=make_recipe(recipe, method, flags, overrides or [], seed, "cluster"),
             recipe_file=recipe,
-            suffix=f"c{bits}" if dim in (None, 1) else f"c{bits}d{dim}",
+            suffix=_suffix(bits, dim, method),
             gates=GateFlags(max_size, max_bpw, min_sqnr, min_metric or [], max_drop or []),
             output=output,
             coding=coding.value,
@@ -83,6 +90,13 @@ def cluster(
             max_memory=max_memory,
             allow_code=allow_code,
             skip_nonfinite=skip_nonfinite,
+            representatives=representatives,
         ),
         Streams(json_to, quiet, verbose, no_color),
     )
+
+
+def _suffix(bits: int | None, dim: int | None, method: str | None) -> str:
+    if bits is None:
+        return method or "clustered"
+    return f"c{bits}" if dim in (None, 1) else f"c{bits}d{dim}"

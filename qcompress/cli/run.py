@@ -53,6 +53,7 @@ class Request:
     allow_code: bool
     skip_nonfinite: bool
     statistics: Path | None = None
+    representatives: Path | None = None
     save_statistics: Path | None = None
 
 
@@ -63,6 +64,7 @@ def run(request: Request, streams: Streams) -> None:
     from qcompress.cli.live import make_setting
     from qcompress.errors import raise_all
     from qcompress.recipe import refuse_missing
+    from qcompress.representatives import representatives_path, with_representatives
 
     if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise UsageError("torchrun", "splitting over ranks is not available in this version", "run qcompress by itself")
@@ -87,10 +89,12 @@ def run(request: Request, streams: Streams) -> None:
             )
     source = read_checkpoint(request.checkpoint)
     target = request.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
+    learned = request.representatives or representatives_path(request.checkpoint)
     if request.dry_run:
         from qcompress.cli.plan import print_plan
 
-        print_plan(source, _make_plan(source, asked), target, request.coding, streams)
+        plan = with_representatives(_make_plan(source, asked), learned)
+        print_plan(source, plan, target, request.coding, streams)
         return
     options: dict[str, Any] = {
         "choice": request.coding,
@@ -98,10 +102,12 @@ def run(request: Request, streams: Streams) -> None:
         "resume": request.resume,
         "threads": request.threads or default_threads(),
         "max_memory": _parse_size("--max-memory", request.max_memory),
+        "representatives": learned,
     }
     if asked.model is None:
         options |= {"device": _device(request.device), "statistics": request.statistics}
-        _compress(source, _make_plan(source, asked), target, options, request.skip_nonfinite, streams)
+        plan = with_representatives(_make_plan(source, asked), learned)
+        _compress(source, plan, target, options, request.skip_nonfinite, streams)
         return
     if request.skip_nonfinite or request.statistics is not None:
         flag = "--skip-nonfinite" if request.skip_nonfinite else "--statistics"
@@ -221,8 +227,9 @@ def _compress_live(
     from qcompress.calibrate import LiveOptions, compress_live, plan_live
     from qcompress.cli.live import say
     from qcompress.compress import Options
+    from qcompress.representatives import with_representatives
 
-    plan = plan_live(source, setting.recipe, setting)
+    plan = with_representatives(plan_live(source, setting.recipe, setting), run["representatives"])
     how = LiveOptions(save_statistics, lambda text: say(streams, text))
     report = compress_live(source, plan, Options(target, **run), setting, how)
     _finish(report, plan, target, streams)

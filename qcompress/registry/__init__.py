@@ -46,6 +46,7 @@ class Method:
                 too; `training` data
     adjusts     whether it changes tensors that it was not given: batch norms, biases
     statistics  whether it can also work from saved statistics of the layers' inputs, with no live model
+    representatives  whether it takes up what finetune-reg has learned, as one more argument
     refuse      (config, shape [rows, ...] of a weight) -> why the weight cannot have this grid, or None
     """
 
@@ -57,6 +58,7 @@ class Method:
     refuse: Callable[[Any, Shape], str | None]
     target: str
     statistics: bool = False
+    representatives: bool = False
 
     def load(self) -> Callable[..., Any]:
         """The function: encode(weight float32 [rows, ...], config, exponent) -> Affine where `needs` is weights; of the
@@ -91,8 +93,9 @@ def _live_method(
     return Method(name, "quantize", config, needs, adjusts, refuse_grid, target, statistics)
 
 
-def _cluster_method(name: str, config: type[ClusterConfig]) -> Method:
-    return Method(name, "cluster", config, "weights", False, refuse_codebook, f"qcompress.methods.{name}:encode")
+def _cluster_method(name: str, config: type[ClusterConfig], *, representatives: bool = False) -> Method:
+    target = f"qcompress.methods.{name}:encode"
+    return Method(name, "cluster", config, "weights", False, refuse_codebook, target, representatives=representatives)
 
 
 METHODS: Mapping[str, Method] = {
@@ -107,6 +110,7 @@ METHODS: Mapping[str, Method] = {
         _live_method("gptq", GptqConfig, "calibration", statistics=True),
         _live_method("pdquant", PdquantConfig, "calibration"),
         _cluster_method("kmeans", KmeansConfig),
+        _cluster_method("learned", LearnedConfig, representatives=True),
     )
 }
 

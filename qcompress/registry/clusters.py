@@ -76,7 +76,7 @@ class KmeansConfig(ClusterConfig):
 class LearnedConfig(ClusterConfig):
     """The representatives that finetune-reg learned: assign each weight to the nearest, then recentre.
 
-    bits      the least that the representatives need where absent
+    bits      the most that the representatives may need; the artifact has as many as they do
     recentre  move each representative to the mean of its weights
     """
 
@@ -92,6 +92,8 @@ class LearnedConfig(ClusterConfig):
 def refuse_codebook(config: ClusterConfig, shape: Shape) -> str | None:
     """Why a weight [rows, ...] cannot have such a codebook, or None."""
     rows, columns = shape[0], math.prod(shape[1:])
+    if isinstance(config, LearnedConfig):
+        return None
     if rows % config.dim:
         return f"dim {config.dim} does not divide its {rows} channels"
     unit = {"tensor": rows, "channel": 1, "group": config.group_size or 1}[config.granularity or "tensor"]

@@ -122,11 +122,8 @@ def _refuse_other_baseline(artifact: Artifact, baseline: Checkpoint) -> None:
 
 def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: LayerFigures) -> LayerReport:
     parts = {part: info.n_bytes for part, info in file.parts_of(name).items()}
-    grids, groups = file.parts_of(name)["scale"].shape
     method, options = _rule_of(name, file.manifest.recipe)
-    seen = "group" if groups > 1 else "channel" if grids > 1 else "tensor"
-    # One grid a row, or one for a single row, fits several granularities: the recipe says which was meant.
-    granularity = seen if groups > 1 else str(options.get("granularity", seen))
+    granularity, group_size = _sharing(file, name, entry, str(options.get("granularity", "")))
     return LayerReport(
         name=name,
         shape=entry.shape,
@@ -137,12 +134,26 @@ def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: Laye
         method=method,
         bits=entry.bits,
         granularity=granularity,
-        group_size=entry.columns // groups if granularity == "group" else None,
-        form=entry.grid if entry.grid in ("zero-point", "offset") else "symmetric",
+        group_size=group_size,
+        form=entry.grid if entry.grid in ("zero-point", "offset", "codebook") else "symmetric",
         coding=entry.coding,
         side_information_bytes=sum(parts.values()) - parts["codes"],
         figures=figures,
     )
+
+
+def _sharing(file: ArtifactFile, name: str, entry: Entry, meant: str) -> tuple[str, int | None]:
+    """What shares a grid or codebook, and the size of a group; `meant` by the recipe, where the parts leave a choice."""
+    parts = file.parts_of(name)
+    if entry.grid == "codebook":
+        tables = parts["codebook"].shape[0]
+        granularity = meant or ("tensor" if tables == 1 else "channel" if tables == entry.rows else "group")
+        return granularity, entry.rows // tables if granularity == "group" else None
+    grids, groups = parts["scale"].shape
+    seen = "group" if groups > 1 else "channel" if grids > 1 else "tensor"
+    # One grid a row, or one for a single row, fits several granularities.
+    granularity = seen if groups > 1 else meant or seen
+    return granularity, entry.columns // groups if granularity == "group" else None
 
 
 def _rule_of(name: str, recipe: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -15,10 +15,10 @@ METHOD_FLAG = "qcompress quantize m.safetensors --method "
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("qcompress ", {"quantize", "finetune-reg", "eval", "report", "verify", "export", "demo", "recipe"}),
+        ("qcompress ", {"quantize", "cluster", "finetune-reg", "eval", "report", "verify", "export", "demo", "recipe"}),
         ("qcompress qu", {"quantize"}),
         ("qcompress recipe ", {"check", "show", "schema"}),
-        (METHOD_FLAG, set(METHODS)),
+        (METHOD_FLAG, {name for name, method in METHODS.items() if method.family == "quantize"}),
         (f"{METHOD_FLAG}sq", {"squant"}),
         ("qcompress export a.safetensors --to ", set(EXPORTERS)),
         ("qcompress quantize m.safetensors --coding ", {"auto", "packed", "zstd", "ans"}),

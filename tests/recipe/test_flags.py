@@ -28,7 +28,8 @@ def test_flags_make_one_rule() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_flags_and_yaml_make_the_same_recipe(method: str) -> None:
     written = parse_recipe(f'{{version: 1, rules: [{{match: "*", {method}: {{bits: 2}}}}]}}', "r.yaml")
-    assert recipe_json(recipe_from_flags(method, {"bits": 2})) == recipe_json(written)
+    family = METHODS[method].family
+    assert recipe_json(recipe_from_flags(method, {"bits": 2}, family)) == recipe_json(written)
 
 
 def test_bits_alone_is_the_default_method() -> None:
@@ -62,11 +63,12 @@ def test_wrong_flags() -> None:
 
 def test_families(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = Method("codes", "cluster", RtnConfig, "weights", False, refuse_grid, "a:b")
+    assert recipe_from_flags(None, {"bits": 2}, "cluster").rules[0].method == "kmeans"
+    assert error("dkm", {"bits": 2}, "cluster").startswith("--method dkm: not available in this version; use one of ")
+    assert error("rtn", {"bits": 2}, "cluster") == "--method rtn: `rtn` is a quantize method; use `qcompress quantize`"
+    monkeypatch.setattr(registry, "METHODS", {"rtn": registry.METHODS["rtn"]})
     assert error(None, {"bits": 2}, "cluster") == (
         "command line: no cluster method is available in this version; use `qcompress quantize`"
-    )
-    assert error("kmeans", {"bits": 2}, "cluster") == (
-        "--method kmeans: not available in this version; use `qcompress quantize`"
     )
     monkeypatch.setattr(registry, "METHODS", {"rtn": registry.METHODS["rtn"], "codes": codes})
     assert error("codes", {"bits": 2}) == "--method codes: `codes` is a cluster method; use `qcompress cluster`"

@@ -66,8 +66,9 @@ def test_recipes_in_the_docs_are_valid() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_docs_name_every_option_and_choice(method: str) -> None:
     section = DOCS.partition("## Methods")[2].partition("## Gates")[0]
-    shared = section.partition("Options of all of them")[2].partition("\n`")[0]
-    own = section.partition(f"\n`{method}`")[2].partition("\n`")[0]
+    family = {"quantize": "Options of all of them", "cluster": "Options of all that cluster"}
+    shared = section.partition(family[METHODS[method].family])[2].partition("\n`")[0]
+    own = section.partition(f"\n`{method}`")[2].partition("\n`")[0].partition("\nOptions of")[0]
     assert f"| `{method}` |" in section
     for option in dataclasses.fields(METHODS[method].config):
         rows = [line for line in (shared + own).splitlines() if line.startswith(f"| `{option.name}` |")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from typing import Any
 
 import pytest
 import yaml
@@ -18,6 +19,8 @@ from qcompress.registry import (
     DfqConfig,
     GptqConfig,
     HqqConfig,
+    KmeansConfig,
+    LearnedConfig,
     MseConfig,
     PdquantConfig,
     RtnConfig,
@@ -58,22 +61,29 @@ CONFIGS = {
     "gptq": made(GptqConfig, preset=PRESET, range=RANGE, act_order=st.booleans(), descent=st.integers(0, 9)),
     "pdquant": made(PdquantConfig, preset=PRESET, range=RANGE, drop=st.floats(0, 0.9)),
 }
+ENTRIES = st.sampled_from(["f16", "f32", "int8"])
+CLUSTER_CONFIGS = {
+    "kmeans": made(KmeansConfig, dim=st.integers(1, 8), init=st.sampled_from(["optimal", "random"]), codebook=ENTRIES),
+    "learned": made(LearnedConfig, recentre=st.booleans(), codebook=ENTRIES),
+}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 METRICS = st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False), max_size=3)
-RULES = st.lists(
-    st.tuples(
-        st.lists(TEXT | st.sampled_from(["*", "null", "4e5", "1:30", "- a", "a: b", "yes"]), min_size=1, max_size=3),
-        st.just((None, None)) | st.sampled_from(sorted(CONFIGS)).flatmap(lambda m: st.tuples(st.just(m), CONFIGS[m])),
-    ),
-    min_size=1,
-    max_size=4,
-).map(
-    lambda rules: tuple(
-        Rule(pattern, *action, f"rules[{index}]")
-        for index, (patterns, action) in enumerate(rules)
-        for pattern in patterns
+
+
+def rules_of(configs: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[tuple[Rule, ...]]:
+    """Rules of the methods of one family."""
+    patterns = TEXT | st.sampled_from(["*", "null", "4e5", "1:30", "- a", "a: b", "yes"])
+    methods = st.sampled_from(sorted(configs)).flatmap(lambda name: st.tuples(st.just(name), configs[name]))
+    rules = st.tuples(st.lists(patterns, min_size=1, max_size=3), st.just((None, None)) | methods)
+    return st.lists(rules, min_size=1, max_size=4).map(
+        lambda found: tuple(
+            Rule(pattern, *action, f"rules[{index}]")
+            for index, (globs, action) in enumerate(found)
+            for pattern in globs
+        )
     )
-)
+
+
 GATES = st.builds(
     Gates,
     max_size=st.none() | st.integers(1, 2**63 - 1),
@@ -82,17 +92,19 @@ GATES = st.builds(
     min_metric=METRICS,
     max_drop=METRICS,
 )
-RECIPES = st.builds(Recipe, st.just("quantize"), RULES, seed=st.integers(0, 2**63 - 1), gates=GATES)
+RECIPES = st.builds(
+    Recipe, st.just("quantize"), rules_of(CONFIGS), seed=st.integers(0, 2**63 - 1), gates=GATES
+) | st.builds(Recipe, st.just("cluster"), rules_of(CLUSTER_CONFIGS), seed=st.integers(0, 2**63 - 1), gates=GATES)
 
 
 def test_strategies_cover_the_registry() -> None:
-    assert set(CONFIGS) == set(METHODS)
+    assert {*CONFIGS, *CLUSTER_CONFIGS} == set(METHODS)
 
 
 @settings(deadline=None)
 @given(RECIPES)
 def test_yaml_reads_back_as_the_same_recipe(recipe: Recipe) -> None:
-    again = parse_recipe(recipe_yaml(recipe), "r.yaml")
+    again = parse_recipe(recipe_yaml(recipe), "r.yaml", family=recipe.family)
     assert [(r.match, r.method, r.config) for r in again.rules] == [(r.match, r.method, r.config) for r in recipe.rules]
     assert (again.seed, again.gates, again.family) == (recipe.seed, recipe.gates, recipe.family)
     assert recipe_json(again) == recipe_json(recipe)
