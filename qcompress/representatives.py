@@ -21,6 +21,8 @@ SUFFIX = "representatives"
 
 def representatives_path(checkpoint: Path) -> Path:
     """Where finetune-reg leaves what it learned: `model.reg.safetensors` beside `model.safetensors`."""
+    # `.` and `..` have no name of their own.
+    checkpoint = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
     return checkpoint.with_name(f"{checkpoint.name.removesuffix('.safetensors')}.reg.safetensors")
 
 

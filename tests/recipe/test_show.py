@@ -44,6 +44,8 @@ def made(config: type, **options: st.SearchStrategy[object]) -> st.SearchStrateg
         "symmetric": st.booleans(),
         "axis": st.none() | st.integers(-3, 3) | st.lists(st.integers(-3, 3), max_size=3).map(tuple),
     }
+    known = {option.name for option in dataclasses.fields(config)}
+    shared = {name: values for name, values in shared.items() if name in known}
     drawn = st.fixed_dictionaries({"bits": st.integers(1, 8)}, optional=shared | options)
     return drawn.map(build).filter(lambda made: made is not None)
 
