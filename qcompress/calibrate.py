@@ -15,6 +15,7 @@ from qcompress.model.statistics import measure_statistics, save_statistics
 from qcompress.plan import make_plan
 from qcompress.report.assemble import run_figures
 from qcompress.report.document import Report
+from qcompress.tune import Tuner
 from qcompress.types import Axis, Plan, Recipe
 
 
@@ -61,9 +62,10 @@ def compress_live(
     if how.save_statistics is not None:
         how.say("statistics of the layers' inputs")
         save_statistics(measure_statistics(live), how.save_statistics)
-    fitted = fit(live, plan, how.say)
+    tuner = Tuner(plan, setting, how.say)
+    fitted = fit(live, plan, how.say, representatives=options.representatives, tune=tuner)
     report = compress(checkpoint, plan, options, fitted)
     after = evaluate(options.output, setting) if task else []
     run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, str(setting.device))
-    accuracy = compare(before, after) if task else None
+    accuracy = compare(before, after, tuner.untuned) if task else None
     return replace(report, accuracy=accuracy, run=run, warnings=report.warnings + fitted.notes)

@@ -112,9 +112,15 @@ def measure_task(module: nn.Module, setting: Setting, what: str) -> list[Measure
     return measure(task, module, batches, setting.device, advance, root=setting.root, allow_code=setting.allow_code)
 
 
-def compare(before: Sequence[Measurement], after: Sequence[Measurement]) -> tuple[AccuracyFigures, ...]:
-    """The report's figures of two measurements on the same samples, the drop with its paired interval."""
+def compare(
+    before: Sequence[Measurement], after: Sequence[Measurement], untuned: Sequence[Measurement] = ()
+) -> tuple[AccuracyFigures, ...]:
+    """The report's figures of two measurements on the same samples, the drop with its paired interval.
+
+    untuned  the artifact's before its codebooks were tuned
+    """
     figures = []
+    earlier = {one.metric: one.value for one in untuned}
     for one, other in zip(before, after, strict=True):
         drop, low, high = paired_drop(one, other)
         figures.append(
@@ -127,6 +133,7 @@ def compare(before: Sequence[Measurement], after: Sequence[Measurement]) -> tupl
                 interval=(low, high),
                 baseline_interval=(one.low, one.high),
                 artifact_interval=(other.low, other.high),
+                untuned=earlier.get(one.metric),
             )
         )
     return tuple(figures)

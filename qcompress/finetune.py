@@ -77,7 +77,7 @@ def finetune(
     module.to(setting.device)
     penalties = attach_penalties(module, section.regularize)
     warnings = advise_before(penalties, section.training, recipe.rules)
-    data = _train_data(setting)
+    data = train_data(setting)
     loss_of = _loss(setting)
     measures = recipe.data is not None and recipe.data.eval is not None
     names = [name for name, _ in module.named_parameters() if name in weight_kinds(module)]
@@ -162,7 +162,8 @@ def plan_training(recipe: Recipe, checkpoint: Checkpoint | None, allow_code: boo
     ]
 
 
-def _train_data(setting: Setting) -> Data:
+def train_data(setting: Setting) -> Data:
+    """The recipe's data.train. Raises DataError, RecipeError, UsageError."""
     recipe = setting.recipe
     train_data = recipe.data.train if recipe.data is not None else None
     if train_data is None:

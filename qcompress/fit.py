@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -16,19 +17,29 @@ from qcompress.model.graph import input_layers
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.model.moments import batch_norm_grids
 from qcompress.registry import METHODS
-from qcompress.types import ActivationGrid, Affine, Decision, Encoded, Fitted, Kept, Plan
+from qcompress.types import ActivationGrid, Decision, Encoded, Fitted, Kept, Plan
+from qcompress.worker import encode_rows
 
 Say = Callable[[str], None]
 """Called with a line on what begins."""
 
 
-def fit(live: LiveModel, plan: Plan, say: Say = lambda _: None) -> Fitted:
+def fit(
+    live: LiveModel,
+    plan: Plan,
+    say: Say = lambda _: None,
+    *,
+    representatives: Path | None = None,
+    tune: Callable[[LiveModel, Fitted], Fitted] = lambda _, fitted: fitted,
+) -> Fitted:
     """What the plan's methods choose for a live model: codes, adjusted tensors, activation quantizers.
 
     Methods that need weights alone come first, then those that need the graph, then those that need data, so that the
     later ones can make up for the earlier; `live.quantized` ends as the artifact will be.
 
-    raises  ModelError for weights of no module, and whatever the methods raise
+    representatives  the file of what finetune-reg has learned, for the methods that take it up
+    tune             changes what the methods chose before companions and activations see it
+    raises           ModelError for weights of no module, and whatever the methods raise
     """
     decisions = [decision for decision in plan.decisions if decision.compresses]
     _refuse_strangers(live, decisions)
@@ -37,9 +48,13 @@ def fit(live: LiveModel, plan: Plan, say: Say = lambda _: None) -> Fitted:
         own = [decision for decision in decisions if decision.method == name]
         say(f"{name}: {len(own)} tensors")
         method = METHODS[name]
-        found = _encode_weights(live, own) if method.needs == "weights" else method.load()(live, own)
+        if method.needs == "weights":
+            found = _encode_weights(live, own, plan.recipe.seed, representatives)
+        else:
+            found = method.load()(live, own)
         done = _joined(done, found)
         live.put(found.encoded)
+    done = tune(live, done)
     if plan.recipe.companions:
         say(", ".join(plan.recipe.companions))
         corrected = run_companions(live, plan.recipe.companions)
@@ -67,13 +82,14 @@ def _refuse_strangers(live: LiveModel, decisions: Sequence[Decision]) -> None:
     raise_all(errors)
 
 
-def _encode_weights(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
+def _encode_weights(live: LiveModel, decisions: Sequence[Decision], seed: int, representatives: Path | None) -> Fitted:
     encoded: dict[str, Encoded] = {}
     for decision in decisions:
         weight = find_tensor(live.module, decision.tensor.name).detach()
         rows = rows_from_weight(weight, decision.axis).contiguous()
         largest = float(weight.abs().max()) if weight.numel() else 0.0
-        found: Affine = METHODS[decision.method or ""].load()(rows, decision.config, exponent_for(largest))
+        on_cpu = METHODS[decision.method or ""].family == "cluster"
+        found = encode_rows(rows.cpu() if on_cpu else rows, decision, exponent_for(largest), seed, representatives)
         tensor = decision.tensor
         encoded[tensor.name] = replace(found, shape=tensor.shape, axis=decision.axis, dtype=tensor.dtype)
     return Fitted(encoded)

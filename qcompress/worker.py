@@ -194,32 +194,42 @@ def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> Checkp
     return CheckpointError(f"{source.path}: tensor {tensor.name!r}", what, mend)
 
 
+def encode_rows(
+    rows: Tensor, decision: Decision, exponent: int, seed: int, representatives: Path | None
+) -> Affine | Codebook:
+    """A weight [rows, ...] encoded by a method that needs weights alone, float32 unless the method clusters.
+
+    exponent         of what is stored in half precision
+    representatives  the file of what finetune-reg has learned, for a method that takes it up
+    """
+    method, name = METHODS[decision.method or ""], decision.tensor.name
+    encode: Callable[..., Affine | Codebook] = method.load()
+    if method.family == "quantize":
+        return encode(rows, decision.config, exponent)
+    learned: tuple[Tensor, ...] = ()
+    if method.representatives:
+        # The plan knows that they are there.
+        assert representatives is not None
+        learned = (read_representatives(representatives)[name],)
+    return encode(rows, decision.config, exponent, seeded_generator(seed, name, "cpu"), *learned)
+
+
 def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Tensor, Affine | Codebook]]:
     """Row blocks as float32 [rows, columns] on the CPU, each with its codes and grid."""
-    decision, device = job.decision, job.device
-    method = METHODS[decision.method or ""]
-    encode: Callable[..., Affine | Codebook] = method.load()
-    if method.family == "cluster":
+    decision = job.decision
+    how = (decision, exponent, job.seed, job.representatives)
+    if METHODS[decision.method or ""].family == "cluster":
         # A 16-bit weight stays one: its few distinct values are what makes clustering exact and fast.
-        generator = seeded_generator(job.seed, decision.tensor.name, "cpu")
-        learned = _representatives(job) if method.representatives else ()
-        yield from _ready_blocks(rows, encode(rows, decision.config, exponent, generator, *learned))
+        yield from _ready_blocks(rows, encode_rows(rows, *how))
+        return
+    if decision.config.granularity == "tensor":
+        yield from _ready_blocks(rows, encode_rows(_float_rows(rows, job.device), *how))
         return
     count = rows.shape[0]
     step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
-    if decision.config.granularity == "tensor":
-        yield from _ready_blocks(rows, encode(_float_rows(rows, device), decision.config, exponent))
-        return
     for start in range(0, count, step):
         block = _float_rows(rows[start : start + step], "cpu")
-        encoded = _to_cpu(encode(block.to(device), decision.config, exponent))
-        yield block.reshape(len(block), -1), encoded
-
-
-def _representatives(job: Job) -> tuple[Tensor]:
-    """What was learned for the job's tensor, as an argument; the plan knows that it is there."""
-    assert job.representatives is not None
-    return (read_representatives(job.representatives)[job.decision.tensor.name],)
+        yield block.reshape(len(block), -1), _to_cpu(encode_rows(block.to(job.device), *how))
 
 
 def _from_statistics(job: Job, weight: Tensor) -> Affine:

@@ -21,7 +21,7 @@ SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
 VERBS = (
     *("allocate", "audit", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "journal", "load"),
-    *("representatives", "sensitivity", "shards", "worker"),
+    *("representatives", "sensitivity", "shards", "tune", "worker"),
 )
 
 MAY_IMPORT = {

@@ -108,6 +108,9 @@ def _unknown_metrics(recipe: Recipe, task: Task) -> Iterator[InputError]:
 def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[InputError]:
     if rule.method is None:
         return
+    tune = getattr(rule.config, "tune", None)
+    if tune is not None:
+        yield from _missing_for_tuning(recipe, rule)
     method = METHODS[rule.method]
     if method.needs == "weights":
         return
@@ -126,6 +129,17 @@ def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[
         yield RecipeError(rule.where, f"{rule.method} needs calibration data", f"add `data.calibration`{instead}")
     elif getattr(rule.config, "bias_correction", None) == "empirical" and not calibration:
         yield RecipeError(rule.where, "bias_correction: empirical needs calibration data", "add `data.calibration`")
+
+
+def _missing_for_tuning(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
+    data = recipe.data is not None and recipe.data.train is not None
+    wanted = {"model": recipe.model is not None, "data.train": data, "task": recipe.task is not None}
+    lacking = [f"`{name}`" for name, there in wanted.items() if not there]
+    if lacking:
+        yield RecipeError(rule.where, "tune trains the entries of codebooks", f"add {', '.join(lacking)}")
+    others = {repr(other) for one in recipe.rules if (other := getattr(one.config, "tune", None)) is not None}
+    if len(others) > 1:
+        yield RecipeError(rule.where, "the rules tune in different ways", "give all of them the same `tune`")
 
 
 def _missing_for_extras(recipe: Recipe) -> Iterator[InputError]:

@@ -185,7 +185,7 @@ def _options(config: type[Any]) -> dict[str, Any]:
     for base in reversed(config.__mro__):
         described |= _described(base, option_names(config))
     for name, option in schema["properties"].items():
-        del option["title"]
+        option.pop("title", None)
         if option.get("default", 0) is None:
             del option["default"]
         if name in described:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompress.registry.calibrated import AdaroundConfig, DfqConfig, GptqConfig, PdquantConfig
-from qcompress.registry.clusters import ClusterConfig, KmeansConfig, LearnedConfig, refuse_codebook
+from qcompress.registry.clusters import ClusterConfig, KmeansConfig, LearnedConfig, Tune, refuse_codebook
 from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig, SquantConfig, refuse_grid
 from qcompress.types import Family, Shape
 
@@ -33,6 +33,7 @@ __all__ = [
     "PdquantConfig",
     "RtnConfig",
     "SquantConfig",
+    "Tune",
     "refuse_codebook",
     "refuse_grid",
 ]

@@ -6,12 +6,29 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 
 from qcompress.types import Granularity, Shape
 
 CENTROID_BYTES = {"f16": 2, "f32": 4, "int8": 1}
 WEIGHT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Centroid tuning: entries are trained, codes stay.
+
+    epochs         passes over data.train
+    learning_rate  of SGD with momentum 0.9
+    gradient       the sum of an entry's weights' gradients, as it is (`sum`), or divided by their number (`mean`) or
+                   its root (`rms`), which is stable on layers of any size
+    """
+
+    epochs: Annotated[int, Ge(1)] = 3
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    gradient: Literal["rms", "sum", "mean"] = "rms"
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +40,7 @@ class ClusterConfig:
     granularity  one codebook a tensor, a channel, or `group_size` channels; group where only `group_size` is given
     group_size   channels that share a codebook
     codebook     how entries are stored; codes are chosen against what is stored
+    tune         centroid tuning, which needs a live model and data.train
     axis         the channel axis, or the pair of them in stacked experts; the plan's choice where absent
     """
 
@@ -31,6 +49,7 @@ class ClusterConfig:
     granularity: Granularity | None = None
     group_size: Annotated[int, Ge(1)] | None = None
     codebook: Literal["f16", "f32", "int8"] = "f16"
+    tune: Tune | None = None
     axis: int | tuple[int, ...] | None = None
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}

@@ -160,6 +160,7 @@ class AccuracyFigures:
     drop               how much worse the artifact is, whichever direction is better: positive is worse
     interval           of the drop, paired, 95 %
     baseline_interval  of the checkpoint's own figure, 95 %, and artifact_interval of the artifact's
+    untuned            the artifact's before its codebooks were tuned; None where they were not
     """
 
     metric: str
@@ -170,6 +171,7 @@ class AccuracyFigures:
     interval: tuple[float, float] | None = None
     baseline_interval: tuple[float, float] | None = None
     artifact_interval: tuple[float, float] | None = None
+    untuned: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,7 @@ def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: Laye
 
 
 def _sharing(file: ArtifactFile, name: str, entry: Entry, meant: str) -> tuple[str, int | None]:
-    """What shares a grid or codebook, and the size of a group; `meant` by the recipe, where the parts leave a choice."""
+    """What shares a grid or codebook, and the size of a group; `meant` by the recipe, where parts leave a choice."""
     parts = file.parts_of(name)
     if entry.grid == "codebook":
         tables = parts["codebook"].shape[0]

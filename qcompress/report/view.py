@@ -135,7 +135,8 @@ def accuracy_words(report: Report) -> list[str]:
     for item in report.accuracy or ():
         before = number_words(item.baseline, 4) + interval_words(item.baseline_interval)
         after = number_words(item.artifact, 4) + interval_words(item.artifact_interval)
-        text = f"{name_words(item.metric)} {before} -> {after}, drop {drop_words(item)}"
+        tuned = f", {number_words(item.untuned, 4)} before tuning" if item.untuned is not None else ""
+        text = f"{name_words(item.metric)} {before} -> {after}{tuned}, drop {drop_words(item)}"
         lines.append(f"{text}, {count_words(item.samples, 'sample')}")
     return lines
 
