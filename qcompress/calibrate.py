@@ -15,7 +15,7 @@ from qcompress.model.statistics import measure_statistics, save_statistics
 from qcompress.plan import make_plan
 from qcompress.report.assemble import run_figures
 from qcompress.report.document import Report
-from qcompress.tune import Tuner
+from qcompress.tune import Tuner, make_learn
 from qcompress.types import Axis, Plan, Recipe
 
 
@@ -63,7 +63,14 @@ def compress_live(
         how.say("statistics of the layers' inputs")
         save_statistics(measure_statistics(live), how.save_statistics)
     tuner = Tuner(plan, setting, how.say)
-    fitted = fit(live, plan, how.say, representatives=options.representatives, tune=tuner)
+    fitted = fit(
+        live,
+        plan,
+        how.say,
+        representatives=options.representatives,
+        learn=make_learn(setting, how.say),
+        tune=tuner,
+    )
     report = compress(checkpoint, plan, options, fitted)
     after = evaluate(options.output, setting) if task else []
     run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, str(setting.device))

@@ -17,6 +17,7 @@ from qcompress.model.graph import input_layers
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.model.moments import batch_norm_grids
 from qcompress.registry import METHODS
+from qcompress.training.loop import Learn
 from qcompress.types import ActivationGrid, Decision, Encoded, Fitted, Kept, Plan
 from qcompress.worker import encode_rows
 
@@ -30,6 +31,7 @@ def fit(
     say: Say = lambda _: None,
     *,
     representatives: Path | None = None,
+    learn: Learn | None = None,
     tune: Callable[[LiveModel, Fitted], Fitted] = lambda _, fitted: fitted,
 ) -> Fitted:
     """What the plan's methods choose for a live model: codes, adjusted tensors, activation quantizers.
@@ -38,6 +40,7 @@ def fit(
     later ones can make up for the earlier; `live.quantized` ends as the artifact will be.
 
     representatives  the file of what finetune-reg has learned, for the methods that take it up
+    learn            trains a module, for the methods that need it
     tune             changes what the methods chose before companions and activations see it
     raises           ModelError for weights of no module, and whatever the methods raise
     """
@@ -51,7 +54,7 @@ def fit(
         if method.needs == "weights":
             found = _encode_weights(live, own, plan.recipe.seed, representatives)
         else:
-            found = method.load()(live, own)
+            found = method.load()(live, own, *([learn] if method.needs == "training" else []))
         done = _joined(done, found)
         live.put(found.encoded)
     done = tune(live, done)

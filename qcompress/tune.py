@@ -1,4 +1,4 @@
-"""Centroid tuning: the entries of codebooks are trained, the codes stay.
+"""Training within a run: for the methods that need it, and of the entries of codebooks while the codes stay.
 
 Han, Mao, Dally 2016, arXiv 1510.00149: an entry's gradient is the sum of its weights' gradients. That sum grows with
 the number of weights, and raw it diverges on layers of any size: by default it is divided by the root of that number.
@@ -24,7 +24,7 @@ from qcompress.model.live import LiveModel, layer_name
 from qcompress.model.tasks import Measurement
 from qcompress.registry import Tune
 from qcompress.settings import Cosine, Sgd, Training, TrainingOptions
-from qcompress.training.loop import Watch, train
+from qcompress.training.loop import Learn, Trained, Watch, train
 from qcompress.training.losses import make_loss
 from qcompress.training.penalties import Penalties
 from qcompress.types import Codebook, Decision, Encoded, Fitted, Plan
@@ -65,6 +65,22 @@ class Tuner:
             tuned: dict[str, Encoded] = {name: one.encoded(decision) for name, (decision, one) in entries.items()}
         live.put(tuned)
         return replace(fitted, encoded={**fitted.encoded, **tuned})
+
+
+def make_learn(setting: Setting, say: Callable[[str], None]) -> Learn:
+    """What trains a module on the recipe's data as its `finetune` section says."""
+
+    def learn(module: nn.Module, after_step: Callable[[float], None]) -> Trained:
+        recipe = setting.recipe
+        assert recipe.finetune is not None and recipe.task is not None
+        training = recipe.finetune.training
+        options = training.options
+        loss = make_loss(recipe.task, options.label_smoothing, options.loss, setting.root, setting.allow_code)
+        watch = Watch(say=say)
+        data = train_data(setting)
+        return train(module, data, loss, training, Penalties([]), watch, seed=recipe.seed, after_step=after_step)
+
+    return learn
 
 
 def _tune_of(decision: Decision) -> Tune | None:

@@ -68,7 +68,7 @@ def quantize(
     run(
         Request(
             checkpoint=checkpoint,
-            recipe=make_recipe(recipe, method, flags, overrides or [], seed),
+            recipe=make_recipe(recipe, method, flags, overrides or [], seed, "quantize"),
             recipe_file=recipe,
             suffix=f"w{bits}",
             gates=GateFlags(max_size, max_bpw, min_sqnr, min_metric or [], max_drop or []),

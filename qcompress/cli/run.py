@@ -123,9 +123,12 @@ def make_recipe(
     flags: dict[str, Any],
     overrides: list[str],
     seed: int | None,
-    family: Family = "quantize",
+    family: Family | None = None,
 ) -> Recipe:
-    """The one visible recipe: from the file, or of one rule from the flags. Raises UsageError, RecipeError."""
+    """The one visible recipe: from the file, or of one rule from the flags. Raises UsageError, RecipeError.
+
+    family  that its methods must be of; None: any
+    """
     from qcompress.cli.streams import read_stdin
     from qcompress.recipe import read_recipe, recipe_from_flags
 
@@ -135,15 +138,15 @@ def make_recipe(
             raise UsageError(f"--set {overrides[0]}", "there is no recipe to change", "add -r RECIPE")
         if not given:
             raise UsageError(f"qcompress {family}", "nothing says how", "add --bits N, or -r RECIPE")
-        made = recipe_from_flags(method, flags, family)
+        made = recipe_from_flags(method, flags, family or "quantize")
     else:
         if given:
             key = given[0].removeprefix("--").replace("-", "_")
             mend = f"say it in the recipe, or with --set rules.0.METHOD.{key}=VALUE"
             raise UsageError(f"-r {recipe} {given[0]}", "the recipe decides this", mend)
         text = read_stdin() if str(recipe) == "-" else None
-        made = read_recipe(None if text is not None else recipe, overrides, text=text, family=family)
-        if made.family != family:
+        made = read_recipe(None if text is not None else recipe, overrides, text=text, family=family or "quantize")
+        if family is not None and made.family != family:
             raise UsageError(
                 f"-r {recipe}", f"its methods are of family {made.family}", f"use `qcompress {made.family}`"
             )

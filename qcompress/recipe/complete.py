@@ -55,13 +55,7 @@ def refuse_missing(recipe: Recipe, *, statistics: bool = False, measures: bool =
 def refuse_untrainable(recipe: Recipe, *, from_scratch: bool = False) -> list[InputError]:
     """One error for everything that training lacks."""
     data = recipe.data
-    wanted = {
-        "model": recipe.model is not None,
-        "data.train": data is not None and data.train is not None,
-        "task": recipe.task is not None,
-        "finetune": recipe.finetune is not None,
-    }
-    lacking = [name for name, there in wanted.items() if not there]
+    lacking = [name for name, there in _training_parts(recipe).items() if not there]
     errors: list[InputError] = []
     if lacking:
         errors.append(
@@ -114,6 +108,9 @@ def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[
     method = METHODS[rule.method]
     if method.needs == "weights":
         return
+    if method.needs == "training":
+        yield from _missing_for_training(recipe, rule)
+        return
     calibration = recipe.data is not None and recipe.data.calibration is not None
     if statistics and method.statistics and recipe.model is None:
         if getattr(rule.config, "objective", "gram") != "gram":
@@ -131,10 +128,26 @@ def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[
         yield RecipeError(rule.where, "bias_correction: empirical needs calibration data", "add `data.calibration`")
 
 
+def _missing_for_training(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
+    lacking = [f"`{name}`" for name, there in _training_parts(recipe).items() if not there]
+    if lacking:
+        yield RecipeError(rule.where, f"{rule.method} trains a live model", f"add {', '.join(lacking)}")
+    if recipe.finetune is not None and recipe.finetune.regularize:
+        what = f"{rule.method} trains weights that regularizers do not reach"
+        yield RecipeError(rule.where, what, "take `finetune.regularize` out; train with it before")
+
+
+def _training_parts(recipe: Recipe) -> dict[str, bool]:
+    return {
+        "model": recipe.model is not None,
+        "data.train": recipe.data is not None and recipe.data.train is not None,
+        "task": recipe.task is not None,
+        "finetune": recipe.finetune is not None,
+    }
+
+
 def _missing_for_tuning(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
-    data = recipe.data is not None and recipe.data.train is not None
-    wanted = {"model": recipe.model is not None, "data.train": data, "task": recipe.task is not None}
-    lacking = [f"`{name}`" for name, there in wanted.items() if not there]
+    lacking = [f"`{name}`" for name, there in _training_parts(recipe).items() if not there and name != "finetune"]
     if lacking:
         yield RecipeError(rule.where, "tune trains the entries of codebooks", f"add {', '.join(lacking)}")
     others = {repr(other) for one in recipe.rules if (other := getattr(one.config, "tune", None)) is not None}

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 LONGEST_WORD = 60
-MOST_LISTED = 12
+MOST_LISTED = 16
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
@@ -27,7 +27,7 @@ def suggest(word: str, candidates: Iterable[str]) -> str:
 
 
 def listed(words: Iterable[str]) -> str:
-    """Words for an error, at most twelve: "`a`, `b`, `c`"."""
+    """Words for an error, at most sixteen: "`a`, `b`, `c`"."""
     known = list(words)
     more = f" and {len(known) - MOST_LISTED} more" if len(known) > MOST_LISTED else ""
     return ", ".join(quoted(word) for word in known[:MOST_LISTED]) + more

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompress.registry.calibrated import AdaroundConfig, DfqConfig, GptqConfig, PdquantConfig
-from qcompress.registry.clusters import ClusterConfig, KmeansConfig, LearnedConfig, Tune, refuse_codebook
+from qcompress.registry.clusters import ClusterConfig, DkmConfig, KmeansConfig, LearnedConfig, Tune, refuse_codebook
 from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig, SquantConfig, refuse_grid
 from qcompress.types import Family, Shape
 
@@ -22,6 +22,7 @@ __all__ = [
     "AdaroundConfig",
     "ClusterConfig",
     "DfqConfig",
+    "DkmConfig",
     "Exporter",
     "GptqConfig",
     "GridConfig",
@@ -64,7 +65,7 @@ class Method:
     def load(self) -> Callable[..., Any]:
         """The function: encode(weight float32 [rows, ...], config, exponent) -> Affine where `needs` is weights; of the
         family cluster encode(weight [rows, ...] in its dtype, config, exponent, generator) -> Codebook; else
-        fit(live: LiveModel, decisions) -> Fitted."""
+        fit(live: LiveModel, decisions) -> Fitted, with `learn` as one more argument where `needs` is training."""
         return _load(self.target)
 
     def load_encode(self) -> Callable[..., Any]:
@@ -112,6 +113,7 @@ METHODS: Mapping[str, Method] = {
         _live_method("pdquant", PdquantConfig, "calibration"),
         _cluster_method("kmeans", KmeansConfig),
         _cluster_method("learned", LearnedConfig, representatives=True),
+        Method("dkm", "cluster", DkmConfig, "training", True, refuse_codebook, "qcompress.methods.dkm:fit"),
     )
 }
 

@@ -108,6 +108,30 @@ class LearnedConfig(ClusterConfig):
             raise ValueError("representatives are scalars, one set a tensor; leave dim and granularity out")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DkmConfig(ClusterConfig):
+    """Differentiable k-means: weights are trained as soft means of their centroids.
+
+    iterations   of soft k-means in each step, all of them unrolled by the gradient
+    metric       the distance that is softened: `squared`, or `plain` Euclidean
+    temperature  fixed, in units of the metric; where absent a share of each codebook's gaps
+    share        of the squared mean gap (of the gap, for the plain metric) at the start and at the end of training
+    levels       `f32` computes on all weights; `bf16` and `f16` on the distinct values of weights rounded to 16 bits,
+                 with the gradient straight through: much faster, for dim 1
+    """
+
+    iterations: Annotated[int, Interval(ge=1, le=10)] = 3
+    metric: Literal["squared", "plain"] = "squared"
+    temperature: Annotated[float, Gt(0)] | None = None
+    share: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (0.5, 0.02)
+    levels: Literal["f32", "bf16", "f16"] = "f32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.levels != "f32" and self.dim > 1:
+            raise ValueError(f"levels: {self.levels} is for scalars; leave it out with dim")
+
+
 def refuse_codebook(config: ClusterConfig, shape: Shape) -> str | None:
     """Why a weight [rows, ...] cannot have such a codebook, or None."""
     rows, columns = shape[0], math.prod(shape[1:])

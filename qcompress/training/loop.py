@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,10 @@ class Trained:
     metrics: tuple[Mapping[str, float], ...] = ()
 
 
+Learn: TypeAlias = Callable[[nn.Module, Callable[[float], None]], Trained]
+"""Train a module as the recipe says; what is given is called after each step with the share that is done."""
+
+
 @dataclass
 class _Run:
     """What the steps of one run share."""
@@ -119,14 +123,14 @@ def train(
     *,
     seed: int = 0,
     world: World = ALONE,
-    after_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[float], None] = lambda _: None,
 ) -> Trained:
     """Train a module in place; it is left in eval mode, with the weights that `keep` asks for.
 
     Equal inputs and seed give equal weights on one device, also when a run was broken off and resumed. On several ranks
     each takes its share of every batch: together they do what one process with the whole batch would.
 
-    after_step  called after each step, to bring parameters back to where they may be
+    after_step  called after each step with the share of all steps that are done
     raises      DataError for fewer samples than a batch; TrainingError for a loss that is not finite, and for a saved
                 state that does not fit
     """
@@ -166,8 +170,8 @@ def train(
                 scaler.step(optimizer)
                 scaler.update()
             penalties.after(progress.step, run.total, rate * highest[0])
-            after_step()
             progress.step += 1
+            after_step(progress.step / run.total)
             progress.losses = (progress.losses[0] + loss, progress.losses[1] + 1)
             progress.seconds = spent + time.monotonic() - run.started
             if progress.step % options.log_steps == 0:

@@ -124,7 +124,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "dim": (["--bits", "4", "--dim", "8"], 3, "dim 8 does not divide its 12 channels"),
     "bits": (["--bits", "13"], 2, "must be between 1 and 12"),
     "method": (["--bits", "4", "--method", "rtn"], 2, "is a quantize method"),
-    "later": (["--bits", "4", "--method", "dkm"], 2, "not available in this version"),
+    "training": (["--bits", "4", "--method", "dkm"], 3, "dkm trains a live model; add `model`, `data.train`"),
     "nothing": ([], 2, "nothing says how"),
 }
 

@@ -64,7 +64,7 @@ def test_wrong_flags() -> None:
 def test_families(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = Method("codes", "cluster", RtnConfig, "weights", False, refuse_grid, "a:b")
     assert recipe_from_flags(None, {"bits": 2}, "cluster").rules[0].method == "kmeans"
-    assert error("dkm", {"bits": 2}, "cluster").startswith("--method dkm: not available in this version; use one of ")
+    assert error("rd", {"bits": 2}, "cluster").startswith("--method rd: not available in this version; use one of ")
     assert error("rtn", {"bits": 2}, "cluster") == "--method rtn: `rtn` is a quantize method; use `qcompress quantize`"
     monkeypatch.setattr(registry, "METHODS", {"rtn": registry.METHODS["rtn"]})
     assert error(None, {"bits": 2}, "cluster") == (

@@ -17,6 +17,7 @@ from qcompress.registry import (
     METHODS,
     AdaroundConfig,
     DfqConfig,
+    DkmConfig,
     GptqConfig,
     HqqConfig,
     KmeansConfig,
@@ -67,6 +68,7 @@ ENTRIES = st.sampled_from(["f16", "f32", "int8"])
 CLUSTER_CONFIGS = {
     "kmeans": made(KmeansConfig, dim=st.integers(1, 8), init=st.sampled_from(["optimal", "random"]), codebook=ENTRIES),
     "learned": made(LearnedConfig, recentre=st.booleans(), codebook=ENTRIES),
+    "dkm": made(DkmConfig, iterations=st.integers(1, 10), metric=st.sampled_from(["squared", "plain"])),
 }
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 METRICS = st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False), max_size=3)

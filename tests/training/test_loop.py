@@ -143,7 +143,7 @@ def test_going_on_after_a_break_gives_the_same_bits(tmp_path: Path, optimizer: A
     broken, lost = start()
     steps = iter(range(1, 100))
 
-    def after_step() -> None:
+    def after_step(_: float) -> None:
         if next(steps) > stop:
             raise Broken
 

@@ -1,4 +1,4 @@
-"""Centroid tuning: entries move on their weights' gradients, codes stay, nothing else changes."""
+"""Codebooks that are trained: entries alone by tuning, weights and entries by differentiable k-means."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch import nn
 import qcompress
 from qcompress.artifact.reader import read_artifact
 from qcompress.coding.affine import decode
+from qcompress.methods.dkm import SoftShared
 from qcompress.model.code import find_callable
-from qcompress.registry import KmeansConfig, Tune
+from qcompress.registry import DkmConfig, KmeansConfig, Tune
 from qcompress.tune import _Entries
-from qcompress.types import Codebook
+from qcompress.types import Codebook, Decision, TensorInfo
 
 NET = """
 from torch import nn
@@ -157,3 +158,102 @@ def test_what_tuning_needs_is_asked_for(run: Run, folder: Path, tmp_path: Path) 
 
 def test_defaults() -> None:
     assert KmeansConfig(bits=4, tune=Tune()).tune == Tune(epochs=3, learning_rate=1e-3, gradient="rms")
+
+
+DKM = """
+finetune:
+  epochs: 3
+  optimizer: {sgd: {lr: 0.02, momentum: 0.9}}
+  schedule: cosine
+"""
+
+
+def with_dkm(run: Run, folder: Path, output: Path, options: str, *more: str) -> dict[str, Any]:
+    recipe = folder / "dkm.yaml"
+    recipe.write_text(RECIPE.replace("kmeans: OPTIONS", f"dkm: {{{options}}}") + DKM)
+    words = ["cluster", str(folder / "m.safetensors"), "-r", str(recipe), "--allow-code", "-o", str(output)]
+    done = run(*words, "--json", "-", *more)
+    assert done.code == 0, done.err
+    found: dict[str, Any] = json.loads(done.out)
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "bits: 1",
+        "bits: 2, metric: plain",
+        "bits: 2, levels: bf16",
+        "bits: 4, dim: 2",
+        "bits: 2, group_size: 2, codebook: int8",
+        "bits: 2, temperature: 0.001, iterations: 1",
+    ],
+)
+def test_differentiable_kmeans_ends_in_an_ordinary_artifact(
+    run: Run, folder: Path, tmp_path: Path, options: str
+) -> None:
+    output = tmp_path / "a.safetensors"
+    report = with_dkm(run, folder, output, options)
+    assert run("verify", str(output)).code == 0
+    measured = run("eval", str(output), "-r", str(folder / "dkm.yaml"), "--allow-code", "--json", "-")
+    values = {one["metric"]: one["value"] for one in json.loads(measured.out)["metrics"]}
+    assert values["top1"] == pytest.approx(report["accuracy"][0]["artifact"], abs=1e-6)
+    file = read_artifact(output).files[0]
+    loaded = qcompress.load_state_dict(output)
+    for name, entry in file.manifest.tensors.items():
+        encoded = file.read_encoded(name)
+        assert isinstance(encoded, Codebook)
+        vectors = loaded[name].numel() // entry.dim
+        tables, entries, _ = encoded.centroids.shape
+        assert len(encoded.codes.flatten()) == vectors and int(encoded.codes.max()) < entries
+        if tables == entry.dim == 1:
+            assert len(loaded[name].unique()) <= 2**entry.bits
+    # Training moves what it does not cluster, and the manifest says which tensors.
+    source = load_file(folder / "m.safetensors")
+    kept = {name for name in source if name not in file.manifest.tensors and source[name].is_floating_point()}
+    assert {name for name in kept if not torch.equal(source[name], loaded[name])} == set(file.manifest.adjusted)
+    assert "norm.running_mean" in file.manifest.adjusted
+
+
+def test_a_temperature_that_merges_all_centroids_is_held(run: Run, folder: Path, tmp_path: Path) -> None:
+    report = with_dkm(run, folder, tmp_path / "a.safetensors", "bits: 2, temperature: 1000.0")
+    held = [line for line in report["warnings"] if "held below where its centroids merge" in line]
+    assert len(held) == 3
+    assert len(qcompress.load_state_dict(tmp_path / "a.safetensors")["fc.weight"].unique()) > 1
+    assert not any("held" in line for line in with_dkm(run, folder, tmp_path / "b.safetensors", "bits: 2")["warnings"])
+
+
+def test_equal_seeds_give_equal_bytes(run: Run, folder: Path, tmp_path: Path) -> None:
+    outputs = [tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors")]
+    for output, seed in zip(outputs, ("1", "1", "2"), strict=True):
+        with_dkm(run, folder, output, "bits: 2", "--seed", seed)
+    data = [output.read_bytes() for output in outputs]
+    assert data[0] == data[1] != data[2]
+
+
+def test_what_differentiable_kmeans_needs_is_asked_for(run: Run, folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text('version: 1\nrules:\n  - {match: "*.weight", dkm: {bits: 2}}\n')
+    done = run("cluster", str(folder / "m.safetensors"), "-r", str(recipe))
+    assert done.code == 3 and "add `model`, `data.train`, `task`, `finetune`" in done.err
+    text = RECIPE.replace("kmeans: OPTIONS", "dkm: {bits: 2}") + DKM + "  regularize: [{match: a, l2: {}}]\n"
+    recipe.write_text(text)
+    done = run("cluster", str(folder / "m.safetensors"), "-r", str(recipe), "--allow-code")
+    assert done.code == 3 and "take `finetune.regularize` out" in done.err
+    with pytest.raises(ValueError, match="for scalars"):
+        DkmConfig(bits=2, dim=2, levels="bf16")
+
+
+def test_soft_weights_near_no_temperature_are_the_nearest_entries() -> None:
+    info = TensorInfo("w", (6, 10), "F32")
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    config = DkmConfig(bits=2, temperature=1e-6, iterations=1)
+    shared = SoftShared(weight, Decision(info, "dkm", config, ""), torch.Generator().manual_seed(0))
+    first = shared.centroids.clone()
+    shared.train()
+    soft = shared(weight.clone().requires_grad_(True))
+    assert len((soft.detach() * 1e4).round().unique()) == 4
+    # One step of Lloyd's from an optimum stays there.
+    torch.testing.assert_close(shared.centroids, first, atol=1e-4, rtol=0)
+    shared.eval()
+    torch.testing.assert_close(shared(weight), soft.detach(), atol=1e-4, rtol=0)

@@ -1,0 +1,20 @@
+"""What training changed beside the weights that a method encodes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from qcompress.model.live import LiveModel
+from qcompress.types import Encoded, Kept
+
+
+def adjusted_tensors(live: LiveModel, encoded: Collection[str]) -> dict[str, Encoded]:
+    """Every real tensor of `live.quantized` that differs from the network as it was, but for those that are encoded."""
+    before = live.module.state_dict()
+    return {
+        name: Kept(value.detach().clone())
+        for name, value in live.quantized.state_dict().items()
+        if name not in encoded and name in before and value.is_floating_point() and not torch.equal(value, before[name])
+    }
