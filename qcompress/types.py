@@ -229,6 +229,32 @@ class Codebook:
         return int(self.centroids.shape[2])
 
 
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """Unbounded integer codes on a grid through zero, whose step is a product of factors; made to be entropy coded.
+
+    codes     int32 [rows, columns]
+    step      float16 [], above 0; a weight is code * step * 2**exponent * row factor * column factor
+    rows      int8 [rows] or None: the factor of a row is 2**(value / 8)
+    channels  int8 [columns / taps] or None, and
+    taps      int8 [taps] or None: the factor of column j is 2**((channels[j // taps] + taps[j % taps]) / 8)
+    trellis   whether the codes of a row drive the eight-state trellis, which halves the step of every other code
+    shape     of the weight; `axis` are its channel axes, which become the rows
+    dtype     of the weight, as safetensors names it
+    """
+
+    codes: Tensor
+    step: Tensor
+    exponent: int
+    shape: Shape
+    rows: Tensor | None = None
+    channels: Tensor | None = None
+    taps: Tensor | None = None
+    trellis: bool = False
+    axis: tuple[int, ...] = (0,)
+    dtype: str = "F32"
+
+
 Encoded: TypeAlias = Kept | Affine | Codebook
 
 
