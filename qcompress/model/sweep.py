@@ -49,12 +49,12 @@ def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) 
             inputs = from_clean.pop(name)
             also = layer_inputs(stage, live.quantized, noisy, [name])[name] if sequential else inputs
             _refuse_nonfinite(name, inputs)
-            yield LayerStep(name, _matrix_layer(live, name), also, inputs, live.generator(name))
+            yield LayerStep(name, matrix_layer_of(live, name), also, inputs, live.generator(name))
         clean = run_stage(stage, live.module, clean)
         noisy = run_stage(stage, live.quantized, noisy) if sequential else clean
 
 
-def _matrix_layer(live: LiveModel, name: str) -> MatrixLayer:
+def matrix_layer_of(live: LiveModel, name: str) -> MatrixLayer:
     module = live.quantized.get_submodule(name)
     layer = matrix_layer(module)
     if layer is None:

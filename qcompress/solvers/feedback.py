@@ -36,10 +36,10 @@ def feedback_codes(
     block       columns between two updates of all others; changes nothing but the speed
     """
     groups, columns = hessian.shape[:2]
-    order = _column_order(hessian, act_order)
-    upper = _inverse_factor(_permuted(hessian, order), damping).to(weight.dtype)
-    rest = _take(grouped(weight, groups), order).clone()
-    scales, lows = (_take(grouped(one.to(weight.dtype).expand(weight.shape), groups), order) for one in (scale, low))
+    order = column_order(hessian, act_order)
+    upper = inverse_factor(permuted(hessian, order), damping).to(weight.dtype)
+    rest = take_columns(grouped(weight, groups), order).clone()
+    scales, lows = (take_columns(grouped(one.to(weight.dtype).expand(weight.shape), groups), order) for one in (scale, low))
     codes = torch.empty_like(rest)
     most = 2**bits - 1
     for start in range(0, columns, block):
@@ -56,10 +56,10 @@ def feedback_codes(
             errors[:, :, column] = error
             work[:, :, column:] -= error.unsqueeze(2) * inner[:, column : column + 1, column:]
         rest[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
-    return _take(codes, order.argsort(1)).reshape(weight.shape)
+    return take_columns(codes, order.argsort(1)).reshape(weight.shape)
 
 
-def _column_order(hessian: Tensor, act_order: bool) -> Tensor:
+def column_order(hessian: Tensor, act_order: bool) -> Tensor:
     """The columns in the order in which they are rounded, int64 [groups, columns]."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     if act_order:
@@ -67,16 +67,18 @@ def _column_order(hessian: Tensor, act_order: bool) -> Tensor:
     return torch.arange(diagonal.shape[1], device=hessian.device).expand(diagonal.shape)
 
 
-def _take(values: Tensor, order: Tensor) -> Tensor:
+def take_columns(values: Tensor, order: Tensor) -> Tensor:
+    """The values [groups, rows, columns] with the columns of each group in the given order, int64 [groups, columns]."""
     return values.gather(2, order.unsqueeze(1).expand_as(values))
 
 
-def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
+def permuted(hessian: Tensor, order: Tensor) -> Tensor:
+    """The Hessians with rows and columns in the given order."""
     rows = hessian.gather(1, order.unsqueeze(2).expand_as(hessian))
     return rows.gather(2, order.unsqueeze(1).expand_as(hessian))
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse."""
     # With J the reversal, J H J = L L^T gives H^-1 = U^T U for U = J L^-1 J: one factorization, one triangular solve.
     factor, _ = cholesky(hessian.flip(1, 2), damping)

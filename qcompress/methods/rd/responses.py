@@ -1,0 +1,154 @@
+"""What an error in one layer's weights does to the layer's output and to the network's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.coding.rows import rows_from_weight, weight_from_rows
+from qcompress.model.batches import Batch
+from qcompress.model.graph import batch_norm_of
+from qcompress.model.layers import measure_gram
+from qcompress.model.live import LiveModel, find_tensor, put_tensors
+from qcompress.model.stages import Stage, State, last_output
+from qcompress.model.sweep import layer_inputs, matrix_layer_of, run_stage
+from qcompress.solvers.hessian import output_error
+from qcompress.solvers.lattice import conditional_energies, feedback_lattice
+from qcompress.types import Decision
+
+PROBED_SAMPLES = 256
+PROBED_VALUES = 1 << 24
+"""Values of a network's input that its probes see at most."""
+LINEAR_SHARE = 0.005
+"""The change of the output that a probe aims at, as a share of its variance: more is no longer in proportion."""
+SMALLEST_GAIN = 0.05
+"""Of a batch norm's gains, as a share of their median: a dead channel must not ask for any step."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """Of one layer, from inputs of the full-precision network.
+
+    energies  float64 [groups, columns]: conditional energies, see `conditional_energies`
+    power     float64 [rows]: the mean square of each output
+    gains     float64 [rows]: what the batch norm behind multiplies each output by; ones where there is none
+    slope     the network's squared output error for each unit of the layer's: with errors of equal step in all rows,
+              and, in `normed_slope`, in units of the normed outputs
+    """
+
+    energies: Tensor
+    power: Tensor
+    gains: Tensor
+    slope: float
+    normed_slope: float
+
+
+def measure_responses(live: LiveModel, decisions: Mapping[str, Decision], *, damping: float) -> dict[str, Response]:
+    """The response of every layer that a decision is given for, by module name, in the order in which they run.
+
+    The output error is that of the logits without their mean over classes. A layer is probed with the errors of its
+    own rounding, on grids so fine that twice the error does twice the harm.
+    """
+    stages, found = live.stages, {}
+    clean: Sequence[State] = [stages[0].begin(batch) for batch in live.calibration]
+    probed = _probed_samples(live.calibration)
+    scratch = copy.deepcopy(live.module)
+    wanted = _centred(_outputs(scratch, stages, clean[:probed]))
+    variance = float(wanted.square().mean())
+    for index, stage in enumerate(stages):
+        names = [name for name in stage.layers if name in decisions]
+        inputs = layer_inputs(stage, live.module, clean, names)
+        for name in names:
+            decision = decisions[name]
+            layer = matrix_layer_of(live, name)
+            gram = measure_gram(layer, inputs[name], None, live.generator(name))
+            weight = find_tensor(live.module, decision.tensor.name)
+            rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
+            gains = _gains(live, name, len(rows))
+            probe = _Probe(scratch, stages[index:], clean[:probed], wanted, variance)
+            slopes = probe.slopes(decision, rows, gram.hessian, gains)
+            found[name] = Response(
+                conditional_energies(gram.hessian, damping), output_error(rows, gram.hessian), gains, *slopes
+            )
+        clean = run_stage(stage, live.module, clean)
+    return found
+
+
+def _probed_samples(batches: Sequence[Batch]) -> int:
+    """How many batches the probes see."""
+    samples = values = count = 0
+    for count, batch in enumerate(batches, 1):
+        samples += batch.size
+        values += sum(x.numel() for x in (*batch.args, *batch.kwargs.values()))
+        if samples >= PROBED_SAMPLES or values >= PROBED_VALUES:
+            break
+    return count
+
+
+def _outputs(module: nn.Module, stages: Sequence[Stage], states: Sequence[State]) -> Tensor:
+    after = list(states)
+    for stage in stages:
+        after = run_stage(stage, module, after)
+    return torch.cat([last_output(state).flatten(0, -2).float() for state in after])
+
+
+def _centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def _gains(live: LiveModel, name: str, rows: int) -> Tensor:
+    norm = batch_norm_of(live, name) if live.traced else None
+    if norm is None:
+        return torch.ones(rows, dtype=torch.float64, device=live.device)
+    variance = find_tensor(live.module, norm.running_var).double()
+    gains = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        gains = gains * find_tensor(live.module, norm.weight).detach().double().abs()
+    return gains.clamp_min(SMALLEST_GAIN * float(gains.median())) if float(gains.median()) > 0 else gains + 1.0
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The network from one layer on, whose weights may be changed for a while.
+
+    states  before the first of `stages`
+    wanted  the full-precision logits without their mean, [positions, classes], and the `variance` of all
+    """
+
+    module: nn.Module
+    stages: Sequence[Stage]
+    states: Sequence[State]
+    wanted: Tensor
+    variance: float
+
+    def slopes(self, decision: Decision, rows: Tensor, hessian: Tensor, gains: Tensor) -> tuple[float, float]:
+        """(slope, normed slope) of a layer with these weight rows."""
+        energies = conditional_energies(hessian, 0.01)
+        power = float(output_error(rows, hessian).sum())
+        step = (0.1 * power / max(float(energies.sum()) * len(rows) / len(hessian), 1e-300)) ** 0.5 or 1.0
+        for attempt in range(3):
+            steps = torch.full((1, 1), step, dtype=rows.dtype, device=rows.device)
+            error = feedback_lattice(rows, steps, hessian) * step - rows
+            share, harm = self._harm(decision, rows + error)
+            if share <= 2 * LINEAR_SHARE or attempt == 2:
+                break
+            step *= (LINEAR_SHARE / share) ** 0.5
+        own = output_error(error, hessian)
+        total, normed = float(own.sum()), float((own * gains.square()).sum())
+        return harm / max(total, 1e-300), harm / max(normed, 1e-300)
+
+    def _harm(self, decision: Decision, rows: Tensor) -> tuple[float, float]:
+        """What these rows do to the logits: as a share of their variance, and summed over classes."""
+        name = decision.tensor.name
+        own = find_tensor(self.module, name).detach().clone()
+        put_tensors(self.module, {name: weight_from_rows(rows, tuple(own.shape), decision.axis)})
+        found = _centred(_outputs(self.live, self.stages, self.states, len(self.states)))
+        put_tensors(self.module, {name: own})
+        mean = float((found - self.wanted).square().mean())
+        return mean / max(self.variance, 1e-300), mean * found.shape[-1]
+
+

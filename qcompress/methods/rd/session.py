@@ -1,0 +1,243 @@
+"""Rate-distortion on a live model: responses measured once, then as many rates as are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.coding.classes import class_costs, coded_bits
+from qcompress.coding.rows import rows_from_weight
+from qcompress.methods.rd.responses import Response, measure_responses
+from qcompress.model.companions import match_outputs
+from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
+from qcompress.model.stages import last_output
+from qcompress.model.sweep import LayerStep, run_stage, sweep
+from qcompress.registry import RdConfig
+from qcompress.solvers.hessian import least_squares_target
+from qcompress.solvers.lattice import Prices, descend_lattice, feedback_lattice
+from qcompress.solvers.lattice_grid import bisect_rate, column_factors, eighths, grid_steps, lattice_grid, with_codes, with_step
+from qcompress.solvers.lattice_trellis import trellis_lattice
+from qcompress.types import Decision, Fitted, Kept, Lattice
+
+HOLD = 0.01
+"""How firmly the least squares target is held at the weights, as a share of the Hessian's mean diagonal."""
+SLACK = 0.003
+"""How far under the budget a pass aims."""
+ENOUGH = 0.985
+"""A pass that uses this share of the budget is the last."""
+SLOPE = 0.75
+"""By how much the logarithm of all steps changes a bit of the rate, about."""
+PASSES = 5
+DIVERGENCE_SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One weight, its response, and its grids of unit step under either kind of allocation."""
+
+    decision: Decision
+    rows: Tensor
+    response: Response
+    taps: int
+
+    @property
+    def config(self) -> RdConfig:
+        config: RdConfig = self.decision.config
+        return config
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one sweep made of a rate.
+
+    bits        of all codes with their side information
+    divergence  the mean Kullback-Leibler divergence of the network's outputs, in nats
+    """
+
+    lattices: Mapping[str, Lattice]
+    adjusted: Mapping[str, Tensor]
+    bits: float
+    divergence: float
+
+
+class Session:
+    """A live model whose weights can be coded at any rate.
+
+    Steps come from an allocation: of equal slope with measured sensitivities, or of equal error relative to each
+    layer's normed output. The better one is told by what it makes of the calibration data.
+    """
+
+    def __init__(self, live: LiveModel, decisions: Sequence[Decision]) -> None:
+        self.live = live
+        named = {layer_name(decision.tensor.name): decision for decision in decisions}
+        self.config: RdConfig = decisions[0].config
+        responses = measure_responses(live, named, damping=self.config.damping)
+        self.layers = {name: self._layer(name, named[name], response) for name, response in responses.items()}
+        self._start = {name: value.detach().clone() for name, value in live.quantized.state_dict().items()}
+        self._samples = live.calibration[: max(1, DIVERGENCE_SAMPLES // live.calibration[0].size)]
+        self._wanted = _log_probabilities(live, live.module, self._samples)
+        self.kind: str | None = self.config.allocation or ("relative" if self.config.effort == "fast" else None)
+
+    def _layer(self, name: str, decision: Decision, response: Response) -> _Layer:
+        weight = find_tensor(self.live.module, decision.tensor.name).detach()
+        rows = rows_from_weight(weight, decision.axis)
+        taps = math.prod(rows.shape[2:])
+        return _Layer(decision, rows.flatten(1).contiguous(), response, taps)
+
+    def solve(self, bits: float) -> Fitted:
+        """Codes that take at most `bits`, side information included, and nearly that; the state of `live.quantized`."""
+        kinds = [self.kind] if self.kind else ["measured", "relative"]
+        tried = {}
+        for kind in kinds:
+            grids = self._grids(kind, bits)
+            scale = self._first_scale(grids, bits)
+            codes = self._rounded(grids, scale)
+            done = self._pass(grids, scale, codes)
+            # Divergence falls about fourfold with each bit a weight.
+            over = (done.bits - bits) / self.weights
+            tried[kind] = (done.divergence * 4.0**over, grids, scale, done)
+        self.kind = min(tried, key=lambda kind: tried[kind][0])
+        _, grids, scale, done = tried[self.kind]
+        best = done if done.bits <= bits else None
+        second = self.config.effort == "high"
+        for _ in range(PASSES):
+            if best is not None and best.bits >= ENOUGH * bits and not second:
+                break
+            second = False
+            aim = bits * (1 - SLACK)
+            scale *= math.exp(SLOPE * (done.bits - aim) / self.weights)
+            done = self._pass(grids, scale, done.lattices)
+            if done.bits <= bits and (best is None or done.bits > best.bits or done.divergence < best.divergence):
+                best = done
+        while best is None:
+            scale *= 1.05
+            done = self._pass(grids, scale, done.lattices)
+            best = done if done.bits <= bits else None
+        self._restore()
+        put_tensors(self.live.quantized, best.adjusted)
+        self.live.put(best.lattices)
+        return Fitted({**best.lattices, **{name: Kept(value) for name, value in best.adjusted.items()}})
+
+    @property
+    def weights(self) -> int:
+        """Weights that are coded."""
+        return sum(layer.rows.numel() for layer in self.layers.values())
+
+    def _restore(self) -> None:
+        self.live.quantized.load_state_dict(self._start)
+
+    def _grids(self, kind: str, bits: float) -> dict[str, Lattice]:
+        """Every layer's grid, whose steps wait for one common factor."""
+        return {name: self._grid(layer, kind, bits / self.weights) for name, layer in self.layers.items()}
+
+    def _grid(self, layer: _Layer, kind: str, rate: float) -> Lattice:
+        response, tensor = layer.response, layer.decision.tensor
+        normed = kind == "relative"
+        uneven = normed and bool((response.gains != response.gains[0]).any())
+        rows = eighths(1 / response.gains) if uneven else None
+        columns = None
+        if layer.config.columns is not False and rate > LEAST_COLUMN_RATE:
+            columns = column_factors(response.energies, layer.taps, layer.rows.shape[0] // len(response.energies))
+        grid = lattice_grid(
+            tensor.shape, layer.decision.axis, tensor.dtype, rows=rows, columns=columns, size=tuple(layer.rows.shape)
+        )
+        steps = grid_steps(grid, layer.rows.device).double().expand(layer.rows.shape)
+        weights = response.gains.square() if normed else torch.ones_like(response.gains)
+        energies = response.energies.repeat_interleave(len(weights) // len(response.energies), 0)
+        harm = float((weights.unsqueeze(1) * steps.square() * energies).sum())
+        power = float((weights * response.power).sum())
+        if normed:
+            step = (power / harm) ** 0.5
+        else:
+            step = (layer.rows.numel() / (max(response.slope, 1e-30) * harm)) ** 0.5
+        return with_step(grid, step)
+
+    def _scaled(self, grid: Lattice, scale: float) -> Lattice:
+        return with_step(grid, float(grid.step) * 2.0**grid.exponent * scale)
+
+    def _rounded(self, grids: Mapping[str, Lattice], scale: float) -> dict[str, Lattice]:
+        """Every weight rounded to nearest: nearly the rate of its codes by feedback, at once."""
+        found = {}
+        for name, grid in grids.items():
+            grid = self._scaled(grid, scale)
+            rows = self.layers[name].rows
+            found[name] = with_codes(grid, rows / grid_steps(grid, rows.device))
+        return found
+
+    def _first_scale(self, grids: Mapping[str, Lattice], bits: float) -> float:
+        def rate_at(log: float) -> float:
+            return coded_bits([*self._rounded(grids, math.exp(log)).values()])
+
+        return math.exp(bisect_rate(rate_at, bits * (1 - SLACK), -14.0, 6.0, 18))
+
+    def _pass(self, grids: Mapping[str, Lattice], scale: float, before: Mapping[str, Lattice]) -> _Pass:
+        """One sweep in which every layer is coded for the inputs that the layers before it now give.
+
+        before  codes of a like rate, from which prices are taken
+        """
+        self._restore()
+        prices = self._prices(before)
+        lattices: dict[str, Lattice] = {}
+        adjusted: dict[str, Tensor] = {}
+        for step in sweep(self.live, self.layers):
+            layer, grid = self.layers[step.name], self._scaled(grids[step.name], scale)
+            name = layer.decision.tensor.name
+            lattices[step.name] = found = self._code(layer, grid, step, prices.get(step.name))
+            self.live.put({name: found})
+            if self.config.match:
+                adjusted |= match_outputs(self.live, step)
+        bits = coded_bits([*lattices.values()])
+        divergence = self._divergence()
+        return _Pass({self.layers[k].decision.tensor.name: v for k, v in lattices.items()}, adjusted, bits, divergence)
+
+    def _prices(self, before: Mapping[str, Lattice]) -> dict[str, Prices]:
+        if self.config.rate == 0:
+            return {}
+        ordered = [before.get(name) or before[layer.decision.tensor.name] for name, layer in self.layers.items()]
+        classes, bits = class_costs(ordered)
+        return {name: Prices(own, bits, self.config.rate) for name, own in zip(self.layers, classes, strict=True)}
+
+    def _code(self, layer: _Layer, grid: Lattice, step: LayerStep, prices: Prices | None) -> Lattice:
+        gram = step.gram()
+        target = layer.rows
+        if gram.cross is not None:
+            target = least_squares_target(layer.rows, gram.hessian, gram.cross, HOLD)
+        target = _without_dead(target, layer.response)
+        steps, config = grid_steps(grid, target.device), layer.config
+        if config.trellis:
+            codes = trellis_lattice(target, steps, gram.hessian, prices, damping=config.damping)
+        else:
+            codes = feedback_lattice(target, steps, gram.hessian, prices, damping=config.damping)
+            if config.sweeps:
+                codes = descend_lattice(codes, target, steps, gram.hessian, prices, sweeps=config.sweeps)
+        return with_codes(grid, codes)
+
+    def _divergence(self) -> float:
+        found = _log_probabilities(self.live, self.live.quantized, self._samples)
+        return float((self._wanted.exp() * (self._wanted - found)).sum(-1).mean())
+
+
+LEAST_COLUMN_RATE = 1.2
+"""Bits a weight under which columns of one tensor share a step: theirs is a high-rate argument."""
+
+
+def _without_dead(target: Tensor, response: Response) -> Tensor:
+    """The target without what never matters: inputs that stay at zero, outputs that hardly reach the batch norm."""
+    normed = response.power * response.gains.square()
+    dead = normed <= 1e-9 * normed.mean()
+    return torch.where(dead.to(target.device).unsqueeze(1), torch.zeros_like(target), target)
+
+
+@torch.no_grad()
+def _log_probabilities(live: LiveModel, module: nn.Module, batches: Sequence[object]) -> Tensor:
+    """The logarithms of the network's output probabilities, [positions, classes]."""
+    states = [live.stages[0].begin(batch) for batch in batches]  # type: ignore[arg-type]
+    for stage in live.stages:
+        states = run_stage(stage, module, states)
+    return torch.cat([last_output(state).flatten(0, -2).float() for state in states]).log_softmax(-1)
+
+
