@@ -7,6 +7,7 @@
     │   ├── RecipeError          a recipe's text, or a rule that a tensor cannot follow
     │   ├── ArtifactError        an artifact that is damaged or foreign
     │   ├── ReportError          a report file that is damaged, foreign or newer
+    │   ├── BudgetError          a budget that cannot be met
     │   ├── ModelError           a model that cannot be built, traced or run
     │   ├── TrainingError        training that cannot go on, or whose saved state does not fit
     │   ├── DataError            data that is missing, damaged or does not fit the model
@@ -62,6 +63,10 @@ class ArtifactError(InputError):
 
 
 class ReportError(InputError):
+    pass
+
+
+class BudgetError(InputError):
     pass
 
 

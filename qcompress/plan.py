@@ -9,10 +9,11 @@ import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby
+from typing import Any
 
 from qcompress.errors import InputError, RecipeError, raise_all
 from qcompress.registry import METHODS
-from qcompress.types import WEIGHT_DTYPES, Axis, Decision, Plan, Recipe, Rule, TensorInfo, row_shape
+from qcompress.types import WEIGHT_DTYPES, Axis, Decision, Plan, Recipe, Rule, TensorInfo, Widths, row_shape
 
 
 def make_plan(
@@ -73,10 +74,19 @@ def _decide(tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis
     if len(tensor.shape) < 2 and not rule.names_one_tensor:
         return Decision(tensor, None, None, "fewer than two dimensions")
     axis, reason = _channel_axis(tensor, rule, known)
-    refusal = METHODS[rule.method].refuse(rule.config, row_shape(tensor.shape, axis))
-    if refusal is not None:
-        raise RecipeError(rule.where, f"{tensor.name} {list(tensor.shape)}: {refusal}", "change the rule or add one")
-    return Decision(tensor, rule.method, rule.config, reason, axis)
+    return Decision(tensor, rule.method, _accepted(tensor, rule, axis), reason, axis)
+
+
+def _accepted(tensor: TensorInfo, rule: Rule, axis: tuple[int, ...]) -> Any:
+    """The rule's config; of open widths those that the weight can have. Raises RecipeError where it can have none."""
+    method = METHODS[rule.method or ""]
+    widths = rule.config.configs if isinstance(rule.config, Widths) else {0: rule.config}
+    refusals = {width: method.refuse(config, row_shape(tensor.shape, axis)) for width, config in widths.items()}
+    accepted = {width: config for width, config in widths.items() if refusals[width] is None}
+    if not accepted:
+        what = f"{tensor.name} {list(tensor.shape)}: {refusals[max(widths)]}"
+        raise RecipeError(rule.where, what, "change the rule or add one")
+    return Widths(accepted) if isinstance(rule.config, Widths) else rule.config
 
 
 def _unfit(tensor: TensorInfo) -> str | None:
@@ -89,7 +99,7 @@ def _unfit(tensor: TensorInfo) -> str | None:
 
 def _channel_axis(tensor: TensorInfo, rule: Rule, known: Axis | None) -> tuple[tuple[int, ...], str]:
     """The channel axes, normalised, and the reason to print: the recipe's, the checkpoint's, or axis 0."""
-    chosen = rule.config.axis
+    chosen = rule.options.axis
     if chosen is None:
         return (known.axes, f"{rule.where}; {known.reason}") if known else ((0,), rule.where)
     rank = len(tensor.shape)

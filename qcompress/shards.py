@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import qcompress
-from qcompress.artifact.layout import Layout, make_layout
+from qcompress.artifact.layout import INDEX_NAME, Layout, index_text, make_layout
 from qcompress.artifact.manifest import Manifest
 from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
@@ -72,6 +72,15 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, fitted
         layout = make_layout(decisions, choice, manifest)
         shards.append(Shard(source, decisions, layout, manifest, source.path.name, plan.recipe.seed))
     return shards
+
+
+def planned_files(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> dict[str, int]:
+    """Bytes of each file of the artifact, from headers alone: exact where codes are packed, else the most."""
+    shards = make_shards(checkpoint, plan, choice)
+    files = {shard.file: shard.layout.file_bytes for shard in shards}
+    if checkpoint.is_folder and len(shards) > 1:
+        files[INDEX_NAME] = len(index_text({shard.file: shard.layout.slots for shard in shards}).encode())
+    return files
 
 
 def _of_modules(values: Mapping[str, Value], tensors: set[str]) -> dict[str, Value]:

@@ -75,8 +75,8 @@ def searched_convention(bits: int) -> Convention:
 class Rule:
     """One line of a recipe: which tensors, and what happens to them.
 
-    `method` None keeps; `config` is the method's config dataclass. `where` names the rule in errors
-    ("recipe.yaml:7: rules[0].rtn").
+    `method` None keeps; `config` is the method's config dataclass, or Widths under a budget. `where` names the rule in
+    errors ("recipe.yaml:7: rules[0].rtn").
     """
 
     match: str
@@ -87,6 +87,39 @@ class Rule:
     @property
     def names_one_tensor(self) -> bool:
         return not any(character in self.match for character in "*?[")
+
+    @property
+    def options(self) -> Any:
+        """The config, of open widths the widest: all but the bits, and what follows from them, is the same."""
+        return self.config.widest if isinstance(self.config, Widths) else self.config
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the compressed weights may take; exactly one of the three.
+
+    bpw       bits per compressed weight, all side information counted
+    size      bytes of the whole artifact
+    minimize  the smallest artifact that holds the gates
+    """
+
+    bpw: float | None = None
+    size: int | None = None
+    minimize: Literal["size"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """A config whose bits a budget has yet to choose: the config at each width that its method has, ascending."""
+
+    configs: Mapping[int, Any]
+
+    @property
+    def widest(self) -> Any:
+        return self.configs[max(self.configs)]
+
+    def at(self, bits: int) -> Any:
+        return self.configs[bits]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +161,7 @@ class Recipe:
     task: Task | None = None
     activations: ActivationSettings | None = None
     companions: tuple[Companion, ...] = ()
+    budget: Budget | None = None
     finetune: Finetune | None = None
     source: str = "command line"
     places: Mapping[str, str] = field(default_factory=dict)
@@ -145,8 +179,8 @@ class Axis:
 class Decision:
     """What happens to one tensor and why; made from its header alone.
 
-    `axis` holds the channel axes: the weight is seen as rows, one a channel. `tied_to` names the tensor that is stored
-    in place of this one.
+    `config` is Widths where a budget has yet to choose. `axis` holds the channel axes: the weight is seen as rows, one
+    a channel. `tied_to` names the tensor that is stored in place of this one.
     """
 
     tensor: TensorInfo
@@ -159,6 +193,10 @@ class Decision:
     @property
     def compresses(self) -> bool:
         return self.method is not None
+
+    @property
+    def is_open(self) -> bool:
+        return isinstance(self.config, Widths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,9 +73,29 @@ class Format(StrEnum):
     html = "html"
 
 
+class Effort(StrEnum):
+    fast = "fast"
+    normal = "normal"
+    high = "high"
+
+
+class Minimize(StrEnum):
+    size = "size"
+
+
 DeviceOption = Annotated[Device, typer.Option("--device", envvar="QCOMPRESS_DEVICE", help="Where methods compute.")]
 CodingOption = Annotated[
     Coding, typer.Option("--coding", envvar="QCOMPRESS_CODING", help="How codes are stored; auto takes the smallest.")
+]
+EffortOption = Annotated[Effort | None, typer.Option("--effort", help="How long methods may search.")]
+Bpw = Annotated[
+    float | None, typer.Option("--bpw", metavar="X", help="Budget: bits per compressed weight, all its bytes counted.")
+]
+TargetSize = Annotated[
+    str | None, typer.Option("--target-size", metavar="SIZE", help="Budget: bytes of the whole artifact: 1.2MB.")
+]
+MinimizeOption = Annotated[
+    Minimize | None, typer.Option("--minimize", help="Search the smallest artifact that holds --max-drop.")
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="How to print the report.")]
 

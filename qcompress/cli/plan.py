@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,34 +44,41 @@ def print_plan(
 
 
 def plan_json(source: Checkpoint, plan: Plan, target: Path, choice: CodingChoice) -> dict[str, Any]:
-    """The plan as JSON data. `exact` false: sizes are the most that entropy coding can need."""
-    from qcompress.artifact.layout import INDEX_NAME, index_text
-    from qcompress.recipe import recipe_hash
-    from qcompress.shards import make_shards
+    """The plan as JSON data. `exact` false: sizes are the most that entropy coding can need.
 
-    shards = make_shards(source, plan, choice)
-    sizes: dict[str, int] = {}
-    for shard in shards:
-        for slot in shard.layout.slots:
-            sizes[slot.tensor] = sizes.get(slot.tensor, 0) + slot.n_bytes
-    files = {shard.file: shard.layout.file_bytes for shard in shards}
-    if source.is_folder and len(shards) > 1:
-        files[INDEX_NAME] = len(index_text({shard.file: shard.layout.slots for shard in shards}).encode())
-    return {
+    While a budget has yet to choose widths, sizes are those of the narrowest, and `artifact_bytes` is null.
+    """
+    from qcompress.allocate import is_open, narrowest, refuse_infeasible
+    from qcompress.artifact.layout import make_slots
+    from qcompress.recipe import recipe_hash
+    from qcompress.shards import planned_files
+
+    refuse_infeasible(source, plan, choice)
+    least = narrowest(plan, choice)
+    sizes = {d.tensor.name: sum(slot.n_bytes for slot in make_slots(d, choice)) for d in least.decisions}
+    files = planned_files(source, least, choice)
+    total = sum(files.values())
+    document: dict[str, Any] = {
         "schema": SCHEMA,
         "input": str(source.path),
         "output": str(target),
         "baseline_bytes": source.file_bytes,
-        "artifact_bytes": sum(files.values()),
-        "exact": all(shard.layout.exact for shard in shards),
+        "artifact_bytes": None if is_open(plan) else total,
+        "exact": choice == "packed" and not is_open(plan),
         "files": files,
         "recipe_hash": recipe_hash(plan.recipe),
-        "tensors": [_tensor_json(decision, sizes.get(decision.tensor.name, 0)) for decision in plan.decisions],
+        "tensors": [_tensor_json(decision, sizes[decision.tensor.name]) for decision in plan.decisions],
     }
+    if plan.recipe.budget is not None:
+        limits = asdict(plan.recipe.budget)
+        document["budget"] = {name: limit for name, limit in limits.items() if limit is not None}
+        document["least_bytes"] = total if is_open(plan) else None
+    return document
 
 
 def _tensor_json(decision: Decision, n_bytes: int) -> dict[str, Any]:
-    tensor, config = decision.tensor, decision.config
+    tensor = decision.tensor
+    config = decision.config.widest if decision.is_open else decision.config
     row: dict[str, Any] = {
         "name": tensor.name,
         "shape": list(tensor.shape),
@@ -81,12 +89,11 @@ def _tensor_json(decision: Decision, n_bytes: int) -> dict[str, Any]:
     }
     if decision.compresses:
         row |= {
-            "bits": config.bits,
-            "granularity": config.granularity,
-            "group_size": config.group_size,
-            "form": config.form,
+            **{name: getattr(config, name, None) for name in ("bits", "granularity", "group_size", "form")},
             "axis": list(decision.axis),
         }
+    if decision.is_open:
+        row |= {"bits": None, "widths": list(decision.config.configs)}
     return row
 
 
@@ -94,13 +101,29 @@ def _view(document: dict[str, Any]) -> View:
     from qcompress.report.view import Column, Table, View
     from qcompress.report.words import size_words
 
-    size, baseline = document["artifact_bytes"], document["baseline_bytes"]
-    bound = "" if document["exact"] else "at most "
-    facts = (("size", f"{size_words(baseline)} -> {bound}{size_words(size)}, {size:,} bytes"),)
+    baseline, bound = document["baseline_bytes"], "" if document["exact"] else "at most "
+    size = document["artifact_bytes"]
+    if size is None:
+        size, bound = document["least_bytes"], "at least "
+    facts = [("size", f"{size_words(baseline)} -> {bound}{size_words(size)}, {size:,} bytes")]
+    if "budget" in document:
+        facts.append(("budget", _budget_words(document)))
     columns = tuple(Column(title, right=title in NUMBERS, spare=SPARE.get(title, 0)) for title in COLUMNS)
     rows = tuple(_cells(row) for row in document["tensors"])
     kept = frozenset(index for index, row in enumerate(document["tensors"]) if row["method"] == "kept")
-    return View(f"plan of {document['output']}", facts, (Table(columns, rows, kept),), ())
+    return View(f"plan of {document['output']}", tuple(facts), (Table(columns, rows, kept),), ())
+
+
+def _budget_words(document: dict[str, Any]) -> str:
+    ((name, limit),) = document["budget"].items()
+    match name:
+        case "bpw":
+            words = f"{limit:g} bits per compressed weight"
+        case "size":
+            words = f"{limit:,} bytes"
+        case _:
+            words = "the smallest artifact that holds the gates"
+    return words if document["artifact_bytes"] is not None else f"{words}; widths are chosen once weights are read"
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -110,5 +133,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if row.get("group_size"):
         grid = f"{grid} {row['group_size']}"
     axis = ",".join(map(str, row.get("axis", [])))
-    name, shape, bits = name_words(row["name"]), shape_words(tuple(row["shape"])), str(row.get("bits", ""))
-    return (name, shape, row["dtype"], row["method"], bits, grid, axis, f"{row['bytes']:,}", row["reason"])
+    name, shape, size = name_words(row["name"]), shape_words(tuple(row["shape"])), f"{row['bytes']:,}"
+    bits = "" if row.get("bits") is None else str(row["bits"])
+    if "widths" in row:
+        bits, size = f"{row['widths'][0]}-{row['widths'][-1]}", f"{size}+"
+    return (name, shape, row["dtype"], row["method"], bits, grid, axis, size, row["reason"])

@@ -23,6 +23,10 @@ def quantize(
     ] = None,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,
+    bpw: opt.Bpw = None,
+    target_size: opt.TargetSize = None,
+    minimize: opt.MinimizeOption = None,
+    effort: opt.EffortOption = None,
     coding: opt.CodingOption = opt.Coding.auto,
     output: opt.Output = None,
     force: opt.Force = False,
@@ -58,19 +62,25 @@ def quantize(
 
     qcompress quantize model.safetensors --bits 2
 
+    qcompress quantize model.safetensors --bpw 2.5 --method squant
+
     qcompress quantize model.safetensors -r recipe.yaml --min-sqnr 12 --json -
     """
+    from qcompress.cli.budget import budget_suffix, make_budget_flag
     from qcompress.cli.run import GateFlags, Request, make_recipe, run
     from qcompress.cli.streams import Streams, refuse_mixed
+    from qcompress.recipe import with_effort
 
     refuse_mixed(json_to, quiet)
+    budget = make_budget_flag(bpw, target_size, minimize)
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
+    asked = make_recipe(recipe, method, flags, overrides or [], seed, "quantize", budget)
     run(
         Request(
             checkpoint=checkpoint,
-            recipe=make_recipe(recipe, method, flags, overrides or [], seed, "quantize"),
+            recipe=asked if effort is None else with_effort(asked, effort.value),
             recipe_file=recipe,
-            suffix=f"w{bits}",
+            suffix=f"w{bits}" if budget is None else budget_suffix(budget),
             gates=GateFlags(max_size, max_bpw, min_sqnr, min_metric or [], max_drop or []),
             output=output,
             coding=coding.value,

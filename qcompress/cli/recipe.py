@@ -42,11 +42,13 @@ def check(
     # A rule with a list of globs is one rule to its writer.
     words = count_words(len({rule.where for rule in checked.rules}), "rule")
     if checkpoint is not None:
+        from qcompress.allocate import refuse_infeasible
         from qcompress.checkpoint import read_checkpoint
         from qcompress.plan import make_plan
 
         source = read_checkpoint(checkpoint)
         plan = make_plan(checked, source.tensors, source.tied, source.axes)
+        refuse_infeasible(source, plan, "auto")
         compressed = sum(decision.compresses for decision in plan.decisions)
         words += f", {compressed} of {len(plan.decisions)} tensors compressed"
     if not quiet:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qcompress.cli.streams import Streams
     from qcompress.coding.payload import CodingChoice
     from qcompress.evaluate import Setting
+    from qcompress.recipe import BudgetFlag
     from qcompress.report.document import Report
     from qcompress.types import Family, Plan, Recipe
 
@@ -124,10 +125,12 @@ def make_recipe(
     overrides: list[str],
     seed: int | None,
     family: Family | None = None,
+    budget: BudgetFlag | None = None,
 ) -> Recipe:
     """The one visible recipe: from the file, or of one rule from the flags. Raises UsageError, RecipeError.
 
     family  that its methods must be of; None: any
+    budget  in place of the recipe's
     """
     from qcompress.cli.streams import read_stdin
     from qcompress.recipe import read_recipe, recipe_from_flags
@@ -136,16 +139,17 @@ def make_recipe(
     if recipe is None:
         if overrides:
             raise UsageError(f"--set {overrides[0]}", "there is no recipe to change", "add -r RECIPE")
-        if not given:
+        if not given and budget is None:
             raise UsageError(f"qcompress {family}", "nothing says how", "add --bits N, or -r RECIPE")
-        made = recipe_from_flags(method, flags, family or "quantize")
+        made = recipe_from_flags(method, flags, family or "quantize", budget)
     else:
         if given:
             key = given[0].removeprefix("--").replace("-", "_")
             mend = f"say it in the recipe, or with --set rules.0.METHOD.{key}=VALUE"
             raise UsageError(f"-r {recipe} {given[0]}", "the recipe decides this", mend)
         text = read_stdin() if str(recipe) == "-" else None
-        made = read_recipe(None if text is not None else recipe, overrides, text=text, family=family or "quantize")
+        path, kind = None if text is not None else recipe, family or "quantize"
+        made = read_recipe(path, overrides, text=text, family=kind, budget=budget)
         if family is not None and made.family != family:
             raise UsageError(
                 f"-r {recipe}", f"its methods are of family {made.family}", f"use `qcompress {made.family}`"

@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompress.recipe.budget import BudgetFlag
     from qcompress.recipe.complete import refuse_missing, refuse_untrainable
-    from qcompress.recipe.flags import recipe_from_flags
+    from qcompress.recipe.flags import recipe_from_flags, with_effort
     from qcompress.recipe.hints import nearest, suggest
     from qcompress.recipe.parse import parse_recipe, read_recipe
     from qcompress.recipe.schema import recipe_schema, schema_text
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from qcompress.recipe.sizes import parse_size
 
 __all__ = [
+    "BudgetFlag",
     "nearest",
     "parse_recipe",
     "parse_size",
@@ -31,6 +33,7 @@ __all__ = [
     "refuse_untrainable",
     "schema_text",
     "suggest",
+    "with_effort",
 ]
 
 _MODULES = {
@@ -47,6 +50,8 @@ _MODULES = {
     "refuse_untrainable": "complete",
     "schema_text": "schema",
     "suggest": "hints",
+    "with_effort": "flags",
+    "BudgetFlag": "budget",
 }
 
 

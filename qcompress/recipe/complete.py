@@ -102,7 +102,7 @@ def _unknown_metrics(recipe: Recipe, task: Task) -> Iterator[InputError]:
 def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[InputError]:
     if rule.method is None:
         return
-    tune = getattr(rule.config, "tune", None)
+    tune = getattr(rule.options, "tune", None)
     if tune is not None:
         yield from _missing_for_tuning(recipe, rule)
     method = METHODS[rule.method]
@@ -113,9 +113,9 @@ def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[
         return
     calibration = recipe.data is not None and recipe.data.calibration is not None
     if statistics and method.statistics and recipe.model is None:
-        if getattr(rule.config, "objective", "gram") != "gram":
+        if getattr(rule.options, "objective", "gram") != "gram":
             yield RecipeError(rule.where, "objective: sampled needs the data themselves", "use objective: gram")
-        if getattr(rule.config, "fold", False):
+        if getattr(rule.options, "fold", False):
             yield RecipeError(rule.where, "folding batch norms needs a live model", "use fold: false")
         return
     instead = "; or run with --statistics FILE" if method.statistics else ""
@@ -124,7 +124,7 @@ def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[
         yield RecipeError(rule.where, f"{rule.method} needs a live model", f"add `model`{data}{instead}")
     elif method.needs == "calibration" and not calibration:
         yield RecipeError(rule.where, f"{rule.method} needs calibration data", f"add `data.calibration`{instead}")
-    elif getattr(rule.config, "bias_correction", None) == "empirical" and not calibration:
+    elif getattr(rule.options, "bias_correction", None) == "empirical" and not calibration:
         yield RecipeError(rule.where, "bias_correction: empirical needs calibration data", "add `data.calibration`")
 
 
@@ -150,7 +150,7 @@ def _missing_for_tuning(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
     lacking = [f"`{name}`" for name, there in _training_parts(recipe).items() if not there and name != "finetune"]
     if lacking:
         yield RecipeError(rule.where, "tune trains the entries of codebooks", f"add {', '.join(lacking)}")
-    others = {repr(other) for one in recipe.rules if (other := getattr(one.config, "tune", None)) is not None}
+    others = {repr(other) for one in recipe.rules if (other := getattr(one.options, "tune", None)) is not None}
     if len(others) > 1:
         yield RecipeError(rule.where, "the rules tune in different ways", "give all of them the same `tune`")
 
@@ -160,7 +160,7 @@ def _missing_for_extras(recipe: Recipe) -> Iterator[InputError]:
     for section, wanted in (("activations", recipe.activations is not None), ("companions", bool(recipe.companions))):
         if wanted and recipe.model is None:
             yield RecipeError(recipe.places.get(section, section), "they need a live model", "add `model`")
-    folding = [rule for rule in recipe.rules if rule.method == "dfq" or getattr(rule.config, "fold", False)]
+    folding = [rule for rule in recipe.rules if rule.method == "dfq" or getattr(rule.options, "fold", False)]
     if recipe.companions and folding:
         what = f"companions compare layers with those of the network as it was, and {folding[0].method} folds them"
         yield RecipeError(

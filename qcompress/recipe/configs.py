@@ -8,9 +8,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from qcompress import registry
 from qcompress.recipe.expect import expected, refuse
 from qcompress.recipe.hints import nearest, quoted, suggest
 from qcompress.recipe.tree import Node, Problems, shown
+from qcompress.types import Widths
 
 _READERS: dict[type[Any], tuple[TypeAdapter[Any], dict[str, Any]]] = {}
 
@@ -54,6 +56,37 @@ def make_config(method: str, config: type[Any], node: Node, problems: Problems) 
         meant = {nearest(name, names) for name in unknown} | set(broken)
         _translate(error, method, Node(options, node.place, node.path), options_schema(config), meant, problems)
         return None
+
+
+def takes_budget(method: registry.Method) -> bool:
+    """Whether a budget decides the bits of a method's config."""
+    return method.family == "quantize" and method.has_widths
+
+
+def make_widths(method: str, config: type[Any], node: Node, problems: Problems) -> Widths | None:
+    """The options in `node`, which leave the bits to a budget, at each width that takes them; None where none does."""
+    options = {} if node.value is None else node.value
+    if isinstance(options, dict) and "bits" in options:
+        problems.add(options["bits"], "the budget decides the bits", "take `bits` out, or the budget")
+        return None
+    if not isinstance(options, dict):
+        make_config(method, config, node, problems)
+        return None
+    bits = options_schema(config)["properties"]["bits"]
+    found: dict[int, Any] = {}
+    reasons = Problems()
+    for width in range(bits["maximum"], bits["minimum"] - 1, -1):
+        given = Node({"bits": Node(width, node.place, node.path), **options}, node.place, node.path)
+        reasons = Problems()
+        made = make_config(method, config, given, reasons)
+        if made is not None:
+            found[width] = made
+        elif width == bits["maximum"]:
+            first = reasons
+    if not found:
+        problems.found += first.found
+        return None
+    return Widths(dict(sorted(found.items())))
 
 
 def _translate(

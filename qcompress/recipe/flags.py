@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from qcompress import registry
 from qcompress.errors import UsageError
-from qcompress.recipe.configs import make_config, option_names, options_schema
+from qcompress.recipe.budget import BudgetFlag, make_budget
+from qcompress.recipe.configs import make_config, make_widths, option_names, options_schema, takes_budget
 from qcompress.recipe.expect import expected
 from qcompress.recipe.frame import LATER_METHODS
 from qcompress.recipe.hints import listed, quoted, suggest
 from qcompress.recipe.tree import Node, Place, Problems
-from qcompress.types import Family, Recipe, Rule
+from qcompress.registry import BUDGET_METHOD
+from qcompress.types import Family, Recipe, Rule, Widths
 
 SOURCE = "command line"
 
@@ -19,34 +23,56 @@ FLAGS = ("bits", "dim", "granularity", "group_size", "symmetric")
 """The options that have a flag of their own; the others are set in a recipe."""
 
 
-def recipe_from_flags(method: str | None, options: Mapping[str, object], family: Family = "quantize") -> Recipe:
-    """The recipe whose one rule gives every tensor `method`, the family's default where None.
+def recipe_from_flags(
+    method: str | None,
+    options: Mapping[str, object],
+    family: Family = "quantize",
+    budget: BudgetFlag | None = None,
+) -> Recipe:
+    """The recipe whose one rule gives every tensor `method`, where None the family's default, or what a budget means.
 
     options  by the config's field names ("group_size" for --group-size); None means that the flag was not given
+    budget   decides the bits, which are then not among the options
 
     Raises UsageError for the first flag that cannot be.
     """
-    chosen = _method(method, family)
     given = {name: value for name, value in options.items() if value is not None}
-    places = {name: Place(_flag(name, value), index) for index, (name, value) in enumerate(given.items())}
-    words = [f"--method {chosen.name}"] * (method is not None) + [place.text for place in places.values()]
+    if budget is not None and "bits" in given:
+        where = f"{_flag('bits', given['bits'])} {budget.text}"
+        raise UsageError(where, "the budget decides the bits", "leave one of them out")
+    chosen = _method(method, family) if budget is None or method is not None else _budget_method(budget)
+    typed = {name: Place(_flag(name, value), index) for index, (name, value) in enumerate(given.items())}
+    words = [f"--method {chosen.name}"] * (method is not None) + [place.text for place in typed.values()]
     known = option_names(chosen.config)
     for name in given:
         if name not in known:
             mend = f"{quoted(chosen.name)} takes {listed(_flag_name(option) for option in FLAGS if option in known)}"
-            raise UsageError(places[name].text, f"not an option of {quoted(chosen.name)}", mend)
+            raise UsageError(typed[name].text, f"not an option of {quoted(chosen.name)}", mend)
     schema = options_schema(chosen.config)
+    is_open = budget is not None and takes_budget(chosen)
     for name in schema.get("required", ()):
-        if name not in given:
+        if name not in given and not (is_open and name == "bits"):
             mend = f"add {_flag_name(name)}, {expected(schema['properties'][name])}"
             raise UsageError(" ".join(words) or SOURCE, f"{_flag_name(name)} is missing", mend)
     problems = Problems()
-    children = {name: Node(_value(value), places[name], "") for name, value in given.items()}
-    config = make_config(chosen.name, chosen.config, Node(children, Place(" ".join(words), len(given)), ""), problems)
-    if config is None:
+    children = {name: Node(_value(value), typed[name], "") for name, value in given.items()}
+    make = make_widths if is_open else make_config
+    config = make(chosen.name, chosen.config, Node(children, Place(" ".join(words), len(given)), ""), problems)
+    node = None if budget is None else budget.node()
+    limit = None if node is None else make_budget(node, problems)
+    if problems.found:
         _, error = min(problems.found, key=lambda problem: problem[0])
         raise UsageError(error.where, error.what, error.mend)
-    return Recipe(family, (Rule("*", chosen.name, config, SOURCE),), source=SOURCE)
+    places = {} if node is None else {"budget": node.where}
+    return Recipe(family, (Rule("*", chosen.name, config, SOURCE),), budget=limit, source=SOURCE, places=places)
+
+
+def _budget_method(budget: BudgetFlag) -> registry.Method:
+    """The method that a budget alone means."""
+    if BUDGET_METHOD in registry.METHODS:
+        return registry.METHODS[BUDGET_METHOD]
+    what = f"means method {quoted(BUDGET_METHOD)}, which is not available in this version"
+    raise UsageError(budget.text, what, f"add --method {registry.DEFAULT_METHOD}")
 
 
 def _method(name: str | None, family: Family) -> registry.Method:
@@ -66,6 +92,43 @@ def _method(name: str | None, family: Family) -> registry.Method:
         other = methods[name].family
         raise UsageError(f"--method {name}", f"{quoted(name)} is a {other} method", f"use `qcompress {other}`")
     return methods[name]
+
+
+def with_effort(recipe: Recipe, effort: str) -> Recipe:
+    """The recipe whose methods make this effort, those that know degrees of it. Raises UsageError where none does."""
+    where = f"--effort {effort}"
+    known: set[str] = set()
+    rules = []
+    for rule in recipe.rules:
+        choices = _efforts(rule.method)
+        known.update(choices)
+        if effort in choices:
+            rule = replace(rule, config=_with_option(rule.config, effort))
+        rules.append(rule)
+    if not known:
+        raise UsageError(where, "no method of this run knows degrees of effort", "leave it out")
+    if effort not in known:
+        raise UsageError(where, "no method of this run knows this effort", suggest(effort, sorted(known)))
+    return replace(recipe, rules=tuple(rules))
+
+
+def _efforts(method: str | None) -> list[str]:
+    """The degrees of effort that a method knows."""
+    if method is None:
+        return []
+    option = options_schema(registry.METHODS[method].config)["properties"].get("effort", {})
+    branches = option.get("anyOf", [option])
+    return [choice for branch in branches for choice in branch.get("enum", ())]
+
+
+def _with_option(config: Any, effort: str) -> Any:
+    if isinstance(config, Widths):
+        return Widths({bits: _with_option(one, effort) for bits, one in config.configs.items()})
+    try:
+        return replace(config, effort=effort)
+    except ValueError as error:
+        what, _, mend = str(error).partition("; ")
+        raise UsageError(f"--effort {effort}", what, mend or "leave it out") from None
 
 
 def _flag_name(option: str) -> str:

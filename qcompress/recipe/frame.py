@@ -8,20 +8,19 @@ from qcompress.recipe.sizes import SIZE_PATTERN
 
 VERSION = 1
 
-LATER_KEYS = ("budget",)
-"""Keys of the format that this version refuses by name."""
-
 LATER_METHODS = ("lsq", "pact", "rd")
 """Methods that this version refuses by name."""
 
 SEED: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0}
+
+SIZE: dict[str, Any] = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE_PATTERN}]}
 
 METRICS: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "number"}}
 
 GATES: dict[str, dict[str, Any]] = {
     "max_size": {
         "description": "Largest artifact, in bytes: 2000000, 2MB (powers of 1000) or 2MiB (powers of 1024)",
-        "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE_PATTERN}],
+        **SIZE,
     },
     "max_bpw": {
         "description": "Most bits per weight",
@@ -32,3 +31,14 @@ GATES: dict[str, dict[str, Any]] = {
     "min_metric": {"description": "Least value of each named metric", **METRICS},
     "max_drop": {"description": "Most that each named metric may fall below the checkpoint's", **METRICS},
 }
+
+BUDGET: dict[str, dict[str, Any]] = {
+    "bpw": {
+        "description": "Bits per compressed weight, all side information counted",
+        "type": "number",
+        "exclusiveMinimum": 0,
+    },
+    "size": {"description": "Bytes of the whole artifact, as in max_size", **SIZE},
+    "minimize": {"description": "The smallest artifact that holds the gates on metrics", "enum": ["size"]},
+}
+"""What a budget may say; one of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qcompress.recipe.expect import make_mapping, make_number, refuse_unknown
-from qcompress.recipe.frame import GATES
+from qcompress.recipe.frame import GATES, SIZE
 from qcompress.recipe.sizes import parse_size
 from qcompress.recipe.tree import Node, Problems, shown
 from qcompress.types import Gates
@@ -19,7 +19,7 @@ def make_gates(node: Node, problems: Problems) -> Gates:
     for key in (key for key in GATES if key in keys):
         child = keys[key]
         if key == "max_size":
-            limits[key] = _size(child, problems)
+            limits[key] = make_size(child, problems)
         elif GATES[key]["type"] == "object":
             fragment = GATES[key]["additionalProperties"]
             metrics = make_mapping(child, problems, "give a number for each metric, as {top1: 0.1}")
@@ -29,9 +29,10 @@ def make_gates(node: Node, problems: Problems) -> Gates:
     return Gates(**limits)
 
 
-def _size(node: Node, problems: Problems) -> int | None:
+def make_size(node: Node, problems: Problems) -> int | None:
+    """Bytes, from their number or from text; None where the node holds neither, which `problems` then says."""
     if isinstance(node.value, int) and not isinstance(node.value, bool):
-        return int(make_number(node, GATES["max_size"]["anyOf"][0], problems))
+        return int(make_number(node, SIZE["anyOf"][0], problems))
     if not isinstance(node.value, str):
         if not node.is_broken:
             problems.add(node, f"{shown(node.data())} is not a size", "give a number of bytes, or text like 2MB")

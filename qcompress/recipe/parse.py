@@ -8,10 +8,11 @@ from typing import Any
 
 from qcompress import registry
 from qcompress.errors import RecipeError
-from qcompress.recipe.configs import make_config
+from qcompress.recipe.budget import BudgetFlag, refuse_undecided
+from qcompress.recipe.configs import make_config, make_widths, takes_budget
 from qcompress.recipe.expect import make_mapping, make_number, refuse_unknown
 from qcompress.recipe.finetune import make_finetune
-from qcompress.recipe.frame import LATER_KEYS, LATER_METHODS, SEED, VERSION
+from qcompress.recipe.frame import LATER_METHODS, SEED, VERSION
 from qcompress.recipe.gates import make_gates
 from qcompress.recipe.hints import listed, nearest, quoted
 from qcompress.recipe.locate import compose
@@ -19,6 +20,7 @@ from qcompress.recipe.overrides import apply_overrides
 from qcompress.recipe.patterns import make_patterns
 from qcompress.recipe.sections import SECTIONS, make_sections
 from qcompress.recipe.tree import Broken, Node, Problems, shown
+from qcompress.registry import BUDGET_METHOD
 from qcompress.types import Family, Gates, Recipe, Rule
 
 LARGEST_BYTES = 2**20
@@ -27,12 +29,18 @@ ROOT_KEYS = ("version", "seed", *SECTIONS, "rules", "finetune", "gates")
 
 
 def read_recipe(
-    path: Path | None, overrides: Sequence[str] = (), *, text: str | None = None, family: Family = "quantize"
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    text: str | None = None,
+    family: Family = "quantize",
+    budget: BudgetFlag | None = None,
 ) -> Recipe:
     """The recipe in the file at `path`, or in `text`, which then came from `path` or, without one, from stdin.
 
     overrides  "key.path=value", applied before validation (see `parse_recipe`)
     family     of a recipe whose rules all keep
+    budget     in place of the recipe's
 
     Raises RecipeError, or Refusals of several, and UsageError for an override that is none.
     """
@@ -41,17 +49,26 @@ def read_recipe(
         if path is None:
             raise ValueError("read_recipe needs a path or a text")
         text = _read_text(path)
-    return parse_recipe(text, source, overrides, family=family)
+    return parse_recipe(text, source, overrides, family=family, budget=budget)
 
 
-def parse_recipe(text: str, source: str, overrides: Sequence[str] = (), *, family: Family = "quantize") -> Recipe:
-    """The recipe in a YAML text; `source` names it in errors. Overrides and errors as in `read_recipe`."""
+def parse_recipe(
+    text: str,
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    family: Family = "quantize",
+    budget: BudgetFlag | None = None,
+) -> Recipe:
+    """The recipe in a YAML text; `source` names it in errors. All else as in `read_recipe`."""
     problems = Problems()
     if len(text) > LARGEST_BYTES:
         raise RecipeError(source, f"larger than {LARGEST_BYTES} bytes", "a recipe is a short YAML file: use globs")
     root = compose(text, source, problems)
     if not isinstance(root.value, Broken):
         apply_overrides(root, overrides, problems)
+    if budget is not None and isinstance(root.value, dict):
+        root.value["budget"] = budget.node()
     recipe = _make_recipe(root, source, family, problems)
     problems.raise_all(source)
     return recipe
@@ -97,10 +114,15 @@ def _make_recipe(root: Node, source: str, family: Family, problems: Problems) ->
     keys = make_mapping(root, problems, "write `key: value` lines, the first one `version: 1`")
     if not _is_this_version(root, keys, problems):
         return nothing
-    refuse_unknown(keys, ROOT_KEYS, LATER_KEYS, problems)
-    if "rules" not in keys and "finetune" not in keys:
+    refuse_unknown(keys, ROOT_KEYS, (), problems)
+    if not {"rules", "finetune", "budget"} & keys.keys():
         problems.add(root, "`rules` is missing", "add `rules`, a list of rules")
-    rules = _make_rules(keys["rules"], problems) if "rules" in keys else ()
+    if "rules" in keys:
+        rules = _make_rules(keys["rules"], "budget" in keys, problems)
+    else:
+        rules = _budget_rules(keys["budget"], problems) if "budget" in keys else ()
+    if "budget" in keys:
+        refuse_undecided(keys["budget"], [rule.method for rule in rules if rule.method is not None], problems)
     return Recipe(
         _one_family(keys["rules"], problems) or family if "rules" in keys else family,
         rules,
@@ -131,17 +153,26 @@ def _is_this_version(root: Node, keys: Mapping[str, Node], problems: Problems) -
     return True
 
 
-def _make_rules(node: Node, problems: Problems) -> tuple[Rule, ...]:
+def _budget_rules(node: Node, problems: Problems) -> tuple[Rule, ...]:
+    """What a budget without rules means."""
+    if BUDGET_METHOD not in registry.METHODS:
+        what = f"a budget without rules means method {quoted(BUDGET_METHOD)}, which is not available in this version"
+        problems.add(node, what, 'add `rules`, as {match: "*", squant: {}}')
+        return ()
+    return (Rule("*", BUDGET_METHOD, registry.METHODS[BUDGET_METHOD].config(), node.where),)
+
+
+def _make_rules(node: Node, has_budget: bool, problems: Problems) -> tuple[Rule, ...]:
     if not isinstance(node.value, list):
         if not node.is_broken:
             problems.add(node, f"{shown(node.data())} is not a list", "write `- {match: ..., METHOD: {...}}` lines")
         return ()
     if not node.value:
         problems.add(node, "no rules", 'add one, as {match: "*.weight", squant: {bits: 4}}')
-    return tuple(rule for item in node.value for rule in _make_rule(item, problems))
+    return tuple(rule for item in node.value for rule in _make_rule(item, has_budget, problems))
 
 
-def _make_rule(node: Node, problems: Problems) -> list[Rule]:
+def _make_rule(node: Node, has_budget: bool, problems: Problems) -> list[Rule]:
     """One rule for each pattern of its match, all with the same `where`; none where it is refused."""
     keys = make_mapping(node, problems, 'write {match: "*.weight", METHOD: {...}}')
     if not isinstance(node.value, dict):
@@ -160,14 +191,17 @@ def _make_rule(node: Node, problems: Problems) -> list[Rule]:
         return []
     if len(actions) > 1:
         problems.add(node, f"a rule with {len(actions)} methods: {listed(actions)}", "make it one rule each")
-    configs = [_make_action(action, keys[action], problems) for action in actions]
+    configs = [_make_action(action, keys[action], has_budget, problems) for action in actions]
     method = None if actions[0] == "keep" else actions[0]
     return [Rule(pattern, method, configs[0], keys[actions[0]].where) for pattern in patterns]
 
 
-def _make_action(action: str, options: Node, problems: Problems) -> Any | None:
-    """The config of a rule's method; None for `keep`, and where it is refused."""
+def _make_action(action: str, options: Node, has_budget: bool, problems: Problems) -> Any | None:
+    """The config of a rule's method, of open bits under a budget; None for `keep`, and where it is refused."""
     if action != "keep":
+        method = registry.METHODS[action]
+        if has_budget and takes_budget(method):
+            return make_widths(action, method.config, options, problems)
         return make_config(action, registry.METHODS[action].config, options, problems)
     for key, child in make_mapping(options, problems, "write `keep: {}`").items():
         problems.add(child, f"unknown key {quoted(key)}", "write `keep: {}`, which has no options")

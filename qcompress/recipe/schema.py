@@ -9,12 +9,12 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from qcompress import registry
-from qcompress.recipe.configs import option_names, options_schema
-from qcompress.recipe.frame import GATES, SEED, VERSION
+from qcompress.recipe.configs import option_names, options_schema, takes_budget
+from qcompress.recipe.frame import BUDGET, GATES, SEED, VERSION
 from qcompress.registry.regularizers import REGULARIZERS
 from qcompress.settings import (
     AUGMENTATIONS,
@@ -35,10 +35,13 @@ _OPTION_LINE = re.compile(r"([a-z_][a-z0-9_]*) {2,}(\S.*)")
 def recipe_schema() -> dict[str, Any]:
     """The schema of a recipe's YAML as JSON data."""
     actions = {name: {"$ref": f"#/$defs/{name}"} for name in registry.METHODS}
+    open_to_budgets = [name for name, method in registry.METHODS.items() if takes_budget(method)]
     defs: dict[str, Any] = {}
     for name, method in registry.METHODS.items():
         options = _options(method.config)
         defs |= options.pop("$defs", {})
+        if name in open_to_budgets:
+            options["required"].remove("bits")
         defs[name] = options
     keep = {"description": "Leave the tensors as they are", "type": "object", "additionalProperties": False}
     return {
@@ -56,6 +59,14 @@ def recipe_schema() -> dict[str, Any]:
                 "items": _rule({"keep": keep, **actions}),
             },
             "finetune": _finetune(defs, keep),
+            "budget": {
+                "description": "What the compressed weights may take; the methods' `bits` are then left out",
+                "type": "object",
+                "properties": copy.deepcopy(BUDGET),
+                "additionalProperties": False,
+                "minProperties": 1,
+                "maxProperties": 1,
+            },
             "gates": {
                 "description": "Limits; a run that breaks one exits with code 4",
                 "type": "object",
@@ -64,10 +75,19 @@ def recipe_schema() -> dict[str, Any]:
             },
         },
         "required": ["version"],
-        "anyOf": [{"required": ["rules"]}, {"required": ["finetune"]}],
+        "anyOf": [{"required": ["rules"]}, {"required": ["finetune"]}, {"required": ["budget"]}],
         "additionalProperties": False,
+        "if": {"required": ["budget"]},
+        "then": _options_of_rules(open_to_budgets, {"properties": {"bits": False}}),
+        "else": _options_of_rules(open_to_budgets, {"required": ["bits"]}),
         "$defs": defs,
     }
+
+
+def _options_of_rules(methods: Sequence[str], schema: dict[str, Any]) -> dict[str, Any]:
+    """What else holds of the options of these methods in every rule."""
+    items = {"properties": {name: copy.deepcopy(schema) for name in methods}}
+    return {"properties": {"rules": {"items": items}}}
 
 
 def _sections(defs: dict[str, Any]) -> dict[str, Any]:

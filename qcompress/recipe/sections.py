@@ -1,10 +1,11 @@
-"""The sections of a recipe that bring a live model: `model`, `data`, `task`, `activations`, `companions`."""
+"""The sections of a recipe that bring a live model: `model`, `data`, `task`, `activations`, `companions`; `budget`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from qcompress.recipe.budget import make_budget
 from qcompress.recipe.configs import make_config
 from qcompress.recipe.expect import make_mapping, refuse_unknown
 from qcompress.recipe.hints import listed, quoted, suggest
@@ -21,14 +22,21 @@ from qcompress.settings import (
     TrainData,
 )
 
-SECTIONS = ("model", "data", "task", "activations", "companions")
+SECTIONS = ("model", "data", "task", "activations", "companions", "budget")
 DATA_PARTS = ("calibration", "eval", "train", "normalize")
 WEIGHT_ARGUMENTS = ("weights", "pretrained", "checkpoint_path")
 
 
 def make_sections(keys: Mapping[str, Node], problems: Problems) -> dict[str, Any]:
     """The fields of a Recipe that its sections give, `places` too; whatever is refused is in `problems`."""
-    makers = {"model": _model, "data": _data, "task": _task, "activations": _activations, "companions": _companions}
+    makers = {
+        "model": _model,
+        "data": _data,
+        "task": _task,
+        "activations": _activations,
+        "companions": _companions,
+        "budget": make_budget,
+    }
     made: dict[str, Any] = {name: make(keys[name], problems) for name, make in makers.items() if name in keys}
     places = {name: keys[name].where for name in (*SECTIONS, "finetune") if name in keys}
     if "data" in keys and isinstance(keys["data"].value, dict):

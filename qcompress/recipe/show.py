@@ -12,7 +12,7 @@ from typing import Any
 from qcompress.recipe.frame import VERSION
 from qcompress.recipe.sections import SECTIONS
 from qcompress.settings import OPTIMIZERS, SCHEDULES, TASKS
-from qcompress.types import Finetune, Recipe, Rule
+from qcompress.types import Finetune, Recipe, Rule, Widths
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NO_TEXT = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
@@ -109,6 +109,8 @@ def _sections(recipe: Recipe) -> dict[str, Any]:
         found["activations"] = _written(recipe.activations)
     if recipe.companions:
         found["companions"] = list(recipe.companions)
+    if recipe.budget is not None:
+        found["budget"] = _present(recipe.budget)
     return found
 
 
@@ -123,7 +125,15 @@ def _rule(patterns: list[Rule]) -> dict[str, Any]:
     """The one rule that was read as a rule for each of its patterns."""
     first = patterns[0]
     match = first.match if len(patterns) == 1 else [rule.match for rule in patterns]
-    return {"match": match, first.method or "keep": _present(first.config) if first.method else {}}
+    return {"match": match, first.method or "keep": _options(first.config) if first.method else {}}
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """A method's options; of open widths those that are the same at each, which resolve to the same widths again."""
+    if not isinstance(config, Widths):
+        return _present(config)
+    widest, *others = [_present(one) for _, one in sorted(config.configs.items(), reverse=True)]
+    return {name: value for name, value in widest.items() if all(name in one and one[name] == value for one in others)}
 
 
 def _present(config: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from qcompress.registry.calibrated import AdaroundConfig, DfqConfig, GptqConfig, PdquantConfig
@@ -16,6 +16,7 @@ from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig
 from qcompress.types import Family, Shape
 
 __all__ = [
+    "BUDGET_METHOD",
     "DEFAULT_METHOD",
     "EXPORTERS",
     "METHODS",
@@ -61,6 +62,11 @@ class Method:
     target: str
     statistics: bool = False
     representatives: bool = False
+
+    @property
+    def has_widths(self) -> bool:
+        """Whether its codes have a fixed number of bits, which a budget may choose."""
+        return any(option.name == "bits" for option in fields(self.config))
 
     def load(self) -> Callable[..., Any]:
         """The function: encode(weight float32 [rows, ...], config, exponent) -> Affine where `needs` is weights; of the
@@ -116,6 +122,9 @@ METHODS: Mapping[str, Method] = {
         Method("dkm", "cluster", DkmConfig, "training", True, refuse_codebook, "qcompress.methods.dkm:fit"),
     )
 }
+
+BUDGET_METHOD = "rd"
+"""What a budget alone means."""
 
 DEFAULT_METHOD = "squant"
 """The best data-free method we have measured (docs/methods.md): what `--bits` alone runs."""
