@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from qcompress.model.graph import BatchNorm, batch_norm_of
 from qcompress.model.layers import matrix_layer
 from qcompress.model.live import LiveModel, find_tensor, put_tensors
 from qcompress.model.stages import Stage, State
-from qcompress.model.sweep import run_stage
+from qcompress.model.sweep import LayerStep, run_stage
 from qcompress.settings import Companion
 
 
@@ -61,6 +61,34 @@ def run_companions(live: LiveModel, companions: Sequence[Companion]) -> Correcte
         clean = run_stage(stage, live.module, clean)
         noisy = run_stage(stage, live.quantized, noisy)
     return Corrected(changed, tuple(notes))
+
+
+@torch.no_grad()
+def match_outputs(live: LiveModel, step: LayerStep) -> dict[str, Tensor]:
+    """Give a layer's outputs the mean and the variance that they had: the tensors that changed in `live.quantized`.
+
+    The batch norm behind the layer takes both, or its bias the mean; without either nothing changes. As
+    `run_companions`, but for one layer whose inputs are at hand.
+    """
+    before, after = (
+        _moments(step.layer.outputs(module.get_submodule(step.name)(x)) for x in inputs)
+        for module, inputs in ((live.module, step.clean), (live.quantized, step.noisy))
+    )
+    updates = _correct(live, step.name, before, after, ("batch_norm", "bias_correction"))
+    put_tensors(live.quantized, updates)
+    return updates
+
+
+def _moments(outputs: Iterable[Tensor]) -> _Moments:
+    """Of outputs [positions, channels]."""
+    total = squares = torch.zeros(())
+    count = 0
+    for output in outputs:
+        rows = output.double()
+        total, squares = total + rows.sum(0), squares + rows.square().sum(0)
+        count += len(rows)
+    mean = total / count
+    return _Moments(mean, (squares / count - mean.square()).clamp_min(0))
 
 
 def _correct(

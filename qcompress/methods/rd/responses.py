@@ -146,7 +146,7 @@ class _Probe:
         name = decision.tensor.name
         own = find_tensor(self.module, name).detach().clone()
         put_tensors(self.module, {name: weight_from_rows(rows, tuple(own.shape), decision.axis)})
-        found = _centred(_outputs(self.live, self.stages, self.states, len(self.states)))
+        found = _centred(_outputs(self.module, self.stages, self.states))
         put_tensors(self.module, {name: own})
         mean = float((found - self.wanted).square().mean())
         return mean / max(self.variance, 1e-300), mean * found.shape[-1]

@@ -16,7 +16,7 @@ from qcompress.model.companions import match_outputs
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
 from qcompress.model.stages import last_output
 from qcompress.model.sweep import LayerStep, run_stage, sweep
-from qcompress.registry import RdConfig
+from qcompress.registry.rd import RdConfig
 from qcompress.solvers.hessian import least_squares_target
 from qcompress.solvers.lattice import Prices, descend_lattice, feedback_lattice
 from qcompress.solvers.lattice_grid import bisect_rate, column_factors, eighths, grid_steps, lattice_grid, with_codes, with_step
