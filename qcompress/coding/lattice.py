@@ -1,14 +1,7 @@
-"""Lattices: unbounded codes to reals, and the trellis that some of them drive.
-
-The trellis (Marcellin and Fischer 1990; union quantizers as in JPEG 2000, part 2) has a step of its own, half the
-stored one. In even states a code k stands for 2k half-steps, in odd states for 2k - sgn(k); both hold zero. The parity
-of k moves a feedback shift register of three bits s0 s1 s2 whose parity check is (1 + D + D**3, D**2), Ungerboeck's
-code of eight states: s0' = s0 + s1, s1' = s2 + k, s2' = s0, modulo 2. s0, the lowest bit, is what makes a state odd.
-"""
+"""Lattices: unbounded codes to reals."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -16,15 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcompress.types import Lattice, Shape
-
-STATES = 8
-
-NEXT_STATE: NDArray[np.uint8] = np.array(
-    [[(s & 1 ^ s >> 1 & 1) | (s >> 2 ^ parity) << 1 | (s & 1) << 2 for parity in (0, 1)] for s in range(STATES)],
-    np.uint8,
-)
-"""uint8 [state, parity of the code] -> the state of the next column."""
+from qcompress.coding.trellis import trellis_states
+from qcompress.types import Lattice
 
 FACTORS: NDArray[np.float32] = np.array(
     [float.fromhex(text) for text in (
@@ -36,22 +22,6 @@ FACTORS: NDArray[np.float32] = np.array(
 """float32 [8]: 2**(i / 8) to the nearest; a factor 2**(e / 8) is FACTORS[e % 8] * 2**(e // 8)."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-
-def trellis_states(codes: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """The state in which each code was chosen, uint8 [rows, columns]; every row starts in state 0.
-
-    codes  int32 [rows, columns]
-    """
-    # The register over GF(2), column by column: memory runs along the columns.
-    parities = np.ascontiguousarray((codes & 1).astype(np.uint8).T)
-    states = np.empty_like(parities)
-    state = np.zeros(codes.shape[0], np.uint8)
-    following = NEXT_STATE.reshape(-1)
-    for column, parity in enumerate(parities):
-        states[column] = state
-        state = following.take(state << 1 | parity, mode="clip")
-    return states.T
 
 
 def trellis_values(codes: Tensor) -> Tensor:
@@ -104,11 +74,3 @@ def take_lattice_rows(encoded: Lattice, start: int, stop: int) -> Lattice:
     codes = encoded.codes[start:stop]
     rows = None if encoded.rows is None else encoded.rows[start:stop]
     return replace(encoded, codes=codes, shape=tuple(codes.shape), axis=(0,), rows=rows)
-
-
-def tap_count(shape: Shape, axis: tuple[int, ...]) -> int:
-    """Columns of one input channel: the sizes behind the first one that is no channel axis; 1 of a plain matrix."""
-    if len(shape) < 2:
-        return 1
-    rest = [size for index, size in enumerate(shape) if index not in axis]
-    return math.prod(rest[1:])

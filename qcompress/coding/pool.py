@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompress.coding.classes import CLASSES, CONTEXTS, Contexts, Levels, class_matrix, measure_levels
-from qcompress.coding.lattice import tap_count, trellis_states
+from qcompress.coding.rows import tap_count
 from qcompress.coding.smooth import Slopes, fit_slopes, table_from_slopes
 from qcompress.coding.tokens import TOKEN_BITS, TOKENS, Codes, Tokens, tokens_from_codes
+from qcompress.coding.trellis import trellis_states
 from qcompress.types import Lattice
 
 POOLED_WEIGHTS = 1 << 18

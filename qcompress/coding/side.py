@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from qcompress.coding.ans import RunReader, Table, encode_runs, parse_varint, varint
@@ -63,7 +62,7 @@ def grid_of_lattice(lattice: Lattice) -> Grid:
     """The grid of a lattice as side information has it."""
     codes = lattice.codes.cpu().numpy()
     factors = (None if part is None else part.cpu().numpy() for part in (lattice.rows, lattice.channels, lattice.taps))
-    step = int(lattice.step.cpu().view(torch.int16))
+    step = int(lattice.step.cpu().numpy().view(np.uint16))
     crc32 = zlib.crc32(np.ascontiguousarray(codes, "<i4").data)
     return Grid(step, lattice.exponent, lattice.trellis, crc32, *factors)
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from qcompress.coding.ans import CHUNK_CODES, RunReader, Table, chunk_count, encode_runs, parse_varint, varint
 from qcompress.coding.classes import CLASSES, CONTEXTS, Levels, class_matrix
-from qcompress.coding.lattice import NEXT_STATE
 from qcompress.coding.packing import blocks
 from qcompress.coding.pool import Source
 from qcompress.coding.tokens import FIRST_OPEN, TOKEN_BITS, TOKEN_PARITY, Codes, Tokens, codes_from_tokens, raw_bits
+from qcompress.coding.trellis import NEXT_STATE
 
 Tables = Mapping[int, Table]
 
