@@ -293,7 +293,7 @@ class Lattice:
     dtype: str = "F32"
 
 
-Encoded: TypeAlias = Kept | Affine | Codebook
+Encoded: TypeAlias = Kept | Affine | Codebook | Lattice
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from qcompress.artifact.layout import PARTS, grid_of, part_name
 from qcompress.artifact.manifest import Entry
 from qcompress.artifact.writer import SlotWriter
 from qcompress.checkpoint import tensor_view
-from qcompress.coding.affine import decode_rows, row_spans, take_rows
+from qcompress.coding.affine import Coded, decode_rows, row_spans, take_rows
 from qcompress.coding.half import exponent_for
 from qcompress.coding.packing import pack, row_bytes
 from qcompress.coding.payload import Coding, CodingChoice, encode_payload
@@ -194,16 +194,14 @@ def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> Checkp
     return CheckpointError(f"{source.path}: tensor {tensor.name!r}", what, mend)
 
 
-def encode_rows(
-    rows: Tensor, decision: Decision, exponent: int, seed: int, representatives: Path | None
-) -> Affine | Codebook:
+def encode_rows(rows: Tensor, decision: Decision, exponent: int, seed: int, representatives: Path | None) -> Coded:
     """A weight [rows, ...] encoded by a method that needs weights alone, float32 unless the method clusters.
 
     exponent         of what is stored in half precision
     representatives  the file of what finetune-reg has learned, for a method that takes it up
     """
     method, name = METHODS[decision.method or ""], decision.tensor.name
-    encode: Callable[..., Affine | Codebook] = method.load()
+    encode: Callable[..., Coded] = method.load()
     if method.family == "quantize":
         return encode(rows, decision.config, exponent)
     learned: tuple[Tensor, ...] = ()
@@ -214,7 +212,7 @@ def encode_rows(
     return encode(rows, decision.config, exponent, seeded_generator(seed, name, "cpu"), *learned)
 
 
-def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Tensor, Affine | Codebook]]:
+def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Tensor, Coded]]:
     """Row blocks as float32 [rows, columns] on the CPU, each with its codes and grid."""
     decision = job.decision
     how = (decision, exponent, job.seed, job.representatives)
@@ -243,7 +241,7 @@ def _from_statistics(job: Job, weight: Tensor) -> Affine:
     return found
 
 
-def _ready_blocks(rows: Tensor, ready: Affine | Codebook) -> Iterator[tuple[Tensor, Affine | Codebook]]:
+def _ready_blocks(rows: Tensor, ready: Coded) -> Iterator[tuple[Tensor, Coded]]:
     """Row blocks of a weight that has its codes already, as `_encoded_blocks` gives them."""
     ready = _to_cpu(ready)
     for start, stop in row_spans(ready, BLOCK_WEIGHTS):
@@ -255,14 +253,14 @@ def _float_rows(rows: Tensor, device: str) -> Tensor:
     return rows.to(device=device, dtype=torch.float32).contiguous()
 
 
-def _to_cpu(encoded: Affine | Codebook) -> Affine | Codebook:
+def _to_cpu(encoded: Coded) -> Coded:
     if encoded.codes.device.type == "cpu":
         return encoded
     moved = {field: getattr(encoded, field, None) for field in FIELDS.values()}
     return replace(encoded, **{field: value.cpu() for field, value in moved.items() if value is not None})
 
 
-def _collect_grid(grids: dict[str, list[Tensor]], encoded: Affine | Codebook) -> None:
+def _collect_grid(grids: dict[str, list[Tensor]], encoded: Coded) -> None:
     for part in PARTS[1:]:
         value = getattr(encoded, FIELDS[part], None)
         if value is not None:

@@ -55,7 +55,7 @@ ONLY_IN = {
     "click": ("cli",),
     "safetensors": ("checkpoint.py", "artifact", "exporters"),
     "constriction": ("coding/ans.py",),
-    "zstandard": ("coding/payload.py",),
+    "zstandard": ("coding/zstd.py",),
     "pickle": (),
     "marshal": (),
     "shelve": (),

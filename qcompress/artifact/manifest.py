@@ -19,12 +19,15 @@ from qcompress.types import WEIGHT_DTYPES, ActivationGrid, Convention, Shape, Te
 FORMAT = 1
 METADATA_KEY = "qcompress"
 
-Placement: TypeAlias = Literal["zero-point", "offset", "codebook"] | Convention
-"""What places a grid: a stored zero point, a stored offset, or a symmetric convention; or a codebook in its place."""
+Placement: TypeAlias = Literal["zero-point", "offset", "codebook", "lattice"] | Convention
+"""What places a grid: a stored zero point, a stored offset, or a symmetric convention; or what is in its place."""
 GRIDS = (*get_args(get_args(Placement)[0]), *get_args(Convention))
 CODINGS: tuple[Coding, ...] = get_args(Coding)
 LIMITS = {"exponent": (-126, 112), "crc32": (0, 2**32 - 1), "bits": (1, 12), "dim": (1, 8)}
 AFFINE_BITS = 8
+LATTICE_VALUES = {"bits": 0, "exponent": 0, "crc32": 0, "dim": 1}
+LATTICE_LACKS = set(LATTICE_VALUES)
+"""Fields that the entry of a lattice has not: its side information has what they say."""
 """Under an exponent of 112 every scale and offset is a finite float32."""
 MAX_DIMENSIONS = 64
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
@@ -48,8 +51,11 @@ class NewerFormatError(ManifestError):
 class Entry:
     """What the manifest says of one compressed tensor.
 
-    crc32  of the packed codes, scale, zero point, offset and codebook, in this order, as bytes
-    dim    rows that have one code together
+    bits      of a code; 0 of a lattice, whose codes have no bound
+    exponent  of scale, offset and codebook; 0 of a lattice, whose side information has it
+    crc32     of the packed codes, scale, zero point, offset and codebook, in this order, as bytes; 0 of a lattice,
+              whose side information has that of its codes
+    dim       rows that have one code together
     """
 
     shape: Shape
@@ -61,6 +67,10 @@ class Entry:
     exponent: int
     crc32: int
     dim: int = 1
+
+    @property
+    def is_lattice(self) -> bool:
+        return self.grid == "lattice"
 
     @property
     def rows(self) -> int:
@@ -138,7 +148,8 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:
-    values = {part.name: getattr(entry, part.name) for part in fields(entry) if part.name != "dim" or entry.dim > 1}
+    left_out = LATTICE_LACKS if entry.is_lattice else set() if entry.dim > 1 else {"dim"}
+    values = {part.name: getattr(entry, part.name) for part in fields(entry) if part.name not in left_out}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -148,10 +159,11 @@ def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {}
     common = {}
     for key in ("axis", "bits", "dtype", "grid"):
-        counts = Counter(json.dumps(entry[key]) for entry in entries)
-        common[key] = json.loads(counts.most_common(1)[0][0])
+        counts = Counter(json.dumps(entry[key]) for entry in entries if key in entry)
+        if counts:
+            common[key] = json.loads(counts.most_common(1)[0][0])
     # Not the most frequent coding: that is known only when all is written, and the header's room is needed before.
-    common["coding"] = "packed"
+    common["coding"] = "ans" if all(entry["grid"] == "lattice" for entry in entries) else "packed"
     return common
 
 
@@ -266,17 +278,23 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
     if not isinstance(own, dict):
         raise ManifestError(f"tensor {name!r} has no entry in the manifest")
     values = {"dim": 1, **defaults, **own}
+    if values.get("grid") == "lattice":
+        if LATTICE_LACKS & set(own):
+            raise ManifestError(f"tensor {name!r} has {sorted(LATTICE_LACKS & set(own))[0]!r}, which a lattice has not")
+        values |= LATTICE_VALUES
     wanted = {part.name for part in fields(Entry)}
     if set(values) != wanted:
         odd = sorted(set(values) ^ wanted)[0]
         raise ManifestError(f"tensor {name!r} has an entry with {odd!r} missing or unknown")
     for key, (low, high) in LIMITS.items():
+        if values["grid"] == "lattice":
+            break
         if type(values[key]) is not int or not low <= values[key] <= high:
             raise ManifestError(f"tensor {name!r} has the {key} {values[key]!r}, not a number in [{low}, {high}]")
     for key, known in (("dtype", WEIGHT_DTYPES), ("grid", GRIDS), ("coding", CODINGS)):
         if not isinstance(values[key], str) or values[key] not in known:
             raise ManifestError(f"tensor {name!r} has the unknown {key} {values[key]!r}")
-    if values["grid"] != "codebook" and (values["bits"] > AFFINE_BITS or values["dim"] > 1):
+    if values["grid"] not in ("codebook", "lattice") and (values["bits"] > AFFINE_BITS or values["dim"] > 1):
         raise ManifestError(f"tensor {name!r} has {values['bits']} bits and dim {values['dim']}, which a grid has not")
     for key in ("shape", "axis"):
         value = values[key]

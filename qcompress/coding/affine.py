@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import assert_never
+from typing import TypeAlias, assert_never
 
 import torch
 from torch import Tensor
 
 from qcompress.coding.codebook import decode_codebook_rows, row_unit, take_codebook_rows
 from qcompress.coding.half import from_half
+from qcompress.coding.lattice import decode_lattice_rows, take_lattice_rows
 from qcompress.coding.rows import weight_from_rows
-from qcompress.types import Affine, Codebook, Convention, Encoded, Kept
+from qcompress.types import Affine, Codebook, Convention, Encoded, Kept, Lattice
+
+Coded: TypeAlias = Affine | Codebook | Lattice
+"""A weight that stands in codes."""
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -35,10 +39,12 @@ def middle(convention: Convention, bits: int) -> float:
             assert_never(convention)
 
 
-def decode_rows(encoded: Affine | Codebook) -> Tensor:
+def decode_rows(encoded: Coded) -> Tensor:
     """The weight as float32 [rows, columns]."""
     if isinstance(encoded, Codebook):
         return decode_codebook_rows(encoded)
+    if isinstance(encoded, Lattice):
+        return decode_lattice_rows(encoded)
     rows, columns = encoded.codes.shape
     grid_rows, groups = encoded.scale.shape
     if not encoded.codes.numel():
@@ -56,7 +62,7 @@ def decode_rows(encoded: Affine | Codebook) -> Tensor:
     return values.reshape(rows, columns)
 
 
-def row_spans(encoded: Affine | Codebook, values: int) -> Iterator[tuple[int, int]]:
+def row_spans(encoded: Coded, values: int) -> Iterator[tuple[int, int]]:
     """Where an encoded weight may be cut into pieces of about so many values: rows [start, stop)."""
     rows, columns = encoded.codes.shape
     unit = 1
@@ -67,13 +73,15 @@ def row_spans(encoded: Affine | Codebook, values: int) -> Iterator[tuple[int, in
         yield start, min(start + step, rows)
 
 
-def take_rows(encoded: Affine | Codebook, start: int, stop: int) -> Affine | Codebook:
+def take_rows(encoded: Coded, start: int, stop: int) -> Coded:
     """The rows [start, stop) of an encoded weight, as a weight of two dimensions; views, no copies.
 
     Of a codebook both ends lie where `row_spans` cuts.
     """
     if isinstance(encoded, Codebook):
         return take_codebook_rows(encoded, start, stop)
+    if isinstance(encoded, Lattice):
+        return take_lattice_rows(encoded, start, stop)
     codes = encoded.codes[start:stop]
     grid = {} if encoded.scale.shape[0] == 1 else {"scale", "zero_point", "offset"}
     parts = {part: value[start:stop] for part in grid if (value := getattr(encoded, part)) is not None}
@@ -85,7 +93,7 @@ def decode(encoded: Encoded) -> Tensor:
     match encoded:
         case Kept(value):
             return value
-        case Affine() | Codebook():
+        case Affine() | Codebook() | Lattice():
             dtype = TORCH_DTYPES[encoded.dtype]
             # A grid may reach past the largest number of a dtype, which is nearer to the weight than infinity.
             most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)

@@ -6,6 +6,7 @@ artifact/SPEC.md describes the bytes, "Codes on disk"; the coder is constriction
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +119,8 @@ def table_bytes(table: Table) -> bytes:
     following = 0
     for code, frequency in zip(table.codes.tolist(), table.frequencies.tolist(), strict=True):
         if code > following:
-            parts += [b"\0", _varint(code - following - 1)]
-        parts.append(_varint(frequency))
+            parts += [b"\0", varint(code - following - 1)]
+        parts.append(varint(frequency))
         following = code + 1
     return b"".join(parts)
 
@@ -133,11 +134,11 @@ def parse_table(data: memoryview, bits: int) -> tuple[Table, int]:
     at, code, missing = 1, 0, 1 << data[0]
     absent_before = False
     while missing:
-        value, at = _parse_varint(data, at)
+        value, at = parse_varint(data, at)
         if value == 0:
             if absent_before:
                 raise ValueError("the frequency table has two runs of absent codes in a row")
-            run, at = _parse_varint(data, at)
+            run, at = parse_varint(data, at)
             code += run + 1
         else:
             codes.append(code)
@@ -164,16 +165,60 @@ def encode_ans(packed: Bytes, bits: int, columns: int, table: Table) -> bytes:
         width = column_span.stop - column_span.start
         codes = unpack(packed[row_span, byte_span(column_span, bits)], bits, width).reshape(-1)
         streams.append(b"" if model is None else _encode_chunk(index_of.take(codes, mode="clip"), model))
-    index = b"".join(_varint(len(stream)) for stream in streams[:-1])
+    index = b"".join(varint(len(stream)) for stream in streams[:-1])
     return b"".join([table_bytes(table), index, *streams])
 
 
 def _encode_chunk(indices: NDArray[np.int32], model: Any) -> bytes:
-    """The stream of one chunk: the coder's words, little-endian, less the zero bytes at the end."""
+    """The stream of one chunk under one table."""
     coder = constriction.stream.stack.AnsCoder()
     coder.encode_reverse(indices, model)
+    return _stream(coder)
+
+
+def _stream(coder: Any) -> bytes:
+    """The coder's words, little-endian, less the zero bytes at the end."""
     words: NDArray[np.uint32] = coder.get_compressed()
     return words.astype("<u4").tobytes().rstrip(b"\0")
+
+
+def encode_runs(runs: Sequence[tuple[Bytes, Table]]) -> bytes:
+    """One stream of several runs of codes, each under a table that has all of its codes."""
+    coder = constriction.stream.stack.AnsCoder()
+    for codes, table in reversed(runs):
+        model = table.model()
+        if model is not None and codes.size:
+            index_of = np.zeros(256, np.int32)
+            index_of[table.codes] = np.arange(len(table.codes))
+            coder.encode_reverse(index_of.take(codes), model)
+    return _stream(coder)
+
+
+class RunReader:
+    """The runs of a stream that `encode_runs` made, in the same order. Raises ValueError where it was not."""
+
+    def __init__(self, stream: memoryview) -> None:
+        if len(stream) and stream[-1] == 0:
+            raise ValueError("a stream has bytes that no code needs")
+        self._coder = constriction.stream.stack.AnsCoder(_words(stream))
+
+    def read(self, table: Table, model: Any | None, count: int) -> Bytes:
+        """The codes of the next run, uint8 [count]; `model` is the table's."""
+        if model is None or not count:
+            return np.full(count, table.codes[0])
+        indices: NDArray[np.int32] = self._coder.decode(model, count)
+        return table.codes.take(indices, mode="clip")
+
+    def finish(self) -> None:
+        """Check that nothing is left."""
+        if not self._coder.is_empty():
+            raise ValueError("a stream does not end where its codes do")
+
+
+def _words(stream: memoryview) -> NDArray[np.uint32]:
+    words = np.zeros(-(-len(stream) // 4), "<u4")
+    words.view(np.uint8)[: len(stream)] = stream
+    return words.astype(np.uint32)
 
 
 def decode_ans(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
@@ -200,7 +245,7 @@ def parse_streams(data: memoryview, at: int, chunks: int) -> list[memoryview]:
     """The bytes of every chunk; the last has all that the others leave. Raises ValueError where they do not fit."""
     lengths = []
     for _ in range(chunks - 1):
-        length, at = _parse_varint(data, at)
+        length, at = parse_varint(data, at)
         lengths.append(length)
     left = len(data) - at - sum(lengths)
     if left < 0:
@@ -221,16 +266,14 @@ def decode_chunk(stream: memoryview, table: Table, model: Any | None, count: int
         return np.full(count, table.codes[0])
     if model is None or stream[-1] == 0:
         raise ValueError("a chunk has bytes that no code needs")
-    words = np.zeros(-(-len(stream) // 4), "<u4")
-    words.view(np.uint8)[: len(stream)] = stream
-    coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32))
+    coder = constriction.stream.stack.AnsCoder(_words(stream))
     indices: NDArray[np.int32] = coder.decode(model, count)
     if not coder.is_empty():
         raise ValueError("a chunk does not end where its codes do")
     return table.codes.take(indices, mode="clip")
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Seven bits a byte, lowest first, the high bit set on all but the last."""
     coded = bytearray()
     while value > 127:
@@ -240,7 +283,7 @@ def _varint(value: int) -> bytes:
     return bytes(coded)
 
 
-def _parse_varint(data: memoryview, at: int) -> tuple[int, int]:
+def parse_varint(data: memoryview, at: int) -> tuple[int, int]:
     """The integer at `at`, and where it ends; at most five bytes, and no more than it needs."""
     value = 0
     for place, byte in enumerate(data[at : at + 5]):

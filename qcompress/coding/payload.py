@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from qcompress.coding.ans import CHUNK_CODES, bound_ans, decode_ans, encode_ans, fit_table
 from qcompress.coding.packing import Bytes, blocks, byte_span, count_codes, pack, row_bytes, unpack
+from qcompress.coding.zstd import bound_frame, compress_frame, expand_frame
 
 Coding: TypeAlias = Literal["packed", "zstd", "ans"]
 CodingChoice: TypeAlias = Literal["auto", "packed", "zstd", "ans"]
@@ -25,8 +25,6 @@ MOST_BITS = 12
 ANS_BITS = 8
 """Codes of more bits have no table of frequencies: what they take is left to zstd."""
 
-_ZSTD_LEVEL = 1
-_ZSTD_BLOCK = 1 << 17
 _SAVING_PERCENT = 2
 _STRIPE_CODES = 1 << 17
 _STRIPES = 4
@@ -97,7 +95,7 @@ def bound_bytes(rows: int, columns: int, bits: int, choice: CodingChoice) -> int
     if choice in ("auto", "packed") or not size:
         return size
     if choice == "zstd" or bits > ANS_BITS:
-        return 1 + min(_zstd_bound(rows * row_bytes(columns, lane)) for lane in _zstd_lanes(bits))
+        return 1 + min(bound_frame(rows * row_bytes(columns, lane)) for lane in _zstd_lanes(bits))
     return bound_ans(rows, columns, bits)
 
 
@@ -141,11 +139,6 @@ def _zstd_lanes(bits: int) -> tuple[int, ...]:
     return (4, 8) if bits == 3 else (8,)
 
 
-def _zstd_bound(size: int) -> int:
-    """The most bytes of a frame of `size` bytes (ZSTD_COMPRESSBOUND in zstd.h)."""
-    return size + (size >> 8) + (max(0, _ZSTD_BLOCK - size) >> 11)
-
-
 def _foretell_zstd(packed: Bytes, bits: int, columns: int) -> dict[int, float]:
     """The payload's bytes at each lane width: of a few stripes, scaled up, or of all the codes where they are few."""
     rows = len(packed)
@@ -171,17 +164,15 @@ def _encode_zstd(packed: Bytes, bits: int, columns: int, foretold: dict[int, flo
 
 
 def _zstd_frame(packed: Bytes, bits: int, columns: int, lane: int) -> bytes:
-    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=False, write_content_size=True)
     if lane == bits:
-        return compressor.compress(packed.reshape(-1).data)
-    rows = len(packed)
-    stream = compressor.compressobj(size=rows * row_bytes(columns, lane))
-    parts = []
-    for row_span, column_span in blocks(rows, columns, CHUNK_CODES):
-        width = column_span.stop - column_span.start
-        codes = unpack(packed[row_span, byte_span(column_span, bits)], bits, width)
-        parts.append(stream.compress(pack(codes, lane).data))
-    return b"".join([*parts, stream.flush()])
+        return compress_frame([packed.reshape(-1).data], packed.size)
+    spans = blocks(len(packed), columns, CHUNK_CODES)
+    lanes = (_repack(packed[rows, byte_span(span, bits)], bits, span.stop - span.start, lane) for rows, span in spans)
+    return compress_frame(lanes, len(packed) * row_bytes(columns, lane))
+
+
+def _repack(packed: Bytes, bits: int, columns: int, lane: int) -> memoryview:
+    return pack(unpack(packed, bits, columns), lane).data.cast("B")
 
 
 def _decode_zstd(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
@@ -190,19 +181,7 @@ def _decode_zstd(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
         raise ValueError(f"zstd lanes of {lane} bits for codes of {bits} bits")
     size = rows * row_bytes(columns, lane)
     frame = data[1:]
-    # A block takes at least 4 bytes, whatever it expands to.
-    if size > (len(frame) // 4) * _ZSTD_BLOCK:
-        raise ValueError(f"a zstd frame of {len(frame)} bytes cannot hold {size}")
-    try:
-        declared = zstandard.get_frame_parameters(frame).content_size
-        if declared != size:
-            raise ValueError(f"the zstd frame declares {declared} bytes, not {size}")
-        content = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"the zstd frame is damaged: {error}") from error
-    if len(content) != size:
-        raise ValueError(f"the zstd frame holds {len(content)} bytes, not {size}")
-    lanes = np.frombuffer(content, np.uint8).reshape(rows, -1)
+    lanes = np.frombuffer(expand_frame(frame, size, size), np.uint8).reshape(rows, -1)
     if lane > 8 and (np.ascontiguousarray(lanes).view("<u2") >> bits).any():
         raise ValueError(f"the zstd frame holds codes of more than {bits} bits")
     _check_padding(lanes, lane, columns)

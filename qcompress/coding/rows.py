@@ -19,6 +19,14 @@ def rows_from_weight(weight: Tensor, axis: tuple[int, ...]) -> Tensor:
     return weight.permute(order).reshape(row_shape(tuple(weight.shape), axis))
 
 
+def tap_count(shape: Shape, axis: tuple[int, ...]) -> int:
+    """Columns of one input channel: the sizes behind the first one that is no channel axis; 1 of a plain matrix."""
+    if len(shape) < 2:
+        return 1
+    rest = [size for index, size in enumerate(shape) if index not in axis]
+    return math.prod(rest[1:])
+
+
 def weight_from_rows(rows: Tensor, shape: Shape, axis: tuple[int, ...]) -> Tensor:
     """The inverse of `rows_from_weight`: rows [rows, ...] of any inner shape back to `shape`, contiguous."""
     if len(shape) < 2:

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcompress.coding.affine import middle
+from qcompress.coding.affine import Coded, middle
 from qcompress.coding.half import from_half
 from qcompress.report.counts import Counts, measure_counts
 from qcompress.report.document import BINS, LayerFigures
-from qcompress.types import Affine, Codebook
+from qcompress.types import Affine
 
 Sample: TypeAlias = NDArray[Any]
 
@@ -168,12 +168,12 @@ def _mean_ends(within: tuple[Tensor, Tensor], bits: int | None) -> tuple[float, 
     return (low + half, high - half)
 
 
-def unclipped_range(encoded: Affine | Codebook) -> tuple[Tensor, Tensor] | None:
-    """Lowest and highest weight that a grid does not clip: half a step beyond its end levels; a codebook clips nothing.
+def unclipped_range(encoded: Coded) -> tuple[Tensor, Tensor] | None:
+    """Lowest and highest weight that a grid does not clip: half a step beyond its end levels; nothing else clips.
 
     returns  two float32 tensors shaped like the scale, [1 or rows, groups]
     """
-    if isinstance(encoded, Codebook):
+    if not isinstance(encoded, Affine):
         return None
     scale = from_half(encoded.scale, encoded.exponent)
     if encoded.offset is not None:

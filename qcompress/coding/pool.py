@@ -1,0 +1,169 @@
+"""What codes of several matrices share: the tables of their contexts; and what each matrix is coded with: its levels.
+
+Chosen here, by actual length, for all matrices of a pool together. artifact/SPEC.md, "Pools".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompress.coding.classes import CLASSES, CONTEXTS, Contexts, Levels, class_matrix, measure_levels
+from qcompress.coding.rows import tap_count
+from qcompress.coding.smooth import Slopes, fit_slopes, table_from_slopes
+from qcompress.coding.tokens import TOKEN_BITS, TOKENS, Codes, Tokens, tokens_from_codes
+from qcompress.coding.trellis import trellis_states
+from qcompress.types import Lattice
+
+POOLED_WEIGHTS = 1 << 18
+"""A tensor of more weights has tables of its own."""
+
+POOL_WEIGHTS = 1 << 22
+"""The weights of a file's pool at most: the codes of all its tensors wait in memory for their tables."""
+
+_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Source:
+    """One matrix on its way to its streams.
+
+    taps  columns of one input channel
+    odd   uint8 [rows, columns], on a trellis: whether the state of a code is odd
+    """
+
+    codes: Codes
+    tokens: Tokens
+    taps: int
+    odd: NDArray[np.uint8] | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    def contexts(self, levels: Levels) -> Contexts:
+        """The table of every code, uint8 [rows, columns]."""
+        classes = class_matrix(levels, *self.shape)
+        if self.odd is None:
+            return classes
+        return np.asarray(classes + CLASSES + self.odd * np.uint8(CLASSES), np.uint8)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Levels of each matrix of a pool, and the slopes of the tables that they share, by context."""
+
+    levels: tuple[Levels, ...]
+    slopes: Mapping[int, Slopes]
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How often each (context, token) occurs in one matrix, where it does at all."""
+
+    places: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+
+def make_source(lattice: Lattice) -> Source:
+    """The codes of a lattice with their tokens and, on a trellis, the oddness of their states."""
+    codes = np.ascontiguousarray(lattice.codes.cpu().numpy())
+    odd = np.asarray(trellis_states(codes) & 1, np.uint8) if lattice.trellis else None
+    return Source(codes, tokens_from_codes(codes), tap_count(lattice.shape, lattice.axis), odd)
+
+
+def pooled(sizes: Sequence[int]) -> list[bool]:
+    """Which tensors of so many weights share the pool of their file: the small ones, while it has room for them."""
+    room = POOL_WEIGHTS
+    found = [False] * len(sizes)
+    for place in sorted(range(len(sizes)), key=lambda place: sizes[place]):
+        if sizes[place] <= min(room, POOLED_WEIGHTS):
+            found[place] = True
+            room -= sizes[place]
+    return found
+
+
+def fit_pool(sources: Sequence[Source]) -> tuple[Pool, NDArray[np.int64]]:
+    """The levels and tables under which codes and side information are shortest, and int64 [CONTEXTS, TOKENS] counts.
+
+    For each matrix by itself: no levels, those of rows, of columns, or both, by length under the tables of all.
+    """
+    options = [_level_options(source) for source in sources]
+    counts = [[_count(source, levels) for levels in own] for source, own in zip(sources, options, strict=True)]
+    side = _side_bits(options)
+    # At first as if all matrices had made the same choice.
+    tables = [_ideal_bits(_total([own[choice] for own in counts])) for choice in range(len(options[0]))]
+    costs = np.array([[_cost(one, bits) for one, bits in zip(own, tables, strict=True)] for own in counts]) + side
+    chosen = costs.argmin(1)
+    for _ in range(_ROUNDS):
+        bits = _ideal_bits(_total([own[choice] for own, choice in zip(counts, chosen, strict=True)]))
+        again = (np.array([[_cost(one, bits) for one in own] for own in counts]) + side).argmin(1)
+        if (again == chosen).all():
+            break
+        chosen = again
+    total = _total([own[choice] for own, choice in zip(counts, chosen, strict=True)])
+    slopes = {int(context): fit_slopes(total[context]) for context in np.flatnonzero(total.any(1))}
+    return Pool(tuple(own[choice] for own, choice in zip(options, chosen, strict=True)), slopes), total
+
+
+def _level_options(source: Source) -> tuple[Levels, ...]:
+    full = measure_levels(source.codes, source.taps)
+    return (
+        Levels(full.base),
+        replace(full, channels=None, taps=None),
+        replace(full, rows=None),
+        full,
+    )
+
+
+def _count(source: Source, levels: Levels) -> _Counts:
+    keys = source.contexts(levels) * np.int32(TOKENS) + source.tokens
+    counts = np.bincount(keys.reshape(-1))
+    places = np.flatnonzero(counts)
+    return _Counts(places, counts[places])
+
+
+def _total(counts: Sequence[_Counts]) -> NDArray[np.int64]:
+    total = np.zeros(CONTEXTS * TOKENS, np.int64)
+    for one in counts:
+        total[one.places] += one.counts
+    return total.reshape(CONTEXTS, TOKENS)
+
+
+def _ideal_bits(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Bits of every token in every context, flat; where it does not occur, a little more than if it did once."""
+    present = np.maximum(counts, 0.5)
+    bits: NDArray[np.float64] = np.log2(np.maximum(counts.sum(1, keepdims=True), 1) / present) + TOKEN_BITS
+    return bits.reshape(-1)
+
+
+def _cost(counts: _Counts, bits: NDArray[np.float64]) -> float:
+    return float(counts.counts @ bits[counts.places])
+
+
+def _side_bits(options: Sequence[Sequence[Levels]]) -> NDArray[np.float64]:
+    """About the bits that the levels of each option take, float64 [matrices, options], from those of the full ones."""
+    bits = np.zeros((len(options), 4))
+    for part, users in (("rows", (1, 3)), ("channels", (2, 3)), ("taps", (2, 3))):
+        values = [getattr(own[3], part) for own in options]
+        flat = np.concatenate(values)
+        low = int(flat.min())
+        counts = np.bincount(flat - low)
+        cost = np.log2(len(flat) / np.maximum(counts, 1))
+        for place, own in enumerate(values):
+            bits[place, users] += cost[own - low].sum()
+    return bits
+
+
+def bits_of_tables(pool: Pool) -> dict[int, NDArray[np.float64]]:
+    """Bits of every token in every context that has a table, raw bits included, float64 [tokens of the table]."""
+    found: dict[int, NDArray[np.float64]] = {}
+    for context, slopes in pool.slopes.items():
+        table = table_from_slopes(slopes)
+        found[context] = table.precision - np.log2(table.frequencies) + TOKEN_BITS[: len(table.codes)]
+    return found

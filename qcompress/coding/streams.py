@@ -1,0 +1,167 @@
+"""Codes of one matrix to the streams of its chunks and back, under the tables of a pool.
+
+Chunks decode by themselves and in any order. artifact/SPEC.md, "Streams of a lattice".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompress.coding.ans import CHUNK_CODES, RunReader, Table, chunk_count, encode_runs, parse_varint, varint
+from qcompress.coding.classes import CLASSES, CONTEXTS, Levels, class_matrix
+from qcompress.coding.packing import blocks
+from qcompress.coding.pool import Source
+from qcompress.coding.tokens import FIRST_OPEN, TOKEN_BITS, TOKEN_PARITY, Codes, Tokens, codes_from_tokens, raw_bits
+from qcompress.coding.trellis import NEXT_STATE
+
+Tables = Mapping[int, Table]
+
+_FLUSH_BITS = 18.5
+"""What a stream takes beyond the information of its codes, about: its coder starts from a state of 24 bits."""
+_INDEX_BITS = 36
+
+
+def encode_streams(source: Source, levels: Levels, tables: Tables) -> bytes:
+    """The payload: an index, then of every chunk its raw bits and its stream."""
+    every = source.contexts(levels)
+    trellis = source.odd is not None
+    if trellis and source.codes.shape[1] > CHUNK_CODES:
+        raise ValueError(f"rows of more than {CHUNK_CODES} codes cannot drive a trellis")
+    index, parts = [], []
+    spans = list(blocks(*source.shape, CHUNK_CODES))
+    for place, span in enumerate(spans):
+        codes, tokens = source.codes[span], source.tokens[span]
+        # On a trellis codes are read column by column, and so are their raw bits.
+        raw = (raw_bits(codes.T, tokens.T) if trellis else raw_bits(codes, tokens)).tobytes()
+        stream = encode_runs(_runs(tokens, every[span], tables, trellis))
+        index.append(varint(len(raw)))
+        if place < len(spans) - 1:
+            index.append(varint(len(stream)))
+        parts += [raw, stream]
+    return b"".join([*index, *parts])
+
+
+def _runs(tokens: Tokens, contexts: NDArray[np.uint8], tables: Tables, trellis: bool) -> list[tuple[Tokens, Table]]:
+    """The tokens of a chunk in the order of their contexts; on a trellis, in that order within each column."""
+    if not trellis:
+        flat = contexts.reshape(-1)
+        ordered = tokens.reshape(-1)[np.argsort(flat, kind="stable")]
+        used = np.bincount(flat, minlength=CONTEXTS)
+        ends = np.cumsum(used)
+        return [(ordered[ends[c] - used[c] : ends[c]], tables[c]) for c in np.flatnonzero(used).tolist()]
+    keys = (np.arange(contexts.shape[1])[:, None] * CONTEXTS + contexts.T).reshape(-1)
+    order = np.argsort(keys, kind="stable")
+    ordered, keys = tokens.T.reshape(-1)[order], keys[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    ends = np.append(starts[1:], len(keys))
+    return [
+        (ordered[start:end], tables[int(keys[start]) % CONTEXTS])
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+    ]
+
+
+def decode_streams(data: memoryview, shape: tuple[int, int], levels: Levels, tables: Tables, trellis: bool) -> Codes:
+    """The codes, int32 [rows, columns], of a payload that is all of `data`.
+
+    Nothing is allocated before the payload's length makes the size possible. Raises ValueError where the payload is
+    not that of a matrix of this shape under these tables.
+    """
+    if trellis and shape[1] > CHUNK_CODES:
+        raise ValueError(f"rows of more than {CHUNK_CODES} codes cannot drive a trellis")
+    chunks = chunk_count(*shape)
+    if len(data) < 2 * chunks - 1:
+        raise ValueError(f"{len(data)} bytes of payload cannot hold {chunks} chunks")
+    parts = _parse_index(data, chunks)
+    classes = class_matrix(levels, *shape)
+    models = {context: table.model() for context, table in tables.items()}
+    codes = np.empty(shape, np.int32)
+    for span, (raw, stream) in zip(blocks(*shape, CHUNK_CODES), parts, strict=True):
+        reader = RunReader(stream)
+        if trellis:
+            tokens = _read_trellis(reader, raw, classes[span], tables, models)
+        else:
+            tokens = _read_plain(reader, classes[span], tables, models)
+        reader.finish()
+        found, left = codes_from_tokens(tokens, raw)
+        codes[span] = found.T if trellis else found
+        if len(left):
+            raise ValueError("a chunk has raw bits that no code needs")
+    return codes
+
+
+def _parse_index(data: memoryview, chunks: int) -> list[tuple[memoryview, memoryview]]:
+    """(raw bits, stream) of every chunk; the last stream has all that is left."""
+    sizes = []
+    at = 0
+    for place in range(chunks):
+        raw, at = parse_varint(data, at)
+        stream, at = parse_varint(data, at) if place < chunks - 1 else (0, at)
+        sizes.append((raw, stream))
+    left = len(data) - at - sum(raw + stream for raw, stream in sizes)
+    if left < 0:
+        raise ValueError(f"the chunks are longer than the payload by {-left} bytes")
+    sizes[-1] = (sizes[-1][0], left)
+    parts = []
+    for raw, stream in sizes:
+        middle = at + raw
+        parts.append((data[at:middle], data[middle : middle + stream]))
+        at = middle + stream
+    return parts
+
+
+def _table(tables: Tables, context: int) -> Table:
+    if context not in tables:
+        raise ValueError(f"class {context % CLASSES} has no table")
+    return tables[context]
+
+
+def _read_plain(reader: RunReader, classes: NDArray[np.uint8], tables: Tables, models: Mapping[int, Any]) -> Tokens:
+    flat = classes.reshape(-1)
+    used = np.bincount(flat, minlength=CLASSES)
+    runs = [
+        reader.read(_table(tables, context), models.get(context), int(used[context]))
+        for context in np.flatnonzero(used).tolist()
+    ]
+    tokens = np.empty(flat.shape, np.uint8)
+    tokens[np.argsort(flat, kind="stable")] = np.concatenate(runs)
+    return tokens.reshape(classes.shape)
+
+
+def _read_trellis(
+    reader: RunReader, raw: memoryview, classes: NDArray[np.uint8], tables: Tables, models: Mapping[int, Any]
+) -> Tokens:
+    """The tokens as [columns, rows]: column by column, because a column's states follow from the one before."""
+    rows, columns = classes.shape
+    tokens = np.empty((columns, rows), np.uint8)
+    bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little")
+    place = 0
+    state = np.zeros(rows, np.uint8)
+    for column in range(columns):
+        contexts = classes[:, column] + ((state & 1) + 1) * np.uint8(CLASSES)
+        used = np.bincount(contexts)
+        runs = [
+            reader.read(_table(tables, context), models.get(context), int(used[context]))
+            for context in np.flatnonzero(used).tolist()
+        ]
+        found = tokens[column]
+        found[np.argsort(contexts, kind="stable")] = np.concatenate(runs)
+        parity = TOKEN_PARITY.take(found, mode="clip")
+        if int(found.max()) >= FIRST_OPEN:
+            # The lowest raw bit is the parity of a code whose token leaves it open.
+            is_open = found >= FIRST_OPEN
+            ends = place + np.cumsum(TOKEN_BITS.take(found[is_open], mode="clip"))
+            if ends[-1] > len(bits):
+                raise ValueError("a chunk has fewer raw bits than its codes need")
+            parity[is_open] = bits[np.append(place, ends[:-1])]
+            place = int(ends[-1])
+        state = NEXT_STATE.reshape(-1).take(state << 1 | parity)
+    return tokens
+
+
+def overhead_bits(chunks: int) -> float:
+    """The bits of a payload of so many chunks beyond the information of its codes, on average."""
+    return chunks * _FLUSH_BITS + (chunks - 1) * _INDEX_BITS + 12
