@@ -21,9 +21,9 @@ from qcompress.solvers.hessian import damped, grouped
 class Prices:
     """What codes cost.
 
-    classes  int64 [rows, columns]: the table of each code
-    bits     float32 [tables, 2 * span + 1]: of the codes -span to span; codes beyond cost what these do. Of a trellis
-             [tables, 2, 2 * span + 1], by the lowest bit of the state
+    classes  int64 [rows, columns]: of each code
+    bits     float32 [contexts, 2 * span + 1]: of the codes -span to span; codes beyond cost what these do. The context
+             of a code is its class; on a trellis, see coding.lengths.class_costs
     rate     in units of step**2 times conditional energy a bit
     """
 
@@ -35,10 +35,10 @@ class Prices:
     def span(self) -> int:
         return self.bits.shape[-1] // 2
 
-    def of(self, classes: Tensor, codes: Tensor) -> Tensor:
-        """The bits of codes [..., rows] in the classes [rows] of their rows."""
+    def of(self, contexts: Tensor, codes: Tensor) -> Tensor:
+        """The bits of codes [..., rows] in the contexts [rows] of their rows."""
         span = self.span
-        at = classes * (2 * span + 1) + span
+        at = contexts * (2 * span + 1) + span
         return self.bits.reshape(-1)[(codes.clamp(-span, span) + at).long()]
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompress.coding.lattice import NEXT_STATE, STATES
+from qcompress.coding.classes import CLASSES
+from qcompress.coding.trellis import NEXT_STATE, STATES
 from qcompress.solvers.feedback import BLOCK_COLUMNS, inverse_factor
 from qcompress.solvers.hessian import grouped
 from qcompress.solvers.lattice import Prices
@@ -44,7 +45,7 @@ def trellis_lattice(
     rows = rest.shape[2]
     costs = rest.new_full((STATES, groups, rows), torch.inf)
     costs[0] = 0
-    before, parity = (torch.from_numpy(one).to(target.device) for one in _arrivals())
+    before, parity = (one.to(target.device) for one in _arrivals())
     odd = (torch.arange(STATES, device=target.device) & 1).view(-1, 1, 1)
     chosen = torch.empty((columns, STATES, groups, rows), dtype=torch.int32, device=target.device)
     origins = torch.empty((columns, STATES, groups, rows), dtype=torch.uint8, device=target.device)
@@ -60,7 +61,7 @@ def trellis_lattice(
             error = (w - values * (step / 2)) / pivot
             cost = error.square()
             if prices is not None and classes is not None and multipliers is not None:
-                cost += multipliers * prices.of(2 * classes[:, :, here] + odd, codes)
+                cost += multipliers * prices.of(classes[:, :, here] + CLASSES * (1 + odd), codes)
             # [2 parities, 2 magnitudes, states, groups, rows] -> the cheaper magnitude of each parity.
             cost, which = cost.min(1)
             codes, error = (one.gather(1, which.unsqueeze(1)).squeeze(1) for one in (codes, error))
@@ -87,13 +88,11 @@ def trellis_lattice(
     return found.permute(1, 2, 0).reshape(target.shape)
 
 
-def _arrivals() -> tuple[object, object]:
+def _arrivals() -> tuple[Tensor, Tensor]:
     """(state before, parity of the code), each int64 [state, 2]: the two ways into every state."""
-    import numpy as np
-
     ways = [[(s, p) for s in range(STATES) for p in (0, 1) if NEXT_STATE[s][p] == state] for state in range(STATES)]
-    both = np.array(ways, np.int64)
-    return np.ascontiguousarray(both[:, :, 0]), np.ascontiguousarray(both[:, :, 1])
+    before, parity = torch.tensor(ways).unbind(2)
+    return before, parity
 
 
 def _nearest(u: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qcompress.coding.classes import class_costs, coded_bits
+from qcompress.coding.lengths import class_costs, coded_bits
 from qcompress.coding.rows import rows_from_weight
 from qcompress.methods.rd.responses import Response, measure_responses
 from qcompress.model.companions import match_outputs
@@ -32,6 +32,7 @@ ENOUGH = 0.985
 SLOPE = 0.75
 """By how much the logarithm of all steps changes a bit of the rate, about."""
 PASSES = 5
+PRICED_CODES = 64
 DIVERGENCE_SAMPLES = 512
 
 
@@ -198,8 +199,12 @@ class Session:
         if self.config.rate == 0:
             return {}
         ordered = [before.get(name) or before[layer.decision.tensor.name] for name, layer in self.layers.items()]
-        classes, bits = class_costs(ordered)
-        return {name: Prices(own, bits, self.config.rate) for name, own in zip(self.layers, classes, strict=True)}
+        device, rate = self.live.device, self.config.rate
+        found = class_costs(ordered, PRICED_CODES)
+        return {
+            name: Prices(classes.long().to(device), bits.to(device), rate)
+            for name, (classes, bits) in zip(self.layers, found, strict=True)
+        }
 
     def _code(self, layer: _Layer, grid: Lattice, step: LayerStep, prices: Prices | None) -> Lattice:
         gram = step.gram()
