@@ -180,7 +180,8 @@ class Decision:
     """What happens to one tensor and why; made from its header alone.
 
     `config` is Widths where a budget has yet to choose. `axis` holds the channel axes: the weight is seen as rows, one
-    a channel. `tied_to` names the tensor that is stored in place of this one.
+    a channel. `tied_to` names the tensor that is stored in place of this one. `sensitivity` is what the chosen width of
+    this tensor alone costs, where that was measured.
     """
 
     tensor: TensorInfo
@@ -189,6 +190,7 @@ class Decision:
     reason: str
     axis: tuple[int, ...] = (0,)
     tied_to: str | None = None
+    sensitivity: float | None = None
 
     @property
     def compresses(self) -> bool:
