@@ -1,36 +1,24 @@
-"""Plan x what each width costs x budget -> Plan with every width decided. Imports no torch.
-
-Each tensor's cost falls and its bytes grow with its width. At the least total cost within a budget all tensors have
-about the same slope, cost saved a byte: so the widths of many tensors grow along the lower convex hulls, steepest first
-(Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers"). Where the tensors are few, one
-step may be a large part of the budget, and dynamic programming finds the least cost of all.
-"""
+"""Plan x what each width costs x budget -> Plan with every width decided. Imports no torch."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
 from qcompress.errors import BudgetError, InputError, raise_all
-from qcompress.report.sensitivity import LayerCosts, grid_words, read_sensitivity, refuse_foreign
+from qcompress.report.sensitivity import AGAIN, LayerCosts, grid_words, read_sensitivity, refuse_foreign
 from qcompress.shards import planned_files
-from qcompress.types import Budget, Decision, Plan
+from qcompress.solvers.knapsack import Curve, choose, slope, sum_bytes
+from qcompress.types import Budget, Decision, Plan, Recipe
 
 UNBOUNDED_BPW = (0.25, 8.0)
 """Between which budgets the smallest is searched for methods that have no widths."""
-
-BUCKETS = 1 << 16
-MOST_BY_TABLE = 256
-"""Units that are solved by dynamic programming at most; with more of them each step is small beside the budget."""
 
 LINKED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -60,16 +48,25 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Tensors that get one width: size_bytes of codes and side information, and cost, at each width ascending."""
+class Unit(Curve):
+    """Tensors that get one width."""
 
     decisions: tuple[Decision, ...]
-    size_bytes: Mapping[int, int]
-    cost: Mapping[int, float]
 
-    @property
-    def narrowest(self) -> int:
-        return min(self.size_bytes)
+
+def sensitivity_file(recipe: Recipe) -> Path | None:
+    """The file of sensitivities that a recipe's budget names: from its folder, or from QCOMPRESS_DATA.
+
+    raises  BudgetError where it is in neither
+    """
+    if recipe.budget is None or recipe.budget.sensitivity is None:
+        return None
+    source, base = Path(recipe.source), os.environ.get("QCOMPRESS_DATA")
+    for folder in (source.parent if source.suffix else Path(), *([Path(base)] if base else [])):
+        if (folder / recipe.budget.sensitivity).exists():
+            return folder / recipe.budget.sensitivity
+    where = recipe.places.get("budget", "budget")
+    raise BudgetError(f"{where}.sensitivity", f"{recipe.budget.sensitivity!r} is not there", AGAIN)
 
 
 def read_costs(checkpoint: Checkpoint, plan: Plan, path: Path) -> Costs:
@@ -126,7 +123,7 @@ def make_units(plan: Plan, choice: CodingChoice, costs: Costs | None = None) -> 
             )
         sizes = {bits: sum(_size_bytes(d, bits, choice) for d in decisions) for bits in sorted(widths)}
         cost = {bits: sum(costs.of[d.tensor.name][bits] for d in decisions) if costs else 0.0 for bits in sizes}
-        units.append(Unit(tuple(decisions), sizes, cost))
+        units.append(Unit(sizes, cost, tuple(decisions)))
     return units
 
 
@@ -167,7 +164,7 @@ def allocate(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, costs: Co
     narrow = [unit.narrowest for unit in units]
     _refuse_less(plan, limit, _taken_bytes(checkpoint, close(plan, units, narrow), choice, budget))
     # What is no code and no grid: nothing for bpw; for a whole file kept tensors, and a header that the widths change.
-    fixed = _taken_bytes(checkpoint, close(plan, units, narrow), choice, budget) - _sum_bytes(units, narrow)
+    fixed = _taken_bytes(checkpoint, close(plan, units, narrow), choice, budget) - sum_bytes(units, narrow)
     best = narrow
     while True:
         found = choose(units, limit - fixed)
@@ -192,120 +189,15 @@ def bpw_bounds(plan: Plan, choice: CodingChoice) -> tuple[float, float]:
 
 def with_bpw(plan: Plan, bpw: float) -> Plan:
     """The plan under a budget of bits per weight, in place of its own."""
-    return replace(plan, recipe=replace(plan.recipe, budget=Budget(bpw=bpw)))
+    own = plan.recipe.budget or Budget()
+    budget = replace(own, bpw=bpw, size=None, minimize=None)
+    return replace(plan, recipe=replace(plan.recipe, budget=budget))
 
 
 def narrowest(plan: Plan, choice: CodingChoice) -> Plan:
     """The plan with every open width at its narrowest."""
     units = make_units(plan, choice)
     return close(plan, units, [unit.narrowest for unit in units])
-
-
-def choose(units: Sequence[Unit], most_bytes: int) -> list[int]:
-    """A width for each unit, so that their bytes sum to at most `most_bytes` and their costs to the least.
-
-    The narrowest widths are taken whatever they need. Few units are solved by dynamic programming, whose bytes are
-    rounded up to a part in BUCKETS of what there is to spend; many along the lower convex hulls, where the choice is
-    optimal for the bytes that it takes. What is left then goes to any width that still fits, steepest first.
-    """
-    narrow = [unit.narrowest for unit in units]
-    spare = most_bytes - _sum_bytes(units, narrow)
-    if spare <= 0:
-        return narrow
-    chosen = _by_table(units, spare) if len(units) <= MOST_BY_TABLE else _along_hulls(units, spare)
-    return _filled(units, chosen, most_bytes - _sum_bytes(units, chosen))
-
-
-def _by_table(units: Sequence[Unit], spare: int) -> list[int]:
-    """The least total cost for at most `spare` bytes beyond the narrowest widths, by dynamic programming."""
-    most = sum(max(unit.size_bytes.values()) - unit.size_bytes[unit.narrowest] for unit in units)
-    if most <= spare:
-        return [min(unit.cost, key=lambda bits: (unit.cost[bits], unit.size_bytes[bits])) for unit in units]
-    bucket = max(1.0, spare / BUCKETS)
-    room = int(spare / bucket)
-    # best[s]: the least cost of the units so far for s buckets; taken[i][s]: which width of unit i that uses.
-    best = np.zeros(room + 1)
-    taken = np.zeros((len(units), room + 1), np.uint8)
-    for index, unit in enumerate(units):
-        base = unit.size_bytes[unit.narrowest]
-        so_far, best = best, np.full(room + 1, np.inf)
-        for place, (bits, size) in enumerate(unit.size_bytes.items()):
-            needed = math.ceil((size - base) / bucket)
-            if needed > room:
-                continue
-            tried = so_far[: room + 1 - needed] + unit.cost[bits]
-            better = tried < best[needed:]
-            best[needed:][better] = tried[better]
-            taken[index, needed:][better] = place
-    chosen: list[int] = []
-    left = room
-    for index in range(len(units) - 1, -1, -1):
-        unit = units[index]
-        bits = list(unit.size_bytes)[taken[index, left]]
-        left -= math.ceil((unit.size_bytes[bits] - unit.size_bytes[unit.narrowest]) / bucket)
-        chosen.append(bits)
-    return chosen[::-1]
-
-
-def _along_hulls(units: Sequence[Unit], left: int) -> list[int]:
-    """Widths along the lower convex hulls, steepest step first, for at most `left` bytes beyond the narrowest."""
-    chosen = [unit.narrowest for unit in units]
-    steps = [(-slope, index, bits) for index, unit in enumerate(units) for bits, slope in hull_steps(unit)]
-    stopped: set[int] = set()
-    for _, index, bits in sorted(steps):
-        needed = units[index].size_bytes[bits] - units[index].size_bytes[chosen[index]]
-        if index in stopped or needed > left:
-            # Steps of a hull come in order: after one that does not fit, the next would jump over it.
-            stopped.add(index)
-            continue
-        left -= needed
-        chosen[index] = bits
-    return chosen
-
-
-def hull_steps(unit: Unit) -> list[tuple[int, float]]:
-    """(width, slope of cost saved a byte on the way to it) along the lower convex hull, slopes falling, above 0."""
-    hull: list[int] = []
-    for bits in sorted(unit.size_bytes, key=lambda bits: (unit.size_bytes[bits], unit.cost[bits])):
-        if hull and unit.cost[bits] >= unit.cost[hull[-1]]:
-            continue
-        while len(hull) > 1 and _slope(unit, hull[-1], bits) >= _slope(unit, hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(bits)
-    return [(after, _slope(unit, before, after)) for before, after in itertools.pairwise(hull)]
-
-
-def _slope(unit: Unit, before: int, after: int) -> float:
-    """Cost saved a byte from one width to a wider one, infinite where that takes no byte more."""
-    saved, grown = unit.cost[before] - unit.cost[after], unit.size_bytes[after] - unit.size_bytes[before]
-    return saved / grown if grown else math.inf
-
-
-def _filled(units: Sequence[Unit], chosen: Sequence[int], left: int) -> list[int]:
-    """The choice with what is left of the budget spent on whatever still fits and saves the most cost a byte."""
-    filled = list(chosen)
-
-    def best_step(index: int) -> tuple[float, int, int] | None:
-        unit, now = units[index], filled[index]
-        steps = [
-            (-_slope(unit, now, bits), index, bits)
-            for bits, size in unit.size_bytes.items()
-            if bits > now and size - unit.size_bytes[now] <= left and unit.cost[bits] < unit.cost[now]
-        ]
-        return min(steps, default=None)
-
-    waiting = [step for index in range(len(units)) if (step := best_step(index)) is not None]
-    heapq.heapify(waiting)
-    while waiting:
-        _, index, bits = heapq.heappop(waiting)
-        needed = units[index].size_bytes[bits] - units[index].size_bytes[filled[index]]
-        if needed <= left:
-            left -= needed
-            filled[index] = bits
-        again = best_step(index)
-        if again is not None:
-            heapq.heappush(waiting, again)
-    return filled
 
 
 def close(plan: Plan, units: Sequence[Unit], chosen: Sequence[int], why: str = "", costs: Costs | None = None) -> Plan:
@@ -326,9 +218,9 @@ def _slope_words(unit: Unit, bits: int) -> str:
     place = widths.index(bits)
     words = ""
     if place:
-        words += f", last bit saved {1000 * _slope(unit, widths[place - 1], bits):.1e} a KB"
+        words += f", last bit saved {1000 * slope(unit, widths[place - 1], bits):.1e} a KB"
     if place + 1 < len(widths):
-        words += f", next would {1000 * _slope(unit, bits, widths[place + 1]):.1e}"
+        words += f", next would {1000 * slope(unit, bits, widths[place + 1]):.1e}"
     return words + (f"; equal in {len(unit.decisions)} linked tensors" if len(unit.decisions) > 1 else "")
 
 
@@ -361,10 +253,6 @@ def _partners(name: str, known: Mapping[str, Decision]) -> list[str]:
 def _size_bytes(decision: Decision, bits: int, choice: CodingChoice) -> int:
     """Bytes of a decision's codes and grids at a width; with entropy coding the most that they can be."""
     return sum(slot.n_bytes for slot in make_slots(replace(decision, config=decision.config.at(bits)), choice))
-
-
-def _sum_bytes(units: Sequence[Unit], chosen: Sequence[int]) -> int:
-    return sum(unit.size_bytes[bits] for unit, bits in zip(units, chosen, strict=True))
 
 
 def _taken_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, budget: Budget) -> int:

@@ -89,6 +89,7 @@ def run(request: Request, streams: Streams) -> None:
             raise UsageError(
                 "--save-statistics", "there is no model to gather from", "add -r RECIPE with model and data"
             )
+    request = replace(request, sensitivity=_sensitivity(request, asked))
     source = read_checkpoint(request.checkpoint)
     target = request.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
     learned = request.representatives or representatives_path(request.checkpoint)
@@ -120,6 +121,16 @@ def run(request: Request, streams: Streams) -> None:
         raise UsageError(where, "the recipe names a live model", "leave one of them out")
     setting = make_setting(asked, request.device, request.allow_code, streams)
     _compress_live(source, setting, target, options, request, streams)
+
+
+def _sensitivity(request: Request, recipe: Recipe) -> Path | None:
+    """The file of sensitivities, of the command line or of the recipe. Raises UsageError where nothing spends by it."""
+    from qcompress.allocate import sensitivity_file
+
+    if request.sensitivity is not None and recipe.budget is None:
+        where = f"--sensitivity {request.sensitivity}"
+        raise UsageError(where, "there is no budget to spend by it", "add --bpw X or --target-size SIZE")
+    return request.sensitivity or sensitivity_file(recipe)
 
 
 def make_recipe(
