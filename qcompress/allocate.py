@@ -1,25 +1,24 @@
-"""Plan x what each width costs x budget -> Plan with every width decided. Imports no torch.
-
-Each tensor's cost falls and its bytes grow with its width. At the least total cost within a budget all tensors have
-about the same slope, cost saved a byte: so widths grow along the lower convex hull of each tensor's points, steepest
-first (Shoham and Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers"). What is left of the
-budget goes to the best widths that still fit.
-"""
+"""Plan x what each width costs x budget -> Plan with every width decided. Imports no torch."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
-from qcompress.errors import BudgetError
+from qcompress.errors import BudgetError, InputError, raise_all
+from qcompress.report.sensitivity import AGAIN, LayerCosts, grid_words, read_sensitivity, refuse_foreign
 from qcompress.shards import planned_files
-from qcompress.types import Budget, Decision, Plan
+from qcompress.solvers.knapsack import Curve, choose, slope, sum_bytes
+from qcompress.types import Budget, Decision, Plan, Recipe
+
+UNBOUNDED_BPW = (0.25, 8.0)
+"""Between which budgets the smallest is searched for methods that have no widths."""
 
 LINKED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -33,29 +32,74 @@ LINKED = (
 )
 """Modules that other tools store or run as one, so that their widths must be equal, wherever all of them are there."""
 
-Costs = Mapping[str, Mapping[int, float]]
-"""Tensor -> width -> what this width of this tensor alone costs; of any unit, the same for all."""
+
+@dataclass(frozen=True)
+class Costs:
+    """What each width of each open tensor alone costs, in any unit that is the same for all.
+
+    of        tensor -> width -> cost; widths that are not there are not chosen
+    why       how it was found, for the plan's reasons
+    measured  whether on a live model, so that the report can say it
+    """
+
+    of: Mapping[str, Mapping[int, float]]
+    why: str
+    measured: bool = False
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Tensors that get one width: size_bytes of codes and side information, and cost, at each width ascending."""
+class Unit(Curve):
+    """Tensors that get one width."""
 
     decisions: tuple[Decision, ...]
-    size_bytes: Mapping[int, int]
-    cost: Mapping[int, float]
-
-    @property
-    def narrowest(self) -> int:
-        return min(self.size_bytes)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The width of a unit, and the slope at which it was reached: cost saved a byte, 0 at the narrowest."""
+def sensitivity_file(recipe: Recipe) -> Path | None:
+    """The file of sensitivities that a recipe's budget names: from its folder, or from QCOMPRESS_DATA.
 
-    bits: int
-    slope: float
+    raises  BudgetError where it is in neither
+    """
+    if recipe.budget is None or recipe.budget.sensitivity is None:
+        return None
+    source, base = Path(recipe.source), os.environ.get("QCOMPRESS_DATA")
+    for folder in (source.parent if source.suffix else Path(), *([Path(base)] if base else [])):
+        if (folder / recipe.budget.sensitivity).exists():
+            return folder / recipe.budget.sensitivity
+    where = recipe.places.get("budget", "budget")
+    raise BudgetError(f"{where}.sensitivity", f"{recipe.budget.sensitivity!r} is not there", AGAIN)
+
+
+def read_costs(checkpoint: Checkpoint, plan: Plan, path: Path) -> Costs:
+    """The divergences that were measured on this checkpoint, from a file of sensitivities.
+
+    raises  ReportError where the file is damaged or of another checkpoint; BudgetError (Refusals where several) for
+            open tensors that it does not cover, or covers with another grid
+    """
+    found = read_sensitivity(path)
+    refuse_foreign(found, path, checkpoint)
+    by_name = {layer.name: layer for layer in found.layers}
+    errors: list[InputError] = []
+    of: dict[str, dict[int, float]] = {}
+    for decision in (decision for decision in plan.decisions if decision.is_open):
+        name, layer = decision.tensor.name, by_name.get(decision.tensor.name)
+        because = _uncovered(decision, layer)
+        if layer is None or because is not None:
+            errors.append(BudgetError(f"{path}: {name}", because or "", "measure again with the rules of this run"))
+        else:
+            of[name] = {cost.bits: cost.divergence for cost in layer.widths}
+    raise_all(errors)
+    return Costs(of, f"measured in {path.name}", measured=True)
+
+
+def _uncovered(decision: Decision, layer: LayerCosts | None) -> str | None:
+    """Why what was measured of a layer does not tell what a decision costs, or None."""
+    if layer is None or layer.shape != decision.tensor.shape:
+        return "was not measured"
+    if layer.grid != grid_words(decision):
+        return f"was measured with a grid of {layer.grid}, and is to get {grid_words(decision)}"
+    if not {cost.bits for cost in layer.widths} & decision.config.configs.keys():
+        return "was measured at no width that its method has"
+    return None
 
 
 def is_open(plan: Plan) -> bool:
@@ -70,15 +114,16 @@ def make_units(plan: Plan, choice: CodingChoice, costs: Costs | None = None) -> 
     """
     units = []
     for decisions in _linked([decision for decision in plan.decisions if decision.is_open]):
-        widths = set.intersection(*(set(decision.config.configs) for decision in decisions))
+        known = (costs.of[d.tensor.name].keys() & d.config.configs if costs else d.config.configs for d in decisions)
+        widths = set.intersection(*map(set, known))
         if not widths:
             names = ", ".join(decision.tensor.name for decision in decisions)
             raise BudgetError(
                 _where(plan), f"{names} belong together and have no width in common", "give them the same options"
             )
         sizes = {bits: sum(_size_bytes(d, bits, choice) for d in decisions) for bits in sorted(widths)}
-        cost = {bits: sum(costs[d.tensor.name][bits] for d in decisions) if costs else 0.0 for bits in sizes}
-        units.append(Unit(tuple(decisions), sizes, cost))
+        cost = {bits: sum(costs.of[d.tensor.name][bits] for d in decisions) if costs else 0.0 for bits in sizes}
+        units.append(Unit(sizes, cost, tuple(decisions)))
     return units
 
 
@@ -88,7 +133,13 @@ def refuse_infeasible(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) 
     if budget is None or budget.minimize is not None or not is_open(plan):
         return
     least = _taken_bytes(checkpoint, narrowest(plan, choice), choice, budget)
-    if least <= _limit_bytes(plan, budget):
+    _refuse_less(plan, _limit_bytes(plan, budget), least)
+
+
+def _refuse_less(plan: Plan, limit: int, least: int) -> None:
+    """Raise BudgetError where the narrowest widths take `least` bytes, and the budget is fewer."""
+    budget = plan.recipe.budget
+    if budget is None or least <= limit:
         return
     if budget.bpw is not None:
         bpw = least * 8 / _weights(plan)
@@ -98,23 +149,22 @@ def refuse_infeasible(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) 
     raise BudgetError(_where(plan), what, f"ask for at least {least}, or compress more tensors")
 
 
-def allocate(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, costs: Costs, why: str) -> Plan:
+def allocate(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, costs: Costs) -> Plan:
     """The plan with every width decided: the least total cost that the budget allows, never more than the budget.
 
     The bytes are those of packed codes; entropy coding makes the artifact smaller still.
 
-    why     how the costs were found, for the plan's reasons
     raises  BudgetError where the narrowest widths take more than the budget
     """
     budget = plan.recipe.budget
     if budget is None or not is_open(plan):
         return plan
-    refuse_infeasible(checkpoint, plan, choice)
     units = make_units(plan, choice, costs)
     limit = _limit_bytes(plan, budget)
-    narrow = [Choice(unit.narrowest, 0.0) for unit in units]
+    narrow = [unit.narrowest for unit in units]
+    _refuse_less(plan, limit, _taken_bytes(checkpoint, close(plan, units, narrow), choice, budget))
     # What is no code and no grid: nothing for bpw; for a whole file kept tensors, and a header that the widths change.
-    fixed = _taken_bytes(checkpoint, close(plan, units, narrow), choice, budget) - _sum_bytes(units, narrow)
+    fixed = _taken_bytes(checkpoint, close(plan, units, narrow), choice, budget) - sum_bytes(units, narrow)
     best = narrow
     while True:
         found = choose(units, limit - fixed)
@@ -125,94 +175,53 @@ def allocate(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, costs: Co
         if found == narrow:
             break
         fixed += over
-    return close(plan, units, best, f"{_budget_words(budget)}, {why}")
+    return close(plan, units, best, f"{_budget_words(budget)}, {costs.why}", costs)
+
+
+def bpw_bounds(plan: Plan, choice: CodingChoice) -> tuple[float, float]:
+    """Bits per weight of the narrowest and of the widest widths, each rounded up; of a method without widths, any."""
+    if not is_open(plan):
+        return UNBOUNDED_BPW
+    units = make_units(plan, choice)
+    low, high = (8 * sum(end(unit.size_bytes.values()) for unit in units) / _weights(plan) for end in (min, max))
+    return math.ceil(low * 1e4) / 1e4, math.ceil(high * 1e4) / 1e4
+
+
+def with_bpw(plan: Plan, bpw: float) -> Plan:
+    """The plan under a budget of bits per weight, in place of its own."""
+    own = plan.recipe.budget or Budget()
+    budget = replace(own, bpw=bpw, size=None, minimize=None)
+    return replace(plan, recipe=replace(plan.recipe, budget=budget))
 
 
 def narrowest(plan: Plan, choice: CodingChoice) -> Plan:
     """The plan with every open width at its narrowest."""
     units = make_units(plan, choice)
-    return close(plan, units, [Choice(unit.narrowest, 0.0) for unit in units])
+    return close(plan, units, [unit.narrowest for unit in units])
 
 
-def choose(units: Sequence[Unit], most_bytes: int) -> list[Choice]:
-    """A width for each unit, so that their bytes sum to at most `most_bytes` and their costs to about the least.
-
-    Along the lower convex hulls the choice is optimal for the bytes that it takes; what is left then goes to any width
-    that still fits, steepest first. The narrowest widths are taken whatever they need.
-    """
-    chosen = [Choice(unit.narrowest, 0.0) for unit in units]
-    left = most_bytes - _sum_bytes(units, chosen)
-    steps = [(-slope, index, bits) for index, unit in enumerate(units) for bits, slope in hull_steps(unit)]
-    stopped: set[int] = set()
-    for negative, index, bits in sorted(steps):
-        needed = units[index].size_bytes[bits] - units[index].size_bytes[chosen[index].bits]
-        if index in stopped or needed > left:
-            # Steps of a hull come in order: after one that does not fit, the next would jump over it.
-            stopped.add(index)
-            continue
-        left -= needed
-        chosen[index] = Choice(bits, -negative)
-    return _filled(units, chosen, left)
-
-
-def hull_steps(unit: Unit) -> list[tuple[int, float]]:
-    """(width, slope of cost saved a byte on the way to it) along the lower convex hull, slopes falling, above 0."""
-    hull: list[int] = []
-    for bits in sorted(unit.size_bytes, key=lambda bits: (unit.size_bytes[bits], unit.cost[bits])):
-        if hull and unit.cost[bits] >= unit.cost[hull[-1]]:
-            continue
-        while len(hull) > 1 and _slope(unit, hull[-1], bits) >= _slope(unit, hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(bits)
-    return [(after, _slope(unit, before, after)) for before, after in itertools.pairwise(hull)]
-
-
-def _slope(unit: Unit, before: int, after: int) -> float:
-    """Cost saved a byte from one width to a wider one, infinite where that takes no byte more."""
-    saved, grown = unit.cost[before] - unit.cost[after], unit.size_bytes[after] - unit.size_bytes[before]
-    return saved / grown if grown else math.inf
-
-
-def _filled(units: Sequence[Unit], chosen: Sequence[Choice], left: int) -> list[Choice]:
-    """The choice with what is left of the budget spent on whatever still fits and saves the most cost a byte."""
-    filled = list(chosen)
-
-    def best_step(index: int) -> tuple[float, int, int] | None:
-        unit, now = units[index], filled[index].bits
-        steps = [
-            (-_slope(unit, now, bits), index, bits)
-            for bits, size in unit.size_bytes.items()
-            if bits > now and size - unit.size_bytes[now] <= left and unit.cost[bits] < unit.cost[now]
-        ]
-        return min(steps, default=None)
-
-    waiting = [step for index in range(len(units)) if (step := best_step(index)) is not None]
-    heapq.heapify(waiting)
-    while waiting:
-        negative, index, bits = heapq.heappop(waiting)
-        needed = units[index].size_bytes[bits] - units[index].size_bytes[filled[index].bits]
-        if needed <= left:
-            left -= needed
-            filled[index] = Choice(bits, -negative)
-        again = best_step(index)
-        if again is not None:
-            heapq.heappush(waiting, again)
-    return filled
-
-
-def close(plan: Plan, units: Sequence[Unit], chosen: Sequence[Choice], why: str = "") -> Plan:
-    """The plan with the chosen widths, and the reason for each behind its rule's."""
+def close(plan: Plan, units: Sequence[Unit], chosen: Sequence[int], why: str = "", costs: Costs | None = None) -> Plan:
+    """The plan with the chosen widths, the reason for each behind its rule's, and what it alone costs if measured."""
     closed = {}
-    for unit, one in zip(units, chosen, strict=True):
+    for unit, bits in zip(units, chosen, strict=True):
+        words = f"; {bits} bits: {why}{_slope_words(unit, bits)}" if why else ""
         for decision in unit.decisions:
-            reason = f"{decision.reason}; {one.bits} bits: {why}" if why else decision.reason
-            if why and one.slope:
-                reason += f", slope {one.slope:.1e} a byte"
-            if why and len(unit.decisions) > 1:
-                reason += f", equal in {len(unit.decisions)} linked tensors"
-            config = decision.config.at(one.bits)
-            closed[decision.tensor.name] = replace(decision, config=config, reason=reason)
+            name, config = decision.tensor.name, decision.config.at(bits)
+            cost = costs.of[name][bits] if costs and costs.measured else None
+            closed[name] = replace(decision, config=config, reason=decision.reason + words, sensitivity=cost)
     return replace(plan, decisions=tuple(closed.get(d.tensor.name, d) for d in plan.decisions))
+
+
+def _slope_words(unit: Unit, bits: int) -> str:
+    """What the last step to a width saved, and the next would, in cost a KB; and that the width is not its own."""
+    widths = list(unit.size_bytes)
+    place = widths.index(bits)
+    words = ""
+    if place:
+        words += f", last bit saved {1000 * slope(unit, widths[place - 1], bits):.1e} a KB"
+    if place + 1 < len(widths):
+        words += f", next would {1000 * slope(unit, bits, widths[place + 1]):.1e}"
+    return words + (f"; equal in {len(unit.decisions)} linked tensors" if len(unit.decisions) > 1 else "")
 
 
 def _linked(decisions: Sequence[Decision]) -> list[list[Decision]]:
@@ -244,10 +253,6 @@ def _partners(name: str, known: Mapping[str, Decision]) -> list[str]:
 def _size_bytes(decision: Decision, bits: int, choice: CodingChoice) -> int:
     """Bytes of a decision's codes and grids at a width; with entropy coding the most that they can be."""
     return sum(slot.n_bytes for slot in make_slots(replace(decision, config=decision.config.at(bits)), choice))
-
-
-def _sum_bytes(units: Sequence[Unit], chosen: Sequence[Choice]) -> int:
-    return sum(unit.size_bytes[one.bits] for unit, one in zip(units, chosen, strict=True))
 
 
 def _taken_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, budget: Budget) -> int:

@@ -96,16 +96,18 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What the compressed weights may take; exactly one of the three.
+    """What the compressed weights may take; exactly one of the first three.
 
-    bpw       bits per compressed weight, all side information counted
-    size      bytes of the whole artifact
-    minimize  the smallest artifact that holds the gates
+    bpw          bits per compressed weight, all side information counted
+    size         bytes of the whole artifact
+    minimize     the smallest artifact that holds the gates
+    sensitivity  a file of what each layer costs at each width, as the recipe names it
     """
 
     bpw: float | None = None
     size: int | None = None
     minimize: Literal["size"] | None = None
+    sensitivity: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +179,11 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens to one tensor and why; made from its header alone.
+    """What happens to one tensor and why.
 
     `config` is Widths where a budget has yet to choose. `axis` holds the channel axes: the weight is seen as rows, one
-    a channel. `tied_to` names the tensor that is stored in place of this one.
+    a channel. `tied_to` names the tensor that is stored in place of this one. `sensitivity` is what the chosen width of
+    this tensor alone costs, where that was measured.
     """
 
     tensor: TensorInfo
@@ -189,6 +192,7 @@ class Decision:
     reason: str
     axis: tuple[int, ...] = (0,)
     tied_to: str | None = None
+    sensitivity: float | None = None
 
     @property
     def compresses(self) -> bool:

@@ -20,7 +20,19 @@ KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
 VERBS = (
-    *("allocate", "audit", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "journal", "load"),
+    *(
+        "allocate",
+        "audit",
+        "calibrate",
+        "compress",
+        "demo",
+        "evaluate",
+        "finetune",
+        "fit",
+        "journal",
+        "load",
+        "minimize",
+    ),
     *("representatives", "sensitivity", "shards", "tune", "worker"),
 )
 

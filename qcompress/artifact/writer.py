@@ -66,7 +66,7 @@ def staged_output(output: Path, *, force: bool, folder: bool, resume: bool = Fal
     raises  OutputError where the output exists without `force`, is of another kind, or is being written by another run;
             ResourceError where the folder around it cannot be written
     """
-    _refuse_existing(output, force, folder)
+    refuse_existing(output, force, folder)
     staging = output.parent / f".{output.name}.partial"
     with reporting_resources(output.parent):
         staging.mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ def staged_output(output: Path, *, force: bool, folder: bool, resume: bool = Fal
                 if folder:
                     (staging / output.name).mkdir(exist_ok=resume)
                 yield staging / output.name
-                _refuse_existing(output, force, folder)
+                refuse_existing(output, force, folder)
                 _replace(staging / output.name, output)
                 keep = False
         finally:
@@ -102,7 +102,8 @@ def _lock(descriptor: int, staging: Path, output: Path) -> None:
         raise OutputError(str(output), "is being written by another run", "wait for it, or choose another -o")
 
 
-def _refuse_existing(output: Path, force: bool, folder: bool) -> None:
+def refuse_existing(output: Path, force: bool, folder: bool) -> None:
+    """Raise OutputError where the output exists without `force`, or is of another kind."""
     if not (output.exists() or output.is_symlink()):
         return
     if not force:

@@ -115,7 +115,7 @@ def _view(document: dict[str, Any]) -> View:
 
 
 def _budget_words(document: dict[str, Any]) -> str:
-    ((name, limit),) = document["budget"].items()
+    name, limit = next((name, limit) for name, limit in document["budget"].items() if name != "sensitivity")
     match name:
         case "bpw":
             words = f"{limit:g} bits per compressed weight"

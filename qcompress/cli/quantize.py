@@ -52,6 +52,10 @@ def quantize(
         Path | None,
         typer.Option("--save-statistics", metavar="FILE", help="Write the layers' input statistics there."),
     ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option("--sensitivity", metavar="FILE", help="What each layer costs, from report --sensitivity."),
+    ] = None,
     max_size: opt.MaxSize = None,
     max_bpw: opt.MaxBpw = None,
     min_sqnr: opt.MinSqnr = None,
@@ -94,6 +98,7 @@ def quantize(
             skip_nonfinite=skip_nonfinite,
             statistics=statistics,
             save_statistics=save_statistics,
+            sensitivity=sensitivity,
         ),
         Streams(json_to, quiet, verbose, no_color),
     )

@@ -75,6 +75,23 @@ def report(
             help="Say what a figure means, and leave.",
         ),
     ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure what each layer of a CHECKPOINT alone costs at each width.")
+    ] = False,
+    recipe: opt.RecipeFile = None,
+    overrides: opt.Overrides = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", metavar="N", min=1, help="With --sensitivity: samples; 256 if absent.")
+    ] = None,
+    widths: Annotated[
+        str | None, typer.Option("--widths", metavar="LIST", help="With --sensitivity: which, as 2,3,4; else all.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="FILE", help="Where sensitivities are kept; beside the checkpoint if absent."),
+    ] = None,
+    device: opt.DeviceOption = opt.Device.auto,
+    allow_code: opt.AllowCode = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
     no_color: opt.NoColor = False,
@@ -99,10 +116,13 @@ def report(
     qcompress report model-w2.safetensors model-w3.safetensors --format html -o report.html
 
     qcompress report model-w2.safetensors --baseline-report main.report.json --max-growth 2%
+
+    qcompress report model.safetensors --sensitivity -r recipe.yaml
     """
     from qcompress.checkpoint import read_checkpoint
     from qcompress.cli.gates import make_gates
-    from qcompress.cli.streams import print_note, print_result, refuse_mixed, terminal_of
+    from qcompress.cli.sensitivity import SensitivityRequest, report_sensitivity
+    from qcompress.cli.streams import Streams, print_note, print_result, refuse_mixed, terminal_of
     from qcompress.report.gather import gather_report
     from qcompress.report.render import render
     from qcompress.types import Gates
@@ -112,7 +132,38 @@ def report(
         raise UsageError(
             f"--json - --format {form}", "both say what stdout holds", "give one of them, --json FILE or -o FILE"
         )
-    _refuse_outputs(output, junit, json_to, [*artifacts, baseline, baseline_report], force)
+    _refuse_outputs(output, junit, json_to, [*artifacts, baseline, baseline_report, recipe, cache], force)
+    measuring: dict[str, object] = {
+        "-r": recipe,
+        "--set": overrides,
+        "--samples": samples,
+        "--widths": widths,
+        "--cache": cache,
+    }
+    if not sensitivity:
+        _refuse_given(measuring, "takes --sensitivity", "add it, or leave this out")
+    else:
+        others: dict[str, object] = {"--baseline": baseline, "--junit": junit, "--baseline-report": baseline_report}
+        others |= {"--max-size": max_size, "--max-bpw": max_bpw, "--min-sqnr": min_sqnr, "--min-metric": min_metric}
+        others |= {"--max-drop": max_drop, "--max-growth": max_growth}
+        _refuse_given(others, "goes with artifacts, not with --sensitivity", "leave it out")
+        if len(artifacts) != 1:
+            raise UsageError("--sensitivity", f"takes one checkpoint, not {len(artifacts)}", "name one")
+        how = SensitivityRequest(
+            checkpoint=artifacts[0],
+            recipe_file=recipe,
+            overrides=overrides or [],
+            samples=samples or 256,
+            widths=widths,
+            cache=cache,
+            device=device,
+            allow_code=allow_code,
+            form=FORMATS[form],
+            output=output,
+            force=force,
+        )
+        report_sensitivity(how, Streams(json_to, quiet, verbose, no_color))
+        return
     drops = [] if baseline_report is not None else max_drop or []
     gates = make_gates(Gates(), max_size, max_bpw, min_sqnr, min_metric or [], drops)
     since = _baseline_gates(baseline_report, max_growth, max_drop or [])
@@ -131,6 +182,13 @@ def report(
         print_result(render(reports, FORMATS[form], **terminal_of(sys.stdout, no_color)))
     if checked:
         _fail(dict(zip(artifacts, reports, strict=False)))
+
+
+def _refuse_given(flags: Mapping[str, object], what: str, mend: str) -> None:
+    """Raise UsageError for the first of these that was given."""
+    for flag, value in flags.items():
+        if value not in (None, []):
+            raise UsageError(flag, what, mend)
 
 
 def _refuse_outputs(

@@ -54,6 +54,7 @@ class Request:
     allow_code: bool
     skip_nonfinite: bool
     statistics: Path | None = None
+    sensitivity: Path | None = None
     representatives: Path | None = None
     save_statistics: Path | None = None
 
@@ -88,13 +89,17 @@ def run(request: Request, streams: Streams) -> None:
             raise UsageError(
                 "--save-statistics", "there is no model to gather from", "add -r RECIPE with model and data"
             )
+    request = replace(request, sensitivity=_sensitivity(request, asked))
     source = read_checkpoint(request.checkpoint)
     target = request.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
     learned = request.representatives or representatives_path(request.checkpoint)
     if request.dry_run:
+        from qcompress.allocate import allocate, read_costs
         from qcompress.cli.plan import print_plan
 
         plan = with_representatives(_make_plan(source, asked), learned)
+        if request.sensitivity is not None:
+            plan = allocate(source, plan, request.coding, read_costs(source, plan, request.sensitivity))
         print_plan(source, plan, target, request.coding, streams)
         return
     options: dict[str, Any] = {
@@ -108,14 +113,24 @@ def run(request: Request, streams: Streams) -> None:
     if asked.model is None:
         options |= {"device": _device(request.device), "statistics": request.statistics}
         plan = with_representatives(_make_plan(source, asked), learned)
-        _compress(source, plan, target, options, request.skip_nonfinite, streams)
+        _compress(source, plan, target, options, request, streams)
         return
     if request.skip_nonfinite or request.statistics is not None:
         flag = "--skip-nonfinite" if request.skip_nonfinite else "--statistics"
         where = f"-r {request.recipe_file} {flag}"
         raise UsageError(where, "the recipe names a live model", "leave one of them out")
     setting = make_setting(asked, request.device, request.allow_code, streams)
-    _compress_live(source, setting, target, options, request.save_statistics, streams)
+    _compress_live(source, setting, target, options, request, streams)
+
+
+def _sensitivity(request: Request, recipe: Recipe) -> Path | None:
+    """The file of sensitivities, of the command line or of the recipe. Raises UsageError where nothing spends by it."""
+    from qcompress.allocate import sensitivity_file
+
+    if request.sensitivity is not None and recipe.budget is None:
+        where = f"--sensitivity {request.sensitivity}"
+        raise UsageError(where, "there is no budget to spend by it", "add --bpw X or --target-size SIZE")
+    return request.sensitivity or sensitivity_file(recipe)
 
 
 def make_recipe(
@@ -210,16 +225,23 @@ def _compress(
     plan: Plan,
     target: Path,
     run: dict[str, Any],
-    skip_nonfinite: bool,
+    request: Request,
     streams: Streams,
 ) -> None:
+    from qcompress.cli.live import say
     from qcompress.cli.streams import progress
     from qcompress.compress import Options, compress, keep_nonfinite
 
-    if skip_nonfinite:
+    if request.skip_nonfinite:
         plan = keep_nonfinite(source, plan)
     with progress(sum(tensor.n_bytes for tensor in source.tensors), streams) as advance:
-        report = compress(source, plan, Options(target, progress=advance, **run))
+        options = Options(target, progress=advance, **run)
+        if plan.recipe.budget is None:
+            report = compress(source, plan, options)
+        else:
+            from qcompress.minimize import compress_within
+
+            report = compress_within(source, plan, options, request.sensitivity, lambda text: say(streams, text))
     _finish(report, plan, target, streams)
 
 
@@ -228,7 +250,7 @@ def _compress_live(
     setting: Setting,
     target: Path,
     run: dict[str, Any],
-    save_statistics: Path | None,
+    request: Request,
     streams: Streams,
 ) -> None:
     from qcompress.calibrate import LiveOptions, compress_live, plan_live
@@ -237,7 +259,7 @@ def _compress_live(
     from qcompress.representatives import with_representatives
 
     plan = with_representatives(plan_live(source, setting.recipe, setting), run["representatives"])
-    how = LiveOptions(save_statistics, lambda text: say(streams, text))
+    how = LiveOptions(request.save_statistics, request.sensitivity, lambda text: say(streams, text))
     report = compress_live(source, plan, Options(target, **run), setting, how)
     _finish(report, plan, target, streams)
 

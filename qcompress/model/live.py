@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,14 @@ class LiveModel:
     def put(self, tensors: Mapping[str, Encoded]) -> None:
         """Put decoded weights and adjusted tensors into the quantized copy, by tensor name."""
         put_tensors(self.quantized, {name: decode(one) for name, one in tensors.items()})
+
+
+def fresh_copy(live: LiveModel) -> LiveModel:
+    """The same live model with nothing encoded yet, whatever became of the first."""
+    again = replace(live)
+    _ = again.traced
+    again.quantized = copy.deepcopy(again.module)
+    return again
 
 
 def seeded_generator(seed: int, name: str, device: torch.device | str) -> torch.Generator:

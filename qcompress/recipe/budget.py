@@ -8,7 +8,7 @@ from typing import Any
 
 from qcompress import registry
 from qcompress.recipe.expect import make_mapping, make_number, refuse, refuse_unknown
-from qcompress.recipe.frame import BUDGET
+from qcompress.recipe.frame import BUDGET, SENSITIVITY
 from qcompress.recipe.gates import make_size
 from qcompress.recipe.hints import listed, quoted
 from qcompress.recipe.overrides import AFTER_ALL_LINES
@@ -26,21 +26,24 @@ class BudgetFlag:
     key: str
     value: float | str
 
-    def node(self) -> Node:
-        """What the recipe's `budget` would be."""
+    def node(self, instead_of: Node | None = None) -> Node:
+        """What the recipe's `budget` would be; of the one that it has, the file of sensitivities stays."""
         place = Place(self.text, AFTER_ALL_LINES)
-        return Node({self.key: Node(self.value, place, "")}, place, "")
+        keys = {self.key: Node(self.value, place, "")}
+        if instead_of is not None and isinstance(instead_of.value, dict):
+            keys |= {key: node for key, node in instead_of.value.items() if key == "sensitivity"}
+        return Node(keys, place, "")
 
 
 def make_budget(node: Node, problems: Problems) -> Budget | None:
-    """The budget under `budget`, of one key; None where it is refused, which `problems` then says."""
+    """The budget under `budget`; None where it is refused, which `problems` then says."""
     keys = make_mapping(node, problems, EXAMPLE)
-    refuse_unknown(keys, tuple(BUDGET), (), problems)
+    refuse_unknown(keys, (*BUDGET, "sensitivity"), (), problems)
     given = [key for key in BUDGET if key in keys]
     if len(given) > 1:
         problems.add(keys[given[1]], f"{listed(given)} are given together", "keep one of them")
-    elif not given and isinstance(node.value, dict) and not keys:
-        problems.add(node, "says nothing", EXAMPLE)
+    elif not given and isinstance(node.value, dict) and not keys.keys() - {"sensitivity"}:
+        problems.add(node, "names no limit", EXAMPLE)
     limits: dict[str, Any] = {}
     for key in given:
         child = keys[key]
@@ -52,7 +55,13 @@ def make_budget(node: Node, problems: Problems) -> Budget | None:
             limits[key] = child.value
         elif not child.is_broken:
             refuse(child, BUDGET[key], problems)
-    return Budget(**limits) if len(limits) == len(given) == 1 else None
+    if "sensitivity" in keys:
+        file = keys["sensitivity"]
+        if isinstance(file.value, str) and file.value:
+            limits["sensitivity"] = file.value
+        elif not file.is_broken:
+            refuse(file, SENSITIVITY, problems)
+    return Budget(**limits) if len(given) == 1 and given[0] in limits else None
 
 
 def refuse_undecided(node: Node, methods: Sequence[str], problems: Problems) -> None:

@@ -39,6 +39,12 @@ BUDGET: dict[str, dict[str, Any]] = {
         "exclusiveMinimum": 0,
     },
     "size": {"description": "Bytes of the whole artifact, as in max_size", **SIZE},
-    "minimize": {"description": "The smallest artifact that holds the gates on metrics", "enum": ["size"]},
+    "minimize": {"description": "The smallest artifact that holds the gates", "enum": ["size"]},
 }
 """What a budget may say; one of them."""
+
+SENSITIVITY: dict[str, Any] = {
+    "description": "File of what each layer costs at each width, from `report --sensitivity`",
+    "type": "string",
+    "minLength": 1,
+}

@@ -68,7 +68,7 @@ def parse_recipe(
     if not isinstance(root.value, Broken):
         apply_overrides(root, overrides, problems)
     if budget is not None and isinstance(root.value, dict):
-        root.value["budget"] = budget.node()
+        root.value["budget"] = budget.node(root.value.get("budget"))
     recipe = _make_recipe(root, source, family, problems)
     problems.raise_all(source)
     return recipe

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from qcompress import registry
 from qcompress.recipe.configs import option_names, options_schema, takes_budget
-from qcompress.recipe.frame import BUDGET, GATES, SEED, VERSION
+from qcompress.recipe.frame import BUDGET, GATES, SEED, SENSITIVITY, VERSION
 from qcompress.registry.regularizers import REGULARIZERS
 from qcompress.settings import (
     AUGMENTATIONS,
@@ -62,10 +62,9 @@ def recipe_schema() -> dict[str, Any]:
             "budget": {
                 "description": "What the compressed weights may take; the methods' `bits` are then left out",
                 "type": "object",
-                "properties": copy.deepcopy(BUDGET),
+                "properties": {**copy.deepcopy(BUDGET), "sensitivity": dict(SENSITIVITY)},
                 "additionalProperties": False,
-                "minProperties": 1,
-                "maxProperties": 1,
+                "oneOf": [{"required": [limit]} for limit in BUDGET],
             },
             "gates": {
                 "description": "Limits; a run that breaks one exits with code 4",

@@ -214,3 +214,51 @@ def nice_ticks(low: float, high: float, steps: int) -> list[float]:
     step = next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart: its path, how strongly it is drawn (0 to 1), and its name at its right end."""
+
+    path: str
+    opacity: str
+    text: str
+    x: str
+    y: str
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines over a row of layers in the box SCATTER, on a logarithmic axis."""
+
+    curves: tuple[Curve, ...]
+    ticks: tuple[Tick, ...]
+
+
+def curves(lines: Sequence[tuple[str, Sequence[float | None]]]) -> Curves | None:
+    """A curve for each (name, value at each place or None); None where there is nothing above 0 to draw.
+
+    The first is drawn strongest. Values of 0 lie on the axis, and a place without a value is passed over.
+    """
+    positive = [value for _, values in lines for value in values if value is not None and value > 0]
+    if not positive:
+        return None
+    low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+    high = max(high, low + 1)
+    right, bottom = SCATTER[0] - 2 * RIGHT, SCATTER[1] - BOTTOM
+    y = _scale((low, high), bottom, TOP)
+    most = max(1, *(len(values) - 1 for _, values in lines))
+
+    def place(index: int, value: float) -> tuple[str, str]:
+        exponent = math.log10(value) if value > 0 else low
+        return _short(LEFT + index / most * (right - LEFT)), _short(y(exponent))
+
+    drawn = []
+    for index, (text, values) in enumerate(lines):
+        points = [place(at, value) for at, value in enumerate(values) if value is not None]
+        if points:
+            path = "M" + "L".join(f"{x} {height}" for x, height in points)
+            drawn.append(Curve(path, f"{1 - 0.75 * index / max(1, len(lines) - 1):.2f}", text, *points[-1]))
+    step = max(1, (high - low) // 6)
+    ticks = tuple(_value_tick(_short(y(exponent)), 10.0**exponent) for exponent in range(low, high + 1, step))
+    return Curves(tuple(drawn), ticks)

@@ -80,6 +80,25 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
         "sensitivity": Term("sensitivity", "what compressing this tensor alone costs, where that was measured"),
         "figures": Term("figures", "what compression did to the tensor; none for a kept one"),
     },
+    "Sensitivity": {
+        "divergence": Term(
+            "divergence", "of the network's output with one layer quantized from its output as it was; 0 is none"
+        ),
+        "divergence_kind": Term(
+            "kind of divergence", "kl: Kullback-Leibler, nats a prediction; relative-error: squared error over energy"
+        ),
+        "divergence_data": Term("divergence data", "the part of the recipe's data that divergences were measured on"),
+        "divergence_samples": Term("divergence samples", "how many samples divergences were measured on"),
+        "metric_samples": Term("metric samples", "how many samples of data.eval the metrics were measured on"),
+        "metrics": Term("metrics", "the task's metrics with one layer quantized"),
+        "widths": Term("measured widths", "what one layer costs at each width, ascending"),
+        "grid": Term("grid", "granularity and form of a layer's grid, the same at each width"),
+        "checkpoint": Term("checkpoint file", "name of the checkpoint that was measured"),
+        "measured_sha256": Term(
+            "measured SHA-256", "of model, data, task, grids, widths and samples, on which sensitivities depend"
+        ),
+        "higher": Term("higher", "whether more of a metric is better"),
+    },
     "Errors and distributions": {
         "relative_error": Term(
             "relative error", "sum of squared errors over sum of squared weights: 0 is exact, 1 as bad as all zeros",

@@ -10,7 +10,9 @@ from qcompress.report.compare import compare_reports, comparison_json
 from qcompress.report.document import Report
 from qcompress.report.document_json import json_text, report_text
 from qcompress.report.render_text import render_csv, render_markdown, render_plain
+from qcompress.report.sensitivity import Sensitivity, sensitivity_text
 from qcompress.report.view import View, view_comparison, view_report
+from qcompress.report.view_sensitivity import render_sensitivity_csv, view_sensitivity
 from qcompress.report.words import name_words
 
 Format: TypeAlias = Literal["table", "json", "markdown", "csv", "html"]
@@ -45,6 +47,24 @@ def render(
         # A table stands beside its warnings on stderr; Markdown is pasted where nobody sees them.
         warnings = tuple(f"warning: {name_words(warning)}" for report in reports for warning in report.warnings)
         return render_markdown(replace(view, notes=view.notes + warnings))
+    return render_view(view, terminal=terminal, width=width, color=color)
+
+
+def render_sensitivity(
+    found: Sensitivity, form: Format, *, terminal: bool = False, width: int = 80, color: bool = True
+) -> str:
+    """The text of sensitivities, ending in a newline, in any format of `render`; csv: a line for each width."""
+    if form == "json":
+        return sensitivity_text(found)
+    if form == "csv":
+        return render_sensitivity_csv(found)
+    if form == "html":
+        from qcompress.report.render_html import render_sensitivity_html
+
+        return render_sensitivity_html(found)
+    view = view_sensitivity(found)
+    if form == "markdown":
+        return render_markdown(view)
     return render_view(view, terminal=terminal, width=width, color=color)
 
 

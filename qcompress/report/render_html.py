@@ -16,6 +16,8 @@ from qcompress.report.glossary import GLOSSARY
 from qcompress.report.page import Page, report_page
 from qcompress.report.page_comparison import comparison_page
 from qcompress.report.page_nouns import Figure, terms_of
+from qcompress.report.sensitivity import Sensitivity
+from qcompress.report.view_sensitivity import sensitivity_page
 
 TEMPLATES = Path(__file__).with_name("templates")
 BOXES = {"histogram": (BINS, BEFORE + STRIP + AFTER), "scatter": SCATTER, "widths": WIDTHS_HEIGHT}
@@ -32,6 +34,11 @@ def render_html(reports: Sequence[Report], comparison: Comparison | None = None)
         return _templates().get_template("comparison.html").render(page=comparison_page(comparison))
     page = report_page(reports[0])
     return _templates().get_template("report.html").render(page=page, words=_words(page))
+
+
+def render_sensitivity_html(found: Sensitivity) -> str:
+    """The page of sensitivities, as closed to the outside as that of a report."""
+    return _templates().get_template("sensitivity.html").render(page=sensitivity_page(found))
 
 
 @cache
