@@ -13,7 +13,16 @@ from pathlib import Path
 
 import torch
 
-from qcompress.artifact.layout import PARTS, Slot, make_slots, part_name, render_header
+from qcompress.artifact.layout import (
+    PARTS,
+    POOL_NAME,
+    Slot,
+    lattice_entry,
+    make_slots,
+    part_name,
+    pool_of,
+    render_header,
+)
 from qcompress.artifact.manifest import artifact_hash, input_hash
 from qcompress.artifact.writer import (
     SlotWriter,
@@ -24,13 +33,14 @@ from qcompress.artifact.writer import (
     write_index,
 )
 from qcompress.checkpoint import Checkpoint, tensor_bytes, tensor_view
+from qcompress.coding.lattice_payload import encode_pool
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice
 from qcompress.errors import CheckpointError, InputError, ResourceError, raise_all
 from qcompress.journal import Journal, Record, run_key
 from qcompress.recipe import recipe_hash
 from qcompress.report.assemble import compressed_layer, kept_layer, run_figures
-from qcompress.report.document import ArtifactFile, Report, RunFigures, make_size
+from qcompress.report.document import ArtifactFile, LayerReport, Report, RunFigures, make_size
 from qcompress.shards import Shard, make_shards
 from qcompress.types import Decision, Fitted, Kept, Plan, TensorInfo
 from qcompress.worker import (
@@ -198,10 +208,12 @@ def _journal(shard: Shard, staged: Path, options: Options) -> Journal | None:
 def _write_shard(shard: Shard, path: Path, journal: Journal | None, fitted: Fitted, options: Options) -> _Done:
     with SlotWriter(path, shard.layout, reopen=journal is not None) as writer, journal or contextlib.nullcontext():
         finished = _restore(shard, writer, journal, options) if journal is not None else {}
+        sharing = set(pool_of(shard.decisions))
         crcs = _copy_kept(shard, writer, fitted, options)
         for one in _encode_all(shard, writer, finished, fitted, options):
             finished[one.decision.tensor.name] = one
-            if journal is not None:
+            # Pooled codes are nothing without what is written after the last of them.
+            if journal is not None and one.decision.tensor.name not in sharing:
                 journal.append(_record(writer, one))
         crcs |= {name: one.input_crc32 for name, one in finished.items()}
         manifest = replace(
@@ -220,7 +232,7 @@ def _write_shard(shard: Shard, path: Path, journal: Journal | None, fitted: Fitt
 def _record(writer: SlotWriter, one: Finished) -> Record:
     name = one.decision.tensor.name
     slots = writer.filled(part_name(name, part) for part in PARTS)
-    return Record(name, one.entry, one.figures, one.input_crc32, slots)
+    return Record(name, one.entry, one.figures, one.input_crc32, slots, one.side_bytes)
 
 
 def _restore(shard: Shard, writer: SlotWriter, journal: Journal, options: Options) -> dict[str, Finished]:
@@ -232,7 +244,9 @@ def _restore(shard: Shard, writer: SlotWriter, journal: Journal, options: Option
         same = survey_bytes(shard.source.bytes_of(tensor.name), tensor.dtype).crc32 == record.input_crc32
         if record.tensor != tensor.name or not same or not writer.restore(record.slots):
             break
-        finished[tensor.name] = Finished(decision, record.entry, record.figures, record.input_crc32, None)
+        finished[tensor.name] = Finished(
+            decision, record.entry, record.figures, record.input_crc32, None, side_bytes=record.side_bytes
+        )
         records.append(record)
         _report_progress(options, tensor)
     journal.start(records)
@@ -274,6 +288,8 @@ def _encode_all(
 ) -> Iterator[Finished]:
     """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
     waiting = [decision for decision in reversed(_in_order(shard)) if decision.tensor.name not in already]
+    sharing = set(pool_of(shard.decisions))
+    pooled: list[Finished] = []
     stop = threading.Event()
     running: list[Future[Finished]] = []
     with ThreadPoolExecutor(options.threads) as pool:
@@ -294,25 +310,49 @@ def _encode_all(
                         options.statistics,
                         shard.seed,
                         options.representatives,
+                        name in sharing,
                     )
                     running.append(pool.submit(encode_tensor, job, stop))
                 finished = running.pop(0).result()
+                if finished.lattice is not None:
+                    pooled.append(finished)
+                    continue
                 if finished.payload is not None:
                     _put_payload(writer, finished)
                 _report_progress(options, finished.decision.tensor)
                 yield replace(finished, payload=None)
+            if pooled:
+                yield from _encode_pool(pooled, writer, options)
         finally:
             stop.set()
             for future in running:
                 future.cancel()
 
 
+def _encode_pool(pooled: Sequence[Finished], writer: SlotWriter, options: Options) -> Iterator[Finished]:
+    """Code the lattices that share tables, now that all are known; write them and what they share."""
+    coded = encode_pool([one.lattice for one in pooled if one.lattice is not None], options.choice)
+    for one, coding, payload in zip(pooled, coded.codings, coded.payloads, strict=True):
+        finished = replace(one, entry=lattice_entry(one.decision, coding), payload=payload, lattice=None)
+        _put_payload(writer, finished)
+        _report_progress(options, finished.decision.tensor)
+        yield replace(finished, payload=None)
+    writer.put_varying(POOL_NAME, coded.side, (len(coded.side),))
+
+
 def _put_payload(writer: SlotWriter, finished: Finished) -> None:
     name = part_name(finished.decision.tensor.name, "codes")
     data = memoryview(finished.payload or b"")
     entry = finished.entry
+    if entry.is_lattice:
+        writer.put_varying(name, data, (data.nbytes,))
+        return
     packed = (entry.code_rows, row_bytes(entry.columns, entry.bits))
     writer.put_varying(name, data, packed if entry.coding == "packed" else (data.nbytes,))
+
+
+def _compressed_layer(one: Finished, sizes: Mapping[str, int]) -> LayerReport:
+    return compressed_layer(one.decision, sizes, one.entry, one.figures, one.side_bytes)
 
 
 def _make_report(
@@ -324,7 +364,7 @@ def _make_report(
         for slot in shard.written.slots:
             sizes.setdefault(slot.tensor, {})[slot.name] = slot.n_bytes
     layers = tuple(
-        compressed_layer(d, sizes[d.tensor.name], finished[d.tensor.name].entry, finished[d.tensor.name].figures)
+        _compressed_layer(finished[d.tensor.name], sizes[d.tensor.name])
         if d.compresses
         else kept_layer(d, sum(sizes.get(d.tensor.name, {}).values()))
         for d in plan.decisions
@@ -335,6 +375,7 @@ def _make_report(
         layers,
         header_bytes=sum(shard.written.header_bytes for shard in done),
         index_bytes=index_bytes,
+        pooled_bytes=sum(sizes.get("", {}).values()),
     )
     return Report(
         artifact=ArtifactFile(name=name, sha256=artifact_hash([(s.shard.file, s.written.sha256) for s in done])),

@@ -29,6 +29,7 @@ class Record:
     figures: LayerFigures
     input_crc32: int
     slots: Mapping[str, Filled]
+    side_bytes: int = 0
 
 
 def run_key(layout: Layout, manifest: Manifest, device: str) -> str:
@@ -96,4 +97,11 @@ def _parse_record(line: Mapping[str, Any]) -> Record:
     entry |= {key: tuple(entry[key]) for key in ("shape", "axis")}
     figures = {key: tuple(value) if isinstance(value, list) else value for key, value in figures.items()}
     slots = {name: Filled(**{**slot, "shape": tuple(slot["shape"])}) for name, slot in line["slots"].items()}
-    return Record(str(line["tensor"]), Entry(**entry), LayerFigures(**figures), int(line["input_crc32"]), slots)
+    return Record(
+        str(line["tensor"]),
+        Entry(**entry),
+        LayerFigures(**figures),
+        int(line["input_crc32"]),
+        slots,
+        int(line["side_bytes"]),
+    )

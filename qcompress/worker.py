@@ -8,19 +8,20 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
-from qcompress.artifact.layout import PARTS, grid_of, part_name
+from qcompress.artifact.layout import PARTS, grid_of, lattice_entry, part_name
 from qcompress.artifact.manifest import Entry
 from qcompress.artifact.writer import SlotWriter
 from qcompress.checkpoint import tensor_view
 from qcompress.coding.affine import Coded, decode_rows, row_spans, take_rows
 from qcompress.coding.half import exponent_for
+from qcompress.coding.lattice_payload import encode_pool, join_side
 from qcompress.coding.packing import pack, row_bytes
 from qcompress.coding.payload import Coding, CodingChoice, encode_payload
 from qcompress.coding.rows import dim_of, rows_from_weight
@@ -29,10 +30,11 @@ from qcompress.errors import CheckpointError
 from qcompress.model.live import seeded_generator
 from qcompress.model.statistics import read_statistics, refuse_misfit
 from qcompress.registry import METHODS
+from qcompress.report.counts import count_values
 from qcompress.report.document import LayerFigures
 from qcompress.report.figures import LayerMeter, unclipped_range
 from qcompress.representatives import read_representatives
-from qcompress.types import Affine, Codebook, Decision, Encoded, TensorInfo, row_shape
+from qcompress.types import Affine, Codebook, Decision, Encoded, Lattice, TensorInfo, row_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,13 +102,19 @@ def count_nonfinite(weight: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Finished:
-    """One tensor, encoded: what manifest and report say of it, and its codes if they still have to be written."""
+    """One tensor, encoded: what manifest and report say of it, and its codes if they still have to be written.
+
+    lattice     codes that wait for the others of their pool
+    side_bytes  what of the payload is side information
+    """
 
     decision: Decision
     entry: Entry
     figures: LayerFigures
     input_crc32: int
     payload: Payload | None
+    lattice: Lattice | None = None
+    side_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ class Job:
     reference   the float weight that those codes stand for, where that is not the checkpoint's
     statistics  the file of input statistics that methods which need them work from
     representatives  the file of what finetune-reg has learned
+    pooled      whether the codes, of a lattice, wait for others
     """
 
     source: Container
@@ -129,6 +138,7 @@ class Job:
     statistics: Path | None = None
     seed: int = 0
     representatives: Path | None = None
+    pooled: bool = False
 
 
 def encode_tensor(job: Job, stop: threading.Event) -> Finished:
@@ -143,6 +153,8 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     if not survey.finite:
         raise nonfinite_error(source, tensor, count_nonfinite(weight))
     rows = rows_from_weight(weight if job.reference is None else job.reference, decision.axis)
+    if decision.config.form == "lattice":
+        return _encode_lattice(job, rows, survey, stop)
     meter = LayerMeter(tensor.numel, decision.config.bits)
     codes = _Codes(writer, tensor.name, job.choice)
     grids: dict[str, list[Tensor]] = {}
@@ -158,6 +170,7 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     for block, encoded in blocks:
         if stop.is_set():
             raise Stopped
+        assert not isinstance(encoded, Lattice)
         # Centroids of full precision need no exponent.
         exponent = encoded.exponent
         packed = pack(encoded.codes.numpy(), encoded.bits)
@@ -185,6 +198,35 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
         dim=dim_of(decision),
     )
     return Finished(decision, entry, meter.result(), survey.crc32, payload)
+
+
+def _encode_lattice(job: Job, rows: Tensor, survey: Survey, stop: threading.Event) -> Finished:
+    """A weight as a lattice; its codes are coded here unless they wait for others."""
+    decision, tensor = job.decision, job.decision.tensor
+    lattice = job.ready
+    if lattice is None:
+        how = (decision, exponent_for(survey.largest), job.seed, job.representatives)
+        lattice = _to_cpu(encode_rows(_float_rows(rows, job.device), *how))
+    assert isinstance(lattice, Lattice)
+    lattice = replace(lattice, shape=tensor.shape, axis=decision.axis, dtype=tensor.dtype)
+    meter = LayerMeter(tensor.numel)
+    for block, part in _ready_blocks(rows, lattice):
+        if stop.is_set():
+            raise Stopped
+        meter.add(block, decode_rows(part), None)
+    figures = meter.result(count_values(lattice.codes.numpy()))
+    finished = Finished(decision, lattice_entry(decision, "ans"), figures, survey.crc32, None, lattice)
+    if job.pooled:
+        return finished
+    coded = encode_pool([lattice], job.choice)
+    payload = join_side(coded.side, coded.payloads[0])
+    return replace(
+        finished,
+        entry=lattice_entry(decision, coded.codings[0]),
+        payload=payload,
+        lattice=None,
+        side_bytes=len(payload) - len(coded.payloads[0]),
+    )
 
 
 def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> CheckpointError:
@@ -256,8 +298,9 @@ def _float_rows(rows: Tensor, device: str) -> Tensor:
 def _to_cpu(encoded: Coded) -> Coded:
     if encoded.codes.device.type == "cpu":
         return encoded
-    moved = {field: getattr(encoded, field, None) for field in FIELDS.values()}
-    return replace(encoded, **{field: value.cpu() for field, value in moved.items() if value is not None})
+    values: dict[str, Any] = {part.name: getattr(encoded, part.name) for part in fields(encoded)}
+    moved: Any = {name: value.cpu() for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(encoded, **moved)
 
 
 def _collect_grid(grids: dict[str, list[Tensor]], encoded: Coded) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qcompress.artifact.manifest import METADATA_KEY, Entry, Manifest, Placement, manifest_text
+from qcompress.artifact.manifest import LATTICE_VALUES, METADATA_KEY, Entry, Manifest, Placement, manifest_text
+from qcompress.coding.lattice_payload import bound_payload, bound_side
 from qcompress.coding.packing import row_bytes
-from qcompress.coding.payload import CodingChoice, bound_bytes
+from qcompress.coding.payload import Coding, CodingChoice, bound_bytes
+from qcompress.coding.pool import pooled
 from qcompress.coding.rows import codebook_shape, dim_of, grid_shape
 from qcompress.container import RESERVED
 from qcompress.types import DTYPE_BITS, Decision, Shape, row_shape
 
 INDEX_NAME = "model.safetensors.index.json"
+
+POOL_NAME = f"{RESERVED}side"
+"""The side information of all small lattices of a file: a part of no tensor."""
 
 PARTS = ("codes", "scale", "zero_point", "offset", "codebook")
 """Every part of a compressed tensor, in the order in which its CRC-32 runs over them."""
@@ -26,7 +31,10 @@ def part_name(tensor: str, part: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One stored tensor. `n_bytes` is exact unless `varies`: then the most that entropy coding can need."""
+    """One stored tensor. `n_bytes` is exact unless `varies`: then the most that entropy coding can need.
+
+    tensor  whose part it is; empty where several tensors share it
+    """
 
     name: str
     dtype: str
@@ -80,6 +88,9 @@ def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
     config = decision.config
     rows = row_shape(tensor.shape, decision.axis)
     columns = math.prod(rows[1:])
+    if config.form == "lattice":
+        most = bound_payload(tensor.numel)
+        return [Slot(part_name(tensor.name, "codes"), "U8", (most,), most, tensor.name, varies=True)]
     if config.form == "codebook":
         return _codebook_slots(decision, rows[0], columns, choice)
     grids = grid_shape(rows, config.granularity, config.group_size)
@@ -117,20 +128,41 @@ def _codebook_slots(decision: Decision, rows: int, columns: int, choice: CodingC
 
 def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: Manifest) -> Layout:
     """The layout of one file; `manifest` holds all that is known before the data, its `tensors` are not read."""
-    slots = sorted((slot for d in decisions for slot in make_slots(d, choice)), key=_file_order)
+    pool = pool_of(decisions)
+    slots = sorted(
+        (slot for d in decisions for slot in make_slots(d, choice)), key=lambda slot: _file_order(slot, pool)
+    )
+    if pool:
+        most = bound_side([d.tensor.numel for d in decisions if d.tensor.name in pool])
+        slots.append(Slot(POOL_NAME, "U8", (most,), most, "", varies=True))
     entries = {d.tensor.name: widest_entry(d, choice) for d in decisions if d.compresses}
     widest = replace(manifest, tensors=entries, sha256="0" * 64, input_sha256="0" * 64)
     header = render_header(slots, widest)
     return Layout(tuple(slots), 8 + -(-len(header) // 8) * 8)
 
 
-def _file_order(slot: Slot) -> tuple[bool, int, str]:
+def pool_of(decisions: Iterable[Decision]) -> list[str]:
+    """The lattices of a file that share tables, by name: they are coded together, when all are known."""
+    lattices = (d.tensor for d in decisions if d.compresses and d.config.form == "lattice")
+    return pooled_names({tensor.name: tensor.numel for tensor in lattices})
+
+
+def pooled_names(sizes: Mapping[str, int]) -> list[str]:
+    """Which lattices of a file share its pool, in the order of their names; `sizes` are their weights by name."""
+    names = sorted(sizes)
+    return [name for name, shared in zip(names, pooled([sizes[name] for name in names]), strict=True) if shared]
+
+
+def _file_order(slot: Slot, pool: Container[str]) -> tuple[bool, bool, int, str]:
     # Codes, whose length may vary, come last, so that all else has its place; wide dtypes first keep that aligned.
-    return (slot.name.endswith(".qc.codes"), -DTYPE_BITS[slot.dtype], slot.name)
+    # Those of the pool come last of all, because they wait for one another.
+    return (slot.name.endswith(".qc.codes"), slot.tensor in pool, -DTYPE_BITS[slot.dtype], slot.name)
 
 
 def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:
     """The entry of a compressing decision with every number still unknown at its widest."""
+    if decision.config.form == "lattice":
+        return lattice_entry(decision, "packed")
     return Entry(
         shape=decision.tensor.shape,
         dtype=decision.tensor.dtype,
@@ -142,6 +174,12 @@ def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:
         crc32=2**32 - 1,
         dim=dim_of(decision),
     )
+
+
+def lattice_entry(decision: Decision, coding: Coding) -> Entry:
+    """The entry of a lattice, of which the manifest says little."""
+    tensor = decision.tensor
+    return Entry(tensor.shape, tensor.dtype, decision.axis, grid="lattice", coding=coding, **LATTICE_VALUES)
 
 
 def render_header(slots: Sequence[Slot], manifest: Manifest) -> bytes:

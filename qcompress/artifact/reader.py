@@ -10,12 +10,14 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.artifact.layout import INDEX_NAME, PARTS, Slot, part_name
+from qcompress.artifact.lattices import REFETCH, LatticeFile, pool_names
+from qcompress.artifact.layout import INDEX_NAME, PARTS, POOL_NAME, Slot, part_name
 from qcompress.artifact.manifest import (
     METADATA_KEY,
     Entry,
@@ -35,13 +37,13 @@ from qcompress.types import ActivationGrid, TensorInfo
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qcompress.types import Affine, Codebook
+    from qcompress.types import Affine, Codebook, Lattice
 
-REFETCH = "the file is damaged: fetch or make it again"
 MAX_EXPANSION = 1 << 18
 """Weights that one stored byte of codes may stand for at most: a chunk that `ans` codes takes a byte of index."""
 
 GRID_PARTS = {
+    "lattice": ("codes",),
     "zero-point": ("codes", "scale", "zero_point"),
     "offset": ("codes", "scale", "offset"),
     "codebook": ("codes", "codebook"),
@@ -87,6 +89,24 @@ class ArtifactFile:
             for info in self.container.tensors
         ]
 
+    @property
+    def pooled_bytes(self) -> int:
+        """Side information that several tensors share."""
+        info = self.container.by_name.get(POOL_NAME)
+        return info.n_bytes if info is not None else 0
+
+    @cached_property
+    def lattices(self) -> LatticeFile:
+        """The lattices of this file."""
+        return LatticeFile(self.container, self.manifest)
+
+    def check_codes(self, name: str) -> None:
+        """Decode a compressed tensor, to see that it can be. Raises ArtifactError."""
+        if self.manifest.tensors[name].is_lattice:
+            self.lattices.codes(name)
+        else:
+            self.packed_codes(name)
+
     def packed_codes(self, name: str) -> NDArray[np.uint8]:
         """The packed codes [rows, row_bytes] of a compressed tensor, checked with its grid. Raises ArtifactError."""
         entry = self.manifest.tensors[name]
@@ -118,13 +138,16 @@ class ArtifactFile:
                 grids[part] = np.frombuffer(self.container.bytes_of(info.name), dtype).reshape(info.shape)
         return grids
 
-    def read_encoded(self, name: str) -> Affine | Codebook:
+    def read_encoded(self, name: str) -> Affine | Codebook | Lattice:
         """A compressed tensor's codes and grid or codebook. Raises ArtifactError."""
         import torch
 
+        from qcompress.coding.lattice import lattice_of_grid
         from qcompress.types import Affine, Codebook
 
         entry = self.manifest.tensors[name]
+        if entry.is_lattice:
+            return lattice_of_grid(*self.lattices.codes(name), entry.shape, entry.axis, entry.dtype)
         codes = unpack(self.packed_codes(name), entry.bits, entry.columns)
         grids = {part: torch.from_numpy(values.copy()) for part, values in self._grids(name).items()}
         if entry.grid == "codebook":
@@ -146,7 +169,7 @@ class ArtifactFile:
             shape=entry.shape,
             zero_point=grids.get("zero_point"),
             offset=grids.get("offset"),
-            convention=None if entry.grid == "zero-point" or entry.grid == "offset" else entry.grid,
+            convention=entry.grid if entry.grid in ("narrow", "full", "mid-rise") else None,
             axis=entry.axis,
             dtype=entry.dtype,
         )
@@ -206,7 +229,7 @@ class Artifact:
         for file in self.files:
             file.check_digests()
             for name, entry in file.manifest.tensors.items():
-                file.packed_codes(name)
+                file.check_codes(name)
                 yield name, entry
 
 
@@ -290,6 +313,11 @@ def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, 
             if info.dtype not in PART_DTYPES[part]:
                 raise ManifestError(f"tensor {name!r} has a {part} of {info.dtype}, not {PART_DTYPES[part][0]}")
         _check_shapes(name, entry, found)
+    pool = stored.pop(POOL_NAME, None)
+    if (pool is None) == bool(pool_names(manifest)):
+        raise ManifestError(f"its pooled side information {POOL_NAME!r} is missing, or belongs to no tensor")
+    if pool is not None and (pool.dtype != "U8" or len(pool.shape) != 1):
+        raise ManifestError(f"tensor {POOL_NAME!r} is not a list of bytes")
     broken = next((name for name in stored if name in manifest.tensors or RESERVED in name), None)
     if broken is not None:
         raise ManifestError(f"tensor {broken!r} has no entry in the manifest, or stands beside its codes")
@@ -304,14 +332,16 @@ def _find_parts(container: Container, name: str) -> dict[str, TensorInfo]:
 def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:
     rows, columns, codes = entry.code_rows, entry.columns, found["codes"]
     packed = (rows, row_bytes(columns, entry.bits))
-    if entry.coding == "packed" and codes.shape != packed:
+    if entry.coding == "packed" and not entry.is_lattice and codes.shape != packed:
         raise ManifestError(f"tensor {name!r} has codes of shape {list(codes.shape)}, not {list(packed)}")
-    if entry.coding != "packed" and len(codes.shape) != 1:
+    if (entry.coding != "packed" or entry.is_lattice) and len(codes.shape) != 1:
         raise ManifestError(f"tensor {name!r} has coded bytes of {len(codes.shape)} dimensions, not 1")
     if math.prod(entry.shape) > MAX_EXPANSION * max(codes.n_bytes, 1):
         raise ManifestError(
             f"tensor {name!r} declares {math.prod(entry.shape)} weights in {codes.n_bytes} bytes of codes"
         )
+    if entry.is_lattice:
+        return
     if entry.grid == "codebook":
         _check_codebook(name, entry, found)
         return

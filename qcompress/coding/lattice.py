@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qcompress.coding.side import Grid
 from qcompress.coding.trellis import trellis_states
-from qcompress.types import Lattice
+from qcompress.types import Lattice, Shape
 
 FACTORS: NDArray[np.float32] = np.array(
     [float.fromhex(text) for text in (
@@ -74,3 +75,23 @@ def take_lattice_rows(encoded: Lattice, start: int, stop: int) -> Lattice:
     codes = encoded.codes[start:stop]
     rows = None if encoded.rows is None else encoded.rows[start:stop]
     return replace(encoded, codes=codes, shape=tuple(codes.shape), axis=(0,), rows=rows)
+
+
+def lattice_of_grid(codes: NDArray[np.int32], grid: Grid, shape: Shape, axis: tuple[int, ...], dtype: str) -> Lattice:
+    """The lattice of codes [rows, columns] and of the grid that side information has given."""
+    rows, channels, taps = (
+        None if part is None else torch.from_numpy(part.astype(np.int8))
+        for part in (grid.rows, grid.channels, grid.taps)
+    )
+    return Lattice(
+        codes=torch.from_numpy(codes),
+        step=torch.from_numpy(np.array(grid.step, np.uint16).view(np.float16)),
+        exponent=grid.exponent,
+        shape=shape,
+        rows=rows,
+        channels=channels,
+        taps=taps,
+        trellis=grid.trellis,
+        axis=axis,
+        dtype=dtype,
+    )

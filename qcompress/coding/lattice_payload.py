@@ -19,8 +19,7 @@ from qcompress.coding.classes import Levels
 from qcompress.coding.packing import pack, row_bytes, unpack
 from qcompress.coding.payload import Coding, CodingChoice
 from qcompress.coding.pool import Pool, Source, fit_pool, make_source
-from qcompress.coding.side import Grid, grid_of_lattice, side_bytes
-from qcompress.coding.smooth import table_from_slopes
+from qcompress.coding.side import grid_of_lattice, side_bytes
 from qcompress.coding.streams import decode_streams, encode_streams
 from qcompress.coding.tokens import TOKENS, Codes, Tokens, codes_from_tokens, raw_bits
 from qcompress.coding.zstd import bound_frame, compress_frame, expand_frame
@@ -28,6 +27,7 @@ from qcompress.types import Lattice
 
 LANES = (2, 3, 4, 5, 6, 7, 8)
 ZSTD_LANES = (2, 4, 8)
+_LARGEST_TABLES = 1 << 16
 _WIDEST_CODE = 5
 """Bytes that a code takes at most behind its lane: its token, and up to 28 raw bits."""
 
@@ -70,11 +70,10 @@ def _encode_streamed(sources: Sequence[Source], places: Sequence[int]) -> tuple[
     if not places:
         return Pool(tuple(levels), {}), {}
     pool, _ = fit_pool([sources[place] for place in places])
-    tables = {context: table_from_slopes(slopes) for context, slopes in pool.slopes.items()}
     streams = {}
     for place, own in zip(places, pool.levels, strict=True):
         levels[place] = own
-        streams[place] = encode_streams(sources[place], own, tables)
+        streams[place] = encode_streams(sources[place], own, pool.tables)
     return Pool(tuple(levels), pool.slopes), streams
 
 
@@ -109,13 +108,18 @@ def split_side(data: memoryview) -> tuple[memoryview, memoryview]:
     return data[at : at + length], data[at + length :]
 
 
-def bound_payload(codes: int, choice: CodingChoice) -> int:
-    """The most bytes of a payload of so many codes in usual lattices; a bound for plans, not for readers."""
-    return bound_frame(1 + (1 + _WIDEST_CODE) * codes)
+def bound_payload(codes: int) -> int:
+    """More bytes than a payload of so many codes takes, its side information included, whatever the coding."""
+    return bound_frame(1 + (1 + _WIDEST_CODE) * codes) + bound_side([codes])
+
+
+def bound_side(sizes: Sequence[int]) -> int:
+    """More bytes than the side information of tensors of so many weights takes."""
+    return _LARGEST_TABLES + sum(64 + 12 * size for size in sizes)
 
 
 def decode_lattice(
-    data: memoryview, coding: Coding, grid: Grid, pool: Pool, place: int, shape: tuple[int, int]
+    data: memoryview, coding: Coding, pool: Pool, place: int, trellis: bool, shape: tuple[int, int]
 ) -> Codes:
     """The codes, int32 [rows, columns], of the tensor at `place` of its pool.
 
@@ -123,8 +127,7 @@ def decode_lattice(
     not that of a matrix of this shape; damage that leaves a valid payload of other codes is for the checksum to see.
     """
     if coding == "ans":
-        tables = {context: table_from_slopes(slopes) for context, slopes in pool.slopes.items()}
-        return decode_streams(data, shape, pool.levels[place], tables, grid.trellis)
+        return decode_streams(data, shape, pool.levels[place], pool.tables, trellis)
     if coding == "zstd":
         count = shape[0] * shape[1]
         data = memoryview(expand_frame(data, 1 + row_bytes(count, LANES[0]), 1 + (1 + _WIDEST_CODE) * count))

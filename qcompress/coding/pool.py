@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompress.coding.ans import Table
 from qcompress.coding.classes import CLASSES, CONTEXTS, Contexts, Levels, class_matrix, measure_levels
 from qcompress.coding.rows import tap_count
 from qcompress.coding.smooth import Slopes, fit_slopes, table_from_slopes
@@ -60,6 +62,11 @@ class Pool:
 
     levels: tuple[Levels, ...]
     slopes: Mapping[int, Slopes]
+
+    @cached_property
+    def tables(self) -> dict[int, Table]:
+        """Context -> its table. Raises ValueError where slopes make none."""
+        return {context: table_from_slopes(slopes) for context, slopes in self.slopes.items()}
 
 
 @dataclass(frozen=True)
@@ -163,7 +170,6 @@ def _side_bits(options: Sequence[Sequence[Levels]]) -> NDArray[np.float64]:
 def bits_of_tables(pool: Pool) -> dict[int, NDArray[np.float64]]:
     """Bits of every token in every context that has a table, raw bits included, float64 [tokens of the table]."""
     found: dict[int, NDArray[np.float64]] = {}
-    for context, slopes in pool.slopes.items():
-        table = table_from_slopes(slopes)
+    for context, table in pool.tables.items():
         found[context] = table.precision - np.log2(table.frequencies) + TOKEN_BITS[: len(table.codes)]
     return found

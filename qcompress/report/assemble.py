@@ -22,8 +22,13 @@ def kept_layer(decision: Decision, n_bytes: int) -> LayerReport:
     return LayerReport(**_tensor_fields(decision), bytes=n_bytes, tied_to=decision.tied_to)
 
 
-def compressed_layer(decision: Decision, sizes: Mapping[str, int], entry: Entry, figures: LayerFigures) -> LayerReport:
-    """A compressed tensor; `sizes` are the bytes of its stored parts by their full names."""
+def compressed_layer(
+    decision: Decision, sizes: Mapping[str, int], entry: Entry, figures: LayerFigures, side_bytes: int = 0
+) -> LayerReport:
+    """A compressed tensor; `sizes` are the bytes of its stored parts by their full names.
+
+    side_bytes  of its codes: side information among them
+    """
     config, total = decision.config, sum(sizes.values())
     return LayerReport(
         **_tensor_fields(decision),
@@ -35,7 +40,7 @@ def compressed_layer(decision: Decision, sizes: Mapping[str, int], entry: Entry,
         form=config.form,
         sensitivity=decision.sensitivity,
         coding=entry.coding,
-        side_information_bytes=total - sizes[part_name(decision.tensor.name, "codes")],
+        side_information_bytes=total - sizes[part_name(decision.tensor.name, "codes")] + side_bytes,
         figures=figures,
     )
 

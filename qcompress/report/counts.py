@@ -12,6 +12,19 @@ from qcompress.report.document import LayerFigures
 
 Counts: TypeAlias = NDArray[np.int64]
 
+_WIDE = 1 << 20
+
+
+def count_values(codes: NDArray[np.int32]) -> Counts:
+    """How often each code that occurs does, int64, by ascending code; codes of any size."""
+    if not codes.size:
+        return np.zeros(0, np.int64)
+    low, high = int(codes.min()), int(codes.max())
+    if high - low < _WIDE:
+        counts = np.bincount(codes.reshape(-1) - low)
+        return counts[counts > 0]
+    return np.unique(codes, return_counts=True)[1].astype(np.int64)
+
 
 def measure_counts(*blocks: Counts | None) -> LayerFigures:
     """levels_used and entropy, in bits a code, of the codes of all blocks; None where one is not known.

@@ -116,8 +116,11 @@ class LayerMeter:
         self._before[place : place + len(taken)] = taken.numpy()
         self._after[place : place + len(taken)] = flat_decoded[start :: self._stride].numpy()
 
-    def result(self) -> LayerFigures:
-        """The figures of the whole tensor. Raises ValueError unless every weight was added once."""
+    def result(self, counts: Counts | None = None) -> LayerFigures:
+        """The figures of the whole tensor. Raises ValueError unless every weight was added once.
+
+        counts  how often each code of the whole tensor occurs, where the blocks could not say
+        """
         blocks = self._blocks
         added = sum(block.weights for block in blocks)
         if added != self.numel:
@@ -126,7 +129,7 @@ class LayerMeter:
             return LayerFigures()
         energy = math.fsum(block.energy for block in blocks)
         error_energy = math.fsum(block.error_energy for block in blocks)
-        codes = measure_counts(*(block.counts for block in blocks))
+        codes = measure_counts(*([counts] if counts is not None else [block.counts for block in blocks]))
         figures = LayerFigures(
             relative_error=_relative(error_energy, energy),
             max_error=float(np.max([block.max_error for block in blocks])),

@@ -60,12 +60,15 @@ def gather_report(path: Path, baseline: Checkpoint | None = None) -> Report:
 
 def _stored_report(artifact: Artifact) -> Report:
     """What the artifact's own bytes tell: sizes, and the entropy of its codes."""
-    from qcompress.report.counts import measure_counts
+    from qcompress.report.counts import count_values, measure_counts
 
     figures = {}
     for file in artifact.files:
         for name, entry in file.manifest.tensors.items():
-            figures[name] = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
+            if entry.is_lattice:
+                figures[name] = measure_counts(count_values(file.lattices.codes(name)[0]))
+            else:
+                figures[name] = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
     return _make_report(artifact, figures)
 
 
@@ -87,17 +90,20 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
 
     from qcompress.coding.affine import decode_rows, row_spans, take_rows
     from qcompress.coding.rows import rows_from_weight
+    from qcompress.report.counts import count_values
     from qcompress.report.figures import LayerMeter, unclipped_range
+    from qcompress.types import Lattice
 
     entry, encoded = file.manifest.tensors[name], file.read_encoded(name)
     rows = rows_from_weight(weight, entry.axis)
-    meter = LayerMeter(weight.numel(), entry.bits)
+    meter = LayerMeter(weight.numel(), entry.bits or None)
+    whole = count_values(encoded.codes.numpy()) if isinstance(encoded, Lattice) else None
     for start, stop in row_spans(encoded, BLOCK_WEIGHTS):
         part = take_rows(encoded, start, stop)
         block = rows[start:stop].float().reshape(part.shape)
-        counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy()
+        counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy() if whole is None else None
         meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
-    return meter.result()
+    return meter.result(whole)
 
 
 def _input_hash(artifact: Artifact) -> str:
@@ -123,6 +129,7 @@ def _refuse_other_baseline(artifact: Artifact, baseline: Checkpoint) -> None:
 def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: LayerFigures) -> LayerReport:
     parts = {part: info.n_bytes for part, info in file.parts_of(name).items()}
     method, options = _rule_of(name, file.manifest.recipe)
+    own_side = file.lattices.side_bytes(name) if entry.is_lattice else 0
     granularity, group_size = _sharing(file, name, entry, str(options.get("granularity", "")))
     return LayerReport(
         name=name,
@@ -132,12 +139,12 @@ def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: Laye
         baseline_bytes=file.original(name).n_bytes,
         reason=REASON,
         method=method,
-        bits=entry.bits,
+        bits=entry.bits or None,
         granularity=granularity,
         group_size=group_size,
-        form=entry.grid if entry.grid in ("zero-point", "offset", "codebook") else "symmetric",
+        form=entry.grid if entry.grid in ("zero-point", "offset", "codebook", "lattice") else "symmetric",
         coding=entry.coding,
-        side_information_bytes=sum(parts.values()) - parts["codes"],
+        side_information_bytes=sum(parts.values()) - parts["codes"] + own_side,
         figures=figures,
     )
 
@@ -145,6 +152,8 @@ def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: Laye
 def _sharing(file: ArtifactFile, name: str, entry: Entry, meant: str) -> tuple[str, int | None]:
     """What shares a grid or codebook, and the size of a group; `meant` by the recipe, where parts leave a choice."""
     parts = file.parts_of(name)
+    if entry.is_lattice:
+        return "tensor", None
     if entry.grid == "codebook":
         tables = parts["codebook"].shape[0]
         granularity = meant or ("tensor" if tables == 1 else "channel" if tables == entry.rows else "group")
@@ -198,6 +207,7 @@ def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Rep
         layers,
         header_bytes=sum(file.container.data_start for file in artifact.files),
         index_bytes=index_bytes,
+        pooled_bytes=sum(file.pooled_bytes for file in artifact.files),
     )
     return Report(
         artifact=document.ArtifactFile(name=artifact.path.name, sha256=artifact.sha256),
