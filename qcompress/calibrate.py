@@ -79,7 +79,15 @@ def compress_live(
     def finished(plan: Plan, options: Options) -> Report:
         tuner = Tuner(plan, setting, how.say)
         learn = make_learn(setting, how.say)
-        fitted = fit(fresh_copy(live), plan, how.say, representatives=options.representatives, learn=learn, tune=tuner)
+        fitted = fit(
+            fresh_copy(live),
+            plan,
+            how.say,
+            representatives=options.representatives,
+            rate=options.rate,
+            learn=learn,
+            tune=tuner,
+        )
         report = compress(checkpoint, plan, options, fitted)
         accuracy = compare(before, evaluate(options.output, setting), tuner.untuned) if task else None
         return replace(report, accuracy=accuracy, warnings=report.warnings + fitted.notes)

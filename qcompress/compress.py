@@ -67,6 +67,7 @@ class Options:
 
     statistics       a file of the layers' input statistics, for the methods that can work from them
     representatives  a file of what finetune-reg has learned, for the methods that take it up
+    rate             bits a weight that the codes of methods without widths may take; a budget's search sets it
     """
 
     output: Path
@@ -78,6 +79,7 @@ class Options:
     resume: bool = False
     statistics: Path | None = None
     representatives: Path | None = None
+    rate: float | None = None
     progress: Progress | None = None
 
 

@@ -31,6 +31,7 @@ def fit(
     say: Say = lambda _: None,
     *,
     representatives: Path | None = None,
+    rate: float | None = None,
     learn: Learn | None = None,
     tune: Callable[[LiveModel, Fitted], Fitted] = lambda _, fitted: fitted,
 ) -> Fitted:
@@ -40,6 +41,7 @@ def fit(
     later ones can make up for the earlier; `live.quantized` ends as the artifact will be.
 
     representatives  the file of what finetune-reg has learned, for the methods that take it up
+    rate             bits a weight that the codes of methods without widths may take
     learn            trains a module, for the methods that need it
     tune             changes what the methods chose before companions and activations see it
     raises           ModelError for weights of no module, and whatever the methods raise
@@ -51,7 +53,10 @@ def fit(
         own = [decision for decision in decisions if decision.method == name]
         say(f"{name}: {len(own)} tensors")
         method = METHODS[name]
-        if method.needs == "weights":
+        if method.live is not None and live.calibration:
+            assert rate is not None
+            found = method.load_live()(live, own, rate * sum(decision.tensor.numel for decision in own))
+        elif method.needs == "weights":
             found = _encode_weights(live, own, plan.recipe.seed, representatives)
         else:
             found = method.load()(live, own, *([learn] if method.needs == "training" else []))

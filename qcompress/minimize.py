@@ -13,6 +13,7 @@ from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
 from qcompress.compress import Options, compress
 from qcompress.errors import BudgetError
+from qcompress.rate import make_at_rate
 from qcompress.report.document import Report
 from qcompress.report.gates import check_gates
 from qcompress.sensitivity import weight_costs
@@ -53,6 +54,7 @@ def spend(
     raises  BudgetError for a budget that is too small, and what `make` raises
     """
     budget = plan.recipe.budget
+    make = make_at_rate(checkpoint, make, say)
     if budget is None or budget.minimize is None:
         return make(allocate(checkpoint, plan, options.choice, costs), options)
     folder = options.output.parent

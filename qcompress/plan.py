@@ -37,9 +37,21 @@ def make_plan(
         except RecipeError as error:
             errors.append(error)
     if not errors:
-        errors = _idle_rules(recipe, deciders, decisions)
+        errors = [*_idle_rules(recipe, deciders, decisions), *_stepless(recipe)]
     raise_all(errors)
     return Plan(recipe, tuple(decisions))
+
+
+def _stepless(recipe: Recipe) -> list[InputError]:
+    """Rules of a method without widths that neither a budget nor a step of their own decides."""
+    if recipe.budget is not None:
+        return []
+    mend = "add --bpw 2.0, --target-size SIZE or a `budget`, or `step: 0.3` to the rule"
+    return [
+        RecipeError(rule.where, f"{rule.method} has no widths, and nothing says how fine its grids are", mend)
+        for rule in recipe.rules
+        if rule.method is not None and METHODS[rule.method].live is not None and rule.options.step is None
+    ]
 
 
 def _first_match(rules: Sequence[Rule], name: str) -> Rule | None:

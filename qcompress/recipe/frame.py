@@ -8,7 +8,7 @@ from qcompress.recipe.sizes import SIZE_PATTERN
 
 VERSION = 1
 
-LATER_METHODS = ("lsq", "pact", "rd")
+LATER_METHODS = ("lsq", "pact")
 """Methods that this version refuses by name."""
 
 SEED: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0}

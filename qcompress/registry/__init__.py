@@ -13,6 +13,7 @@ from typing import Any, Literal
 from qcompress.registry.calibrated import AdaroundConfig, DfqConfig, GptqConfig, PdquantConfig
 from qcompress.registry.clusters import ClusterConfig, DkmConfig, KmeansConfig, LearnedConfig, Tune, refuse_codebook
 from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig, SquantConfig, refuse_grid
+from qcompress.registry.rd import RdConfig, refuse_lattice
 from qcompress.types import Family, Shape
 
 __all__ = [
@@ -33,11 +34,13 @@ __all__ = [
     "Method",
     "MseConfig",
     "PdquantConfig",
+    "RdConfig",
     "RtnConfig",
     "SquantConfig",
     "Tune",
     "refuse_codebook",
     "refuse_grid",
+    "refuse_lattice",
 ]
 
 
@@ -50,6 +53,8 @@ class Method:
     adjusts     whether it changes tensors that it was not given: batch norms, biases
     statistics  whether it can also work from saved statistics of the layers' inputs, with no live model
     representatives  whether it takes up what finetune-reg has learned, as one more argument
+    live        "module:function" in place of `target` where there are a live model and calibration data:
+                fit(live, decisions, bits) -> Fitted, whose codes take at most so many bits together
     refuse      (config, shape [rows, ...] of a weight) -> why the weight cannot have this grid, or None
     """
 
@@ -62,6 +67,7 @@ class Method:
     target: str
     statistics: bool = False
     representatives: bool = False
+    live: str | None = None
 
     @property
     def has_widths(self) -> bool:
@@ -73,6 +79,10 @@ class Method:
         family cluster encode(weight [rows, ...] in its dtype, config, exponent, generator) -> Codebook; else
         fit(live: LiveModel, decisions) -> Fitted, with `learn` as one more argument where `needs` is training."""
         return _load(self.target)
+
+    def load_live(self) -> Callable[..., Any]:
+        """The function that `live` names."""
+        return _load(self.live or "")
 
     def load_encode(self) -> Callable[..., Any]:
         """encode(weight, decision, gram, generator) -> Affine, where `statistics` is true."""
@@ -117,6 +127,16 @@ METHODS: Mapping[str, Method] = {
         _live_method("adaround", AdaroundConfig, "calibration", adjusts=True, statistics=True),
         _live_method("gptq", GptqConfig, "calibration", statistics=True),
         _live_method("pdquant", PdquantConfig, "calibration"),
+        Method(
+            "rd",
+            "quantize",
+            RdConfig,
+            "weights",
+            True,
+            refuse_lattice,
+            "qcompress.methods.rd:encode",
+            live="qcompress.methods.rd:fit",
+        ),
         _cluster_method("kmeans", KmeansConfig),
         _cluster_method("learned", LearnedConfig, representatives=True),
         Method("dkm", "cluster", DkmConfig, "training", True, refuse_codebook, "qcompress.methods.dkm:fit"),

@@ -41,6 +41,11 @@ class RdConfig:
     step: Annotated[float, Gt(0)] | None = None
     axis: int | tuple[int, ...] | None = None
 
+    form: ClassVar[str] = "lattice"
+    bits: ClassVar[None] = None
+    granularity: ClassVar[str] = "tensor"
+    group_size: ClassVar[None] = None
+
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
 
     @property

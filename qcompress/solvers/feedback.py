@@ -39,7 +39,9 @@ def feedback_codes(
     order = column_order(hessian, act_order)
     upper = inverse_factor(permuted(hessian, order), damping).to(weight.dtype)
     rest = take_columns(grouped(weight, groups), order).clone()
-    scales, lows = (take_columns(grouped(one.to(weight.dtype).expand(weight.shape), groups), order) for one in (scale, low))
+    scales, lows = (
+        take_columns(grouped(one.to(weight.dtype).expand(weight.shape), groups), order) for one in (scale, low)
+    )
     codes = torch.empty_like(rest)
     most = 2**bits - 1
     for start in range(0, columns, block):

@@ -21,8 +21,10 @@ def flipped(wish: Tensor, codes: Tensor) -> Tensor:
     count = total.abs().round()
     # A flip towards the wish's other side costs 1 - 2 |error|; one further away costs more, and is never among the cheapest.
     towards = error * total.sign()
-    order = towards.argsort(1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    order = towards.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return codes - torch.where(rank < count, total.sign(), torch.zeros_like(total))
 
 

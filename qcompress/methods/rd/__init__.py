@@ -1,8 +1,8 @@
 """Rate-distortion: unbounded codes on grids whose steps are chosen for all tensors together, entropy coded.
 
 Error feedback under each layer's Hessian (GPTQ, arXiv 2210.17323) on a lattice without ends (WaterSIC, arXiv
-2603.04956), inputs from the network as it is already coded, steps of equal slope with measured sensitivities, and tables
-by scale classes (coding.classes). `fit` works on a live model with calibration data, `encode` from a weight alone.
+2603.04956), inputs from the network as it is already coded, steps of equal slope with measured sensitivities, tables by
+scale classes (coding.classes). `fit` works on a live model with calibration data, `encode` from a weight alone.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompress.coding.lengths import class_costs
-from qcompress.registry.rd import RdConfig
+from qcompress.registry import RdConfig
 from qcompress.solvers.flips import flip_lattice
 from qcompress.solvers.lattice import Prices, descend_lattice, feedback_lattice
 from qcompress.solvers.lattice_grid import grid_steps, lattice_grid, with_codes, with_step
@@ -63,11 +63,11 @@ def _codes(rows: Tensor, steps: Tensor, hessian: Tensor, prices: Prices | None, 
     parts = []
     for start in range(0, len(target), max(1, ROWS_AT_ONCE // width)):
         stop = start + max(1, ROWS_AT_ONCE // width)
-        own = None if prices is None else Prices(prices.classes.reshape(-1, width)[start:stop], prices.bits, prices.rate)
+        own = (
+            None if prices is None else Prices(prices.classes.reshape(-1, width)[start:stop], prices.bits, prices.rate)
+        )
         part = feedback_lattice(target[start:stop], steps, hessian, own, damping=config.damping)
         if config.sweeps:
             part = descend_lattice(part, target[start:stop], steps, hessian, own, sweeps=config.sweeps)
         parts.append(part)
     return torch.cat(parts).reshape(rows.shape)
-
-

@@ -80,13 +80,13 @@ def measure_responses(live: LiveModel, decisions: Mapping[str, Decision], *, dam
 
 def _probed_samples(batches: Sequence[Batch]) -> int:
     """How many batches the probes see."""
-    samples = values = count = 0
-    for count, batch in enumerate(batches, 1):
+    samples = values = 0
+    for index, batch in enumerate(batches):
         samples += batch.size
         values += sum(x.numel() for x in (*batch.args, *batch.kwargs.values()))
         if samples >= PROBED_SAMPLES or values >= PROBED_VALUES:
-            break
-    return count
+            return index + 1
+    return len(batches)
 
 
 def _outputs(module: nn.Module, stages: Sequence[Stage], states: Sequence[State]) -> Tensor:
@@ -150,5 +150,3 @@ class _Probe:
         put_tensors(self.module, {name: own})
         mean = float((found - self.wanted).square().mean())
         return mean / max(self.variance, 1e-300), mean * found.shape[-1]
-
-

@@ -16,10 +16,18 @@ from qcompress.model.companions import match_outputs
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
 from qcompress.model.stages import last_output
 from qcompress.model.sweep import LayerStep, run_stage, sweep
-from qcompress.registry.rd import RdConfig
+from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import least_squares_target
 from qcompress.solvers.lattice import Prices, descend_lattice, feedback_lattice
-from qcompress.solvers.lattice_grid import bisect_rate, column_factors, eighths, grid_steps, lattice_grid, with_codes, with_step
+from qcompress.solvers.lattice_grid import (
+    bisect_rate,
+    column_factors,
+    eighths,
+    grid_steps,
+    lattice_grid,
+    with_codes,
+    with_step,
+)
 from qcompress.solvers.lattice_trellis import trellis_lattice
 from qcompress.types import Decision, Fitted, Kept, Lattice
 
@@ -144,7 +152,12 @@ class Session:
         if layer.config.columns is not False and rate > LEAST_COLUMN_RATE:
             columns = column_factors(response.energies, layer.taps, layer.rows.shape[0] // len(response.energies))
         grid = lattice_grid(
-            tensor.shape, layer.decision.axis, tensor.dtype, rows=rows, columns=columns, size=tuple(layer.rows.shape)
+            tensor.shape,
+            layer.decision.axis,
+            tensor.dtype,
+            rows=rows,
+            columns=columns,
+            size=(layer.rows.shape[0], layer.rows.shape[1]),
         )
         steps = grid_steps(grid, layer.rows.device).double().expand(layer.rows.shape)
         weights = response.gains.square() if normed else torch.ones_like(response.gains)
@@ -244,5 +257,3 @@ def _log_probabilities(live: LiveModel, module: nn.Module, batches: Sequence[obj
     for stage in live.stages:
         states = run_stage(stage, module, states)
     return torch.cat([last_output(state).flatten(0, -2).float() for state in states]).log_softmax(-1)
-
-

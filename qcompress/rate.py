@@ -1,0 +1,211 @@
+"""Budgets of methods without widths: the steps of all their grids move together until the artifact takes what it may.
+
+Each attempt is a whole artifact beside the output; the first that holds the budget and uses it becomes the output.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from qcompress.artifact.layout import make_slots
+from qcompress.artifact.writer import refuse_existing, refuse_own_input, reporting_resources, staged_output
+from qcompress.checkpoint import Checkpoint, tensor_view
+from qcompress.compress import Options
+from qcompress.errors import BudgetError
+from qcompress.registry import METHODS
+from qcompress.report.document import Report
+from qcompress.shards import planned_files
+from qcompress.types import Decision, Plan
+
+Make = Callable[[Plan, Options], Report]
+"""Writes the artifact of a plan and gives its report."""
+
+LEAST_BPW = 0.1
+"""Bits a weight below which nothing is promised: zeros cost something too."""
+FULL = 0.98
+"""The share of the budget that an attempt must use to be the last."""
+AIM = 0.995
+ATTEMPTS = 8
+STEP_OF_RATE = 0.75
+"""By how much the logarithm of all steps changes a bit a weight, about: ln 2 where rates are high."""
+SAMPLED_WEIGHTS = 1 << 16
+
+
+def is_unbounded(plan: Plan) -> bool:
+    """Whether a budget of the plan decides steps, not widths."""
+    return plan.recipe.budget is not None and any(_has_steps(decision) for decision in plan.decisions)
+
+
+def _has_steps(decision: Decision) -> bool:
+    return decision.compresses and METHODS[decision.method or ""].live is not None
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A budget in bits: of codes and side information, or of all files, whose other parts take `other_bits`."""
+
+    bits: float
+    other_bits: float
+    whole: bool
+
+    def spent(self, report: Report) -> float:
+        """What an artifact takes of it."""
+        size = report.size
+        return size.artifact_bytes * 8.0 if self.whole else 8.0 * (size.parts.codes + size.parts.side_information)
+
+
+def _limit(checkpoint: Checkpoint, plan: Plan, options: Options) -> _Limit:
+    """Raises BudgetError where the budget is less than next to nothing takes."""
+    budget = plan.recipe.budget
+    assert budget is not None
+    weights = _weights(plan)
+    where = plan.recipe.places.get("budget", "budget")
+    if budget.bpw is not None:
+        if budget.bpw < LEAST_BPW:
+            what = f"{budget.bpw:g} bits per weight are too few"
+            raise BudgetError(where, what, f"ask for at least {LEAST_BPW}")
+        return _Limit(budget.bpw * weights, 0.0, whole=False)
+    assert budget.size is not None
+    slots = sum(slot.n_bytes for d in plan.decisions if d.compresses for slot in make_slots(d, options.choice))
+    other = sum(planned_files(checkpoint, plan, options.choice).values()) - slots
+    least = math.ceil(other + LEAST_BPW * weights / 8)
+    if budget.size < least:
+        what = (
+            f"{budget.size:,} bytes are too few: what is kept, names and next to nothing for the codes take {least:,}"
+        )
+        raise BudgetError(where, what, f"ask for at least {least}, compress more tensors, or keep them as f16")
+    return _Limit(budget.size * 8.0, other * 8.0, whole=True)
+
+
+def _weights(plan: Plan) -> int:
+    return sum(decision.tensor.numel for decision in plan.decisions if decision.compresses)
+
+
+def make_at_rate(checkpoint: Checkpoint, make: Make, say: Callable[[str], None] = lambda _: None) -> Make:
+    """`make`, but for plans whose budget decides steps: those are made until one takes at most the budget, and nearly.
+
+    raises  BudgetError where no attempt stays within the budget
+    """
+
+    def made(plan: Plan, options: Options) -> Report:
+        if not is_unbounded(plan):
+            return make(plan, options)
+        refuse_own_input(checkpoint.path, options.output)
+        refuse_existing(options.output, options.force, checkpoint.is_folder)
+        limit = _limit(checkpoint, plan, options)
+        folder = options.output.parent
+        with reporting_resources(folder), TemporaryDirectory(prefix=f".{options.output.name}.", dir=folder) as drafts:
+            search = _Search(checkpoint, make, plan, options, limit, Path(drafts), say)
+            report, draft = search.run()
+            with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
+                if checkpoint.is_folder:
+                    staged.rmdir()
+                os.rename(draft, staged)
+        return report
+
+    return made
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Attempts at one budget, each in a folder of its own."""
+
+    checkpoint: Checkpoint
+    make: Make
+    plan: Plan
+    options: Options
+    limit: _Limit
+    drafts: Path
+    say: Callable[[str], None]
+
+    def run(self) -> tuple[Report, Path]:
+        """The report and the place of the best attempt. Raises BudgetError."""
+        limit, weights = self.limit, _weights(self.plan)
+        bits = AIM * (limit.bits - limit.other_bits)
+        step = None if self._is_live else first_step(self.checkpoint, self.plan, bits)
+        best: tuple[float, Report, Path] | None = None
+        for attempt in range(ATTEMPTS):
+            report, draft = self._attempt(attempt, bits / weights, step)
+            spent = limit.spent(report)
+            self.say(f"{spent / 8:,.0f} of {limit.bits / 8:,.0f} bytes")
+            if spent <= limit.bits and (best is None or spent > best[0]):
+                best = (spent, report, draft)
+            if best is not None and best[0] >= FULL * limit.bits:
+                break
+            change = AIM * limit.bits - spent
+            bits = max(bits + change, LEAST_BPW * weights / 2)
+            if step is not None:
+                step *= math.exp(-STEP_OF_RATE * change / weights)
+        if best is None:
+            where = self.plan.recipe.places.get("budget", "budget")
+            what = f"{limit.bits / 8:,.0f} bytes are too few: the smallest of {ATTEMPTS} attempts took {spent / 8:,.0f}"
+            raise BudgetError(where, what, "ask for more, or compress more tensors")
+        return best[1], best[2]
+
+    @property
+    def _is_live(self) -> bool:
+        return self.plan.recipe.model is not None and _has_calibration(self.plan)
+
+    def _attempt(self, number: int, rate: float, step: float | None) -> tuple[Report, Path]:
+        folder = self.drafts / str(number)
+        folder.mkdir()
+        draft = folder / self.options.output.name
+        plan = self.plan if step is None else _with_step(self.plan, step)
+        options = replace(self.options, output=draft, force=False, resume=False, rate=rate)
+        return self.make(plan, options), draft
+
+
+def _has_calibration(plan: Plan) -> bool:
+    data = plan.recipe.data
+    return data is not None and data.calibration is not None
+
+
+def _with_step(plan: Plan, step: float) -> Plan:
+    def stepped(decision: Decision) -> Decision:
+        if not _has_steps(decision):
+            return decision
+        return replace(decision, config=replace(decision.config, step=step))
+
+    return replace(plan, decisions=tuple(stepped(decision) for decision in plan.decisions))
+
+
+def first_step(checkpoint: Checkpoint, plan: Plan, bits: float) -> float:
+    """The step under which all weights, rounded to nearest, have an entropy of `bits`: a start for the search.
+
+    From a sample of each tensor's weights.
+    """
+    samples = [_sample(checkpoint, d) for d in plan.decisions if _has_steps(d)]
+    weights = [d.tensor.numel for d in plan.decisions if _has_steps(d)]
+
+    def rate_at(log: float) -> float:
+        rates = (entropy((sample / math.exp(log)).round()) for sample in samples)
+        return sum(rate * count for rate, count in zip(rates, weights, strict=True))
+
+    low, high = -20.0, 10.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rate_at(middle) > bits else (low, middle)
+    return math.exp(high)
+
+
+def _sample(checkpoint: Checkpoint, decision: Decision) -> torch.Tensor:
+    """Weights of one tensor in units of the square root of their deviation, float32."""
+    tensor = decision.tensor
+    flat = tensor_view(checkpoint.shard_of(tensor.name), tensor).reshape(-1)
+    taken = flat[:: max(1, flat.numel() // SAMPLED_WEIGHTS)].float()
+    deviation = float(taken.square().mean().sqrt())
+    return taken / deviation**0.5 if deviation > 0 else torch.zeros_like(taken)
+
+
+def entropy(codes: torch.Tensor) -> float:
+    """Bits a code of integers of any size: of their order-0 distribution."""
+    _, counts = torch.unique(codes, return_counts=True)
+    shares = counts.double() / codes.numel()
+    return float(-(shares * shares.log2()).sum())
