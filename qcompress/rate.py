@@ -14,14 +14,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from qcompress.artifact.layout import make_slots
 from qcompress.artifact.writer import refuse_existing, refuse_own_input, reporting_resources, staged_output
 from qcompress.checkpoint import Checkpoint, tensor_view
 from qcompress.compress import Options
 from qcompress.errors import BudgetError
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
-from qcompress.shards import planned_files
+from qcompress.shards import make_shards
 from qcompress.types import Decision, Plan
 
 Make = Callable[[Plan, Options], Report]
@@ -73,8 +72,11 @@ def _limit(checkpoint: Checkpoint, plan: Plan, options: Options) -> _Limit:
             raise BudgetError(where, what, f"ask for at least {LEAST_BPW}")
         return _Limit(budget.bpw * weights, 0.0, whole=False)
     assert budget.size is not None
-    slots = sum(slot.n_bytes for d in plan.decisions if d.compresses for slot in make_slots(d, options.choice))
-    other = sum(planned_files(checkpoint, plan, options.choice).values()) - slots
+    compressed = {decision.tensor.name for decision in plan.decisions if decision.compresses}
+    layouts = [shard.layout for shard in make_shards(checkpoint, plan, options.choice)]
+    # Of the slots only those of kept tensors are known; what several compressed ones share belongs to none.
+    codes = sum(slot.n_bytes for one in layouts for slot in one.slots if slot.tensor in {"", *compressed})
+    other = sum(one.file_bytes for one in layouts) - codes
     least = math.ceil(other + LEAST_BPW * weights / 8)
     if budget.size < least:
         what = (
