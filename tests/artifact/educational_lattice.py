@@ -71,7 +71,10 @@ def lattices(
         else:
             length, at = varint(data, 0)
             codes = read_codes(data[at + length :], tensor, read_side(data[at : at + length], [tensor]))
-        assert zlib.crc32(codes.astype("<i4").tobytes()) == tensor.crc32
+        place = struct.pack("<ebB", tensor.step, tensor.exponent, tensor.trellis)
+        factors = [tensor.parts[kind] for kind in ("rows", "channels", "taps")]
+        checked = codes.astype("<i4").tobytes() + place + bytes(factor % 256 for part in factors for factor in part)
+        assert zlib.crc32(checked) == tensor.crc32
         found[tensor.name] = (codes, values(codes, tensor))
     return found
 
@@ -172,12 +175,16 @@ class Bits:
     """Raw bits, lowest first."""
 
     def __init__(self, data: bytes) -> None:
-        self.string, self.at = int.from_bytes(data, "little"), 0
+        self.data, self.at = data, 0
+
+    def take(self, count: int) -> int:
+        window = int.from_bytes(self.data[self.at // 8 : self.at // 8 + 5], "little")
+        self.at += count
+        return window >> (self.at - count) % 8 & (1 << count) - 1
 
     def code(self, token: int) -> int:
         start, count = BINS[(token + 1) // 2]
-        magnitude = start + (self.string >> self.at & (1 << count) - 1)
-        self.at += count
+        magnitude = start + self.take(count)
         return magnitude if token % 2 else -magnitude
 
 
@@ -250,8 +257,8 @@ def after(state: int, code: int) -> int:
 def read_lanes(data: bytes, tensor: Tensor) -> np.ndarray:
     count, lane = tensor.rows * tensor.columns, data[0]
     end = 1 + math.ceil(count * lane / 8)
-    string = int.from_bytes(data[1:end], "little")
-    tokens = [string >> lane * place & (1 << lane) - 1 for place in range(count)]
+    lanes = Bits(data[1:end])
+    tokens = [lanes.take(lane) for _ in range(count)]
     for place, token in enumerate(tokens):
         if token == (1 << lane) - 1:
             tokens[place], end = data[end], end + 1
