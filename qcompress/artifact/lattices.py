@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +14,7 @@ from qcompress.artifact.manifest import Manifest
 from qcompress.coding.lattice_payload import decode_lattice, split_side
 from qcompress.coding.pool import Pool
 from qcompress.coding.rows import tap_count
-from qcompress.coding.side import Grid, Matrix, parse_side
+from qcompress.coding.side import Grid, Matrix, lattice_crc32, parse_side
 from qcompress.container import Container
 from qcompress.errors import ArtifactError
 
@@ -64,7 +63,7 @@ class LatticeFile:
             codes = decode_lattice(data, entry.coding, pool, place, grid.trellis, (entry.rows, entry.columns))
         except ValueError as error:
             raise self._damaged(name, str(error)) from None
-        if zlib.crc32(np.ascontiguousarray(codes, "<i4").data) != grid.crc32:
+        if lattice_crc32(codes, grid) != grid.crc32:
             raise self._damaged(name, "its checksum does not hold")
         return codes, grid
 

@@ -49,10 +49,12 @@ class Layout:
     """One file: its slots in file order, and the room for its header.
 
     header_bytes  the 8 bytes of length and the padded header
+    shrinks       whether data may move up, in the end, to where the header turns out to stop
     """
 
     slots: tuple[Slot, ...]
     header_bytes: int
+    shrinks: bool = False
 
     @property
     def data_bytes(self) -> int:
@@ -138,7 +140,12 @@ def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: M
     entries = {d.tensor.name: widest_entry(d, choice) for d in decisions if d.compresses}
     widest = replace(manifest, tensors=entries, sha256="0" * 64, input_sha256="0" * 64)
     header = render_header(slots, widest)
-    return Layout(tuple(slots), 8 + -(-len(header) // 8) * 8)
+    return Layout(tuple(slots), header_room(header), shrinks=bool(pool))
+
+
+def header_room(header: bytes) -> int:
+    """The bytes before the data: the length, the header, and what fills them up to a multiple of 8."""
+    return 8 + -(-len(header) // 8) * 8
 
 
 def pool_of(decisions: Iterable[Decision]) -> list[str]:
@@ -153,16 +160,16 @@ def pooled_names(sizes: Mapping[str, int]) -> list[str]:
     return [name for name, shared in zip(names, pooled([sizes[name] for name in names]), strict=True) if shared]
 
 
-def _file_order(slot: Slot, pool: Container[str]) -> tuple[bool, bool, int, str]:
+def _file_order(slot: Slot, pool: Container[str]) -> tuple[bool, bool, bool, int, str]:
     # Codes, whose length may vary, come last, so that all else has its place; wide dtypes first keep that aligned.
     # Those of the pool come last of all, because they wait for one another.
-    return (slot.name.endswith(".qc.codes"), slot.tensor in pool, -DTYPE_BITS[slot.dtype], slot.name)
+    return (slot.name.endswith(".qc.codes"), slot.varies, slot.tensor in pool, -DTYPE_BITS[slot.dtype], slot.name)
 
 
 def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:
     """The entry of a compressing decision with every number still unknown at its widest."""
     if decision.config.form == "lattice":
-        return lattice_entry(decision, "packed")
+        return lattice_entry(decision, "packed" if choice == "packed" else "zstd")
     return Entry(
         shape=decision.tensor.shape,
         dtype=decision.tensor.dtype,

@@ -129,7 +129,7 @@ def manifest_text(manifest: Manifest) -> str:
         "recipe_sha256": manifest.recipe_sha256,
         "sha256": manifest.sha256,
         "tensors": {
-            name: {key: value for key, value in entry.items() if key not in defaults or defaults[key] != value}
+            name: _short({key: value for key, value in entry.items() if key not in defaults or defaults[key] != value})
             for name, entry in entries.items()
         },
         "tool": manifest.tool,
@@ -151,6 +151,11 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
     left_out = LATTICE_LACKS if entry.is_lattice else set() if entry.dim > 1 else {"dim"}
     values = {part.name: getattr(entry, part.name) for part in fields(entry) if part.name not in left_out}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _short(entry: Mapping[str, Any]) -> Any:
+    """An entry of a shape alone is that shape."""
+    return entry["shape"] if set(entry) == {"shape"} else entry
 
 
 def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -275,6 +280,8 @@ def _is_float32(value: Any) -> bool:
 def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
     if RESERVED in name:
         raise ManifestError(f"tensor {name!r} has {RESERVED!r} in its name, which only parts of tensors have")
+    if isinstance(own, list):
+        own = {"shape": own}
     if not isinstance(own, dict):
         raise ManifestError(f"tensor {name!r} has no entry in the manifest")
     values = {"dim": 1, **defaults, **own}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, index_text
+from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, header_room, index_text
 from qcompress.artifact.manifest import BLANK_CRC32, header_crc32
 from qcompress.errors import OutputError, ResourceError
 from qcompress.types import Shape
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 READ_BACK_BYTES = 1 << 22
+SPARE_SHARE = 10_000
+"""Room for a header is given back where it is more than one part in so many of the file."""
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ".vocab", ".merges", ".spm"}
 """Files of a checkpoint folder that travel with its weights: configuration, tokenizer, model card, model code."""
 INDEX_SUFFIX = ".index.json"
@@ -187,6 +189,7 @@ class SlotWriter:
         self._filled: dict[str, int] = {}
         self._crc: dict[str, int] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
+        self._header_bytes = layout.header_bytes
         self._place_slots()
 
     def _place_slots(self) -> None:
@@ -275,16 +278,32 @@ class SlotWriter:
             raise AssertionError(f"slot {missing[0]} was not filled")
         os.fsync(self._file.fileno())
         sha256 = self._read_back(slots)
+        self._shrink(header_room(render(slots, sha256, BLANK_CRC32)), slots, sha256)
         crc32 = header_crc32(self._padded(render(slots, sha256, BLANK_CRC32)))
         start = self._padded(render(slots, sha256, crc32))
         self._write_at(memoryview(start), 0)
         os.fsync(self._file.fileno())
         if os.pread(self._file.fileno(), len(start), 0) != start:
             raise self._differs("its header")
-        return Written(slots, self._layout.header_bytes, sha256)
+        return Written(slots, self._header_bytes, sha256)
+
+    def _shrink(self, needed: int, slots: Sequence[Slot], sha256: str) -> None:
+        """Move the data up to a header of `needed` bytes, where the layout allows it and the file is small enough."""
+        spare, size = self._header_bytes - needed, self._next
+        if not self._layout.shrinks or spare * SPARE_SHARE < size:
+            return
+        for position in range(self._header_bytes, size, READ_BACK_BYTES):
+            piece = os.pread(self._file.fileno(), READ_BACK_BYTES, position)
+            self._write_at(memoryview(piece), position - spare)
+        os.ftruncate(self._file.fileno(), size - spare)
+        os.fsync(self._file.fileno())
+        self._start = {name: start - spare for name, start in self._start.items()}
+        self._header_bytes = needed
+        if self._read_back(slots) != sha256:
+            raise self._differs("its data")
 
     def _padded(self, header: bytes) -> bytes:
-        room = self._layout.header_bytes - 8
+        room = self._header_bytes - 8
         if len(header) > room:
             raise AssertionError(f"the header needs {len(header)} bytes and has room for {room}")
         return room.to_bytes(8, "little") + header.ljust(room)

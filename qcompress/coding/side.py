@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,13 @@ from qcompress.coding.ans import RunReader, Table, encode_runs, parse_varint, va
 from qcompress.coding.classes import CLASSES, CONTEXTS, Levels
 from qcompress.coding.pool import Pool
 from qcompress.coding.smooth import STEEPEST, fit_slopes, table_from_slopes
-from qcompress.coding.tokens import BIN_BITS, TOKENS, codes_from_tokens, raw_bits, tokens_from_codes
+from qcompress.coding.tokens import BIN_BITS, TOKENS, Codes, codes_from_tokens, raw_bits, tokens_from_codes
 from qcompress.types import Lattice
 
 Integers = NDArray[np.int32]
 
 _FIXED = struct.Struct("<BbbHI")
+_PLACE = struct.Struct("<HbB")
 _PARTS = ("level rows", "level columns", "step rows", "step channels", "step taps", "trellis")
 _GROUPS = range(0, CONTEXTS, CLASSES)
 FACTOR_LIMIT = 127
@@ -46,7 +47,7 @@ class Grid:
 
     step     the bits of a float16
     factors  integers: of rows [rows], of channels [columns / taps, or columns without factors of taps], of taps [taps]
-    crc32    of the codes as little-endian int32
+    crc32    see `lattice_crc32`
     """
 
     step: int
@@ -60,11 +61,23 @@ class Grid:
 
 def grid_of_lattice(lattice: Lattice) -> Grid:
     """The grid of a lattice as side information has it."""
-    codes = lattice.codes.cpu().numpy()
-    factors = (None if part is None else part.cpu().numpy() for part in (lattice.rows, lattice.channels, lattice.taps))
+    rows, channels, taps = (
+        None if part is None else part.cpu().numpy().astype(np.int32)
+        for part in (lattice.rows, lattice.channels, lattice.taps)
+    )
     step = int(lattice.step.cpu().numpy().view(np.uint16))
-    crc32 = zlib.crc32(np.ascontiguousarray(codes, "<i4").data)
-    return Grid(step, lattice.exponent, lattice.trellis, crc32, *factors)
+    grid = Grid(step, lattice.exponent, lattice.trellis, 0, rows, channels, taps)
+    return replace(grid, crc32=lattice_crc32(lattice.codes.cpu().numpy(), grid))
+
+
+def lattice_crc32(codes: Codes, grid: Grid) -> int:
+    """The CRC-32 of codes, as little-endian int32, and of the grid that places them."""
+    crc = zlib.crc32(np.ascontiguousarray(codes, "<i4").data)
+    crc = zlib.crc32(_PLACE.pack(grid.step, grid.exponent, grid.trellis), crc)
+    for part in (grid.rows, grid.channels, grid.taps):
+        if part is not None:
+            crc = zlib.crc32(part.astype(np.int8).tobytes(), crc)
+    return crc
 
 
 def side_bytes(grids: Sequence[Grid], pool: Pool) -> bytes:

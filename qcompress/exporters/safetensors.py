@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qcompress.artifact.layout import Layout, Slot, header_text
+from qcompress.artifact.layout import Layout, Slot, header_room, header_text
 from qcompress.artifact.reader import Artifact, ArtifactFile
 from qcompress.artifact.writer import SlotWriter, copy_companions, refuse_own_input, staged_output, write_index
 from qcompress.coding.affine import decode, row_spans, take_rows
@@ -48,7 +48,7 @@ def _export_file(artifact: Artifact, file: ArtifactFile, path: Path) -> Layout:
     originals = [*file.kept, *map(file.original, file.manifest.tensors), *copies]
     originals.sort(key=lambda info: (-DTYPE_BITS[info.dtype], info.name))
     slots = [Slot(info.name, info.dtype, info.shape, info.n_bytes, copies.get(info, info.name)) for info in originals]
-    layout = Layout(tuple(slots), 8 + -(-len(_render_header(slots, file)) // 8) * 8)
+    layout = Layout(tuple(slots), header_room(_render_header(slots, file)))
     with SlotWriter(path, layout) as writer:
         for slot in slots:
             for data in _dense_bytes(artifact.file_of(slot.tensor), slot.tensor):

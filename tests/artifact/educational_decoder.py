@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import zstandard
 
+from artifact.educational_lattice import lattices
+
 
 class Dense(NamedTuple):
     """A tensor as the checkpoint had it, or as its codes decode."""
@@ -36,8 +38,16 @@ def expand(path: Path) -> dict[str, Dense]:
         for name, stored in header.items():
             if ".qc." not in name:
                 tensors[name] = Dense(stored["dtype"], tuple(stored["shape"]), bytes_of(stored, data))
-        for name, own in manifest["tensors"].items():
-            entry = manifest["defaults"] | own
+        entries = {
+            name: manifest["defaults"] | ({"shape": own} if isinstance(own, list) else own)
+            for name, own in manifest["tensors"].items()
+        }
+        for name, (_, values) in lattices(entries, lambda part, h=header, d=data: bytes_of(h[part], d)).items():
+            entry = entries[name]
+            tensors[name] = Dense(entry["dtype"], tuple(entry["shape"]), in_order(entry, values))
+        for name, entry in entries.items():
+            if entry["grid"] == "lattice":
+                continue
             parts = {
                 part: bytes_of(header[f"{name}.qc.{part}"], data)
                 for part in ("codes", "scale", "zero_point", "offset", "codebook")
@@ -72,11 +82,7 @@ def bytes_of(stored: dict[str, Any], data: bytes) -> bytes:
 def decode(entry: dict[str, Any], parts: dict[str, bytes], about: dict[str, Any]) -> bytes:
     """The bytes of a weight in its own dtype and order."""
     shape, axis, bits = entry["shape"], entry["axis"], entry["bits"]
-    if len(shape) < 2:
-        order, rows = list(range(len(shape))), 1
-    else:
-        order = [*axis, *(index for index in range(len(shape)) if index not in axis)]
-        rows = math.prod(shape[index] for index in axis)
+    rows = math.prod(shape[index] for index in axis) if len(shape) > 1 else 1
     columns = math.prod(shape) // rows
     dim = entry.get("dim", 1)
     codes = decode_payload(parts["codes"], entry["coding"], bits, rows // dim, columns)
@@ -88,6 +94,14 @@ def decode(entry: dict[str, Any], parts: dict[str, bytes], about: dict[str, Any]
             values = entries_of(codes, parts, about, entry["exponent"])
         else:
             values = values_of(codes, parts, about["shape"], entry["grid"], bits, entry["exponent"])
+    return in_order(entry, values)
+
+
+def in_order(entry: dict[str, Any], values: np.ndarray) -> bytes:
+    """Values [rows, columns] as the bytes of the weight."""
+    shape, axis = entry["shape"], entry["axis"]
+    order = [*axis, *(index for index in range(len(shape)) if index not in axis)] if len(shape) > 1 else []
+    order = order or list(range(len(shape)))
     permuted = values.reshape([shape[index] for index in order])
     return in_dtype(np.moveaxis(permuted, range(len(order)), order) if order else permuted, entry["dtype"])
 

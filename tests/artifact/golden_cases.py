@@ -15,7 +15,9 @@ from torch import Tensor
 import qcompress
 from artifact.educational_decoder import Dense
 from artifact.examples import recipe, rtn, rule, run, save, save_folder
-from qcompress.types import Recipe
+from artifact.lattice_method import METHOD, RoundedConfig
+from qcompress.registry import METHODS
+from qcompress.types import Recipe, Rule
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -44,6 +46,18 @@ class Case(NamedTuple):
 
 def one(tensor: Tensor, method: str, choice: str = "packed", **options: Any) -> Case:
     return Case({"w": tensor}, recipe(rule("w", method, **options)), choice)
+
+
+def lattices(tensors: dict[str, Tensor], choice: str, **options: Any) -> Case:
+    """Every tensor of two dimensions or more as a lattice, with `d` on a grid beside them."""
+    rounded = Rule("*", "rounded", RoundedConfig(**options), "rule *")
+    return Case(tensors, recipe(*([rule("d", "rtn", bits=3)] if "d" in tensors else []), rounded), choice)
+
+
+def lattice(choice: str, **options: Any) -> Case:
+    """Two lattices that share a pool, a kept tensor, and a grid."""
+    tensors = {"a": weights(6, 4, 3, 3), "b": skewed(9, 20), "c": weights(5), "d": weights(3, 5)}
+    return lattices(tensors, choice, **options)
 
 
 CASES: dict[str, Case] = {
@@ -85,6 +99,14 @@ CASES: dict[str, Case] = {
     "bf16": one(weights(3, 5, dtype=torch.bfloat16), "rtn", bits=4),
     "large": one(weights(3, 5) * 2.0**90, "rtn", bits=4),
     "tiny": one(weights(3, 5) * 2.0**-120, "rtn", bits=4),
+    "lattice-ans": lattice("ans"),
+    "lattice-auto": lattice("auto"),
+    "lattice-zstd": lattice("zstd"),
+    "lattice-packed": lattice("packed"),
+    "lattice-trellis": lattice("ans", trellis=True),
+    "lattice-fine": lattice("ans", step=0.01),
+    "lattice-factors": lattice("ans", columns=True),
+    "lattice-axis": lattices({"w": weights(4, 6, 5)}, "ans", axis=1, columns=True),
     "kept": Case(
         {
             "f8": weights(4).to(torch.float8_e4m3fn),
@@ -116,6 +138,12 @@ def write_case(name: str, folder: Path, version: Callable[[str], None]) -> Path:
         run(make_folder(folder / "in"), folder / "folder", rtn(3))
         return folder / "folder"
     case = CASES[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "rounded", METHOD)  # type: ignore[arg-type]
+        return _write(case, name, folder)
+
+
+def _write(case: Case, name: str, folder: Path) -> Path:
     source = save(folder / "in.safetensors", case.tensors, {"format": "pt", "note": "golden"})
     run(source, folder / f"{name}.safetensors", case.recipe, case.choice)
     return folder / f"{name}.safetensors"

@@ -15,10 +15,11 @@ from qcompress.types import Lattice
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedConfig:
-    """step: as a part of the standard deviation of the weight."""
+    """step: as a part of the root mean square of the weight; columns: whether columns have steps of their own."""
 
     step: float = 0.4
     trellis: bool = False
+    columns: bool = False
     axis: int | tuple[int, ...] | None = None
     form: ClassVar[str] = "lattice"
     bits: ClassVar[None] = None
@@ -29,18 +30,28 @@ class RoundedConfig:
 
 
 def encode(rows: Tensor, config: RoundedConfig, exponent: int) -> Lattice:
-    """The lattice of the weight [rows, ...] with steps that differ from row to row."""
+    """The lattice of the weight [rows, ...]: no two rows and, on request, no two taps and channels have one step."""
     matrix = rows.reshape(len(rows), -1).double()
-    step = (config.step * matrix.std() * 2.0**-exponent).clamp(2.0**-20, 60000).half()
-    eighths = (8 * torch.log2(matrix.std(1) / matrix.std() + 1e-3)).round().clamp(-40, 40).to(torch.int8)
-    scale = step.double() * 2.0**exponent * torch.exp2(eighths.double() / 8)
-    codes = (matrix / scale.unsqueeze(1)).round().int()
-    return Lattice(codes, step, exponent, tuple(codes.shape), rows=eighths, trellis=config.trellis)
+    size = matrix.square().mean().sqrt().clamp(min=1e-30)
+    step = (config.step * size * 2.0**-exponent).clamp(2.0**-20, 60000).half()
+    by_row = (8 * torch.log2(matrix.square().mean(1).sqrt() / size + 1e-3)).round().clamp(-40, 40)
+    taps = rows[0, 0].numel() if rows.ndim > 2 else 1
+    channels, own = matrix.shape[1] // taps, torch.zeros(matrix.shape[1])
+    factors: dict[str, Tensor] = {}
+    if config.columns:
+        factors = {"channels": torch.arange(channels) % 7 - 3, "taps": torch.arange(taps) % 5 - 2}
+        own = (factors["channels"].unsqueeze(1) + factors["taps"]).reshape(-1)
+    scale = step.double() * 2.0**exponent * torch.exp2((by_row.unsqueeze(1) + own) / 8)
+    codes = (matrix / scale).round().int()
+    factors = {name: factor.to(torch.int8) for name, factor in {**factors, "rows": by_row}.items()}
+    return Lattice(codes, step, exponent, tuple(codes.shape), trellis=config.trellis, **factors)
+
+
+METHOD = Method(
+    "rounded", "quantize", RoundedConfig, "weights", False, lambda *_: None, "artifact.lattice_method:encode"
+)
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `rounded` a method of this process."""
-    method = Method(
-        "rounded", "quantize", RoundedConfig, "weights", False, lambda *_: None, "artifact.lattice_method:encode"
-    )
-    monkeypatch.setitem(METHODS, "rounded", method)  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "rounded", METHOD)  # type: ignore[arg-type]
