@@ -132,15 +132,18 @@ def refuse_infeasible(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) 
     budget = plan.recipe.budget
     if budget is None or budget.minimize is not None or not is_open(plan):
         return
-    least = _taken_bytes(checkpoint, narrowest(plan, choice), choice, budget)
-    _refuse_less(plan, _limit_bytes(plan, budget), least)
+    _refuse_less(checkpoint, narrowest(plan, choice), choice, budget)
 
 
-def _refuse_less(plan: Plan, limit: int, least: int) -> None:
-    """Raise BudgetError where the narrowest widths take `least` bytes, and the budget is fewer."""
-    budget = plan.recipe.budget
-    if budget is None or least <= limit:
+def _refuse_less(checkpoint: Checkpoint, narrow: Plan, choice: CodingChoice, budget: Budget) -> None:
+    """Raise BudgetError where a plan at its narrowest widths takes more than the budget."""
+    plan, least = narrow, _taken_bytes(checkpoint, narrow, choice, budget)
+    if least <= _limit_bytes(plan, budget):
         return
+    if budget.size is not None:
+        # The header holds the budget: a larger number may be longer.
+        larger = replace(plan, recipe=replace(plan.recipe, budget=replace(budget, size=least)))
+        least = _taken_bytes(checkpoint, larger, choice, budget)
     if budget.bpw is not None:
         bpw = least * 8 / _weights(plan)
         what = f"{budget.bpw:g} bits per weight are too few: codes and grids take {bpw:.4f} at the narrowest widths"
@@ -162,7 +165,7 @@ def allocate(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, costs: Co
     units = make_units(plan, choice, costs)
     limit = _limit_bytes(plan, budget)
     narrow = [unit.narrowest for unit in units]
-    _refuse_less(plan, limit, _taken_bytes(checkpoint, close(plan, units, narrow), choice, budget))
+    _refuse_less(checkpoint, close(plan, units, narrow), choice, budget)
     # What is no code and no grid: nothing for bpw; for a whole file kept tensors, and a header that the widths change.
     fixed = _taken_bytes(checkpoint, close(plan, units, narrow), choice, budget) - sum_bytes(units, narrow)
     best = narrow

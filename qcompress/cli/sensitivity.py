@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from qcompress.cli.streams import Streams
     from qcompress.report.sensitivity import Sensitivity
 
+REPLACE = "measure anew with --force, or keep both with --cache FILE"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityRequest:
@@ -65,7 +67,7 @@ def _measured(request: SensitivityRequest, streams: Streams) -> Sensitivity:
     from qcompress.evaluate import open_live
     from qcompress.recipe import refuse_missing
     from qcompress.report.document_json import write_whole
-    from qcompress.report.sensitivity import checkpoint_sha256, read_sensitivity, sensitivity_path, sensitivity_text
+    from qcompress.report.sensitivity import checkpoint_sha256, sensitivity_path, sensitivity_text
     from qcompress.sensitivity import ALL_WIDTHS, measure_sensitivity, measured_sha256, open_widths
 
     if request.recipe_file is None:
@@ -82,22 +84,35 @@ def _measured(request: SensitivityRequest, streams: Streams) -> Sensitivity:
     setting = make_setting(recipe, request.device, request.allow_code, streams)
     plan = open_widths(plan_live(source, recipe, setting), widths)
     cache = request.cache or sensitivity_path(request.checkpoint)
-    if cache.exists() and not request.force:
-        kept = read_sensitivity(cache)
-        other = ""
-        if kept.input_sha256 != checkpoint_sha256(source):
-            other = f"another checkpoint than {request.checkpoint}"
-        elif kept.measured_sha256 != measured_sha256(plan, request.samples):
-            other = "another recipe, other samples or other widths"
-        if other:
-            mend = "measure anew with --force, or keep both with --cache FILE"
-            raise ReportError(str(cache), f"was measured with {other}", mend)
-        say(streams, f"read from {cache}")
-        return kept
+    if cache.exists():
+        kept = _cached(cache, checkpoint_sha256(source), measured_sha256(plan, request.samples), request.force)
+        if kept is not None:
+            say(streams, f"read from {cache}")
+            return kept
     live = open_live(source, plan, setting)
     found = measure_sensitivity(live, source, plan, setting, request.samples, lambda text: say(streams, text))
     write_whole(sensitivity_text(found), cache)
     return found
+
+
+def _cached(cache: Path, input_sha256: str, measured_sha256: str, force: bool) -> Sensitivity | None:
+    """What a file holds of just this; None where it holds something else and is to be replaced.
+
+    raises  ReportError where it is not to be replaced
+    """
+    from qcompress.report.sensitivity import read_sensitivity
+
+    try:
+        kept = read_sensitivity(cache)
+        if kept.input_sha256 != input_sha256:
+            raise ReportError(str(cache), "was measured on another checkpoint", REPLACE)
+        if kept.measured_sha256 != measured_sha256:
+            raise ReportError(str(cache), "was measured with another recipe, other samples or other widths", REPLACE)
+    except ReportError as error:
+        if force:
+            return None
+        raise ReportError(error.where, error.what, REPLACE) from None
+    return kept
 
 
 def parse_widths(text: str) -> list[int]:

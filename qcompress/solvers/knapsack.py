@@ -40,16 +40,20 @@ def sum_bytes(units: Sequence[Curve], chosen: Sequence[int]) -> int:
 def choose(units: Sequence[Curve], most_bytes: int) -> list[int]:
     """A width for each unit, so that their bytes sum to at most `most_bytes` and their costs to the least.
 
-    The narrowest widths are taken whatever they need. Few units are solved by dynamic programming, whose bytes are
-    rounded up to a part in BUCKETS of what there is to spend; many along the lower convex hulls, where the choice is
-    optimal for the bytes that it takes. What is left then goes to any width that still fits, steepest first.
+    The narrowest widths are taken whatever they need. Along the lower convex hulls the choice is optimal for the bytes
+    that it takes; few units are solved by dynamic programming too, whose bytes are rounded up to a part in BUCKETS of
+    what there is to spend, and the better of both is taken. What is left goes to any width that still fits, steepest
+    first.
     """
     narrow = [unit.narrowest for unit in units]
     spare = most_bytes - sum_bytes(units, narrow)
     if spare <= 0:
         return narrow
-    chosen = _by_table(units, spare) if len(units) <= MOST_BY_TABLE else _along_hulls(units, spare)
-    return _filled(units, chosen, most_bytes - sum_bytes(units, chosen))
+    found = [_along_hulls(units, spare)]
+    if len(units) <= MOST_BY_TABLE:
+        found.append(_by_table(units, spare))
+    filled = [_filled(units, chosen, most_bytes - sum_bytes(units, chosen)) for chosen in found]
+    return min(filled, key=lambda chosen: sum(unit.cost[bits] for unit, bits in zip(units, chosen, strict=True)))
 
 
 def _by_table(units: Sequence[Curve], spare: int) -> list[int]:
