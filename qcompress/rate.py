@@ -6,7 +6,6 @@ Each attempt is a whole artifact beside the output; the first that holds the bud
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +108,7 @@ def make_at_rate(checkpoint: Checkpoint, make: Make, say: Callable[[str], None] 
             with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
                 if checkpoint.is_folder:
                     staged.rmdir()
-                os.rename(draft, staged)
+                draft.rename(staged)
         return report
 
     return made

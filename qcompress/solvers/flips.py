@@ -19,7 +19,7 @@ def flipped(wish: Tensor, codes: Tensor) -> Tensor:
     error = codes - wish
     total = error.sum(1, keepdim=True)
     count = total.abs().round()
-    # A flip towards the wish's other side costs 1 - 2 |error|; one further away costs more, and is never among the cheapest.
+    # The larger an error of the sum's sign, the less it costs to turn it over.
     towards = error * total.sign()
     order = towards.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(

@@ -33,7 +33,7 @@ def column_factors(energies: Tensor, taps: int, rows: int) -> tuple[Tensor, Tens
     The logarithms of steps are split into a part of the input channel and one of the place in the kernel.
 
     energies  float64 [groups, columns], columns in the order [channel, tap]
-    rows      weights that a column stands for
+    rows      of the weight, over all groups
     """
     logs = -0.5 * energies.clamp_min(1e-300).log2().mean(0).reshape(-1, taps)
     mean = logs.mean()

@@ -25,6 +25,8 @@ PROBED_VALUES = 1 << 24
 """Values of a network's input that its probes see at most."""
 LINEAR_SHARE = 0.005
 """The change of the output that a probe aims at, as a share of its variance: more is no longer in proportion."""
+MOST_OFTEN = 2.0
+"""How much finer or coarser than the common one the steps of a table's rows may be."""
 SMALLEST_GAIN = 0.05
 """Of a batch norm's gains, as a share of their median: a dead channel must not ask for any step."""
 
@@ -35,7 +37,8 @@ class Response:
 
     energies  float64 [groups, columns]: conditional energies, see `conditional_energies`
     power     float64 [rows]: the mean square of each output
-    gains     float64 [rows]: what the batch norm behind multiplies each output by; ones where there is none
+    gains     float64 [rows]: what the batch norm behind multiplies each output by; ones where there is none; of a
+              table the square root of how often each row is looked up
     slope     the network's squared output error for each unit of the layer's: with errors of equal step in all rows,
               and, in `normed_slope`, in units of the normed outputs
     """
@@ -64,18 +67,34 @@ def measure_responses(live: LiveModel, decisions: Mapping[str, Decision], *, dam
         inputs = layer_inputs(stage, live.module, clean, names)
         for name in names:
             decision = decisions[name]
-            layer = matrix_layer_of(live, name)
-            gram = measure_gram(layer, inputs[name], None, live.generator(name))
             weight = find_tensor(live.module, decision.tensor.name)
             rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
-            gains = _gains(live, name, len(rows))
+            if is_lookup(live, name):
+                hessian = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device).unsqueeze(0)
+                gains = _lookups(inputs[name], len(rows))
+            else:
+                layer = matrix_layer_of(live, name)
+                hessian = measure_gram(layer, inputs[name], None, live.generator(name)).hessian
+                gains = _gains(live, name, len(rows))
             probe = _Probe(scratch, stages[index:], clean[:probed], wanted, variance)
-            slopes = probe.slopes(decision, rows, gram.hessian, gains)
-            found[name] = Response(
-                conditional_energies(gram.hessian, damping), output_error(rows, gram.hessian), gains, *slopes
-            )
+            slopes = probe.slopes(decision, rows, hessian, gains)
+            found[name] = Response(conditional_energies(hessian, damping), output_error(rows, hessian), gains, *slopes)
         clean = run_stage(stage, live.module, clean)
     return found
+
+
+def is_lookup(live: LiveModel, name: str) -> bool:
+    """Whether a layer looks rows up by number: no matrix product, so that its rows are errors of their own."""
+    return isinstance(live.module.get_submodule(name), nn.Embedding)
+
+
+def _lookups(inputs: Sequence[Tensor], rows: int) -> Tensor:
+    """How much each row of a table counts: the square root of how often it is looked up, bounded, float64 [rows]."""
+    counts = torch.zeros(rows, dtype=torch.float64, device=inputs[0].device)
+    for indices in inputs:
+        counts += torch.bincount(indices.reshape(-1), minlength=rows)
+    often = (counts + 1).sqrt()
+    return (often / often.median()).clamp(1 / MOST_OFTEN, MOST_OFTEN)
 
 
 def _probed_samples(batches: Sequence[Batch]) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from qcompress.coding.lengths import class_costs, coded_bits
 from qcompress.coding.rows import rows_from_weight
-from qcompress.methods.rd.responses import Response, measure_responses
+from qcompress.methods.rd.responses import Response, is_lookup, measure_responses
 from qcompress.model.companions import match_outputs
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
 from qcompress.model.stages import last_output
@@ -42,6 +42,8 @@ SLOPE = 0.75
 PASSES = 5
 PRICED_CODES = 64
 DIVERGENCE_SAMPLES = 512
+LEAST_COLUMN_RATE = 1.2
+"""Bits a weight under which columns of one tensor share a step: theirs is a high-rate argument."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class _Layer:
     rows: Tensor
     response: Response
     taps: int
+    is_lookup: bool
 
     @property
     def config(self) -> RdConfig:
@@ -95,7 +98,7 @@ class Session:
         weight = find_tensor(self.live.module, decision.tensor.name).detach()
         rows = rows_from_weight(weight, decision.axis)
         taps = math.prod(rows.shape[2:])
-        return _Layer(decision, rows.flatten(1).contiguous(), response, taps)
+        return _Layer(decision, rows.flatten(1).contiguous(), response, taps, is_lookup(self.live, name))
 
     def solve(self, bits: float) -> Fitted:
         """Codes that take at most `bits`, side information included, and nearly that; the state of `live.quantized`."""
@@ -146,11 +149,11 @@ class Session:
     def _grid(self, layer: _Layer, kind: str, rate: float) -> Lattice:
         response, tensor = layer.response, layer.decision.tensor
         normed = kind == "relative"
-        uneven = normed and bool((response.gains != response.gains[0]).any())
+        uneven = (normed or layer.is_lookup) and bool((response.gains != response.gains[0]).any())
         rows = eighths(1 / response.gains) if uneven else None
         columns = None
-        if layer.config.columns is not False and rate > LEAST_COLUMN_RATE:
-            columns = column_factors(response.energies, layer.taps, layer.rows.shape[0] // len(response.energies))
+        if layer.config.columns is not False and rate > LEAST_COLUMN_RATE and not layer.is_lookup:
+            columns = column_factors(response.energies, layer.taps, layer.rows.shape[0])
         grid = lattice_grid(
             tensor.shape,
             layer.decision.axis,
@@ -159,6 +162,7 @@ class Session:
             columns=columns,
             size=(layer.rows.shape[0], layer.rows.shape[1]),
         )
+        grid = replace(grid, trellis=layer.config.trellis and not layer.is_lookup)
         steps = grid_steps(grid, layer.rows.device).double().expand(layer.rows.shape)
         weights = response.gains.square() if normed else torch.ones_like(response.gains)
         energies = response.energies.repeat_interleave(len(weights) // len(response.energies), 0)
@@ -197,11 +201,16 @@ class Session:
         prices = self._prices(before)
         lattices: dict[str, Lattice] = {}
         adjusted: dict[str, Tensor] = {}
-        for step in sweep(self.live, self.layers):
+        for name, layer in self.layers.items():
+            if layer.is_lookup:
+                grid = self._scaled(grids[name], scale)
+                lattices[name] = _code_each(layer.rows, grid, prices.get(name))
+                self.live.put({layer.decision.tensor.name: lattices[name]})
+        products = [name for name, layer in self.layers.items() if not layer.is_lookup]
+        for step in sweep(self.live, products):
             layer, grid = self.layers[step.name], self._scaled(grids[step.name], scale)
-            name = layer.decision.tensor.name
-            lattices[step.name] = found = self._code(layer, grid, step, prices.get(step.name))
-            self.live.put({name: found})
+            lattices[step.name] = self._code(layer, grid, step, prices.get(step.name))
+            self.live.put({layer.decision.tensor.name: lattices[step.name]})
             if self.config.match:
                 adjusted |= match_outputs(self.live, step)
         bits = coded_bits([*lattices.values()])
@@ -219,7 +228,8 @@ class Session:
             for name, (classes, bits) in zip(self.layers, found, strict=True)
         }
 
-    def _code(self, layer: _Layer, grid: Lattice, step: LayerStep, prices: Prices | None) -> Lattice:
+    @staticmethod
+    def _code(layer: _Layer, grid: Lattice, step: LayerStep, prices: Prices | None) -> Lattice:
         gram = step.gram()
         target = layer.rows
         if gram.cross is not None:
@@ -239,8 +249,12 @@ class Session:
         return float((self._wanted.exp() * (self._wanted - found)).sum(-1).mean())
 
 
-LEAST_COLUMN_RATE = 1.2
-"""Bits a weight under which columns of one tensor share a step: theirs is a high-rate argument."""
+def _code_each(rows: Tensor, grid: Lattice, prices: Prices | None) -> Lattice:
+    """Every weight for itself: the codes of a table that is looked up."""
+    steps = grid_steps(grid, rows.device).expand(rows.shape).reshape(-1, 1)
+    alone = torch.ones(1, 1, 1, dtype=torch.float64, device=rows.device)
+    own = None if prices is None else Prices(prices.classes.reshape(-1, 1), prices.bits, prices.rate)
+    return with_codes(grid, feedback_lattice(rows.reshape(-1, 1), steps, alone, own).reshape(rows.shape))
 
 
 def _without_dead(target: Tensor, response: Response) -> Tensor:
