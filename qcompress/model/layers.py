@@ -39,6 +39,16 @@ class MatrixLayer:
         (chosen,) = _chosen(places, generator)((rows.shape[1],), rows.device)
         return rows[:, chosen].reshape(1, -1, x.shape[-1])
 
+    def picked(self, y: Tensor, places: int | None, generator: torch.Generator | None) -> Tensor:
+        """The layer's output y as [groups, positions, channels of a group] at the places that `columns` would draw."""
+        if not isinstance(self.module, (*CONVOLUTIONS, *TRANSPOSED)):
+            rows = y.reshape(len(y), -1, y.shape[-1])
+            (chosen,) = _chosen(places, generator)((rows.shape[1],), rows.device)
+            return rows[:, chosen].reshape(1, -1, y.shape[-1])
+        index: Any = (slice(None), slice(None), *_chosen(places, generator)(tuple(y.shape[2:]), y.device))
+        values = y[index].movedim(1, 2).reshape(-1, self.groups, y.shape[1] // self.groups)
+        return values.movedim(1, 0)
+
     def outputs(self, y: Tensor) -> Tensor:
         """The layer's output y as [positions, channels], positions as in `columns`."""
         if isinstance(self.module, (*CONVOLUTIONS, *TRANSPOSED)):
@@ -150,6 +160,13 @@ GRAM_ROWS_A_COLUMN = 64
 """Positions that a Gram is measured from at most: more of them add hardly anything to it but time."""
 
 
+def drawn_places(layer: MatrixLayer, inputs: Sequence[Tensor], generator: torch.Generator) -> int:
+    """How many places of each sample a Gram is measured at."""
+    samples = sum(len(x) for x in inputs)
+    width = layer.columns(inputs[0][:1], 1, generator).shape[-1]
+    return -(-max(GRAM_ROWS, GRAM_ROWS_A_COLUMN * width) // samples)
+
+
 def measure_gram(
     layer: MatrixLayer, noisy: Sequence[Tensor], clean: Sequence[Tensor] | None, generator: torch.Generator
 ) -> Gram:
@@ -158,9 +175,7 @@ def measure_gram(
     From each sample places are drawn with `generator`, where there are more than enough. Sums run in float32 within a
     batch and in float64 over batches.
     """
-    samples = sum(len(x) for x in noisy)
-    width = layer.columns(noisy[0][:1], 1, generator).shape[-1]
-    places = -(-max(GRAM_ROWS, GRAM_ROWS_A_COLUMN * width) // samples)
+    places = drawn_places(layer, noisy, generator)
     sums: list[Tensor] = []
     count = 0
     for index, x in enumerate(noisy):

@@ -20,6 +20,7 @@ class LayerStep:
 
     noisy  its inputs in the quantized network, one tensor a call and batch
     clean  its inputs in the full-precision network; the same list where the sweep watches one network only
+    stage  that it lies in, before which both networks stand at `noisy_states` and `clean_states`
     """
 
     name: str
@@ -27,6 +28,9 @@ class LayerStep:
     noisy: list[Tensor]
     clean: list[Tensor]
     generator: torch.Generator
+    stage: Stage
+    noisy_states: Sequence[State]
+    clean_states: Sequence[State]
 
     def gram(self) -> Gram:
         clean = None if self.clean is self.noisy else self.clean
@@ -49,7 +53,8 @@ def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) 
             inputs = from_clean.pop(name)
             also = layer_inputs(stage, live.quantized, noisy, [name])[name] if sequential else inputs
             _refuse_nonfinite(name, inputs)
-            yield LayerStep(name, matrix_layer_of(live, name), also, inputs, live.generator(name))
+            layer, generator = matrix_layer_of(live, name), live.generator(name)
+            yield LayerStep(name, layer, also, inputs, generator, stage, noisy, clean)
         clean = run_stage(stage, live.module, clean)
         noisy = run_stage(stage, live.quantized, noisy) if sequential else clean
 

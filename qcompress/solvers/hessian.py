@@ -105,11 +105,14 @@ def linear_term(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
     return grouped(weight.double(), hessian.shape[0]) @ (hessian - cross)
 
 
-def least_squares_target(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
+def least_squares_target(
+    weight: Tensor, hessian: Tensor, cross: Tensor, damping: float, more: Tensor | None = None
+) -> Tensor:
     """The real weights whose outputs on quantized inputs come nearest to the full-precision outputs.
 
     They are held near the weights by `damping` times H's mean diagonal, which matters where inputs leave freedom.
 
+    more     E[d x^^T] float64 [groups, rows a group, columns] of what else d the outputs are to give
     returns  float32 [rows, columns]
     """
     groups, columns = hessian.shape[:2]
@@ -117,7 +120,8 @@ def least_squares_target(weight: Tensor, hessian: Tensor, cross: Tensor, damping
     hold = damping * hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
     identity = torch.eye(columns, dtype=torch.float64, device=weight.device)
     held = hessian + hold.view(-1, 1, 1) * identity
-    wanted = (weights @ cross + hold.view(-1, 1, 1) * weights).transpose(1, 2)
+    wanted = weights @ cross + hold.view(-1, 1, 1) * weights
+    wanted = (wanted if more is None else wanted + more).transpose(1, 2)
     factor, failed = torch.linalg.cholesky_ex(held)
     if bool(failed.any()):
         factor, _ = cholesky(held, damping)

@@ -14,6 +14,7 @@ from qcompress.coding.rows import rows_from_weight
 from qcompress.methods.rd.responses import Response, is_lookup, measure_responses
 from qcompress.model.companions import match_outputs
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
+from qcompress.model.skips import measure_skip
 from qcompress.model.stages import last_output
 from qcompress.model.sweep import LayerStep, run_stage, sweep
 from qcompress.registry import RdConfig
@@ -228,12 +229,12 @@ class Session:
             for name, (classes, bits) in zip(self.layers, found, strict=True)
         }
 
-    @staticmethod
-    def _code(layer: _Layer, grid: Lattice, step: LayerStep, prices: Prices | None) -> Lattice:
+    def _code(self, layer: _Layer, grid: Lattice, step: LayerStep, prices: Prices | None) -> Lattice:
         gram = step.gram()
         target = layer.rows
         if gram.cross is not None:
-            target = least_squares_target(layer.rows, gram.hessian, gram.cross, HOLD)
+            skip = measure_skip(self.live, step)
+            target = least_squares_target(layer.rows, gram.hessian, gram.cross, HOLD, skip)
         target = _without_dead(target, layer.response)
         steps, config = grid_steps(grid, target.device), layer.config
         if config.trellis:
