@@ -29,7 +29,7 @@ LEAST_BPW = 0.1
 """Bits a weight below which nothing is promised: zeros cost something too."""
 FULL = 0.98
 """The share of the budget that an attempt must use to be the last."""
-AIM = 0.995
+AIM = 0.997
 ATTEMPTS = 8
 STEP_OF_RATE = 0.75
 """By how much the logarithm of all steps changes a bit a weight, about: ln 2 where rates are high."""

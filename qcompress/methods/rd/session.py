@@ -36,7 +36,7 @@ HOLD = 0.01
 """How firmly the least squares target is held at the weights, as a share of the Hessian's mean diagonal."""
 SLACK = 0.003
 """How far under the budget a pass aims."""
-ENOUGH = 0.985
+ENOUGH = 0.99
 """A pass that uses this share of the budget is the last."""
 SLOPE = 0.75
 """By how much the logarithm of all steps changes a bit of the rate, about."""
