@@ -5,13 +5,13 @@ An artifact has one file for each file of its checkpoint, of the same name, each
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import qcompress
 from qcompress.artifact.layout import Layout, make_layout
-from qcompress.artifact.manifest import Manifest
+from qcompress.artifact.manifest import Manifest, make_halved
 from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
 from qcompress.container import Container
@@ -61,6 +61,7 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, fitted
             tied=tied,
             # A copy that was dropped leaves the metadata: a name there is one that never had bytes of its own.
             adjusted=sorted(adjusted & own),
+            halved=make_halved(_kept_dtypes(decisions)),
             activations=_of_modules(fitted.activations, own),
             caps={name: caps.tolist() for name, caps in _of_modules(fitted.caps, own).items()},
             metadata={
@@ -72,6 +73,12 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, fitted
         layout = make_layout(decisions, choice, manifest)
         shards.append(Shard(source, decisions, layout, manifest, source.path.name, plan.recipe.seed))
     return shards
+
+
+def _kept_dtypes(decisions: Sequence[Decision]) -> dict[str, tuple[str, str]]:
+    """Kept tensor -> its dtype in the input, and as it is stored."""
+    kept = (d for d in decisions if not d.compresses and d.tied_to is None)
+    return {d.tensor.name: (d.tensor.dtype, d.stored or d.tensor.dtype) for d in kept}
 
 
 def _of_modules(values: Mapping[str, Value], tensors: set[str]) -> dict[str, Value]:

@@ -19,6 +19,7 @@ import numpy as np
 from qcompress.artifact.lattices import REFETCH, LatticeFile, pool_names
 from qcompress.artifact.layout import INDEX_NAME, PARTS, POOL_NAME, Slot, part_name
 from qcompress.artifact.manifest import (
+    EVERY,
     METADATA_KEY,
     Entry,
     Manifest,
@@ -75,7 +76,21 @@ class ArtifactFile:
         entry = self.manifest.tensors.get(name)
         if entry is not None:
             return TensorInfo(name, entry.shape, entry.dtype)
-        return self.container.by_name[name]
+        info = self.container.by_name[name]
+        return replace(info, dtype=self._halved.get(name, info.dtype))
+
+    @cached_property
+    def _halved(self) -> dict[str, str]:
+        """Kept tensor that is stored as F16 -> its dtype in the checkpoint."""
+        return halved_dtypes(self.kept, self.manifest)
+
+    def kept_bytes(self, name: str) -> memoryview:
+        """The bytes of a kept tensor as the checkpoint had it, in its own dtype."""
+        raw = self.container.bytes_of(name)
+        if name not in self._halved:
+            return raw
+        wide = np.frombuffer(raw, "<f2").astype({"F32": "<f4", "F64": "<f8"}[self._halved[name]])
+        return memoryview(wide.tobytes())
 
     def parts_of(self, name: str) -> dict[str, TensorInfo]:
         """part -> its stored tensor, for a compressed tensor, in the order of PARTS."""
@@ -321,7 +336,20 @@ def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, 
     broken = next((name for name in stored if name in manifest.tensors or RESERVED in name), None)
     if broken is not None:
         raise ManifestError(f"tensor {broken!r} has no entry in the manifest, or stands beside its codes")
-    return tuple(stored.values())
+    kept = tuple(stored.values())
+    halved_dtypes(kept, manifest)
+    return kept
+
+
+def halved_dtypes(kept: Sequence[TensorInfo], manifest: Manifest) -> dict[str, str]:
+    """Kept tensor that is stored as F16 -> its dtype in the checkpoint. Raises ManifestError where it is not."""
+    halves = {info.name for info in kept if info.dtype == "F16"}
+    named = {name: dtype for dtype, names in manifest.halved.items() if names != EVERY for name in names}
+    odd = sorted(set(named) - halves)
+    if odd:
+        raise ManifestError(f"tensor {odd[0]!r} is in 'halved', and is not kept as F16")
+    every = next((dtype for dtype, names in manifest.halved.items() if names == EVERY), None)
+    return named if every is None else {name: named.get(name, every) for name in halves}
 
 
 def _find_parts(container: Container, name: str) -> dict[str, TensorInfo]:

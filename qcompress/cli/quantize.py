@@ -39,6 +39,7 @@ def quantize(
         bool, typer.Option("--skip-nonfinite", help="Keep tensors that hold NaN or Inf instead of refusing them.")
     ] = False,
     resume: opt.Resume = False,
+    keep_dtype: opt.KeepDtype = None,
     allow_code: opt.AllowCode = False,
     statistics: Annotated[
         Path | None,
@@ -68,7 +69,7 @@ def quantize(
     run(
         Request(
             checkpoint=checkpoint,
-            recipe=make_recipe(recipe, method, flags, overrides or [], seed, "quantize"),
+            recipe=make_recipe(recipe, method, flags, overrides or [], seed, "quantize", keep_dtype),
             recipe_file=recipe,
             suffix=f"w{bits}",
             gates=GateFlags(max_size, max_bpw, min_sqnr, min_metric or [], max_drop or []),

@@ -180,12 +180,13 @@ def _rule_of(name: str, recipe: Mapping[str, Any]) -> tuple[str, Mapping[str, An
     return "unknown", {}
 
 
-def _kept_layer(info: TensorInfo, tied_to: str | None = None) -> LayerReport:
+def _kept_layer(info: TensorInfo, n_bytes: int, tied_to: str | None = None) -> LayerReport:
+    """A tensor that the checkpoint had as `info` says, in so many bytes."""
     return LayerReport(
         name=info.name,
         shape=info.shape,
         dtype=info.dtype,
-        bytes=info.n_bytes if tied_to is None else 0,
+        bytes=n_bytes,
         baseline_bytes=info.n_bytes,
         tied_to=tied_to,
         reason=REASON,
@@ -197,8 +198,8 @@ def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Rep
     layers: list[LayerReport] = []
     for file in artifact.files:
         layers += [_compressed_layer(file, name, entry, figures[name]) for name, entry in file.manifest.tensors.items()]
-        layers += [_kept_layer(info) for info in file.kept]
-        layers += [_kept_layer(info, twin) for info, twin in artifact.copies_of(file).items()]
+        layers += [_kept_layer(file.original(info.name), info.n_bytes) for info in file.kept]
+        layers += [_kept_layer(info, 0, twin) for info, twin in artifact.copies_of(file).items()]
     index = artifact.path / INDEX_NAME
     index_bytes = index.stat().st_size if artifact.path.is_dir() and index.is_file() else 0
     size = make_size(
