@@ -66,7 +66,8 @@ def _stored_report(artifact: Artifact) -> Report:
     for file in artifact.files:
         for name, entry in file.manifest.tensors.items():
             if entry.is_lattice:
-                figures[name] = measure_counts(count_values(file.lattices.codes(name)[0]))
+                codes, grid = file.lattices.codes(name)
+                figures[name] = replace(measure_counts(count_values(codes)), step=grid.value)
             else:
                 figures[name] = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
     return _make_report(artifact, figures)
@@ -89,6 +90,7 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
     import torch
 
     from qcompress.coding.affine import decode_rows, row_spans, take_rows
+    from qcompress.coding.lattice import step_value
     from qcompress.coding.rows import rows_from_weight
     from qcompress.report.counts import count_values
     from qcompress.report.figures import LayerMeter, unclipped_range
@@ -103,7 +105,8 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
         block = rows[start:stop].float().reshape(part.shape)
         counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy() if whole is None else None
         meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
-    return meter.result(whole)
+    figures = meter.result(whole)
+    return replace(figures, step=step_value(encoded)) if isinstance(encoded, Lattice) else figures
 
 
 def _input_hash(artifact: Artifact) -> str:

@@ -291,11 +291,11 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "keep with another dtype": (
         'version: 1\nrules:\n  - {match: "*", keep: {dtype: f8}}\n',
-        ['r.yaml:3: rules[0].keep.dtype: "f8" is not possible; give f16'],
+        ["r.yaml:3: rules[0].keep.dtype: unknown value `f8`; valid here: `f16`"],
     ),
     "keep_dtype of another dtype": (
         'version: 1\nkeep_dtype: bf16\nrules:\n  - {match: "*", keep: {}}\n',
-        ['r.yaml:2: keep_dtype: "bf16" is not a dtype to keep tensors in; give f16, or leave it out'],
+        ["r.yaml:2: keep_dtype: `bf16` is not a dtype to keep tensors in; give f16, or leave it out"],
     ),
     "keep with options": (
         HEAD + "  - {match: a, keep: {bits: 4}}\n",
