@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from qcompress.artifact.layout import (
     PARTS,
@@ -38,8 +37,8 @@ from qcompress.coding.lattice_payload import encode_pool
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice
 from qcompress.errors import CheckpointError, InputError, ResourceError, raise_all
+from qcompress.halves import halve_what_bears_it
 from qcompress.journal import Journal, Record, run_key
-from qcompress.plan import STORED_AS_F16
 from qcompress.recipe import recipe_hash
 from qcompress.report.assemble import compressed_layer, kept_layer, run_figures
 from qcompress.report.document import ArtifactFile, LayerReport, Report, RunFigures, make_size
@@ -56,9 +55,6 @@ from qcompress.worker import (
 )
 
 COPY_BYTES = 1 << 22
-HALF_ERROR = 2.0**-9
-"""The most that a tensor may change, relative to its size, to be stored as float16 on request."""
-
 BLOCK_COPIES = 24
 """Float32 copies of a block that the most memory-hungry method holds at once."""
 
@@ -132,7 +128,7 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitte
     _refuse_untrue_ties(checkpoint, plan)
     options = replace(options, threads=_fitting_threads(plan, options))
     fitted = fitted or Fitted({})
-    plan = _halve_what_bears_it(checkpoint, plan, fitted)
+    plan = halve_what_bears_it(checkpoint, plan, fitted)
     shards = make_shards(checkpoint, plan, options.choice, fitted)
     folder, resume = checkpoint.is_folder, options.resume
     with staged_output(options.output, force=options.force, folder=folder, resume=resume) as staged:
@@ -150,30 +146,6 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitte
             index_bytes = write_index(staged, {one.shard.file: one.written.slots for one in done})
     run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, options.device)
     return _make_report(checkpoint, _with_adjusted(plan, fitted), done, index_bytes, options.output.name, run)
-
-
-def _halve_what_bears_it(checkpoint: Checkpoint, plan: Plan, fitted: Fitted) -> Plan:
-    """The plan with every kept tensor in its own dtype that float16 cannot hold: too large, or too small altogether."""
-    decisions = []
-    for decision in plan.decisions:
-        if decision.stored is not None:
-            tensor = decision.tensor
-            adjusted = fitted.encoded.get(tensor.name)
-            value = adjusted.value if isinstance(adjusted, Kept) else None
-            if value is None:
-                value = tensor_view(checkpoint.shard_of(tensor.name), tensor)
-            if not _bears_half(value):
-                reason = f"{decision.reason.removesuffix(STORED_AS_F16)}; float16 cannot hold its values"
-                decision = replace(decision, stored=None, reason=reason)
-        decisions.append(decision)
-    return replace(plan, decisions=tuple(decisions))
-
-
-def _bears_half(value: Tensor) -> bool:
-    """Whether float16 holds every number, and all together to 2**-9 of their size."""
-    exact = value.detach().double()
-    error = exact.half().double() - exact
-    return bool(error.isfinite().all()) and float(error.norm()) <= HALF_ERROR * float(exact.norm())
 
 
 def _with_adjusted(plan: Plan, fitted: Fitted) -> Plan:
