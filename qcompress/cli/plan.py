@@ -110,5 +110,5 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if row.get("group_size"):
         grid = f"{grid} {row['group_size']}"
     axis = ",".join(map(str, row.get("axis", [])))
-    name, shape, bits = name_words(row["name"]), shape_words(tuple(row["shape"])), str(row.get("bits", ""))
+    name, shape, bits = name_words(row["name"]), shape_words(tuple(row["shape"])), str(row.get("bits") or "")
     return (name, shape, row["dtype"], row["method"], bits, grid, axis, f"{row['bytes']:,}", row["reason"])
