@@ -37,6 +37,7 @@ from qcompress.coding.lattice_payload import encode_pool
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice
 from qcompress.errors import CheckpointError, InputError, ResourceError, raise_all
+from qcompress.halves import halve_what_bears_it
 from qcompress.journal import Journal, Record, run_key
 from qcompress.recipe import recipe_hash
 from qcompress.report.assemble import compressed_layer, kept_layer, run_figures
@@ -129,6 +130,7 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitte
     _refuse_untrue_ties(checkpoint, plan)
     options = replace(options, threads=_fitting_threads(plan, options))
     fitted = fitted or Fitted({})
+    plan = halve_what_bears_it(checkpoint, plan, fitted)
     shards = make_shards(checkpoint, plan, options.choice, fitted)
     folder, resume = checkpoint.is_folder, options.resume
     with staged_output(options.output, force=options.force, folder=folder, resume=resume) as staged:
@@ -272,7 +274,9 @@ def _copy_kept(shard: Shard, writer: SlotWriter, fitted: Fitted, options: Option
         crcs[tensor.name] = survey_bytes(raw, "bytes").crc32
         adjusted = fitted.encoded.get(tensor.name)
         if isinstance(adjusted, Kept):
-            raw = tensor_bytes(adjusted.value, tensor)
+            raw = tensor_bytes(adjusted.value, replace(tensor, dtype=decision.stored or tensor.dtype))
+        elif decision.stored is not None:
+            raw = tensor_bytes(tensor_view(shard.source, tensor), replace(tensor, dtype=decision.stored))
         if decision.tied_to is None:
             for start in range(0, len(raw), COPY_BYTES):
                 writer.put(tensor.name, raw[start : start + COPY_BYTES])

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from qcompress.artifact.reader import ArtifactFile, read_artifact
 from qcompress.coding.affine import TORCH_DTYPES, decode
-from qcompress.container import Container
 from qcompress.errors import ArtifactError, CheckpointError
 from qcompress.model.activations import attach_activations, attach_caps
 from qcompress.types import TensorInfo
@@ -63,16 +62,17 @@ def _tensors(file: ArtifactFile) -> Iterator[tuple[str, Tensor]]:
 
 def kept_tensor(file: ArtifactFile, info: TensorInfo) -> Tensor:
     """A tensor that was kept, copied out of the file. Raises ArtifactError for a dtype that torch does not have."""
+    info = file.original(info.name)
     if info.dtype not in KEPT_DTYPES:
         what = f"dtype {info.dtype} has no counterpart in torch"
         mend = "read it with: qcompress export ARTIFACT --to safetensors"
         raise ArtifactError(f"{file.path}: tensor {info.name!r}", what, mend)
-    return _stored_tensor(file.container, info)
+    return _tensor_of(file.kept_bytes(info.name), info)
 
 
-def _stored_tensor(container: Container, info: TensorInfo) -> Tensor:
+def _tensor_of(data: memoryview, info: TensorInfo) -> Tensor:
     dtype = KEPT_DTYPES[info.dtype]
-    raw = bytearray(container.bytes_of(info.name))
+    raw = bytearray(data)
     if not raw:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(raw, dtype=dtype).reshape(info.shape)
@@ -91,7 +91,7 @@ def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
                 raise CheckpointError(
                     f"{shard.path}: tensor {info.name!r}", what, "convert it to a dtype that torch has"
                 )
-            state[info.name] = _stored_tensor(shard, info)
+            state[info.name] = _tensor_of(shard.bytes_of(info.name), info)
     return state | {name: state[twin] for name, twin in checkpoint.tied.items() if name not in state}
 
 

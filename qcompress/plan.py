@@ -7,13 +7,30 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any
 
 from qcompress.errors import InputError, RecipeError, raise_all
 from qcompress.registry import METHODS
-from qcompress.types import WEIGHT_DTYPES, Axis, Decision, Plan, Recipe, Rule, TensorInfo, Widths, row_shape
+from qcompress.types import (
+    WEIGHT_DTYPES,
+    Axis,
+    Decision,
+    KeepDtype,
+    Plan,
+    Recipe,
+    Rule,
+    TensorInfo,
+    Widths,
+    row_shape,
+)
+
+HALVED = ("F32", "F64")
+"""The dtypes that `keep_dtype: f16` changes: bfloat16 would lose range and gain nothing."""
+
+STORED_AS_F16 = "; stored as F16"
 
 
 def make_plan(
@@ -32,8 +49,10 @@ def make_plan(
     decisions: list[Decision] = []
     errors: list[InputError] = []
     for tensor in tensors:
+        rule = deciders[tensor.name]
         try:
-            decisions.append(_decide(tensor, deciders[tensor.name], twins.get(tensor.name), axes.get(tensor.name)))
+            decision = _decide(tensor, rule, twins.get(tensor.name), axes.get(tensor.name))
+            decisions.append(_stored(decision, rule, recipe.keep_dtype))
         except RecipeError as error:
             errors.append(error)
     if not errors:
@@ -99,6 +118,16 @@ def _accepted(tensor: TensorInfo, rule: Rule, axis: tuple[int, ...]) -> Any:
         what = f"{tensor.name} {list(tensor.shape)}: {refusals[max(widths)]}"
         raise RecipeError(rule.where, what, "change the rule or add one")
     return Widths(accepted) if isinstance(rule.config, Widths) else rule.config
+
+
+def _stored(decision: Decision, rule: Rule | None, every: KeepDtype | None) -> Decision:
+    """The decision with the dtype in which a kept tensor is stored: its rule's, or else that of `every` tensor."""
+    keeps = rule is not None and rule.method is None and rule.config is not None
+    wanted = rule.config.dtype if rule is not None and keeps else every
+    tensor = decision.tensor
+    if wanted is None or decision.compresses or decision.tied_to or tensor.dtype not in HALVED or not tensor.numel:
+        return decision
+    return replace(decision, stored="F16", reason=f"{decision.reason}{STORED_AS_F16}")
 
 
 def _unfit(tensor: TensorInfo) -> str | None:

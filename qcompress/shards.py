@@ -5,13 +5,13 @@ An artifact has one file for each file of its checkpoint, of the same name, each
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import qcompress
 from qcompress.artifact.layout import INDEX_NAME, Layout, index_text, make_layout
-from qcompress.artifact.manifest import Manifest
+from qcompress.artifact.manifest import Manifest, make_halved
 from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
 from qcompress.container import Container
@@ -61,6 +61,7 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, fitted
             tied=tied,
             # A copy that was dropped leaves the metadata: a name there is one that never had bytes of its own.
             adjusted=sorted(adjusted & own),
+            halved=make_halved(_kept_dtypes(decisions)),
             activations=_of_modules(fitted.activations, own),
             caps={name: caps.tolist() for name, caps in _of_modules(fitted.caps, own).items()},
             metadata={
@@ -81,6 +82,12 @@ def planned_files(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> d
     if checkpoint.is_folder and len(shards) > 1:
         files[INDEX_NAME] = len(index_text({shard.file: shard.layout.slots for shard in shards}).encode())
     return files
+
+
+def _kept_dtypes(decisions: Sequence[Decision]) -> dict[str, tuple[str, str]]:
+    """Kept tensor -> its dtype in the input, and as it is stored."""
+    kept = (d for d in decisions if not d.compresses and d.tied_to is None)
+    return {d.tensor.name: (d.tensor.dtype, d.stored or d.tensor.dtype) for d in kept}
 
 
 def _of_modules(values: Mapping[str, Value], tensors: set[str]) -> dict[str, Value]:

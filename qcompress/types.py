@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from qcompress.settings import ActivationSettings, Companion, DataSettings, ModelSettings, Task, Training
 
@@ -75,8 +75,8 @@ def searched_convention(bits: int) -> Convention:
 class Rule:
     """One line of a recipe: which tensors, and what happens to them.
 
-    `method` None keeps; `config` is the method's config dataclass, or Widths under a budget. `where` names the rule in
-    errors ("recipe.yaml:7: rules[0].rtn").
+    `method` None keeps; `config` is the method's config dataclass, or Widths under a budget; of a rule that keeps a
+    Keep or None. `where` names the rule in errors ("recipe.yaml:7: rules[0].rtn").
     """
 
     match: str
@@ -124,6 +124,21 @@ class Widths:
         return self.configs[bits]
 
 
+KeepDtype: TypeAlias = Literal["f16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """How tensors that are not compressed are stored.
+
+    dtype  f16 stores real numbers of more than 16 bits in 16, where their values bear it; they load in their own dtype
+    """
+
+    dtype: KeepDtype | None = None
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
+
+
 @dataclass(frozen=True, slots=True)
 class Gates:
     """Limits that turn a finished run into exit code 4. Bytes, bits per weight, decibels."""
@@ -150,6 +165,7 @@ class Finetune:
 class Recipe:
     """What the user asked for, checked but not yet held against any tensor.
 
+    keep_dtype  how tensors that are not compressed are stored, where no rule says it; None: as they are
     source  the recipe's file, whose folder its paths start from
     places  where each section stands, for errors: "model" -> "recipe.yaml:3: model"
     """
@@ -165,6 +181,7 @@ class Recipe:
     companions: tuple[Companion, ...] = ()
     budget: Budget | None = None
     finetune: Finetune | None = None
+    keep_dtype: KeepDtype | None = None
     source: str = "command line"
     places: Mapping[str, str] = field(default_factory=dict)
 
@@ -182,8 +199,9 @@ class Decision:
     """What happens to one tensor and why.
 
     `config` is Widths where a budget has yet to choose. `axis` holds the channel axes: the weight is seen as rows, one
-    a channel. `tied_to` names the tensor that is stored in place of this one. `sensitivity` is what the chosen width of
-    this tensor alone costs, where that was measured.
+    a channel. `tied_to` names the tensor that is stored in place of this one. `stored` is the dtype in which a kept
+    tensor is stored, where that is not its own. `sensitivity` is what the chosen width of this tensor alone costs, where
+    that was measured.
     """
 
     tensor: TensorInfo
@@ -192,6 +210,7 @@ class Decision:
     reason: str
     axis: tuple[int, ...] = (0,)
     tied_to: str | None = None
+    stored: str | None = None
     sensitivity: float | None = None
 
     @property

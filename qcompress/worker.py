@@ -21,6 +21,7 @@ from qcompress.artifact.writer import SlotWriter
 from qcompress.checkpoint import tensor_view
 from qcompress.coding.affine import Coded, decode_rows, row_spans, take_rows
 from qcompress.coding.half import exponent_for
+from qcompress.coding.lattice import step_value
 from qcompress.coding.lattice_payload import encode_pool, join_side
 from qcompress.coding.packing import pack, row_bytes
 from qcompress.coding.payload import Coding, CodingChoice, encode_payload
@@ -214,7 +215,7 @@ def _encode_lattice(job: Job, rows: Tensor, survey: Survey, stop: threading.Even
         if stop.is_set():
             raise Stopped
         meter.add(block, decode_rows(part), None)
-    figures = meter.result(count_values(lattice.codes.numpy()))
+    figures = replace(meter.result(count_values(lattice.codes.numpy())), step=step_value(lattice))
     finished = Finished(decision, lattice_entry(decision, "ans"), figures, survey.crc32, None, lattice)
     if job.pooled:
         return finished

@@ -86,7 +86,8 @@ def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
     if decision.tied_to is not None:
         return []
     if not decision.compresses:
-        return [Slot(tensor.name, tensor.dtype, tensor.shape, tensor.n_bytes, tensor.name)]
+        stored = replace(tensor, dtype=decision.stored or tensor.dtype)
+        return [Slot(stored.name, stored.dtype, stored.shape, stored.n_bytes, stored.name)]
     config = decision.config
     rows = row_shape(tensor.shape, decision.axis)
     columns = math.prod(rows[1:])

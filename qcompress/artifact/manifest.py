@@ -35,7 +35,10 @@ BLANK_CRC32 = "0" * 8
 """Stands where the header's CRC-32 will, while that is computed."""
 HASHES = {"header_crc32", "input_sha256", "recipe_sha256", "sha256"}
 REQUIRED = HASHES | {"defaults", "format", "input_bytes", "recipe", "tensors", "tool"}
-OPTIONAL = {"activations", "adjusted", "caps", "metadata", "tied"}
+OPTIONAL = {"activations", "adjusted", "caps", "halved", "metadata", "tied"}
+EVERY = "*"
+"""Stands in `halved` for every kept F16 tensor that no other dtype names."""
+HALVED = ("F32", "F64")
 ACTIVATION_BITS = (2, 8)
 
 
@@ -96,6 +99,7 @@ class Manifest:
     tied          name -> the tensor that stands for it
     metadata      of the input file
     adjusted      kept tensors whose values a method changed
+    halved        dtype -> the kept tensors that had it and are stored as F16: their names, or EVERY
     activations   module -> the quantizer at its input
     caps          module -> the largest value that each channel of its output may take
     """
@@ -111,6 +115,7 @@ class Manifest:
     tied: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     adjusted: Sequence[str] = ()
+    halved: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
     activations: Mapping[str, ActivationGrid] = field(default_factory=dict)
     caps: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
@@ -140,6 +145,8 @@ def manifest_text(manifest: Manifest) -> str:
         document["metadata"] = dict(manifest.metadata)
     if manifest.adjusted:
         document["adjusted"] = sorted(manifest.adjusted)
+    if manifest.halved:
+        document["halved"] = {k: v if v == EVERY else sorted(v) for k, v in manifest.halved.items()}
     if manifest.activations:
         document["activations"] = {name: asdict(grid) for name, grid in manifest.activations.items()}
     if manifest.caps:
@@ -202,6 +209,7 @@ def parse_manifest(text: str) -> Manifest:
         tied=_text_map(document, "tied"),
         metadata=_text_map(document, "metadata"),
         adjusted=_names(document, "adjusted"),
+        halved=_parse_halved(_object(document, "halved", {})),
         activations={
             name: _parse_activation(name, grid) for name, grid in _object(document, "activations", {}).items()
         },
@@ -249,6 +257,27 @@ def _names(document: Mapping[str, Any], key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ManifestError(f"its manifest has a {key!r} that is not a list of names")
     return tuple(value)
+
+
+def make_halved(kept: Mapping[str, tuple[str, str]]) -> dict[str, Sequence[str] | str]:
+    """`halved` of kept tensors: name -> (dtype in the input, dtype as stored)."""
+    named: dict[str, list[str]] = {}
+    for name, (own, stored) in kept.items():
+        if own != stored:
+            named.setdefault(own, []).append(name)
+    halved: dict[str, Sequence[str] | str] = dict(named)
+    if named and not any(own == "F16" for own, _ in kept.values()):
+        halved[max(named, key=lambda dtype: len(named[dtype]))] = EVERY
+    return halved
+
+
+def _parse_halved(value: Mapping[str, Any]) -> dict[str, Sequence[str] | str]:
+    for dtype, names in value.items():
+        if dtype not in HALVED or not (names == EVERY or isinstance(names, list)):
+            raise ManifestError(f"its manifest has a 'halved' of {dtype!r} that is no list of tensors")
+    if list(value.values()).count(EVERY) > 1:
+        raise ManifestError("its manifest has two dtypes of all tensors in 'halved'")
+    return {dtype: EVERY if names == EVERY else _names(value, dtype) for dtype, names in value.items()}
 
 
 def _parse_activation(name: str, value: Any) -> ActivationGrid:

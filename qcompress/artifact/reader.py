@@ -6,7 +6,6 @@ A tensor is decoded from its codes only after their length, their CRC-32 and the
 from __future__ import annotations
 
 import hashlib
-import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.artifact.lattices import REFETCH, LatticeFile, pool_names
+from qcompress.artifact.lattices import REFETCH, LatticeFile
 from qcompress.artifact.layout import INDEX_NAME, PARTS, POOL_NAME, Slot, part_name
 from qcompress.artifact.manifest import (
     METADATA_KEY,
@@ -28,9 +27,10 @@ from qcompress.artifact.manifest import (
     header_crc32,
     parse_manifest,
 )
-from qcompress.coding.packing import count_codes, row_bytes, unpack
+from qcompress.artifact.parts import check_parts, find_parts, halved_dtypes
+from qcompress.coding.packing import count_codes, unpack
 from qcompress.coding.payload import decode_payload
-from qcompress.container import RESERVED, Container, parse_json, read_container
+from qcompress.container import Container, parse_json, read_container
 from qcompress.errors import ArtifactError
 from qcompress.types import ActivationGrid, TensorInfo
 
@@ -39,22 +39,6 @@ if TYPE_CHECKING:
 
     from qcompress.types import Affine, Codebook, Lattice
 
-MAX_EXPANSION = 1 << 18
-"""Weights that one stored byte of codes may stand for at most: a chunk that `ans` codes takes a byte of index."""
-
-GRID_PARTS = {
-    "lattice": ("codes",),
-    "zero-point": ("codes", "scale", "zero_point"),
-    "offset": ("codes", "scale", "offset"),
-    "codebook": ("codes", "codebook"),
-}
-PART_DTYPES = {
-    "codes": ("U8",),
-    "scale": ("F16",),
-    "zero_point": ("U8",),
-    "offset": ("F16",),
-    "codebook": ("F16", "F32", "I8"),
-}
 NUMPY_DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
 
 
@@ -75,11 +59,25 @@ class ArtifactFile:
         entry = self.manifest.tensors.get(name)
         if entry is not None:
             return TensorInfo(name, entry.shape, entry.dtype)
-        return self.container.by_name[name]
+        info = self.container.by_name[name]
+        return replace(info, dtype=self._halved.get(name, info.dtype))
+
+    @cached_property
+    def _halved(self) -> dict[str, str]:
+        """Kept tensor that is stored as F16 -> its dtype in the checkpoint."""
+        return halved_dtypes(self.kept, self.manifest)
+
+    def kept_bytes(self, name: str) -> memoryview:
+        """The bytes of a kept tensor as the checkpoint had it, in its own dtype."""
+        raw = self.container.bytes_of(name)
+        if name not in self._halved:
+            return raw
+        wide = np.frombuffer(raw, "<f2").astype({"F32": "<f4", "F64": "<f8"}[self._halved[name]])
+        return memoryview(wide.tobytes())
 
     def parts_of(self, name: str) -> dict[str, TensorInfo]:
         """part -> its stored tensor, for a compressed tensor, in the order of PARTS."""
-        return _find_parts(self.container, name)
+        return find_parts(self.container, name)
 
     def slots(self) -> list[Slot]:
         """What the file holds, as the writer's slots, in file order."""
@@ -289,81 +287,8 @@ def read_artifact_file(path: Path) -> ArtifactFile:
         )
     try:
         manifest = parse_manifest(text)
-        kept = _check_parts(container, manifest)
+        kept = check_parts(container, manifest)
     except ManifestError as error:
         mend = "update qcompress" if isinstance(error, NewerFormatError) else REFETCH
         raise ArtifactError(str(path), str(error), mend) from None
     return ArtifactFile(container, manifest, kept)
-
-
-def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, ...]:
-    """The tensors that are not parts of compressed ones. Raises ManifestError where header and manifest differ."""
-    stored = dict(container.by_name)
-    for name, entry in manifest.tensors.items():
-        wanted = GRID_PARTS.get(entry.grid, ("codes", "scale"))
-        found = _find_parts(container, name)
-        if "codebook" in found and found["codebook"].dtype == "I8":
-            wanted = (*wanted, "scale")
-        for info in found.values():
-            del stored[info.name]
-        if set(found) != set(wanted):
-            odd = sorted(set(found) ^ set(wanted))[0]
-            raise ManifestError(f"tensor {name!r} has its {odd} missing or too many")
-        for part, info in found.items():
-            if info.dtype not in PART_DTYPES[part]:
-                raise ManifestError(f"tensor {name!r} has a {part} of {info.dtype}, not {PART_DTYPES[part][0]}")
-        _check_shapes(name, entry, found)
-    pool = stored.pop(POOL_NAME, None)
-    if (pool is None) == bool(pool_names(manifest)):
-        raise ManifestError(f"its pooled side information {POOL_NAME!r} is missing, or belongs to no tensor")
-    if pool is not None and (pool.dtype != "U8" or len(pool.shape) != 1):
-        raise ManifestError(f"tensor {POOL_NAME!r} is not a list of bytes")
-    broken = next((name for name in stored if name in manifest.tensors or RESERVED in name), None)
-    if broken is not None:
-        raise ManifestError(f"tensor {broken!r} has no entry in the manifest, or stands beside its codes")
-    return tuple(stored.values())
-
-
-def _find_parts(container: Container, name: str) -> dict[str, TensorInfo]:
-    stored = {part: container.by_name.get(part_name(name, part)) for part in PARTS}
-    return {part: info for part, info in stored.items() if info is not None}
-
-
-def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:
-    rows, columns, codes = entry.code_rows, entry.columns, found["codes"]
-    packed = (rows, row_bytes(columns, entry.bits))
-    if entry.coding == "packed" and not entry.is_lattice and codes.shape != packed:
-        raise ManifestError(f"tensor {name!r} has codes of shape {list(codes.shape)}, not {list(packed)}")
-    if (entry.coding != "packed" or entry.is_lattice) and len(codes.shape) != 1:
-        raise ManifestError(f"tensor {name!r} has coded bytes of {len(codes.shape)} dimensions, not 1")
-    if math.prod(entry.shape) > MAX_EXPANSION * max(codes.n_bytes, 1):
-        raise ManifestError(
-            f"tensor {name!r} declares {math.prod(entry.shape)} weights in {codes.n_bytes} bytes of codes"
-        )
-    if entry.is_lattice:
-        return
-    if entry.grid == "codebook":
-        _check_codebook(name, entry, found)
-        return
-    grid = found["scale"].shape
-    if (
-        len(grid) != 2
-        or grid[0] not in (1, rows)
-        or grid[1] < 1
-        or columns % grid[1]
-        or (grid[0] == 1 < grid[1] and rows != 1)
-    ):
-        raise ManifestError(f"tensor {name!r} has a scale of shape {list(grid)} for codes [{rows}, {columns}]")
-    for part in ("zero_point", "offset"):
-        if part in found and found[part].shape != grid:
-            raise ManifestError(f"tensor {name!r} has a {part} of another shape than its scale")
-
-
-def _check_codebook(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:
-    shape = found["codebook"].shape
-    if len(shape) != 3 or shape[2] != entry.dim or not 0 < shape[1] <= 2**entry.bits:
-        raise ManifestError(f"tensor {name!r} has a codebook of shape {list(shape)} for {entry.bits} bits")
-    if shape[0] < 1 or entry.code_rows % shape[0]:
-        raise ManifestError(f"tensor {name!r} has {shape[0]} codebooks for {entry.code_rows} rows of codes")
-    if "scale" in found and found["scale"].shape != (shape[0], 1):
-        raise ManifestError(f"tensor {name!r} has a scale of another shape than one for each codebook")

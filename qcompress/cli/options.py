@@ -112,6 +112,11 @@ MethodOption = Annotated[
     typer.Option("--method", "-m", metavar="|".join(QUANTIZERS), autocompletion=_complete_method, help="With --bits."),
 ]
 
+KeepDtype = Annotated[
+    str | None,
+    typer.Option("--keep-dtype", metavar="f16", help="Store what is not compressed in 16 bits, where it bears that."),
+]
+
 MaxSize = Annotated[str | None, typer.Option("--max-size", metavar="SIZE", help="Gate: the artifact's size: 2MB.")]
 MaxBpw = Annotated[float | None, typer.Option("--max-bpw", metavar="X", help="Gate: bits per compressed weight.")]
 MinSqnr = Annotated[float | None, typer.Option("--min-sqnr", metavar="DB", help="Gate: the worst tensor's SQNR.")]

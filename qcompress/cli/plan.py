@@ -134,7 +134,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         grid = f"{grid} {row['group_size']}"
     axis = ",".join(map(str, row.get("axis", [])))
     name, shape, size = name_words(row["name"]), shape_words(tuple(row["shape"])), f"{row['bytes']:,}"
-    bits = "" if row.get("bits") is None else str(row["bits"])
+    bits = str(row.get("bits") or "")
     if "widths" in row:
         bits, size = f"{row['widths'][0]}-{row['widths'][-1]}", f"{size}+"
     return (name, shape, row["dtype"], row["method"], bits, grid, axis, size, row["reason"])

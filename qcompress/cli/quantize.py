@@ -43,6 +43,7 @@ def quantize(
         bool, typer.Option("--skip-nonfinite", help="Keep tensors that hold NaN or Inf instead of refusing them.")
     ] = False,
     resume: opt.Resume = False,
+    keep_dtype: opt.KeepDtype = None,
     allow_code: opt.AllowCode = False,
     statistics: Annotated[
         Path | None,
@@ -78,7 +79,7 @@ def quantize(
     refuse_mixed(json_to, quiet)
     budget = make_budget_flag(bpw, target_size, minimize)
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
-    asked = make_recipe(recipe, method, flags, overrides or [], seed, "quantize", budget)
+    asked = make_recipe(recipe, method, flags, overrides or [], seed, "quantize", budget, keep_dtype)
     run(
         Request(
             checkpoint=checkpoint,

@@ -141,6 +141,7 @@ def make_recipe(
     seed: int | None,
     family: Family | None = None,
     budget: BudgetFlag | None = None,
+    keep_dtype: str | None = None,
 ) -> Recipe:
     """The one visible recipe: from the file, or of one rule from the flags. Raises UsageError, RecipeError.
 
@@ -169,6 +170,10 @@ def make_recipe(
             raise UsageError(
                 f"-r {recipe}", f"its methods are of family {made.family}", f"use `qcompress {made.family}`"
             )
+    if keep_dtype not in (None, "f16"):
+        raise UsageError(f"--keep-dtype {keep_dtype}", "not a dtype to keep tensors in", "use --keep-dtype f16")
+    if keep_dtype is not None:
+        made = replace(made, keep_dtype="f16")
     if seed is not None:
         made = replace(made, seed=seed)
     return made

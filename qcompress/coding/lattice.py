@@ -34,6 +34,11 @@ def trellis_values(codes: Tensor) -> Tensor:
     return codes.long() * 2 - codes.sign().long() * odd
 
 
+def step_value(encoded: Lattice) -> float:
+    """The step of a code whose row and column have no factor."""
+    return float(encoded.step) * 2.0**encoded.exponent
+
+
 def step_factors(encoded: Lattice) -> Tensor:
     """Eighths of octaves by which rows and columns change the step, int64 [rows or 1, columns or 1]."""
     columns = encoded.codes.shape[1]

@@ -58,6 +58,11 @@ class Grid:
     channels: Integers | None = None
     taps: Integers | None = None
 
+    @property
+    def value(self) -> float:
+        """The step of a code whose row and column have no factor."""
+        return float(np.array(self.step, np.uint16).view(np.float16)) * 2.0**self.exponent
+
 
 def grid_of_lattice(lattice: Lattice) -> Grid:
     """The grid of a lattice as side information has it."""

@@ -45,7 +45,7 @@ def export(artifact: Artifact, output: Path, *, force: bool) -> int:
 def _export_file(artifact: Artifact, file: ArtifactFile, path: Path) -> Layout:
     """Write one file, wide dtypes first and then by name; where its bytes lie."""
     copies = artifact.copies_of(file)
-    originals = [*file.kept, *map(file.original, file.manifest.tensors), *copies]
+    originals = [*(file.original(info.name) for info in file.kept), *map(file.original, file.manifest.tensors), *copies]
     originals.sort(key=lambda info: (-DTYPE_BITS[info.dtype], info.name))
     slots = [Slot(info.name, info.dtype, info.shape, info.n_bytes, copies.get(info, info.name)) for info in originals]
     layout = Layout(tuple(slots), header_room(_render_header(slots, file)))
@@ -64,7 +64,7 @@ def _render_header(slots: Sequence[Slot], file: ArtifactFile) -> bytes:
 def _dense_bytes(file: ArtifactFile, name: str) -> Iterator[memoryview]:
     """The tensor's bytes as the checkpoint had them, or would have them after decoding; in pieces."""
     if name not in file.manifest.tensors:
-        yield file.container.bytes_of(name)
+        yield file.kept_bytes(name)
         return
     encoded = file.read_encoded(name)
     if encoded.axis != tuple(range(len(encoded.axis))):

@@ -105,12 +105,17 @@ def _branches(fragment: Fragment) -> Sequence[Fragment]:
 
 
 def _choices(fragment: Fragment) -> list[str]:
-    return [str(choice) for branch in _branches(fragment) for choice in branch.get("enum", ())]
+    return [str(choice) for branch in _branches(fragment) for choice in _enumerated(branch)]
+
+
+def _enumerated(branch: Fragment) -> Sequence[Any]:
+    """The values that a branch lists, or its only one."""
+    return [branch["const"]] if "const" in branch else branch.get("enum", ())
 
 
 def _noun(branch: Fragment) -> str:
-    if "enum" in branch:
-        return f"one of {listed(map(str, branch['enum']))}"
+    if _enumerated(branch):
+        return f"one of {listed(map(str, _enumerated(branch)))}"
     if branch.get("type") == "array" and branch.get("items", {}).get("type") in _NOUNS:
         return f"a list of {_NOUNS[branch['items']['type']][1]}"
     return _NOUNS.get(branch.get("type", "object"), _NOUNS["object"])[0]

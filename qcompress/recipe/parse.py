@@ -21,11 +21,11 @@ from qcompress.recipe.patterns import make_patterns
 from qcompress.recipe.sections import SECTIONS, make_sections
 from qcompress.recipe.tree import Broken, Node, Problems, shown
 from qcompress.registry import BUDGET_METHOD
-from qcompress.types import Family, Gates, Recipe, Rule
+from qcompress.types import Family, Gates, Keep, KeepDtype, Recipe, Rule
 
 LARGEST_BYTES = 2**20
 
-ROOT_KEYS = ("version", "seed", *SECTIONS, "rules", "finetune", "gates")
+ROOT_KEYS = ("version", "seed", "keep_dtype", *SECTIONS, "rules", "finetune", "gates")
 
 
 def read_recipe(
@@ -127,11 +127,20 @@ def _make_recipe(root: Node, source: str, family: Family, problems: Problems) ->
         _one_family(keys["rules"], problems) or family if "rules" in keys else family,
         rules,
         seed=int(make_number(keys["seed"], SEED, problems)) if "seed" in keys else 0,
+        keep_dtype=_make_keep_dtype(keys["keep_dtype"], problems) if "keep_dtype" in keys else None,
         gates=make_gates(keys["gates"], problems) if "gates" in keys else Gates(),
         finetune=make_finetune(keys["finetune"], problems) if "finetune" in keys else None,
         source=source,
         **make_sections(keys, problems),
     )
+
+
+def _make_keep_dtype(node: Node, problems: Problems) -> KeepDtype | None:
+    if node.value == "f16":
+        return "f16"
+    if not node.is_broken:
+        problems.add(node, f"{shown(node.data())} is not a dtype to keep tensors in", "give f16, or leave it out")
+    return None
 
 
 def _is_this_version(root: Node, keys: Mapping[str, Node], problems: Problems) -> bool:
@@ -197,15 +206,17 @@ def _make_rule(node: Node, has_budget: bool, problems: Problems) -> list[Rule]:
 
 
 def _make_action(action: str, options: Node, has_budget: bool, problems: Problems) -> Any | None:
-    """The config of a rule's method, of open bits under a budget; None for `keep`, and where it is refused."""
+    """The config of a rule's method, of open bits under a budget, or a Keep that says anything; None where refused."""
     if action != "keep":
         method = registry.METHODS[action]
         if has_budget and takes_budget(method):
             return make_widths(action, method.config, options, problems)
         return make_config(action, registry.METHODS[action].config, options, problems)
-    for key, child in make_mapping(options, problems, "write `keep: {}`").items():
-        problems.add(child, f"unknown key {quoted(key)}", "write `keep: {}`, which has no options")
-    return None
+    make_mapping(options, problems, "write `keep: {}`")
+    if not isinstance(options.value, dict):
+        return None
+    kept = make_config("keep", Keep, options, problems)
+    return None if kept == Keep() else kept
 
 
 def _one_family(node: Node, problems: Problems) -> Family | None:

@@ -28,6 +28,7 @@ from qcompress.settings import (
     Normalize,
     TrainingOptions,
 )
+from qcompress.types import Keep, KeepDtype
 
 _OPTION_LINE = re.compile(r"([a-z_][a-z0-9_]*) {2,}(\S.*)")
 
@@ -43,7 +44,8 @@ def recipe_schema() -> dict[str, Any]:
         if name in open_to_budgets:
             options["required"].remove("bits")
         defs[name] = options
-    keep = {"description": "Leave the tensors as they are", "type": "object", "additionalProperties": False}
+    exempt = {"description": "Leave the tensors as they are", "type": "object", "additionalProperties": False}
+    keep = {**_options(Keep), "description": "Do not compress the tensors"}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "qcompress recipe",
@@ -51,6 +53,10 @@ def recipe_schema() -> dict[str, Any]:
         "properties": {
             "version": {"description": "Version of the recipe format", "const": VERSION},
             "seed": {"description": "Of everything that is drawn at random", **SEED},
+            "keep_dtype": {
+                "description": "Store what is not compressed in 16 bits, where its values bear that",
+                "enum": list(get_args(KeepDtype)),
+            },
             **_sections(defs),
             "rules": {
                 "description": "The first rule that matches a tensor's name decides; what none matches is kept",
@@ -58,7 +64,7 @@ def recipe_schema() -> dict[str, Any]:
                 "minItems": 1,
                 "items": _rule({"keep": keep, **actions}),
             },
-            "finetune": _finetune(defs, keep),
+            "finetune": _finetune(defs, exempt),
             "budget": {
                 "description": "What the compressed weights may take; the methods' `bits` are then left out",
                 "type": "object",

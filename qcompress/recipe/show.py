@@ -36,7 +36,7 @@ def recipe_hash(recipe: Recipe) -> str:
 def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML: `parse_recipe` of it resolves to the same recipe."""
     data = _resolved(recipe)
-    lines = [f"version: {data['version']}", f"seed: {data['seed']}"]
+    lines = [f"{key}: {data[key]}" for key in ("version", "seed", "keep_dtype") if key in data]
     for section in SECTIONS:
         if section in data and isinstance(data[section], dict):
             lines += [f"{section}:", *(f"  {key}: {_flow(value)}" for key, value in data[section].items())]
@@ -74,7 +74,8 @@ def _rules(rules: tuple[Rule, ...]) -> list[dict[str, Any]]:
 def _resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as data, in the order in which people write it."""
     gates = {name: limit for name, limit in _present(recipe.gates).items() if limit != {}}
-    frame = {"version": VERSION, "seed": recipe.seed, **_sections(recipe)}
+    keep = {} if recipe.keep_dtype is None else {"keep_dtype": recipe.keep_dtype}
+    frame = {"version": VERSION, "seed": recipe.seed, **keep, **_sections(recipe)}
     rules = {"rules": _rules(recipe.rules)} if recipe.rules or recipe.finetune is None else {}
     finetune = {} if recipe.finetune is None else {"finetune": _finetune(recipe.finetune)}
     return frame | rules | finetune | ({"gates": gates} if gates else {})
@@ -125,7 +126,7 @@ def _rule(patterns: list[Rule]) -> dict[str, Any]:
     """The one rule that was read as a rule for each of its patterns."""
     first = patterns[0]
     match = first.match if len(patterns) == 1 else [rule.match for rule in patterns]
-    return {"match": match, first.method or "keep": _options(first.config) if first.method else {}}
+    return {"match": match, first.method or "keep": {} if first.config is None else _options(first.config)}
 
 
 def _options(config: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class LayerFigures:
     range             (lowest, highest) weight, over all weights
     fences            (lowest, highest) weight that is no outlier: 1.5 interquartile ranges beyond the quartiles
     levels            of the grid, ascending, each the mean over the tensor's grids; None beyond BINS of them
+    step              of a lattice, before the factors of rows and columns; None of other grids
     histogram_before  of the weights, histogram_after of what they decode to: counts in BINS equal bins over `range`,
                       decoded values beyond it counted in the end bins
     sampled           fences, outliers, kurtosis and histograms come from a fixed subset; all else from every weight
@@ -36,6 +37,7 @@ class LayerFigures:
     levels: tuple[float, ...] | None = None
     outlier_share: float | None = None
     kurtosis: float | None = None
+    step: float | None = None
     levels_used: int | None = None
     entropy: float | None = None
     clipped_share: float | None = None

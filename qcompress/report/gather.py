@@ -66,7 +66,8 @@ def _stored_report(artifact: Artifact) -> Report:
     for file in artifact.files:
         for name, entry in file.manifest.tensors.items():
             if entry.is_lattice:
-                figures[name] = measure_counts(count_values(file.lattices.codes(name)[0]))
+                codes, grid = file.lattices.codes(name)
+                figures[name] = replace(measure_counts(count_values(codes)), step=grid.value)
             else:
                 figures[name] = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
     return _make_report(artifact, figures)
@@ -89,6 +90,7 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
     import torch
 
     from qcompress.coding.affine import decode_rows, row_spans, take_rows
+    from qcompress.coding.lattice import step_value
     from qcompress.coding.rows import rows_from_weight
     from qcompress.report.counts import count_values
     from qcompress.report.figures import LayerMeter, unclipped_range
@@ -103,7 +105,8 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
         block = rows[start:stop].float().reshape(part.shape)
         counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy() if whole is None else None
         meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
-    return meter.result(whole)
+    figures = meter.result(whole)
+    return replace(figures, step=step_value(encoded)) if isinstance(encoded, Lattice) else figures
 
 
 def _input_hash(artifact: Artifact) -> str:
@@ -180,12 +183,13 @@ def _rule_of(name: str, recipe: Mapping[str, Any]) -> tuple[str, Mapping[str, An
     return "unknown", {}
 
 
-def _kept_layer(info: TensorInfo, tied_to: str | None = None) -> LayerReport:
+def _kept_layer(info: TensorInfo, n_bytes: int, tied_to: str | None = None) -> LayerReport:
+    """A tensor that the checkpoint had as `info` says, in so many bytes."""
     return LayerReport(
         name=info.name,
         shape=info.shape,
         dtype=info.dtype,
-        bytes=info.n_bytes if tied_to is None else 0,
+        bytes=n_bytes,
         baseline_bytes=info.n_bytes,
         tied_to=tied_to,
         reason=REASON,
@@ -197,8 +201,8 @@ def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Rep
     layers: list[LayerReport] = []
     for file in artifact.files:
         layers += [_compressed_layer(file, name, entry, figures[name]) for name, entry in file.manifest.tensors.items()]
-        layers += [_kept_layer(info) for info in file.kept]
-        layers += [_kept_layer(info, twin) for info, twin in artifact.copies_of(file).items()]
+        layers += [_kept_layer(file.original(info.name), info.n_bytes) for info in file.kept]
+        layers += [_kept_layer(info, 0, twin) for info, twin in artifact.copies_of(file).items()]
     index = artifact.path / INDEX_NAME
     index_bytes = index.stat().st_size if artifact.path.is_dir() and index.is_file() else 0
     size = make_size(

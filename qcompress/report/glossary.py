@@ -123,6 +123,9 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
         "levels": Term(
             "levels", f"values that the grid's codes stand for, averaged over its grids; none beyond {BINS} of them"
         ),
+        "step": Term(
+            "step", "of a lattice: the distance of neighbouring levels, before the factors of rows and columns"
+        ),
         "levels_used": Term("levels used", "how many different codes occur"),
         "entropy": Term(
             "entropy", "order-0 entropy in bits a code: what an ideal coder with one table for the tensor would need"

@@ -19,6 +19,7 @@ from qcompress.report.words import (
     shape_words,
     share_words,
     size_words,
+    width_words,
 )
 
 
@@ -101,7 +102,7 @@ def layers_grid(report: Report, anchors: dict[str, str]) -> Grid:
             Cell(name_words(layer.name)),
             Cell(shape_words(layer.shape)),
             Cell(name_words(layer.method)),
-            Cell(NOT_MEASURED if layer.bits is None else str(layer.bits)),
+            Cell(width_words(layer.bits, layer.bits_per_weight, layer.method)),
             Cell(size_words(layer.bytes), _bar(layer.bytes, most_bytes)),
             Cell(bits_words(layer.bits_per_weight)),
             Cell(decibel_words(layer.sqnr_db)),
@@ -131,10 +132,11 @@ def drawn_layer(layer: LayerReport, anchor: str) -> Drawn:
     figures = layer.figures
     assert figures is not None
     low, high = figures.range or (None, None)
-    width = NOT_MEASURED if layer.bits is None else str(layer.bits)
+    width = "" if layer.bits is None else f" of {layer.bits} bits"
     named = [
         Figure("sqnr_db", sqnr_words(figures.sqnr_db)),
-        Figure("entropy", f"{number_words(figures.entropy)} of {width} bits"),
+        Figure("entropy", f"{number_words(figures.entropy)}{width}"),
+        Figure("step", number_words(figures.step)),
         Figure("levels_used", NOT_MEASURED if figures.levels_used is None else f"{figures.levels_used:,}"),
         Figure("outlier_share", share_words(figures.outlier_share)),
         Figure("clipped_share", share_words(figures.clipped_share)),

@@ -85,8 +85,8 @@ _LAYER_COLUMNS = (
     "side_information_bytes", "baseline_bytes", "tied_to", "reason", "sensitivity",
 )  # fmt: skip
 _FIGURE_COLUMNS = (
-    "relative_error", "sqnr_db", "max_error", "outlier_share", "kurtosis", "levels_used", "entropy", "clipped_share",
-    "sampled",
+    "relative_error", "sqnr_db", "max_error", "outlier_share", "kurtosis", "step", "levels_used", "entropy",
+    "clipped_share", "sampled",
 )  # fmt: skip
 CSV_COLUMNS = ("artifact", *_LAYER_COLUMNS, "bits_per_weight", "range_low", "range_high", *_FIGURE_COLUMNS)
 

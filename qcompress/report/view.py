@@ -19,6 +19,7 @@ from qcompress.report.words import (
     shape_words,
     share_words,
     size_words,
+    width_words,
 )
 
 SHOW_ALL = 40
@@ -177,7 +178,7 @@ _LAYER_CELLS: tuple[tuple[Column, Callable[[LayerReport], str]], ...] = (
     (Column("layer", right=False), lambda layer: name_words(layer.name)),
     (Column("shape", right=False, spare=3), lambda layer: shape_words(layer.shape)),
     (Column("method", right=False, spare=1), lambda layer: name_words(layer.method)),
-    (Column("bits"), lambda layer: NOT_MEASURED if layer.bits is None else str(layer.bits)),
+    (Column("bits"), lambda layer: width_words(layer.bits, layer.bits_per_weight, layer.method)),
     (Column("bytes"), lambda layer: size_words(layer.bytes)),
     (Column("b/weight", spare=2), lambda layer: bits_words(layer.bits_per_weight)),
     (Column("SQNR dB"), lambda layer: decibel_words(layer.sqnr_db)),

@@ -39,6 +39,13 @@ def bits_words(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.3f}"
 
 
+def width_words(bits: int | None, bits_per_weight: float | None, method: str) -> str:
+    """The bits of a code; of codes without a bound what a weight has taken."""
+    if bits is None and method != "kept" and bits_per_weight is not None:
+        return f"{bits_per_weight:.2f}"
+    return NOT_MEASURED if bits is None else str(bits)
+
+
 def share_words(share: float | None) -> str:
     """A share in per cent."""
     return NOT_MEASURED if share is None else f"{100 * share:.3g}%"

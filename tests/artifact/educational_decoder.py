@@ -37,7 +37,12 @@ def expand(path: Path) -> dict[str, Dense]:
         tied.update(manifest.get("tied", {}))
         for name, stored in header.items():
             if ".qc." not in name:
-                tensors[name] = Dense(stored["dtype"], tuple(stored["shape"]), bytes_of(stored, data))
+                dtype, raw = stored["dtype"], bytes_of(stored, data)
+                named = {one: kind for kind, names in manifest.get("halved", {}).items() for one in names}
+                own = named.get(name, named.get("*")) if dtype == "F16" else None
+                if own:
+                    raw = np.frombuffer(raw, "<f2").astype({"F32": "<f4", "F64": "<f8"}[own]).tobytes()
+                tensors[name] = Dense(own or dtype, tuple(stored["shape"]), raw)
         entries = {
             name: manifest["defaults"] | ({"shape": own} if isinstance(own, list) else own)
             for name, own in manifest["tensors"].items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +108,15 @@ CASES: dict[str, Case] = {
     "lattice-fine": lattice("ans", step=0.01),
     "lattice-factors": lattice("ans", columns=True),
     "lattice-axis": lattices({"w": weights(4, 6, 5)}, "ans", axis=1, columns=True),
+    "halved": Case(
+        {
+            "a": weights(4),
+            "b": weights(3, dtype=torch.float64),
+            "h": weights(3, dtype=torch.float16),
+            "w": weights(3, 5),
+        },
+        replace(rtn(3, "w"), keep_dtype="f16"),
+    ),
     "kept": Case(
         {
             "f8": weights(4).to(torch.float8_e4m3fn),

@@ -10,7 +10,7 @@ import numpy as np
 import qcompress
 from artifact.educational_decoder import decode_ans, pack
 from qcompress.artifact.manifest import CODINGS, FORMAT, GRIDS, LIMITS, OPTIONAL, REQUIRED
-from qcompress.artifact.reader import MAX_EXPANSION
+from qcompress.artifact.parts import MAX_EXPANSION
 from qcompress.coding.payload import decode_payload
 from qcompress.types import DTYPE_BITS
 

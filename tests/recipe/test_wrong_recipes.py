@@ -21,8 +21,8 @@ def rtn(options: str) -> str:
 ANY_METHOD = ", ".join(f"`{name}`" for name in ("match", "keep", *registry.METHODS))
 ANY_ACTION = ", ".join(f"`{name}`" for name in ("keep", *registry.METHODS))
 ANY_KEY = (
-    "`version`, `seed`, `model`, `data`, `task`, `activations`, `companions`, `budget`, `rules`, "
-    + "`finetune`, `gates`"
+    "`version`, `seed`, `keep_dtype`, `model`, `data`, `task`, `activations`, `companions`, `budget`, "
+    "`rules`, `finetune`, `gates`"
 )
 QUOTE_STAR = 'put text that starts with * in quotes, as "*.weight"'
 
@@ -289,9 +289,17 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         HEAD + "  - {match: a, rd: {bits: 4}}\n",
         ["r.yaml:3: rules[0].rd: `rd` is not available in this version; remove it"],
     ),
+    "keep with another dtype": (
+        'version: 1\nrules:\n  - {match: "*", keep: {dtype: f8}}\n',
+        ["r.yaml:3: rules[0].keep.dtype: unknown value `f8`; valid here: `f16`"],
+    ),
+    "keep_dtype of another dtype": (
+        'version: 1\nkeep_dtype: bf16\nrules:\n  - {match: "*", keep: {}}\n',
+        ["r.yaml:2: keep_dtype: `bf16` is not a dtype to keep tensors in; give f16, or leave it out"],
+    ),
     "keep with options": (
         HEAD + "  - {match: a, keep: {bits: 4}}\n",
-        ["r.yaml:3: rules[0].keep.bits: unknown key `bits`; write `keep: {}`, which has no options"],
+        ["r.yaml:3: rules[0].keep.bits: unknown key `bits`; valid here: `dtype`"],
     ),
     "keep with nothing": (
         HEAD + "  - {match: a, keep: }\n",

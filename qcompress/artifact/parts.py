@@ -1,0 +1,116 @@
+"""Header against manifest: each compressed tensor has its parts, of dtypes and shapes that fit. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from qcompress.artifact.lattices import pool_names
+from qcompress.artifact.layout import PARTS, POOL_NAME, part_name
+from qcompress.artifact.manifest import EVERY, Entry, Manifest, ManifestError
+from qcompress.coding.packing import row_bytes
+from qcompress.container import RESERVED, Container
+from qcompress.types import TensorInfo
+
+MAX_EXPANSION = 1 << 18
+"""Weights that one stored byte of codes may stand for at most: a chunk that `ans` codes takes a byte of index."""
+
+GRID_PARTS = {
+    "lattice": ("codes",),
+    "zero-point": ("codes", "scale", "zero_point"),
+    "offset": ("codes", "scale", "offset"),
+    "codebook": ("codes", "codebook"),
+}
+PART_DTYPES = {
+    "codes": ("U8",),
+    "scale": ("F16",),
+    "zero_point": ("U8",),
+    "offset": ("F16",),
+    "codebook": ("F16", "F32", "I8"),
+}
+
+
+def check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, ...]:
+    """The tensors that are not parts of compressed ones. Raises ManifestError where header and manifest differ."""
+    stored = dict(container.by_name)
+    for name, entry in manifest.tensors.items():
+        wanted = GRID_PARTS.get(entry.grid, ("codes", "scale"))
+        found = find_parts(container, name)
+        if "codebook" in found and found["codebook"].dtype == "I8":
+            wanted = (*wanted, "scale")
+        for info in found.values():
+            del stored[info.name]
+        if set(found) != set(wanted):
+            odd = sorted(set(found) ^ set(wanted))[0]
+            raise ManifestError(f"tensor {name!r} has its {odd} missing or too many")
+        for part, info in found.items():
+            if info.dtype not in PART_DTYPES[part]:
+                raise ManifestError(f"tensor {name!r} has a {part} of {info.dtype}, not {PART_DTYPES[part][0]}")
+        _check_shapes(name, entry, found)
+    pool = stored.pop(POOL_NAME, None)
+    if (pool is None) == bool(pool_names(manifest)):
+        raise ManifestError(f"its pooled side information {POOL_NAME!r} is missing, or belongs to no tensor")
+    if pool is not None and (pool.dtype != "U8" or len(pool.shape) != 1):
+        raise ManifestError(f"tensor {POOL_NAME!r} is not a list of bytes")
+    broken = next((name for name in stored if name in manifest.tensors or RESERVED in name), None)
+    if broken is not None:
+        raise ManifestError(f"tensor {broken!r} has no entry in the manifest, or stands beside its codes")
+    kept = tuple(stored.values())
+    halved_dtypes(kept, manifest)
+    return kept
+
+
+def halved_dtypes(kept: Sequence[TensorInfo], manifest: Manifest) -> dict[str, str]:
+    """Kept tensor that is stored as F16 -> its dtype in the checkpoint. Raises ManifestError where it is not."""
+    halves = {info.name for info in kept if info.dtype == "F16"}
+    named = {name: dtype for dtype, names in manifest.halved.items() if names != EVERY for name in names}
+    odd = sorted(set(named) - halves)
+    if odd:
+        raise ManifestError(f"tensor {odd[0]!r} is in 'halved', and is not kept as F16")
+    every = next((dtype for dtype, names in manifest.halved.items() if names == EVERY), None)
+    return named if every is None else {name: named.get(name, every) for name in halves}
+
+
+def find_parts(container: Container, name: str) -> dict[str, TensorInfo]:
+    stored = {part: container.by_name.get(part_name(name, part)) for part in PARTS}
+    return {part: info for part, info in stored.items() if info is not None}
+
+
+def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:
+    rows, columns, codes = entry.code_rows, entry.columns, found["codes"]
+    packed = (rows, row_bytes(columns, entry.bits))
+    if entry.coding == "packed" and not entry.is_lattice and codes.shape != packed:
+        raise ManifestError(f"tensor {name!r} has codes of shape {list(codes.shape)}, not {list(packed)}")
+    if (entry.coding != "packed" or entry.is_lattice) and len(codes.shape) != 1:
+        raise ManifestError(f"tensor {name!r} has coded bytes of {len(codes.shape)} dimensions, not 1")
+    if math.prod(entry.shape) > MAX_EXPANSION * max(codes.n_bytes, 1):
+        raise ManifestError(
+            f"tensor {name!r} declares {math.prod(entry.shape)} weights in {codes.n_bytes} bytes of codes"
+        )
+    if entry.is_lattice:
+        return
+    if entry.grid == "codebook":
+        _check_codebook(name, entry, found)
+        return
+    grid = found["scale"].shape
+    if (
+        len(grid) != 2
+        or grid[0] not in (1, rows)
+        or grid[1] < 1
+        or columns % grid[1]
+        or (grid[0] == 1 < grid[1] and rows != 1)
+    ):
+        raise ManifestError(f"tensor {name!r} has a scale of shape {list(grid)} for codes [{rows}, {columns}]")
+    for part in ("zero_point", "offset"):
+        if part in found and found[part].shape != grid:
+            raise ManifestError(f"tensor {name!r} has a {part} of another shape than its scale")
+
+
+def _check_codebook(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:
+    shape = found["codebook"].shape
+    if len(shape) != 3 or shape[2] != entry.dim or not 0 < shape[1] <= 2**entry.bits:
+        raise ManifestError(f"tensor {name!r} has a codebook of shape {list(shape)} for {entry.bits} bits")
+    if shape[0] < 1 or entry.code_rows % shape[0]:
+        raise ManifestError(f"tensor {name!r} has {shape[0]} codebooks for {entry.code_rows} rows of codes")
+    if "scale" in found and found["scale"].shape != (shape[0], 1):
+        raise ManifestError(f"tensor {name!r} has a scale of another shape than one for each codebook")
