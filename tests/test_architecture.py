@@ -20,20 +20,8 @@ KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
 VERBS = (
-    *(
-        "allocate",
-        "audit",
-        "calibrate",
-        "compress",
-        "demo",
-        "evaluate",
-        "finetune",
-        "fit",
-        "journal",
-        "load",
-        "minimize",
-    ),
-    *("representatives", "sensitivity", "shards", "tune", "worker"),
+    *("allocate", "audit", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "journal", "load"),
+    *("minimize", "probe", "representatives", "sensitivity", "shards", "tune", "worker"),
 )
 
 MAY_IMPORT = {
