@@ -69,8 +69,8 @@ def top1(report: dict[str, Any]) -> float:
 HEAD = """## Budgets
 
 Written by `benchmarks/results_budgets.py`. CIFAR-10 ResNet-20, the first 2,000 test images (FP32 {fp32:.4f}), all
-layers, one grid a channel, float activations, codes packed, so that equal bits per weight are equal bytes. One run each,
-good to about 0.005.
+layers, one grid a channel, float activations, codes packed, so that equal bits per weight are equal bytes. One run
+each, good to about 0.005.
 
     QCOMPRESS_DATA=/path/to/data python benchmarks/results_budgets.py --work results
 

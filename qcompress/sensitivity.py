@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -49,11 +49,14 @@ ALL_WIDTHS = range(1, 9)
 SAMPLES = 256
 """Samples that divergences and metrics are measured on where nothing is said."""
 
-SAMPLED_WEIGHTS = 1 << 18
+SAMPLED_WEIGHTS = 1 << 16
 """Of larger tensors the errors are those of evenly spread rows of about so many weights."""
 
 MEASURED_WIDTH = 4
 """The widest that is run to allocate: beyond it the divergence falls like the relative error."""
+
+ROUNDED_WIDTH = 5
+"""The widest that weights are rounded to, to allocate: beyond it their error falls to a quarter with each bit."""
 
 Say = Callable[[str], None]
 
@@ -61,14 +64,17 @@ Say = Callable[[str], None]
 def weight_costs(checkpoint: Checkpoint, plan: Plan, threads: int = 1) -> Costs:
     """The relative squared error of every open tensor at each of its widths, from its weights alone.
 
-    Of tensors past SAMPLED_WEIGHTS, unless one grid spans them, from evenly spread rows. A weight that is not finite
-    costs nothing: whoever encodes it refuses it.
+    Of tensors past SAMPLED_WEIGHTS, unless one grid spans them, from evenly spread rows. Widths above ROUNDED_WIDTH are
+    not tried. A weight that is not finite costs nothing: whoever encodes it refuses it.
     """
     decisions = [decision for decision in plan.decisions if decision.is_open]
 
     def measured(decision: Decision) -> dict[int, float]:
-        source = checkpoint.shard_of(decision.tensor.name)
-        return relative_errors(tensor_view(source, decision.tensor), decision, plan.recipe.seed)
+        source, widths = checkpoint.shard_of(decision.tensor.name), list(decision.config.configs)
+        tried = [bits for bits in widths if bits <= ROUNDED_WIDTH] or widths[:1]
+        errors = relative_errors(tensor_view(source, decision.tensor), decision, tried, plan.recipe.seed)
+        last = tried[-1]
+        return {bits: errors.get(bits, errors[last] / 4 ** (bits - last)) for bits in widths}
 
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(measured, decisions))
@@ -76,7 +82,7 @@ def weight_costs(checkpoint: Checkpoint, plan: Plan, threads: int = 1) -> Costs:
     return Costs(of, "relative error of its grid")
 
 
-def relative_errors(weight: Tensor, decision: Decision, seed: int) -> dict[int, float]:
+def relative_errors(weight: Tensor, decision: Decision, widths: Iterable[int], seed: int) -> dict[int, float]:
     """Width -> squared error over energy of one weight, in its stand-in's grids; 0 of a weight without energy."""
     rows = rows_from_weight(weight, decision.axis)
     if decision.config.widest.granularity != "tensor":
@@ -84,10 +90,10 @@ def relative_errors(weight: Tensor, decision: Decision, seed: int) -> dict[int, 
     rows = rows.to("cpu", torch.float32).contiguous()
     energy = float(rows.double().square().sum())
     if not 0 < energy < math.inf:
-        return dict.fromkeys(decision.config.configs, 0.0)
+        return dict.fromkeys(widths, 0.0)
     flat, exponent = rows.reshape(len(rows), -1), exponent_for(float(rows.abs().max()))
     errors = {}
-    for bits in decision.config.configs:
+    for bits in widths:
         decoded = decode_rows(encode_rows(rows, stand_in(decision, bits), exponent, seed, None))
         errors[bits] = float((decoded - flat).double().square().sum()) / energy
     return errors
@@ -190,7 +196,7 @@ def measure_sensitivity(
     for index, (decision, tried) in enumerate(_tried(live, decisions)):
         name = decision.tensor.name
         say(f"{name}: {index + 1} of {len(decisions)}")
-        errors = relative_errors(find_tensor(live.module, name), decision, plan.recipe.seed)
+        errors = relative_errors(find_tensor(live.module, name), decision, decision.config.configs, plan.recipe.seed)
         widths = []
         for bits in decision.config.configs:
             module = tried(bits)
