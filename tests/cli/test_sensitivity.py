@@ -179,6 +179,16 @@ def test_nonsense_costs_are_refused(run: Run, trained: Path, measured: Path) -> 
     assert measure(run, trained, measured).error_lines[0].startswith(f"error: {measured}: is not JSON; measure anew")
 
 
+def test_as_many_samples_are_looked_at_as_were_asked_for(run: Run, trained: Path, tmp_path: Path) -> None:
+    """Batches hold 20: the second is cut. More than there are, and all are looked at."""
+    for asked, seen in ((30, (30, 30)), (500, (48, 120))):
+        cache = tmp_path / f"{asked}.json"
+        ran = measure(run, trained, cache, "--widths", "2", "-q", "--samples", asked)
+        assert ran.code == 0, ran.err
+        found = read_sensitivity(cache)
+        assert (found.divergence_samples, found.metric_samples) == seen
+
+
 def test_the_file_follows_its_schema(measured: Path) -> None:
     jsonschema.validate(json.loads(measured.read_text()), sensitivity_schema())
 
