@@ -1,9 +1,7 @@
 """What each layer alone costs at each width: from its weights, or from the output of a live model.
 
-From weights alone the cost is the relative squared error that the grid leaves. Layers of equal relative error disturb a
-network's output about equally, whatever their size (measured: docs/methods.md); to know more takes data. On a live
-model the cost is the divergence between the outputs of the network as it was and of the network in which only this
-layer is quantized.
+From weights alone the cost is the squared error that the grid leaves, over the tensor's norm. On a live model it is the
+divergence between the outputs of the network as it was and of the network in which only this layer is quantized.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from qcompress.checkpoint import Checkpoint, tensor_view
 from qcompress.coding.affine import decode, decode_rows
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight
+from qcompress.container import Container
 from qcompress.errors import InputError, RecipeError, raise_all
 from qcompress.evaluate import Setting
 from qcompress.model.batches import Batches
@@ -43,7 +42,7 @@ from qcompress.report.sensitivity import (
     grid_words,
 )
 from qcompress.types import Decision, Plan, Recipe, Widths
-from qcompress.worker import encode_rows
+from qcompress.worker import BLOCK_WEIGHTS, encode_rows
 
 ALL_WIDTHS = range(1, 9)
 SAMPLES = 256
@@ -62,9 +61,10 @@ Say = Callable[[str], None]
 
 
 def weight_costs(checkpoint: Checkpoint, plan: Plan, threads: int = 1) -> Costs:
-    """The relative squared error of every open tensor at each of its widths, from its weights alone.
+    """The squared error of every open tensor at each of its widths over its norm, from its weights alone.
 
-    Of tensors past SAMPLED_WEIGHTS, unless one grid spans them, from evenly spread rows. Widths above ROUNDED_WIDTH are
+    Half way between the relative and the absolute error: in networks whose layers are measured one by one, the
+    divergence is nearest to this (docs/methods.md). Of tensors past SAMPLED_WEIGHTS, unless one grid spans them, from evenly spread rows. Widths above ROUNDED_WIDTH are
     not tried. A weight that is not finite costs nothing: whoever encodes it refuses it.
     """
     decisions = [decision for decision in plan.decisions if decision.is_open]
@@ -73,13 +73,21 @@ def weight_costs(checkpoint: Checkpoint, plan: Plan, threads: int = 1) -> Costs:
         source, widths = checkpoint.shard_of(decision.tensor.name), list(decision.config.configs)
         tried = [bits for bits in widths if bits <= ROUNDED_WIDTH] or widths[:1]
         errors = relative_errors(tensor_view(source, decision.tensor), decision, tried, plan.recipe.seed)
-        last = tried[-1]
-        return {bits: errors.get(bits, errors[last] / 4 ** (bits - last)) for bits in widths}
+        last, norm = tried[-1], _norm(source, decision)
+        return {bits: norm * errors.get(bits, errors[last] / 4 ** (bits - last)) for bits in widths}
 
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(measured, decisions))
     of = {decision.tensor.name: costs for decision, costs in zip(decisions, found, strict=True)}
-    return Costs(of, "relative error of its grid")
+    return Costs(of, "error that its grid leaves")
+
+
+def _norm(source: Container, decision: Decision) -> float:
+    """The root of a weight's energy; 0 where that is not finite."""
+    weight = tensor_view(source, decision.tensor).reshape(-1)
+    parts = (weight[start : start + BLOCK_WEIGHTS] for start in range(0, weight.numel(), BLOCK_WEIGHTS))
+    energy = sum(float(part.double().square().sum()) for part in parts)
+    return math.sqrt(energy) if math.isfinite(energy) else 0.0
 
 
 def relative_errors(weight: Tensor, decision: Decision, widths: Iterable[int], seed: int) -> dict[int, float]:
