@@ -63,9 +63,9 @@ Say = Callable[[str], None]
 def weight_costs(checkpoint: Checkpoint, plan: Plan, threads: int = 1) -> Costs:
     """The squared error of every open tensor at each of its widths over its norm, from its weights alone.
 
-    Half way between the relative and the absolute error: in networks whose layers are measured one by one, the
-    divergence is nearest to this (docs/methods.md). Of tensors past SAMPLED_WEIGHTS, unless one grid spans them, from evenly spread rows. Widths above ROUNDED_WIDTH are
-    not tried. A weight that is not finite costs nothing: whoever encodes it refuses it.
+    Half way between the relative and the absolute error, where measured divergences lie (docs/methods.md). Of tensors
+    past SAMPLED_WEIGHTS, unless one grid spans them, the error is that of evenly spread rows. Widths above
+    ROUNDED_WIDTH are not tried. A weight that is not finite costs nothing: whoever encodes it refuses it.
     """
     decisions = [decision for decision in plan.decisions if decision.is_open]
 
