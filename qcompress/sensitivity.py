@@ -1,9 +1,7 @@
 """What each layer alone costs at each width: from its weights, or from the output of a live model.
 
-From weights alone the cost is the relative squared error that the grid leaves. Layers of equal relative error disturb a
-network's output about equally, whatever their size (measured: docs/methods.md); to know more takes data. On a live
-model the cost is the divergence between the outputs of the network as it was and of the network in which only this
-layer is quantized.
+From weights alone the cost is the squared error that the grid leaves, over the tensor's norm. On a live model it is the
+divergence between the outputs of the network as it was and of the network in which only this layer is quantized.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -26,6 +24,7 @@ from qcompress.checkpoint import Checkpoint, tensor_view
 from qcompress.coding.affine import decode, decode_rows
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight
+from qcompress.container import Container
 from qcompress.errors import InputError, RecipeError, raise_all
 from qcompress.evaluate import Setting
 from qcompress.model.batches import Batches
@@ -43,40 +42,55 @@ from qcompress.report.sensitivity import (
     grid_words,
 )
 from qcompress.types import Decision, Plan, Recipe, Widths
-from qcompress.worker import encode_rows
+from qcompress.worker import BLOCK_WEIGHTS, encode_rows
 
 ALL_WIDTHS = range(1, 9)
 SAMPLES = 256
 """Samples that divergences and metrics are measured on where nothing is said."""
 
-SAMPLED_WEIGHTS = 1 << 18
+SAMPLED_WEIGHTS = 1 << 16
 """Of larger tensors the errors are those of evenly spread rows of about so many weights."""
 
 MEASURED_WIDTH = 4
 """The widest that is run to allocate: beyond it the divergence falls like the relative error."""
 
+ROUNDED_WIDTH = 5
+"""The widest that weights are rounded to, to allocate: beyond it their error falls to a quarter with each bit."""
+
 Say = Callable[[str], None]
 
 
 def weight_costs(checkpoint: Checkpoint, plan: Plan, threads: int = 1) -> Costs:
-    """The relative squared error of every open tensor at each of its widths, from its weights alone.
+    """The squared error of every open tensor at each of its widths over its norm, from its weights alone.
 
-    Of tensors past SAMPLED_WEIGHTS, unless one grid spans them, from evenly spread rows. A weight that is not finite
-    costs nothing: whoever encodes it refuses it.
+    Half way between the relative and the absolute error, where measured divergences lie (docs/methods.md). Of tensors
+    past SAMPLED_WEIGHTS, unless one grid spans them, the error is that of evenly spread rows. Widths above
+    ROUNDED_WIDTH are not tried. A weight that is not finite costs nothing: whoever encodes it refuses it.
     """
     decisions = [decision for decision in plan.decisions if decision.is_open]
 
     def measured(decision: Decision) -> dict[int, float]:
-        source = checkpoint.shard_of(decision.tensor.name)
-        return relative_errors(tensor_view(source, decision.tensor), decision, plan.recipe.seed)
+        source, widths = checkpoint.shard_of(decision.tensor.name), list(decision.config.configs)
+        tried = [bits for bits in widths if bits <= ROUNDED_WIDTH] or widths[:1]
+        errors = relative_errors(tensor_view(source, decision.tensor), decision, tried, plan.recipe.seed)
+        last, norm = tried[-1], _norm(source, decision)
+        return {bits: norm * errors.get(bits, errors[last] / 4 ** (bits - last)) for bits in widths}
 
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(measured, decisions))
     of = {decision.tensor.name: costs for decision, costs in zip(decisions, found, strict=True)}
-    return Costs(of, "relative error of its grid")
+    return Costs(of, "error that its grid leaves")
 
 
-def relative_errors(weight: Tensor, decision: Decision, seed: int) -> dict[int, float]:
+def _norm(source: Container, decision: Decision) -> float:
+    """The root of a weight's energy; 0 where that is not finite."""
+    weight = tensor_view(source, decision.tensor).reshape(-1)
+    parts = (weight[start : start + BLOCK_WEIGHTS] for start in range(0, weight.numel(), BLOCK_WEIGHTS))
+    energy = sum(float(part.double().square().sum()) for part in parts)
+    return math.sqrt(energy) if math.isfinite(energy) else 0.0
+
+
+def relative_errors(weight: Tensor, decision: Decision, widths: Iterable[int], seed: int) -> dict[int, float]:
     """Width -> squared error over energy of one weight, in its stand-in's grids; 0 of a weight without energy."""
     rows = rows_from_weight(weight, decision.axis)
     if decision.config.widest.granularity != "tensor":
@@ -84,10 +98,10 @@ def relative_errors(weight: Tensor, decision: Decision, seed: int) -> dict[int, 
     rows = rows.to("cpu", torch.float32).contiguous()
     energy = float(rows.double().square().sum())
     if not 0 < energy < math.inf:
-        return dict.fromkeys(decision.config.configs, 0.0)
+        return dict.fromkeys(widths, 0.0)
     flat, exponent = rows.reshape(len(rows), -1), exponent_for(float(rows.abs().max()))
     errors = {}
-    for bits in decision.config.configs:
+    for bits in widths:
         decoded = decode_rows(encode_rows(rows, stand_in(decision, bits), exponent, seed, None))
         errors[bits] = float((decoded - flat).double().square().sum()) / energy
     return errors
@@ -190,7 +204,7 @@ def measure_sensitivity(
     for index, (decision, tried) in enumerate(_tried(live, decisions)):
         name = decision.tensor.name
         say(f"{name}: {index + 1} of {len(decisions)}")
-        errors = relative_errors(find_tensor(live.module, name), decision, plan.recipe.seed)
+        errors = relative_errors(find_tensor(live.module, name), decision, decision.config.configs, plan.recipe.seed)
         widths = []
         for bits in decision.config.configs:
             module = tried(bits)

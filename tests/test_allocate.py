@@ -102,6 +102,16 @@ def test_bits_per_weight_are_never_exceeded_and_no_step_that_fits_is_left(
         assert set(chosen.values()) == {8}
 
 
+def test_a_budget_is_met_to_the_byte_and_one_byte_less_takes_a_step_back(source: Checkpoint) -> None:
+    plan = open_plan(source, bits_per_weight(3.0))
+    weights = sum(decision.tensor.numel for decision in plan.decisions if decision.compresses)
+    exact = taken_bits_per_weight(allocate(source, plan, "packed", falling(plan)))
+    again = allocate(source, with_bpw(plan, exact), "packed", falling(plan))
+    assert taken_bits_per_weight(again) == exact
+    less = allocate(source, with_bpw(plan, exact - 8 / weights), "packed", falling(plan))
+    assert taken_bits_per_weight(less) < exact
+
+
 @given(share=st.floats(0.0, 1.0))
 @settings(max_examples=30)
 def test_a_whole_file_is_never_larger_than_its_budget(source: Checkpoint, share: float) -> None:

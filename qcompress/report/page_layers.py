@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from qcompress.report.charts import Histogram, histogram
 from qcompress.report.document import LayerReport, Report, badness
@@ -84,17 +85,23 @@ _LAYER_HEADS = (
     Head("sqnr_db", "SQNR dB"),
     Head("relative_error"),
     Head("entropy"),
+    Head("sensitivity"),
     Head("clipped_share", spare=True),
     Head("outlier_share", spare=True),
     Head("reason", right=False, spare=True),
 )
+_SENSITIVITY = [head.term for head in _LAYER_HEADS].index("sensitivity")
 
 
 def layers_grid(report: Report, anchors: dict[str, str]) -> Grid:
-    """Every tensor; bars of bytes and error by the largest of all, of entropy by the width of its codes."""
+    """Every tensor; bars of bytes, error and sensitivity by the largest of all, of entropy by the width of its codes.
+
+    Without any sensitivity there is no column for it.
+    """
     most_bytes = max((layer.bytes for layer in report.layers), default=0)
     errors = [_figure(layer, lambda f: f.relative_error) for layer in report.layers]
     most_error = max((error for error in errors if error is not None and math.isfinite(error)), default=0.0)
+    costs = [layer.sensitivity for layer in report.layers if layer.sensitivity is not None]
     rows = []
     for layer, error in zip(report.layers, errors, strict=True):
         entropy = _figure(layer, lambda f: f.entropy)
@@ -108,6 +115,7 @@ def layers_grid(report: Report, anchors: dict[str, str]) -> Grid:
             Cell(decibel_words(layer.sqnr_db)),
             Cell(number_words(error), _bar(error, most_error)),
             Cell(number_words(entropy), _bar(entropy, layer.bits or 0)),
+            Cell(number_words(layer.sensitivity), _bar(layer.sensitivity, max(costs, default=0.0))),
             Cell(share_words(_figure(layer, lambda f: f.clipped_share))),
             Cell(share_words(_figure(layer, lambda f: f.outlier_share))),
             Cell(name_words(layer.reason if layer.tied_to is None else f"tied to {layer.tied_to}")),
@@ -117,7 +125,16 @@ def layers_grid(report: Report, anchors: dict[str, str]) -> Grid:
     total[0] = f"all {count_words(len(report.layers), 'tensor')}"
     total[1] = f"{report.size.weights:,}"
     total[4] = size_words(sum(layer.bytes for layer in report.layers))
-    return Grid(_LAYER_HEADS, tuple(rows), tuple(total))
+    grid = Grid(_LAYER_HEADS, tuple(rows), tuple(total))
+    return grid if costs else _without(grid, _SENSITIVITY)
+
+
+def _without(grid: Grid, column: int) -> Grid:
+    def cut(cells: Sequence[Any]) -> tuple[Any, ...]:
+        return (*cells[:column], *cells[column + 1 :])
+
+    rows = tuple(replace(row, cells=cut(row.cells)) for row in grid.rows)
+    return Grid(cut(grid.heads), rows, cut(grid.total))
 
 
 def _figure(layer: LayerReport, of: Callable[..., float | None]) -> float | None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from qcompress.report.compare import compare_reports, comparison_json
 from qcompress.report.document import Report
 from qcompress.report.document_json import json_text, report_text
 from qcompress.report.render_text import render_csv, render_markdown, render_plain
-from qcompress.report.sensitivity import Sensitivity, sensitivity_text
 from qcompress.report.view import View, view_comparison, view_report
-from qcompress.report.view_sensitivity import render_sensitivity_csv, view_sensitivity
 from qcompress.report.words import name_words
+
+if TYPE_CHECKING:
+    from qcompress.report.sensitivity import Sensitivity
 
 Format: TypeAlias = Literal["table", "json", "markdown", "csv", "html"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -54,6 +55,9 @@ def render_sensitivity(
     found: Sensitivity, form: Format, *, terminal: bool = False, width: int = 80, color: bool = True
 ) -> str:
     """The text of sensitivities, ending in a newline, in any format of `render`; csv: a line for each width."""
+    from qcompress.report.sensitivity import sensitivity_text
+    from qcompress.report.view_sensitivity import render_sensitivity_csv, view_sensitivity
+
     if form == "json":
         return sensitivity_text(found)
     if form == "csv":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -16,8 +17,9 @@ from qcompress.report.glossary import GLOSSARY
 from qcompress.report.page import Page, report_page
 from qcompress.report.page_comparison import comparison_page
 from qcompress.report.page_nouns import Figure, terms_of
-from qcompress.report.sensitivity import Sensitivity
-from qcompress.report.view_sensitivity import sensitivity_page
+
+if TYPE_CHECKING:
+    from qcompress.report.sensitivity import Sensitivity
 
 TEMPLATES = Path(__file__).with_name("templates")
 BOXES = {"histogram": (BINS, BEFORE + STRIP + AFTER), "scatter": SCATTER, "widths": WIDTHS_HEIGHT}
@@ -38,6 +40,8 @@ def render_html(reports: Sequence[Report], comparison: Comparison | None = None)
 
 def render_sensitivity_html(found: Sensitivity) -> str:
     """The page of sensitivities, as closed to the outside as that of a report."""
+    from qcompress.report.view_sensitivity import sensitivity_page
+
     return _templates().get_template("sensitivity.html").render(page=sensitivity_page(found))
 
 

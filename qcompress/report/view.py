@@ -184,6 +184,7 @@ _LAYER_CELLS: tuple[tuple[Column, Callable[[LayerReport], str]], ...] = (
     (Column("SQNR dB"), lambda layer: decibel_words(layer.sqnr_db)),
     (Column("rel. error", spare=4), lambda layer: _figure(layer, "relative_error")),
     (Column("entropy", spare=5), lambda layer: _figure(layer, "entropy")),
+    (Column("sensitivity", spare=3), lambda layer: number_words(layer.sensitivity)),
     (Column("clipped", spare=6), lambda layer: share_words(layer.figures.clipped_share if layer.figures else None)),
     (Column("outliers", spare=7), lambda layer: share_words(layer.figures.outlier_share if layer.figures else None)),
 )
@@ -199,12 +200,14 @@ def _layer_table(layers: Sequence[LayerReport], report: Report) -> Table:
         "shape": f"{report.size.weights:,}",
         "bytes": size_words(sum(layer.bytes for layer in report.layers)),
     }
-    return Table(
+    table = Table(
         columns=tuple(column for column, _ in _LAYER_CELLS),
         rows=tuple(tuple(cell(layer) for _, cell in _LAYER_CELLS) for layer in layers),
         dim=frozenset(index for index, layer in enumerate(layers) if layer.method == KEPT),
         total=tuple(whole.get(column.title, "") for column, _ in _LAYER_CELLS),
     )
+    measured = any(layer.sensitivity is not None for layer in report.layers)
+    return table if measured else table.without([column.title for column in table.columns].index("sensitivity"))
 
 
 def view_comparison(comparison: Comparison) -> View:

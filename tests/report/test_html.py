@@ -201,6 +201,19 @@ def test_bars_are_shares_of_the_largest_and_entropy_of_its_width() -> None:
     assert not rows[5]["relative error"].all("b")
 
 
+def test_sensitivities_have_a_column_where_they_were_measured() -> None:
+    figures = LayerFigures(relative_error=0.1)
+    layers = [replace(layer(name, figures), sensitivity=cost) for name, cost in (("a", 0.5), ("b", 2.0), ("c", None))]
+    rows = rows_of(page_of(make_report(*layers, kept("k"))), "Layers")
+    assert [row["sensitivity"].text for row in rows] == ["0.5", "2", "-", "-"]
+    assert [bar_of(row["sensitivity"]) for row in rows[:2]] == [25, 100]
+    table = render([make_report(*layers)], "table")
+    assert "sensitivity" in table
+    without = make_report(layer("a", figures))
+    assert "sensitivity" not in rows_of(page_of(without), "Layers")[0]
+    assert "sensitivity" not in render([without], "table")
+
+
 def test_the_bytes_by_owner_fill_the_whole() -> None:
     page = page_of(full_report())
     shares = [float(re.findall(r"[\d.]+", one.attributes["style"])[0]) for one in page.all("div", "stack")[0].children]

@@ -117,3 +117,18 @@ def test_tensors_of_the_same_kind_get_about_the_same_slope() -> None:
     chosen = choose(units, 2 * 64_000 + 3 * 16_000 + 4 * 4_000 + 5 * 1_000)
     assert chosen == [2, 3, 4, 5]
     assert math.isclose(cost_of(units, chosen), sum(1.0 / 4**bits for bits in (2, 3, 4, 5)))
+
+
+def step(size: int, saved: float) -> Curve:
+    return Curve({1: 1, 2: 1 + size}, {1: saved, 2: 0.0})
+
+
+def test_the_steepest_step_is_left_where_two_others_are_worth_more() -> None:
+    assert choose([step(6, 7.0), step(5, 5.0), step(5, 5.0)], 3 + 10) == [1, 2, 2]
+
+
+def test_bytes_rounded_to_parts_of_the_budget_are_rounded_up() -> None:
+    """Steps of 500.5 parts: rounded down, one more of them would seem to fit."""
+    spare = 2 * knapsack.BUCKETS + 2
+    units = [step(1001, 1.0)] * 200
+    assert choose(units, 200 + spare).count(2) == spare // 1001
