@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from page import put_section
 
+from qcompress.checkpoint import read_checkpoint
 from qcompress.evaluate import Setting
 from qcompress.load import checkpoint_state, load_state_dict
-from qcompress.checkpoint import read_checkpoint
 from qcompress.model.build import load_weights
 from qcompress.recipe import read_recipe
 
@@ -109,12 +109,28 @@ def divergence(network: Network, artifact: Path, data: Path) -> float:
     return total / count
 
 
+def recipe_of(network: Network, name: str, work: Path) -> Path:
+    """The network's recipe, of a rival with its method and width in place of ours."""
+    own = ROOT / "recipes" / f"{network.stem}_rd.yaml"
+    if name not in network.rivals:
+        return own
+    method, _, bits = name.partition("_w")
+    rule = f"{method}: {{bits: {bits}}}"
+    text = own.read_text().replace("rd: {}", rule).replace("../nets", str(own.parent.parent / "nets"))
+    # Calibrated methods know no tables; theirs are rounded to the least squared error.
+    table = f'  - {{match: "tok_embeddings.weight", mse: {{bits: {bits}}}}}'
+    text = text.replace("rules:", f"rules:\n{table}") if "blocks" in text else text
+    made = work / f"{own.stem}_{name}.yaml"
+    made.write_text("\n".join(line for line in text.splitlines() if not line.startswith("budget")))
+    return made
+
+
 def coded(network: Network, name: str, words: Sequence[str], data: Path, work: Path) -> dict[str, float]:
     """Accuracy, divergence, bits a weight and bytes of one run."""
     stem = f"{Path(network.stem).name}_{name}"
     output, figures = work / f"{stem}.safetensors", work / f"{stem}.figures.json"
     if not figures.is_file():
-        recipe = ROOT / "recipes" / f"{network.stem}_rd.yaml"
+        recipe = recipe_of(network, name, work)
         common = ["-r", str(recipe), "--allow-code", "--json", "-"]
         source = str(data / network.checkpoint)
         if "-r" in words or "free" in name:
@@ -155,7 +171,7 @@ def runs(network: Network) -> dict[str, list[tuple[str, list[str]]]]:
             found[f"rd, trellis, {rate:.1f}"] = [(f"high_{rate}", words)]
     for rival in network.rivals:
         method, _, bits = rival.partition("_w")
-        found[f"{method}, {bits} bits a channel"] = [(rival, ["--set", f"rules.*.{method}.bits={bits}"])]
+        found[f"{method}, {bits} bits a channel"] = [(rival, [])]
     return found
 
 

@@ -200,8 +200,8 @@ class Decision:
 
     `config` is Widths where a budget has yet to choose. `axis` holds the channel axes: the weight is seen as rows, one
     a channel. `tied_to` names the tensor that is stored in place of this one. `stored` is the dtype in which a kept
-    tensor is stored, where that is not its own. `sensitivity` is what the chosen width of this tensor alone costs, where
-    that was measured.
+    tensor is stored, where that is not its own. `sensitivity` is what the chosen width of this tensor alone costs,
+    where that was measured.
     """
 
     tensor: TensorInfo
