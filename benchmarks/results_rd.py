@@ -137,7 +137,7 @@ def coded(network: Network, name: str, words: Sequence[str], data: Path, work: P
             call(["quantize", source, *words, "-o", str(output), "--force", "--json", "-"], work / f"{stem}.json", data)
             found = call(["eval", str(output), *common], work / f"{stem}.eval.json", data)
             report = json.loads((work / f"{stem}.json").read_text())
-            value = next(one["value"] for one in found["measurements"] if one["metric"] == network.metric)
+            value = next(one["value"] for one in found["metrics"] if one["metric"] == network.metric)
         else:
             report = call(
                 ["quantize", source, *words, "-o", str(output), "--force", *common], work / f"{stem}.json", data
