@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcompress.recipe.complete import refuse_missing, refuse_untrainable
+    from qcompress.recipe.complete import refuse_missing, refuse_untrainable, trains
     from qcompress.recipe.flags import recipe_from_flags
     from qcompress.recipe.hints import nearest, suggest
     from qcompress.recipe.parse import parse_recipe, read_recipe
@@ -31,6 +31,7 @@ __all__ = [
     "refuse_untrainable",
     "schema_text",
     "suggest",
+    "trains",
 ]
 
 _MODULES = {
@@ -47,6 +48,7 @@ _MODULES = {
     "refuse_untrainable": "complete",
     "schema_text": "schema",
     "suggest": "hints",
+    "trains": "complete",
 }
 
 

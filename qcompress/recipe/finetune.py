@@ -11,10 +11,10 @@ from qcompress.recipe.hints import listed, quoted
 from qcompress.recipe.patterns import make_patterns
 from qcompress.recipe.tree import Node, Problems, shown
 from qcompress.registry.regularizers import REGULARIZERS
-from qcompress.settings import OPTIMIZERS, SCHEDULES, Training, TrainingOptions
+from qcompress.settings import OPTIMIZERS, SCHEDULES, Distil, Training, TrainingOptions
 from qcompress.types import Finetune, Rule
 
-OWN_KEYS = ("optimizer", "schedule", "regularize")
+OWN_KEYS = ("optimizer", "schedule", "distil", "regularize")
 
 
 def make_finetune(node: Node, problems: Problems) -> Finetune | None:
@@ -33,6 +33,8 @@ def make_finetune(node: Node, problems: Problems) -> Finetune | None:
         problems.add(node, "`optimizer` is missing", "add `optimizer: {sgd: {lr: 0.001, momentum: 0.9}}`")
     if "schedule" in keys:
         made["schedule"] = _choice(keys["schedule"], SCHEDULES, "schedule", problems)
+    if "distil" in keys:
+        made["distil"] = make_config("distil", Distil, keys["distil"], problems)
     rules = _rules(keys["regularize"], problems) if "regularize" in keys else ()
     if "optimizer" not in made or any(value is None for value in made.values()):
         return None

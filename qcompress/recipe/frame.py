@@ -11,7 +11,7 @@ VERSION = 1
 LATER_KEYS = ("budget",)
 """Keys of the format that this version refuses by name."""
 
-LATER_METHODS = ("lsq", "pact", "rd")
+LATER_METHODS = ("rd",)
 """Methods that this version refuses by name."""
 
 SEED: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0}

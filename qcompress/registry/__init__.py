@@ -13,6 +13,7 @@ from typing import Any, Literal
 from qcompress.registry.calibrated import AdaroundConfig, DfqConfig, GptqConfig, PdquantConfig
 from qcompress.registry.clusters import ClusterConfig, DkmConfig, KmeansConfig, LearnedConfig, Tune, refuse_codebook
 from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig, SquantConfig, refuse_grid
+from qcompress.registry.trained import LsqConfig, PactConfig
 from qcompress.types import Family, Shape
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "HqqConfig",
     "KmeansConfig",
     "LearnedConfig",
+    "LsqConfig",
     "Method",
     "MseConfig",
+    "PactConfig",
     "PdquantConfig",
     "RtnConfig",
     "SquantConfig",
@@ -111,6 +114,8 @@ METHODS: Mapping[str, Method] = {
         _live_method("adaround", AdaroundConfig, "calibration", adjusts=True, statistics=True),
         _live_method("gptq", GptqConfig, "calibration", statistics=True),
         _live_method("pdquant", PdquantConfig, "calibration"),
+        Method("lsq", "quantize", LsqConfig, "training", True, refuse_grid, "qcompress.methods.lsq:fit"),
+        Method("pact", "quantize", PactConfig, "training", True, refuse_grid, "qcompress.methods.pact:fit"),
         _cluster_method("kmeans", KmeansConfig),
         _cluster_method("learned", LearnedConfig, representatives=True),
         Method("dkm", "cluster", DkmConfig, "training", True, refuse_codebook, "qcompress.methods.dkm:fit"),
