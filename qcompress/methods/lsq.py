@@ -22,6 +22,7 @@ from qcompress.solvers.learned_grids import (
     blocks_of,
     gradient_share,
     inputs_on_steps,
+    least_error_step,
     least_scale,
     step_start,
     weight_of_blocks,
@@ -44,17 +45,21 @@ def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
 
     raises  DataError, ModelError, TrainingError
     """
-    by_range = live.activations is not None and live.activations.range is not None
+    by_mean = decisions[0].config.start == "mean" and live.activations is not None and live.activations.range is None
     weights = {d.tensor.name: LearnedStep(find_tensor(live.quantized, d.tensor.name), d) for d in decisions}
-    inputs = {name: InputStep(start, by_range).to(live.device) for name, start in input_starts(live, learn).items()}
-    rates = {layer_name(decision.tensor.name): decision.config.learning_rate for decision in decisions}
-    learned = [(layer_name(name), one.step, one.least) for name, one in weights.items()]
+    inputs = {name: InputStep(start, by_mean).to(live.device) for name, start in input_starts(live, learn).items()}
+    rates: dict[str, float | None] = {
+        layer_name(decision.tensor.name): decision.config.learning_rate for decision in decisions
+    }
+    learned: list[tuple[str, Tensor, Tensor]] = [
+        (layer_name(name), one.step, one.least) for name, one in weights.items()
+    ]
     learned += [(name, one.step, one.least) for name, one in inputs.items() if one.step.requires_grad]
-    groups = [{"params": [step], "lr": rate} for name, step, _ in learned if (rate := rates.get(name)) is not None]
+    groups = [{"params": [step], "lr": rates[name]} for name, step, _ in learned if rates.get(name) is not None]
 
     def after_step(_: float) -> None:
-        for _, parameter, lowest in learned:
-            keep_above(parameter, lowest)
+        for _layer, step, least in learned:
+            keep_above(step, least)
 
     with dressed(live, weights, inputs) as module:
         learn(module, after_step, groups)
@@ -81,7 +86,8 @@ class LearnedStep(nn.Module):
         blocks = blocks_of(weight.detach(), decision)
         self.exponent = exponent_for(float(blocks.abs().max()))
         floor = least_scale(self.exponent)
-        start = step_start(blocks.abs().mean(1), 2 ** (self.bits - 1) - 1).clamp_min(floor)
+        mean = step_start(blocks.abs().mean(1), 2 ** (self.bits - 1) - 1)
+        start = (mean if config.start == "mean" else least_error_step(blocks, self.bits)).clamp_min(floor)
         self.step = nn.Parameter(start)
         self.register_buffer("least", (start * LEAST_SHARE).clamp_min(floor), persistent=False)
         self.least: Tensor
@@ -105,13 +111,13 @@ class InputStep(nn.Module):
 
     step      float32 [1]
     least     below which it does not fall
-    by_range  whether it starts from the range of the recipe's settings rather than from the mean
+    by_mean   whether it starts from the mean rather than from the grid
     """
 
-    def __init__(self, start: Start, by_range: bool) -> None:
+    def __init__(self, start: Start, by_mean: bool) -> None:
         super().__init__()
         grid = start.grid
-        from_mean = not (start.fixed or by_range or start.mean == 0)
+        from_mean = by_mean and start.mean > 0 and not start.fixed
         zero_point = start.middle if from_mean else grid.zero_point
         self.bits = grid.bits
         most = 2**grid.bits - 1 - zero_point
@@ -127,4 +133,4 @@ class InputStep(nn.Module):
         return inputs_on_steps(x.float(), self.step, self.zero_point, self.bits, self.share)
 
     def grid(self) -> ActivationGrid:
-        return ActivationGrid(self.bits, float(self.step), int(self.zero_point))
+        return ActivationGrid(self.bits, float(self.step.detach()), int(self.zero_point))

@@ -31,10 +31,14 @@ class TrainedConfig(GridConfig):
 class LsqConfig(TrainedConfig):
     """Learned step size quantization: the steps of weights and of inputs are trained with the network.
 
-    bits  2 to 8
+    bits   2 to 8
+    start  where steps start: `error`, with the least squared error; `mean`, as published, 2 mean|v| / sqrt(Qp), which
+           is too wide for a short training at 2 bits. Those of inputs start from the range of the recipe's activations
+           where that is given
     """
 
     bits: Annotated[int, Interval(ge=2, le=8)]
+    start: Literal["error", "mean"] = "error"
 
     @property
     def stored_convention(self) -> Convention:

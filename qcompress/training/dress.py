@@ -48,12 +48,12 @@ def dressed(
 
 
 def trained_weight(module: nn.Module, name: str) -> Tensor:
-    """The weight beneath its parametrization. Raises TrainingError where it is not finite."""
+    """A copy of the weight beneath its parametrization. Raises TrainingError where it is not finite."""
     owner: Any = module.get_submodule(layer_name(name))
     weight: Tensor = owner.parametrizations[name.rpartition(".")[2]].original.detach()
     if not bool(weight.isfinite().all()):
         raise TrainingError(f"tensor {name!r}", "training left NaN or Inf in it", "lower the learning rate")
-    return weight
+    return weight.clone()
 
 
 def shared_names(module: nn.Module, names: Collection[str]) -> set[str]:
