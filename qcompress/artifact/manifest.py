@@ -33,7 +33,7 @@ BLANK_CRC32 = "0" * 8
 HASHES = {"header_crc32", "input_sha256", "recipe_sha256", "sha256"}
 REQUIRED = HASHES | {"defaults", "format", "input_bytes", "recipe", "tensors", "tool"}
 OPTIONAL = {"activations", "adjusted", "caps", "metadata", "tied"}
-ACTIVATION_BITS = (2, 8)
+ACTIVATION_BITS = (1, 8)
 
 
 class ManifestError(ValueError):

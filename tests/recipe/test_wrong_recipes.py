@@ -222,8 +222,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         ["r.yaml:4: task.classification.metric: unknown value `top2`; did you mean `top5`?"],
     ),
     "too few activation bits": (
-        RULE + "activations: {bits: 1}\n",
-        ["r.yaml:4: activations.bits: 1 is out of range; must be between 2 and 8"],
+        RULE + "activations: {bits: 0}\n",
+        ["r.yaml:4: activations.bits: 0 is out of range; must be between 1 and 8"],
     ),
     "a companion twice": (
         RULE + "companions: [batch_norm, batch_norm]\n",
