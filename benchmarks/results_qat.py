@@ -71,8 +71,8 @@ def head() -> str:
     return f"""## Quantization-aware training
 
 Written by `benchmarks/results_qat.py`. CIFAR-10 ResNet-20, weights and inputs of every layer at the same width, one
-grid a channel, the network's own input at 8 bits: the recipes `recipes/cifar10/resnet20_{{pact,lsq}}_w{{2a2,4a4}}.yaml`,
-with distillation from the checkpoint. Short runs: {IMAGES:,} of the 20,000 training images, epochs: {epochs}
+grid a channel, the network's own input at 8 bits: `recipes/cifar10/resnet20_{{pact,lsq}}_w{{2a2,4a4}}.yaml`, with
+distillation from the checkpoint. Short runs: {IMAGES:,} of the 20,000 training images, epochs: {epochs}
 (the recipes have more). Top-1 of 5,000 test images, mean and standard deviation over two seeds; a 95 % interval is
 about 0.8 points wide each way at 91 %. The DSMM start is what `resnet20_train_dsmm.yaml` makes of the checkpoint.
 
