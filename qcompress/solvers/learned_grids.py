@@ -19,8 +19,9 @@ from qcompress.coding.half import from_half, round_scale
 from qcompress.coding.rows import blocks_from_rows, grid_shape, rows_from_weight, weight_from_rows
 from qcompress.types import Affine, Decision, row_shape
 
-SHARES = 48
-"""Steps that are tried, from the widest that makes sense down."""
+COARSE = tuple(-eighths / 8 for eighths in range(48))
+FINE = tuple(places / 40 for places in (-4, -3, -2, -1, 1, 2, 3, 4))
+"""Powers of two that multiply a step that is tried."""
 
 
 def blocks_of(weight: Tensor, decision: Decision) -> Tensor:
@@ -69,18 +70,20 @@ def step_start(mean: Tensor, most: int) -> Tensor:
 def least_error_step(blocks: Tensor, bits: int) -> Tensor:
     """The step of least squared error for each block's levels -2**(bits-1) to 2**(bits-1) - 1, float32 [blocks].
 
-    Of SHARES steps, evenly spaced up to the one that just holds the largest magnitude.
+    Of steps an eighth of an octave apart, down from the one that just holds the largest magnitude, then of finer ones
+    about the best.
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    whole = blocks.abs().amax(1) / high
-    best: Tensor = whole
-    least = torch.full_like(whole, torch.inf)
-    for share in range(SHARES, 0, -1):
-        step = whole * (share / SHARES)
-        column = step.unsqueeze(1).clamp_min(2.0**-126)
-        errors = ((blocks / column).clamp_(low, high).round_().mul_(column) - blocks).square_().sum(1)
-        best = torch.where(errors < least, step, best)
-        least = torch.minimum(errors, least)
+    best: Tensor = blocks.abs().amax(1) / high
+    least = torch.full_like(best, torch.inf)
+    for exponents in (COARSE, FINE):
+        centre = best
+        for exponent in exponents:
+            step = centre * 2.0**exponent
+            column = step.unsqueeze(1).clamp_min(2.0**-126)
+            errors = ((blocks / column).clamp_(low, high).round_().mul_(column) - blocks).square_().sum(1)
+            best = torch.where(errors < least, step, best)
+            least = torch.minimum(errors, least)
     return best
 
 
