@@ -11,7 +11,7 @@ from pathlib import Path
 from qcompress.checkpoint import Checkpoint
 from qcompress.compress import Options, compress_to, refuse_nonfinite, staged
 from qcompress.evaluate import Setting, compare, evaluate, measure_task, open_live
-from qcompress.finetune import run_identity
+from qcompress.finetune import STATE, run_identity
 from qcompress.fit import fit
 from qcompress.model.live import LiveModel
 from qcompress.model.statistics import measure_statistics, save_statistics
@@ -25,9 +25,6 @@ from qcompress.training.loop import Watch
 from qcompress.training.parallel import ALONE, World
 from qcompress.tune import Tuner, make_learn
 from qcompress.types import Axis, Gates, Plan, Recipe
-
-STATE = "training.safetensors"
-
 
 @dataclass(frozen=True)
 class LiveOptions:
@@ -77,7 +74,7 @@ def compress_live(
         live = open_live(checkpoint, plan, setting)
         measures = world.is_first and _measures(setting)
         before = measure_task(live.module, setting, "before") if measures else []
-        if how.save_statistics is not None:
+        if how.save_statistics is not None and world.is_first:
             how.say("statistics of the layers' inputs")
             save_statistics(measure_statistics(live), how.save_statistics)
         learn = _learn(checkpoint, plan, options, setting, live, how)
