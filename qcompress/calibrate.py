@@ -26,6 +26,7 @@ from qcompress.training.parallel import ALONE, World
 from qcompress.tune import Tuner, make_learn
 from qcompress.types import Axis, Gates, Plan, Recipe
 
+
 @dataclass(frozen=True)
 class LiveOptions:
     """How a live run goes.
