@@ -312,10 +312,19 @@ def test_two_ranks_do_what_one_process_does_with_twice_the_batch(run: Run, folde
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    changes = ["norm: true=>norm: false", "augment: [flip]=>augment: []", "epochs: 3=>epochs: 1"]
-    words = words_of(folder, one, "lsq", "{bits: 4}", *changes, "batch_size: 16=>batch_size: 32", name="plain")
+    changes = ["norm: true=>norm: false", "batch_size: 16, augment: [flip]=>batch_size: 16, samples: 64, augment: []"]
+    words = words_of(
+        folder,
+        one,
+        "lsq",
+        "{bits: 4}",
+        *changes,
+        "batch_size: 16=>batch_size: 32",
+        "epochs: 3=>epochs: 1",
+        name="plain",
+    )
     assert run(*words, "-q").code == 0
-    words = words_of(folder, two, "lsq", "{bits: 4}", *changes, name="plain")
+    words = words_of(folder, two, "lsq", "{bits: 4}", *changes, "epochs: 3=>epochs: 1", name="plain")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m", "qcompress"]
     done = subprocess.run([sys.executable, *launch, *words, "-q"], env=surroundings(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
