@@ -308,36 +308,33 @@ def surroundings() -> dict[str, str]:
 
 
 def test_two_ranks_do_what_one_process_does_with_twice_the_batch(run: Run, folder: Path, tmp_path: Path) -> None:
+    """After one step: later ones would multiply the noise of sums, since a rounding falls one way or the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    changes = ["norm: true=>norm: false", "batch_size: 16, augment: [flip]=>batch_size: 16, samples: 64, augment: []"]
-    words = words_of(
-        folder,
-        one,
-        "lsq",
-        "{bits: 4}",
-        *changes,
-        "batch_size: 16=>batch_size: 32",
-        "epochs: 3=>epochs: 1",
-        name="plain",
-    )
-    assert run(*words, "-q").code == 0
-    words = words_of(folder, two, "lsq", "{bits: 4}", *changes, "epochs: 3=>epochs: 1", name="plain")
+    changes = ["norm: true=>norm: false", "batch_size: 16, augment: [flip]=>batch_size: 16, samples: 32, augment: []"]
+    # Targets that the network does not meet yet, for gradients that are worth averaging.
+    changes += ["epochs: 3=>epochs: 1", "schedule: cosine=>schedule: cosine\n  label_smoothing: 0.5"]
+    twice = [*changes, "batch_size: 16=>batch_size: 32"]
+    assert run(*words_of(folder, one, "lsq", "{bits: 4}", *twice, "-q", name="plain")).code == 0
+    words = words_of(folder, two, "lsq", "{bits: 4}", *changes, name="plain")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m", "qcompress"]
     done = subprocess.run([sys.executable, *launch, *words, "-q"], env=surroundings(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(two)
     first, second = (read_artifact(path).files[0] for path in (one, two))
     for name, grid in first.manifest.activations.items():
-        assert second.manifest.activations[name].scale == pytest.approx(grid.scale, rel=1e-3)
+        assert second.manifest.activations[name].scale == pytest.approx(grid.scale, rel=1e-5)
     for name in WEIGHTS:
         alone, ranks = first.read_encoded(name), second.read_encoded(name)
         assert isinstance(alone, Affine) and isinstance(ranks, Affine)
-        torch.testing.assert_close(ranks.scale.float(), alone.scale.float(), rtol=5e-3, atol=0)
+        torch.testing.assert_close(ranks.scale.float(), alone.scale.float(), rtol=1e-3, atol=0)
         # A weight on the edge between two levels may fall either way.
-        assert float((alone.codes != ranks.codes).float().mean()) < 0.03
+        assert float((alone.codes != ranks.codes).float().mean()) < 0.01
+    loaded = [qcompress.load_state_dict(path) for path in (one, two)]
+    for name in set(loaded[0]) - set(WEIGHTS):
+        torch.testing.assert_close(loaded[1][name], loaded[0][name], rtol=1e-5, atol=1e-7)
 
 
 WRONG: dict[str, tuple[str, str, list[str], str]] = {
