@@ -119,18 +119,16 @@ class InputStep(nn.Module):
         grid = start.grid
         from_mean = by_mean and start.mean > 0 and not start.fixed
         zero_point = start.middle if from_mean else grid.zero_point
-        self.bits = grid.bits
+        self.bits, self.zero_point = grid.bits, zero_point
         most = 2**grid.bits - 1 - zero_point
         step = float(step_start(torch.tensor(start.mean), most)) if from_mean else grid.scale
         self.step = nn.Parameter(torch.tensor([max(step, LEAST_SCALE)]), requires_grad=not start.fixed)
         self.register_buffer("least", torch.tensor([max(step * LEAST_SHARE, LEAST_SCALE)]), persistent=False)
         self.least: Tensor
         self.share = gradient_share(start.features, max(most, 1))
-        self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32), persistent=False)
-        self.zero_point: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return inputs_on_steps(x.float(), self.step, self.zero_point, self.bits, self.share)
 
     def grid(self) -> ActivationGrid:
-        return ActivationGrid(self.bits, float(self.step.detach()), int(self.zero_point))
+        return ActivationGrid(self.bits, float(self.step.detach()), self.zero_point)

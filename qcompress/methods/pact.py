@@ -141,16 +141,14 @@ class InputClip(nn.Module):
             raise ModelError(
                 f"layer {name}", "its inputs lie below zero, which 1 bit cannot hold", "use 2 bits or more"
             )
-        self.bits, self.most = grid.bits, most
+        self.bits, self.zero_point, self.most = grid.bits, zero_point, most
         clip = max(given or grid.scale * most, LEAST_SCALE * most)
         self.clip = nn.Parameter(torch.tensor([clip]), requires_grad=not start.fixed)
         self.register_buffer("least", torch.tensor([max(clip * LEAST_SHARE, LEAST_SCALE * most)]), persistent=False)
         self.least: Tensor
-        self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32), persistent=False)
-        self.zero_point: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return inputs_below_clip(x.float(), self.clip, self.zero_point, self.bits)
 
     def grid(self) -> ActivationGrid:
-        return ActivationGrid(self.bits, float(self.clip.detach() / self.most), int(self.zero_point))
+        return ActivationGrid(self.bits, float(self.clip.detach() / self.most), self.zero_point)

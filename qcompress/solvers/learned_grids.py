@@ -131,12 +131,12 @@ class _WeightsOnSteps(torch.autograd.Function):
         return inside, of_step * gradient_share(blocks.shape[1], high), None, None
 
 
-def inputs_on_steps(x: Tensor, step: Tensor, zero_point: Tensor, bits: int, share: float) -> Tensor:
+def inputs_on_steps(x: Tensor, step: Tensor, zero_point: int, bits: int, share: float) -> Tensor:
     """Inputs on a grid of codes 0 to 2**bits - 1, with LSQ's gradients.
 
     x           float32, any shape
     step        float32 [1], above 0
-    zero_point  int32 [1]: the code of zero
+    zero_point  the code of zero
     share       what the step's gradient is multiplied by
     """
     found: Tensor = _InputsOnSteps.apply(x, step, zero_point, bits, share)  # type: ignore[no-untyped-call]
@@ -145,28 +145,28 @@ def inputs_on_steps(x: Tensor, step: Tensor, zero_point: Tensor, bits: int, shar
 
 class _InputsOnSteps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor, bits: int, share: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: int, bits: int, share: float) -> Tensor:
         values = _on_grid(x, step, zero_point, bits)
-        ctx.save_for_backward(x, values, step, zero_point)
-        ctx.bits, ctx.share = bits, share
+        ctx.save_for_backward(x, values, step)
+        ctx.grid, ctx.share = (zero_point, bits), share
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, values, step, zero_point = ctx.saved_tensors
-        low, high = _ends(step, zero_point, ctx.bits)
+        x, values, step = ctx.saved_tensors
+        low, high = _ends(step, *ctx.grid)
         inside = _between(slope, x, low, high)
         of_step = (_dot(slope, values) - _dot(inside, x)) / step
         return inside, of_step * ctx.share, None, None, None
 
 
-def inputs_below_clip(x: Tensor, clip: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def inputs_below_clip(x: Tensor, clip: Tensor, zero_point: int, bits: int) -> Tensor:
     """Inputs on a grid of codes 0 to 2**bits - 1 whose last level is the clip, with PACT's gradients.
 
     x           float32, any shape
     clip        float32 [1], above 0: values at the clip and beyond give it their gradient
-    zero_point  int32 [1]: the code of zero, below the last; where it is not 0 the lower end moves with the clip, and
+    zero_point  the code of zero, below the last; where it is not 0 the lower end moves with the clip, and
                 its values count too, which the paper has no need of
     """
     found: Tensor = _InputsBelowClip.apply(x, clip, zero_point, bits)  # type: ignore[no-untyped-call]
@@ -175,17 +175,17 @@ def inputs_below_clip(x: Tensor, clip: Tensor, zero_point: Tensor, bits: int) ->
 
 class _InputsBelowClip(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, clip: Tensor, zero_point: int, bits: int) -> Tensor:
         scale = clip / (2**bits - 1 - zero_point)
-        ctx.save_for_backward(x, scale, zero_point, clip)
-        ctx.bits = bits
+        ctx.save_for_backward(x, scale, clip)
+        ctx.grid = zero_point, bits
         return _on_grid(x, scale, zero_point, bits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, scale, zero_point, clip = ctx.saved_tensors
-        low, _ = _ends(scale, zero_point, ctx.bits)
+        x, scale, clip = ctx.saved_tensors
+        low, _ = _ends(scale, *ctx.grid)
         high = float(clip)
         # Comparisons into a buffer of x's dtype give the mask as numbers in one pass.
         mask = torch.ge(x, high, out=torch.empty_like(x))
@@ -195,16 +195,16 @@ class _InputsBelowClip(torch.autograd.Function):
         return _between(slope, x, low, high), of_clip.reshape(1), None, None
 
 
-def _on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def _on_grid(x: Tensor, scale: Tensor, zero_point: int, bits: int) -> Tensor:
     """What torch's own fake quantization gives, in passes that use the whole width of the processor."""
-    low = -int(zero_point)
-    return torch.mul(x, scale.reciprocal()).round_().clamp_(low, 2**bits - 1 + low).mul_(scale)
+    most = 2**bits - 1 - zero_point
+    return torch.mul(x, scale.reciprocal()).round_().clamp_(-zero_point, most).mul_(scale)
 
 
-def _ends(scale: Tensor, zero_point: Tensor, bits: int) -> tuple[float, float]:
+def _ends(scale: Tensor, zero_point: int, bits: int) -> tuple[float, float]:
     """The values of the first and of the last code."""
-    step, zero = float(scale), int(zero_point)
-    return -zero * step, (2**bits - 1 - zero) * step
+    step = float(scale)
+    return -zero_point * step, (2**bits - 1 - zero_point) * step
 
 
 def _between(slope: Tensor, x: Tensor, low: float, high: float) -> Tensor:

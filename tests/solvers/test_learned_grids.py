@@ -126,9 +126,8 @@ def test_gradients_of_scaled_weights_and_steps(bits: int, factor: float, seed: i
 @pytest.mark.parametrize(("bits", "zero"), [(1, 0), (2, 0), (2, 2), (4, 0), (4, 5), (8, 128)])
 def test_inputs_follow_the_formulas_of_lsq(bits: int, zero: int) -> None:
     x, s, slope = random(4, 5, 6), torch.tensor([0.3]), random(4, 5, 6, seed=1)
-    zero_point = torch.tensor([zero], dtype=torch.int32)
     ours_x, ours_s = x.clone().requires_grad_(), s.clone().requires_grad_()
-    inputs_on_steps(ours_x, ours_s, zero_point, bits, 0.125).backward(slope)
+    inputs_on_steps(ours_x, ours_s, zero, bits, 0.125).backward(slope)
     graph_x, graph_s = x.double().requires_grad_(), s.double().requires_grad_()
     clip_then_round(graph_x, graph_s, -zero, 2**bits - 1 - zero).backward(slope.double())
     assert ours_x.grad is not None and ours_s.grad is not None
@@ -140,21 +139,21 @@ def test_inputs_follow_the_formulas_of_lsq(bits: int, zero: int) -> None:
 
 @pytest.mark.parametrize("zero", [0, 5])
 def test_training_and_the_artifact_quantize_inputs_alike(zero: int) -> None:
-    x, zero_point = random(50, 40), torch.tensor([zero], dtype=torch.int32)
+    x = random(50, 40)
     for step in (0.1, 0.0123, 0.3333333):
         held = torch.tensor([step])
         grid = ActivationGrid(4, float(held), zero)
-        assert torch.equal(inputs_on_steps(x, held, zero_point, 4, 1.0), quantize_activation(x, grid))
+        assert torch.equal(inputs_on_steps(x, held, zero, 4, 1.0), quantize_activation(x, grid))
         clip = held * (15 - zero)
         grid = ActivationGrid(4, float(clip / (15 - zero)), zero)
-        assert torch.equal(inputs_below_clip(x, clip, zero_point, 4), quantize_activation(x, grid))
+        assert torch.equal(inputs_below_clip(x, clip, zero, 4), quantize_activation(x, grid))
 
 
 def test_a_large_sum_keeps_its_digits() -> None:
     """The step's gradient is a difference of two sums: of a million numbers at 8 bits it is right to a thousandth."""
     x, slope = random(1 << 20).abs(), random(1 << 20, seed=1)
     step = torch.tensor([0.02], requires_grad=True)
-    values = inputs_on_steps(x, step, torch.zeros(1, dtype=torch.int32), 8, 1.0)
+    values = inputs_on_steps(x, step, 0, 8, 1.0)
     values.backward(slope)
     size = step.detach().double()
     wanted = (slope.double() * torch.where(x < 255 * size, (values.detach() - x.double()) / size, 255.0)).sum()
@@ -167,7 +166,7 @@ def test_pact_clips_and_gives_the_clip_what_lies_beyond(bits: int) -> None:
     x, slope = 2 * random(6, 50), random(6, 50, seed=1)
     x[0, 0] = 1.5
     inputs, clip = x.clone().requires_grad_(), torch.tensor([1.5], requires_grad=True)
-    values = inputs_below_clip(inputs, clip, torch.zeros(1, dtype=torch.int32), bits)
+    values = inputs_below_clip(inputs, clip, 0, bits)
     steps = 2**bits - 1
     wanted = (x.clamp(0, 1.5) * steps / 1.5).round() * 1.5 / steps
     torch.testing.assert_close(values.detach(), wanted)
@@ -180,7 +179,7 @@ def test_pact_clips_and_gives_the_clip_what_lies_beyond(bits: int) -> None:
 
 def test_a_clip_with_levels_below_zero_moves_both_ends() -> None:
     """Levels -4 to 3 thirds of the clip: numerically, away from every rounding."""
-    x, zero = torch.tensor([-9.0, 9.0, 0.4]), torch.tensor([4], dtype=torch.int32)
+    x, zero = torch.tensor([-9.0, 9.0, 0.4]), 4
     clip = torch.tensor([3.0], requires_grad=True)
     values = inputs_below_clip(x, clip, zero, 3)
     assert values.tolist() == [-4.0, 3.0, 0.0]
@@ -191,7 +190,7 @@ def test_a_clip_with_levels_below_zero_moves_both_ends() -> None:
 
 def test_an_unused_clip_has_no_gradient() -> None:
     clip = torch.tensor([100.0], requires_grad=True)
-    inputs_below_clip(random(50), clip, torch.zeros(1, dtype=torch.int32), 4).sum().backward()
+    inputs_below_clip(random(50), clip, 0, 4).sum().backward()
     assert clip.grad is not None and clip.grad.item() == 0.0
 
 
