@@ -45,17 +45,23 @@ def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
 
     raises  DataError, ModelError, TrainingError
     """
-    by_mean = decisions[0].config.start == "mean" and live.activations is not None and live.activations.range is None
+    configs: dict[str, LsqConfig] = {layer_name(decision.tensor.name): decision.config for decision in decisions}
+    by_range = live.activations is not None and live.activations.range is not None
     weights = {d.tensor.name: LearnedStep(find_tensor(live.quantized, d.tensor.name), d) for d in decisions}
-    inputs = {name: InputStep(start, by_mean).to(live.device) for name, start in input_starts(live, learn).items()}
-    rates: dict[str, float | None] = {
-        layer_name(decision.tensor.name): decision.config.learning_rate for decision in decisions
+    inputs = {
+        # A layer without a rule of its own starts as the first does.
+        name: InputStep(start, configs.get(name, decisions[0].config).start == "mean" and not by_range).to(live.device)
+        for name, start in input_starts(live, learn).items()
     }
     learned: list[tuple[str, Tensor, Tensor]] = [
         (layer_name(name), one.step, one.least) for name, one in weights.items()
     ]
     learned += [(name, one.step, one.least) for name, one in inputs.items() if one.step.requires_grad]
-    groups = [{"params": [step], "lr": rates[name]} for name, step, _ in learned if rates.get(name) is not None]
+    groups = [
+        {"params": [step], "lr": configs[name].learning_rate}
+        for name, step, _ in learned
+        if name in configs and configs[name].learning_rate is not None
+    ]
 
     def after_step(_: float) -> None:
         for _layer, step, least in learned:
