@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -124,28 +125,43 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitte
     raises  CheckpointError where a weight is not finite or tied tensors differ; OutputError where the output is in the
             way; ResourceError where disk or memory do not suffice. Nothing is left behind then.
     """
+    with staged(checkpoint, options) as place:
+        return compress_to(place, checkpoint, plan, options, fitted)
+
+
+def staged(checkpoint: Checkpoint, options: Options) -> AbstractContextManager[Path]:
+    """Where to build an artifact, which becomes the output on leaving without an error; see `staged_output`.
+
+    raises  OutputError where the output is in the way, or is the input
+    """
+    refuse_own_input(checkpoint.path, options.output)
+    return staged_output(options.output, force=options.force, folder=checkpoint.is_folder, resume=options.resume)
+
+
+def compress_to(
+    staged: Path, checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitted | None = None
+) -> Report:
+    """`compress` where the output is staged already."""
     started, cpu_started = time.monotonic(), time.process_time()
     torch.set_num_threads(1)
-    refuse_own_input(checkpoint.path, options.output)
     _refuse_untrue_ties(checkpoint, plan)
     options = replace(options, threads=_fitting_threads(plan, options))
     fitted = fitted or Fitted({})
     plan = halve_what_bears_it(checkpoint, plan, fitted)
     shards = make_shards(checkpoint, plan, options.choice, fitted)
-    folder, resume = checkpoint.is_folder, options.resume
-    with staged_output(options.output, force=options.force, folder=folder, resume=resume) as staged:
-        _refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
-        done = [
-            _write_shard(
-                shard, staged / shard.file if folder else staged, _journal(shard, staged, options), fitted, options
-            )
-            for shard in shards
-        ]
-        index_bytes = 0
-        if folder:
-            copy_companions(checkpoint.path, staged)
-        if len(done) > 1:
-            index_bytes = write_index(staged, {one.shard.file: one.written.slots for one in done})
+    folder = checkpoint.is_folder
+    _refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
+    done = [
+        _write_shard(
+            shard, staged / shard.file if folder else staged, _journal(shard, staged, options), fitted, options
+        )
+        for shard in shards
+    ]
+    index_bytes = 0
+    if folder:
+        copy_companions(checkpoint.path, staged)
+    if len(done) > 1:
+        index_bytes = write_index(staged, {one.shard.file: one.written.slots for one in done})
     run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, options.device)
     return _make_report(checkpoint, _with_adjusted(plan, fitted), done, index_bytes, options.output.name, run)
 

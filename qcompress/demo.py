@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,16 +42,39 @@ rules:
   - {match: "*.weight", rtn: {bits: 2, granularity: tensor}}
 """
 
+LSQ_RECIPE = """\
+# Weights and inputs at 2 bits, trained on their grids: qcompress quantize model.safetensors -r lsq.yaml
+version: 1
+model: {factory: qcompress.demo:DigitsNet}
+data:
+  train: {npz: train.npz, batch_size: 32}
+  eval: {npz: test.npz}
+task: classification
+rules:
+  - {match: "*.weight", lsq: {bits: 2}}
+activations: {bits: 2}
+finetune:
+  epochs: 6
+  optimizer: {sgd: {lr: 0.01, momentum: 0.9, nesterov: true}}
+  schedule: cosine
+  distil: {}
+  norm_batches: 16
+  log_steps: 1000
+"""
+
+RECIPES = {"mixed.yaml": MIXED_RECIPE, "naive.yaml": NAIVE_RECIPE, "lsq.yaml": LSQ_RECIPE}
+
 COMMANDS = (
     "quantize model.safetensors -r naive.yaml -q",
     "quantize model.safetensors --bits 4 -q",
     "quantize model.safetensors --bits 3 -q",
     "quantize model.safetensors --bits 2",
     "quantize model.safetensors -r mixed.yaml -q",
+    "quantize model.safetensors -r lsq.yaml -q",
     "verify model-w2.safetensors",
     "export model-w2.safetensors --to safetensors",
 )
-ARTIFACTS = ("naive", "w4", "w3", "w2", "mixed")
+ARTIFACTS = ("naive", "w4", "w3", "w2", "mixed", "lsq")
 
 
 class DigitsNet(nn.Module):
@@ -99,9 +123,11 @@ def run_demo(folder: Path, say: Callable[[str], None], *, force: bool = False) -
         torch.manual_seed(0)
         net = _train(digits)
     write_checkpoint(net.state_dict(), folder / "model.safetensors")
-    (folder / "mixed.yaml").write_text(MIXED_RECIPE, encoding="utf-8")
-    (folder / "naive.yaml").write_text(NAIVE_RECIPE, encoding="utf-8")
-    say(f"Wrote model.safetensors, mixed.yaml and naive.yaml to {folder}")
+    np.savez(folder / "train.npz", x=digits.train_images.numpy(), y=digits.train_labels.numpy())
+    np.savez(folder / "test.npz", x=digits.test_images.numpy(), y=digits.test_labels.numpy())
+    for name, text in RECIPES.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    say(f"Wrote model.safetensors, the digits and {', '.join(RECIPES)} to {folder}")
     for command in COMMANDS:
         _run(command, folder, say, force)
     say(render_view(_results(folder, net, digits)))
@@ -166,7 +192,7 @@ def _results(folder: Path, net: DigitsNet, digits: Digits) -> View:
     for name in ARTIFACTS:
         path = folder / f"model-{name}.safetensors"
         compressed = DigitsNet().eval()
-        load_into(compressed, path)
+        load_into(compressed, path, activations=True)
         size, accuracy = path.stat().st_size, _accuracy(compressed, digits)
         change = f"{100 * (accuracy - baseline):+.1f}"
         rows.append((path.name, size_words(size), f"{original / size:.1f}x", f"{accuracy:.1%}", change))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import shutil
 import time
@@ -31,7 +32,7 @@ from qcompress.report.training import NaiveFigures, TrainedLayer, TrainingReport
 from qcompress.training.advice import advise_after, advise_before
 from qcompress.training.attach import attach_penalties, weight_kinds
 from qcompress.training.loop import Data, Watch, train
-from qcompress.training.losses import Loss, make_loss
+from qcompress.training.losses import Loss, distilled, make_loss
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
 from qcompress.training.state import last_good
@@ -78,7 +79,7 @@ def finetune(
     penalties = attach_penalties(module, section.regularize)
     warnings = advise_before(penalties, section.training, recipe.rules)
     data = train_data(setting)
-    loss_of = _loss(setting)
+    loss_of = training_loss(setting, copy.deepcopy(module).eval() if section.training.distil else module)
     measures = recipe.data is not None and recipe.data.eval is not None
     names = [name for name, _ in module.named_parameters() if name in weight_kinds(module)]
     widths = section.training.options.naive_bits
@@ -98,7 +99,7 @@ def finetune(
             log=training_path(output, "log.jsonl"),
             state=state,
             resume=options.resume,
-            identity=_identity(recipe, checkpoint, world),
+            identity=run_identity(replace(recipe, rules=(), gates=Gates()), checkpoint, world),
         )
         try:
             trained = train(module, data, loss_of, section.training, penalties, watch, seed=recipe.seed, world=world)
@@ -173,22 +174,30 @@ def train_data(setting: Setting) -> Data:
     return Data(read_data(train_data.source, where, recipe.seed), train_data.augment, setting.place("data.train"))
 
 
-def _loss(setting: Setting) -> Loss:
+def training_loss(setting: Setting, teacher: nn.Module) -> Loss:
+    """The loss that the recipe's `finetune` section asks for.
+
+    teacher  for distillation: the network as it was, in eval mode
+    """
     recipe = setting.recipe
     assert recipe.finetune is not None
     if recipe.task is None:
         raise RecipeError(recipe.source, "names no task", "add `task: classification`")
-    options = recipe.finetune.training.options
-    return make_loss(recipe.task, options.label_smoothing, options.loss, setting.root, setting.allow_code)
+    training = recipe.finetune.training
+    options = training.options
+    loss = make_loss(recipe.task, options.label_smoothing, options.loss, setting.root, setting.allow_code)
+    if training.distil is None:
+        return loss
+    return distilled(loss, recipe.task, teacher, training.distil)
 
 
 def _measure(setting: Setting, what: str) -> Callable[[nn.Module], Sequence[Measurement]]:
     return lambda module: measure_task(module, setting, what)
 
 
-def _identity(recipe: Recipe, checkpoint: Checkpoint | None, world: World) -> str:
-    """What a saved state belongs to: how the recipe trains, the checkpoint's bytes, and the number of ranks."""
-    digest = hashlib.sha256(recipe_hash(replace(recipe, rules=(), gates=Gates())).encode())
+def run_identity(recipe: Recipe, checkpoint: Checkpoint | None, world: World) -> str:
+    """What a saved state belongs to: the recipe as far as training sees it, the checkpoint, the ranks."""
+    digest = hashlib.sha256(recipe_hash(recipe).encode())
     for shard in checkpoint.shards if checkpoint is not None else ():
         for info in shard.tensors:
             digest.update(f"{info}{zlib.crc32(shard.bytes_of(info.name))}".encode())

@@ -13,11 +13,11 @@ from qcompress.coding.rows import rows_from_weight
 from qcompress.errors import InputError, ModelError, raise_all
 from qcompress.model.activations import measure_activations
 from qcompress.model.companions import run_companions
-from qcompress.model.graph import input_layers
+from qcompress.model.graph import inputs_of_network
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.model.moments import batch_norm_grids
 from qcompress.registry import METHODS
-from qcompress.training.loop import Learn
+from qcompress.training.learn import Learn
 from qcompress.types import ActivationGrid, Decision, Encoded, Fitted, Kept, Plan
 from qcompress.worker import encode_rows
 
@@ -104,8 +104,14 @@ def _encode_weights(live: LiveModel, decisions: Sequence[Decision], seed: int, r
 
 
 def _joined(before: Fitted, after: Fitted) -> Fitted:
+    compressed = {name for name, value in before.encoded.items() if not isinstance(value, Kept)}
+    adjusted = {name for name, value in after.encoded.items() if isinstance(value, Kept)}
     return Fitted(
-        {**before.encoded, **after.encoded},
+        # Training sees weights that others have compressed as weights that have changed.
+        {
+            **before.encoded,
+            **{name: value for name, value in after.encoded.items() if name not in compressed & adjusted},
+        },
         {**before.references, **after.references},
         {**before.activations, **after.activations},
         {**before.caps, **after.caps},
@@ -121,8 +127,10 @@ def _activation_grids(live: LiveModel, done: Fitted) -> dict[str, ActivationGrid
     """The quantizers of every compressed layer that has none yet."""
     assert live.activations is not None
     names = [name for name in live.layers if name not in done.activations]
+    if not names:
+        return {}
     settings = live.activations
-    inputs = input_layers(live) if live.traced else set(live.layers[:1])
+    inputs = inputs_of_network(live)
     if settings.range == "batch-norm" or (settings.range is None and not live.calibration):
         return batch_norm_grids(live, settings.bits, inputs, names)
     return measure_activations(live, settings, inputs, names)

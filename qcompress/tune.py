@@ -19,13 +19,15 @@ from qcompress.coding.codebook import centroid_values, store_centroids
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import weight_from_rows
 from qcompress.evaluate import Setting, measure_task
-from qcompress.finetune import train_data
+from qcompress.finetune import train_data, training_loss
 from qcompress.model.live import LiveModel, layer_name
 from qcompress.model.tasks import Measurement
 from qcompress.registry import Tune
 from qcompress.settings import Cosine, Sgd, Training, TrainingOptions
-from qcompress.training.loop import Learn, Trained, Watch, train
+from qcompress.training.learn import Learn
+from qcompress.training.loop import Watch, train
 from qcompress.training.losses import make_loss
+from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
 from qcompress.types import Codebook, Decision, Encoded, Fitted, Plan
 
@@ -67,20 +69,15 @@ class Tuner:
         return replace(fitted, encoded={**fitted.encoded, **tuned})
 
 
-def make_learn(setting: Setting, say: Callable[[str], None]) -> Learn:
-    """What trains a module on the recipe's data as its `finetune` section says."""
+def make_learn(setting: Setting, teacher: nn.Module, watch: Watch, world: World = ALONE) -> Learn:
+    """What trains a module on the recipe's data as its `finetune` section says.
 
-    def learn(module: nn.Module, after_step: Callable[[float], None]) -> Trained:
-        recipe = setting.recipe
-        assert recipe.finetune is not None and recipe.task is not None
-        training = recipe.finetune.training
-        options = training.options
-        loss = make_loss(recipe.task, options.label_smoothing, options.loss, setting.root, setting.allow_code)
-        watch = Watch(say=say)
-        data = train_data(setting)
-        return train(module, data, loss, training, Penalties([]), watch, seed=recipe.seed, after_step=after_step)
-
-    return learn
+    teacher  the network as it was, for distillation
+    """
+    recipe = setting.recipe
+    assert recipe.finetune is not None
+    training = recipe.finetune.training
+    return Learn(train_data(setting), training_loss(setting, teacher), training, watch, recipe.seed, world)
 
 
 def _tune_of(decision: Decision) -> Tune | None:

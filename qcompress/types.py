@@ -323,7 +323,7 @@ Encoded: TypeAlias = Kept | Affine | Codebook | Lattice
 class ActivationGrid:
     """The quantizer at a module's input, one for the whole tensor: value = scale * (code - zero_point).
 
-    bits        2 to 8; codes lie in [0, 2**bits)
+    bits        1 to 8; codes lie in [0, 2**bits)
     scale       above 0, a float32 number
     zero_point  in [0, 2**bits), so that zero lies on the grid
     """

@@ -39,7 +39,7 @@ OPTIONAL = {"activations", "adjusted", "caps", "halved", "metadata", "tied"}
 EVERY = "*"
 """Stands in `halved` for every kept F16 tensor that no other dtype names."""
 HALVED = ("F32", "F64")
-ACTIVATION_BITS = (2, 8)
+ACTIVATION_BITS = (1, 8)
 
 
 class ManifestError(ValueError):

@@ -65,11 +65,14 @@ def run(request: Request, streams: Streams) -> None:
     from qcompress.cli.gates import make_gates, refuse_unmeasurable
     from qcompress.cli.live import make_setting
     from qcompress.errors import raise_all
-    from qcompress.recipe import refuse_missing
+    from qcompress.recipe import refuse_missing, trains
     from qcompress.representatives import representatives_path, with_representatives
 
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        raise UsageError("torchrun", "splitting over ranks is not available in this version", "run qcompress by itself")
+    training = trains(request.recipe)
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1") and not training:
+        raise UsageError(
+            "torchrun", "splitting tensors over ranks is not available in this version", "run qcompress by itself"
+        )
     gates = request.gates
     asked = replace(
         request.recipe,
@@ -119,7 +122,8 @@ def run(request: Request, streams: Streams) -> None:
         flag = "--skip-nonfinite" if request.skip_nonfinite else "--statistics"
         where = f"-r {request.recipe_file} {flag}"
         raise UsageError(where, "the recipe names a live model", "leave one of them out")
-    setting = make_setting(asked, request.device, request.allow_code, streams)
+    # Threads encode tensors beside one another; only training has steps that are worth several.
+    setting = make_setting(asked, request.device, request.allow_code, streams, request.threads if training else None)
     _compress_live(source, setting, target, options, request, streams)
 
 
@@ -262,11 +266,15 @@ def _compress_live(
     from qcompress.cli.live import say
     from qcompress.compress import Options
     from qcompress.representatives import with_representatives
+    from qcompress.training.parallel import join_world, launched_rank
 
+    streams = replace(streams, quiet=streams.quiet or launched_rank() > 0)
     plan = with_representatives(plan_live(source, setting.recipe, setting), run["representatives"])
-    how = LiveOptions(request.save_statistics, request.sensitivity, lambda text: say(streams, text))
-    report = compress_live(source, plan, Options(target, **run), setting, how)
-    _finish(report, plan, target, streams)
+    with join_world(setting.device) as world:
+        how = LiveOptions(request.save_statistics, request.sensitivity, lambda text: say(streams, text), world)
+        report = compress_live(source, plan, Options(target, **run), setting, how)
+    if report is not None:
+        _finish(report, plan, target, streams)
 
 
 def _finish(report: Report, plan: Plan, target: Path, streams: Streams) -> None:

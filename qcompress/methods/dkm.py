@@ -13,11 +13,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
-from qcompress.model.live import LiveModel, find_tensor, layer_name
+from qcompress.model.live import LiveModel, find_tensor
 from qcompress.registry import DkmConfig
 from qcompress.solvers.codebooks import (
     encode_nearest,
@@ -30,7 +29,8 @@ from qcompress.solvers.dkm import soft_cluster
 from qcompress.solvers.dkm_table import soft_cluster_table
 from qcompress.solvers.dkm_temperature import critical_temperature, hard_codes, relative_temperature, share_at
 from qcompress.training.adjusted import adjusted_tensors
-from qcompress.training.loop import Learn
+from qcompress.training.dress import dressed, trained_weight
+from qcompress.training.learn import Learn
 from qcompress.types import Codebook, Decision, Encoded, Fitted
 
 GUARD = 0.9
@@ -43,40 +43,22 @@ def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
 
     learn  trains `live.quantized`, and calls back after each step with the share of training that is done
     """
-    module = live.quantized
-    module.requires_grad_(True)
-    shared: dict[str, SoftShared] = {}
-    try:
-        for decision in decisions:
-            name = decision.tensor.name
-            owner, leaf = module.get_submodule(layer_name(name)), name.rpartition(".")[2]
-            shared[name] = SoftShared(find_tensor(module, name), decision, live.generator(name))
-            parametrize.register_parametrization(owner, leaf, shared[name], unsafe=True)
+    names = [decision.tensor.name for decision in decisions]
+    shared = {
+        name: SoftShared(find_tensor(live.quantized, name), decision, live.generator(name))
+        for name, decision in zip(names, decisions, strict=True)
+    }
 
-        def after_step(done: float) -> None:
-            for one in shared.values():
-                one.progress = done
+    def after_step(done: float) -> None:
+        for one in shared.values():
+            one.progress = done
 
+    with dressed(live, shared) as module:
         learn(module, after_step)
-        encoded: dict[str, Encoded] = {
-            decision.tensor.name: shared[decision.tensor.name].encode(_original(module, decision))
-            for decision in decisions
-        }
-    finally:
-        for name in shared:
-            owner, leaf = module.get_submodule(layer_name(name)), name.rpartition(".")[2]
-            parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
-        module.requires_grad_(False).eval()
+        encoded: dict[str, Encoded] = {name: one.encode(trained_weight(module, name)) for name, one in shared.items()}
     held = [name for name, one in shared.items() if one.held]
     notes = [f"{name}: the temperature was held below where its centroids merge" for name in held]
     return Fitted({**encoded, **adjusted_tensors(live, set(encoded))}, notes=tuple(notes))
-
-
-def _original(module: nn.Module, decision: Decision) -> Tensor:
-    """The trained weight beneath its parametrization."""
-    owner, leaf = layer_name(decision.tensor.name), decision.tensor.name.rpartition(".")[2]
-    weight: Tensor = module.get_submodule(owner).parametrizations[leaf].original  # type: ignore[index,union-attr]
-    return weight.detach()
 
 
 class SoftShared(nn.Module):
@@ -94,10 +76,12 @@ class SoftShared(nn.Module):
         matrix = rows_from_weight(weight.detach(), self.axis).flatten(1)
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())
         found = first_codebooks(matrix.cpu(), self.config, "optimal", on_cpu)
-        self.register_buffer("centroids", found.to(weight.device), persistent=False)
+        # Both are part of what a run that is broken off goes on from.
+        self.register_buffer("centroids", found.to(weight.device))
+        self.register_buffer("held", torch.zeros((), dtype=torch.bool, device=weight.device))
         self.centroids: Tensor
+        self.held: Tensor
         self.progress = 0.0
-        self.held = False
 
     def forward(self, weight: Tensor) -> Tensor:
         matrix = rows_from_weight(weight, self.axis).flatten(1)
@@ -120,7 +104,8 @@ class SoftShared(nn.Module):
             temperature = relative_temperature(centroids, share, config.metric)
         most = GUARD * critical_temperature(points, config.metric)
         if 0 < most < temperature:
-            self.held, temperature = True, most
+            temperature = most
+            self.held.fill_(True)
         if config.levels == "f32":
             return soft_cluster(points, centroids, temperature, config.iterations, config.metric)
         kind = LEVELS[config.levels]

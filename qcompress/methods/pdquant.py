@@ -24,7 +24,7 @@ from qcompress.errors import ModelError
 from qcompress.model.activations import INPUT_BITS, attach_activations, grids_of_inputs
 from qcompress.model.block_correction import correct_inputs, norms_in, seen_statistics
 from qcompress.model.block_prediction import fitting_probes, prediction_difference, probe, quadratic_difference
-from qcompress.model.graph import batch_norm_of, input_layers, make_blocks
+from qcompress.model.graph import batch_norm_of, inputs_of_network, make_blocks
 from qcompress.model.layers import Gram, matrix_layer, measure_gram
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.model.stages import (
@@ -226,7 +226,7 @@ class _Block:
         settings = self.live.activations
         if settings is None:
             return
-        inputs = input_layers(self.live) if self.live.traced else set(self.live.layers[:1])
+        inputs = inputs_of_network(self.live)
         bits = {name: INPUT_BITS if name in inputs else settings.bits for name in self.decisions}
         if settings.range not in (None, "minmax", "mse", "percentile"):
             settings = ActivationSettings(bits=settings.bits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,15 +45,20 @@ def quantize_activation(x: Tensor, grid: ActivationGrid) -> Tensor:
 
 def attach_activations(module: nn.Module, grids: Mapping[str, ActivationGrid]) -> list[RemovableHandle]:
     """Quantize the first input of each named module of `module` from now on, until the handles are removed."""
-    return [_attach(module.get_submodule(name), grid) for name, grid in grids.items()]
+    return [
+        attach_quantizer(module.get_submodule(name), partial(quantize_activation, grid=grid))
+        for name, grid in grids.items()
+    ]
 
 
-def _attach(module: nn.Module, grid: ActivationGrid) -> RemovableHandle:
+def attach_quantizer(module: nn.Module, quantize: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Pass the first input of a module through `quantize` from now on, until the handle is removed."""
+
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (quantize_activation(args[0], grid), *args[1:]), kwargs
+            return (quantize(args[0]), *args[1:]), kwargs
         first = next(iter(kwargs))
-        return args, {**kwargs, first: quantize_activation(kwargs[first], grid)}
+        return args, {**kwargs, first: quantize(kwargs[first])}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 

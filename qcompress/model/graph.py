@@ -25,6 +25,7 @@ __all__ = [
     "batch_norm_of",
     "channel_axis",
     "input_layers",
+    "inputs_of_network",
     "layer_call",
     "make_blocks",
     "node_numbers",
@@ -193,6 +194,11 @@ def input_layers(live: LiveModel) -> set[str]:
         if is_layer or after:
             behind.add(node)
     return found
+
+
+def inputs_of_network(live: LiveModel) -> set[str]:
+    """The layers that see the network's own input; of a network that cannot be traced the first that is called."""
+    return input_layers(live) if live.traced else set(live.layers[:1])
 
 
 def make_blocks(live: LiveModel) -> tuple[TracedStage, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompress.recipe.budget import BudgetFlag
-    from qcompress.recipe.complete import refuse_missing, refuse_untrainable
+    from qcompress.recipe.complete import refuse_missing, refuse_untrainable, trains
     from qcompress.recipe.flags import recipe_from_flags, with_effort
     from qcompress.recipe.hints import nearest, suggest
     from qcompress.recipe.parse import parse_recipe, read_recipe
@@ -33,6 +33,7 @@ __all__ = [
     "refuse_untrainable",
     "schema_text",
     "suggest",
+    "trains",
     "with_effort",
 ]
 
@@ -52,6 +53,7 @@ _MODULES = {
     "suggest": "hints",
     "with_effort": "flags",
     "BudgetFlag": "budget",
+    "trains": "complete",
 }
 
 

@@ -38,7 +38,7 @@ class BudgetFlag:
 def make_budget(node: Node, problems: Problems) -> Budget | None:
     """The budget under `budget`; None where it is refused, which `problems` then says."""
     keys = make_mapping(node, problems, EXAMPLE)
-    refuse_unknown(keys, (*BUDGET, "sensitivity"), (), problems)
+    refuse_unknown(keys, (*BUDGET, "sensitivity"), problems)
     given = [key for key in BUDGET if key in keys]
     if len(given) > 1:
         problems.add(keys[given[1]], f"{listed(given)} are given together", "keep one of them")

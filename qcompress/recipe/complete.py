@@ -18,6 +18,8 @@ from qcompress.settings import (
 from qcompress.types import Recipe, Rule
 
 DATA_FREE_RANGES = ("batch-norm", "noise")
+LEARNED_INPUTS = ("lsq", "pact")
+"""Methods that train the quantizers of inputs too, which start on data.train."""
 
 
 def task_metrics(task: Task) -> tuple[str, ...]:
@@ -35,6 +37,11 @@ def task_metrics(task: Task) -> tuple[str, ...]:
             return ("psnr",)
         case FactoryTask():
             return (task.metric,)
+
+
+def trains(recipe: Recipe) -> bool:
+    """Whether a method of the recipe trains the network."""
+    return any(rule.method is not None and METHODS[rule.method].needs == "training" for rule in recipe.rules)
 
 
 def refuse_missing(recipe: Recipe, *, statistics: bool = False, measures: bool = False) -> list[InputError]:
@@ -62,9 +69,12 @@ def refuse_untrainable(recipe: Recipe, *, from_scratch: bool = False) -> list[In
             RecipeError(recipe.source, f"names no {' and no '.join(lacking)}", "add what is to be trained, and how")
         )
     measured = recipe.task is not None and data is not None and data.eval is not None
-    if recipe.finetune is not None and recipe.finetune.training.options.keep == "best" and not measured:
+    errors += _unmeasured_best(recipe)
+    if from_scratch and recipe.finetune is not None and recipe.finetune.training.distil is not None:
         where = recipe.places.get("finetune", "finetune")
-        errors.append(RecipeError(where, "keep: best needs something to measure on", "add `data.eval`"))
+        errors.append(
+            RecipeError(where, "distil: there is no network to learn from", "give a CHECKPOINT, or leave it out")
+        )
     if from_scratch and recipe.gates.max_drop:
         errors.append(RecipeError("gates.max_drop", "there is no checkpoint to fall below", "use min_metric"))
     if measured and recipe.task is not None:
@@ -132,9 +142,31 @@ def _missing_for_training(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
     lacking = [f"`{name}`" for name, there in _training_parts(recipe).items() if not there]
     if lacking:
         yield RecipeError(rule.where, f"{rule.method} trains a live model", f"add {', '.join(lacking)}")
+    others = {one.method for one in recipe.rules if one.method and METHODS[one.method].needs == "training"}
+    if len(others) > 1:
+        yield RecipeError(rule.where, f"{' and '.join(sorted(others))} would train one after the other", "use one")
     if recipe.finetune is not None and recipe.finetune.regularize:
         what = f"{rule.method} trains weights that regularizers do not reach"
         yield RecipeError(rule.where, what, "take `finetune.regularize` out; train with it before")
+    yield from _unmeasured_best(recipe)
+    if recipe.companions:
+        what = f"companions compare layers with those of the network as it was, and {rule.method} trains it"
+        yield RecipeError(recipe.places.get("companions", "companions"), what, "leave them out")
+    settings = recipe.activations
+    if settings is not None and rule.method in LEARNED_INPUTS:
+        where = recipe.places.get("activations", "activations")
+        if settings.range in DATA_FREE_RANGES:
+            what = f"{rule.method} starts from what flows there, not from range: {settings.range}"
+            yield RecipeError(where, what, "use minmax, mse or percentile, or leave range out")
+        if settings.bits < 2 and rule.method == "lsq":
+            yield RecipeError(where, "lsq has steps of 2 bits or more", "use bits: 2, or pact")
+
+
+def _unmeasured_best(recipe: Recipe) -> Iterator[InputError]:
+    measured = recipe.task is not None and recipe.data is not None and recipe.data.eval is not None
+    if recipe.finetune is not None and recipe.finetune.training.options.keep == "best" and not measured:
+        where = recipe.places.get("finetune", "finetune")
+        yield RecipeError(where, "keep: best needs something to measure on", "add `data.eval`")
 
 
 def _training_parts(recipe: Recipe) -> dict[str, bool]:
@@ -169,7 +201,8 @@ def _missing_for_extras(recipe: Recipe) -> Iterator[InputError]:
     if recipe.companions and recipe.model is not None and not calibration:
         yield RecipeError(recipe.places.get("companions", "companions"), "they need data", "add `data.calibration`")
     settings = recipe.activations
-    if settings is not None and settings.range not in (None, *DATA_FREE_RANGES) and not calibration:
+    learned = any(rule.method in LEARNED_INPUTS for rule in recipe.rules)
+    if settings is not None and settings.range not in (None, *DATA_FREE_RANGES) and not calibration and not learned:
         what = f"range: {settings.range} needs calibration data"
         mend = f"add `data.calibration`, or use range: {' or '.join(DATA_FREE_RANGES)}"
         yield RecipeError(recipe.places.get("activations", "activations"), what, mend)

@@ -67,16 +67,10 @@ def make_mapping(node: Node, problems: Problems, mend: str) -> dict[str, Node]:
     return {}
 
 
-def refuse_unknown(
-    keys: Mapping[str, Node], known: Sequence[str], later: Sequence[str], problems: Problems, noun: str = "key"
-) -> None:
-    """Say of each key that is not `known` what it may have meant, or that it is `later`."""
+def refuse_unknown(keys: Mapping[str, Node], known: Sequence[str], problems: Problems, noun: str = "key") -> None:
+    """Say of each key that is not `known` what it may have meant."""
     for key, node in keys.items():
-        if key in known:
-            continue
-        if key in later:
-            problems.add(node, f"{quoted(key)} is not available in this version", "remove it")
-        else:
+        if key not in known:
             problems.add(node, f"unknown {noun} {quoted(key)}", suggest(key, known))
 
 

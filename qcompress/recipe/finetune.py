@@ -11,10 +11,10 @@ from qcompress.recipe.hints import listed, quoted
 from qcompress.recipe.patterns import make_patterns
 from qcompress.recipe.tree import Node, Problems, shown
 from qcompress.registry.regularizers import REGULARIZERS
-from qcompress.settings import OPTIMIZERS, SCHEDULES, Training, TrainingOptions
+from qcompress.settings import OPTIMIZERS, SCHEDULES, Distil, Training, TrainingOptions
 from qcompress.types import Finetune, Rule
 
-OWN_KEYS = ("optimizer", "schedule", "regularize")
+OWN_KEYS = ("optimizer", "schedule", "distil", "regularize")
 
 
 def make_finetune(node: Node, problems: Problems) -> Finetune | None:
@@ -24,7 +24,7 @@ def make_finetune(node: Node, problems: Problems) -> Finetune | None:
     if not isinstance(node.value, dict):
         return None
     options = option_names(TrainingOptions)
-    refuse_unknown(keys, (*options, *OWN_KEYS), (), problems)
+    refuse_unknown(keys, (*options, *OWN_KEYS), problems)
     plain = Node({name: child for name, child in keys.items() if name in options}, node.place, node.path)
     made: dict[str, Any] = {"options": make_config("finetune", TrainingOptions, plain, problems)}
     if "optimizer" in keys:
@@ -33,6 +33,8 @@ def make_finetune(node: Node, problems: Problems) -> Finetune | None:
         problems.add(node, "`optimizer` is missing", "add `optimizer: {sgd: {lr: 0.001, momentum: 0.9}}`")
     if "schedule" in keys:
         made["schedule"] = _choice(keys["schedule"], SCHEDULES, "schedule", problems)
+    if "distil" in keys:
+        made["distil"] = make_config("distil", Distil, keys["distil"], problems)
     rules = _rules(keys["regularize"], problems) if "regularize" in keys else ()
     if "optimizer" not in made or any(value is None for value in made.values()):
         return None
@@ -44,7 +46,7 @@ def _choice(node: Node, kinds: Mapping[str, type[Any]], noun: str, problems: Pro
     if isinstance(node.value, str):
         node = Node({node.value: Node({}, node.place, f"{node.path}.{node.value}")}, node.place, node.path)
     keys = make_mapping(node, problems, f"write `{noun}: {{{next(iter(kinds))}: {{...}}}}`")
-    refuse_unknown(keys, tuple(kinds), (), problems, noun)
+    refuse_unknown(keys, tuple(kinds), problems, noun)
     chosen = [kind for kind in keys if kind in kinds]
     if len(chosen) != 1:
         if chosen or not keys:
@@ -67,7 +69,7 @@ def _rule(node: Node, problems: Problems) -> list[Rule]:
     if not isinstance(node.value, dict):
         return []
     known = ("match", "keep", *REGULARIZERS)
-    refuse_unknown(keys, known, (), problems, "key or regularizer")
+    refuse_unknown(keys, known, problems, "key or regularizer")
     patterns = make_patterns(keys["match"], problems) if "match" in keys else []
     if "match" not in keys:
         problems.add(node, "`match` is missing", "add `match`, a glob over tensor names")

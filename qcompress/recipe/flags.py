@@ -11,7 +11,6 @@ from qcompress.errors import UsageError
 from qcompress.recipe.budget import BudgetFlag, make_budget
 from qcompress.recipe.configs import make_config, make_widths, option_names, options_schema, takes_budget
 from qcompress.recipe.expect import expected
-from qcompress.recipe.frame import LATER_METHODS
 from qcompress.recipe.hints import listed, quoted, suggest
 from qcompress.recipe.tree import Node, Place, Problems
 from qcompress.registry import BUDGET_METHOD
@@ -40,7 +39,7 @@ def recipe_from_flags(
     if budget is not None and "bits" in given:
         where = f"{_flag('bits', given['bits'])} {budget.text}"
         raise UsageError(where, "the budget decides the bits", "leave one of them out")
-    chosen = _method(method, family) if budget is None or method is not None else _budget_method(budget)
+    chosen = _method(method, family) if budget is None or method is not None else registry.METHODS[BUDGET_METHOD]
     typed = {name: Place(_flag(name, value), index) for index, (name, value) in enumerate(given.items())}
     words = [f"--method {chosen.name}"] * (method is not None) + [place.text for place in typed.values()]
     known = option_names(chosen.config)
@@ -67,14 +66,6 @@ def recipe_from_flags(
     return Recipe(family, (Rule("*", chosen.name, config, SOURCE),), budget=limit, source=SOURCE, places=places)
 
 
-def _budget_method(budget: BudgetFlag) -> registry.Method:
-    """The method that a budget alone means."""
-    if BUDGET_METHOD in registry.METHODS:
-        return registry.METHODS[BUDGET_METHOD]
-    what = f"means method {quoted(BUDGET_METHOD)}, which is not available in this version"
-    raise UsageError(budget.text, what, f"add --method {registry.DEFAULT_METHOD}")
-
-
 def _method(name: str | None, family: Family) -> registry.Method:
     methods = registry.METHODS
     of_family = [method.name for method in methods.values() if method.family == family]
@@ -83,11 +74,7 @@ def _method(name: str | None, family: Family) -> registry.Method:
     if name is None:
         raise UsageError(SOURCE, f"no {family} method is available in this version", "use `qcompress quantize`")
     if name not in methods:
-        where = f"--method {name}"
-        if name in LATER_METHODS:
-            mend = f"use one of {listed(of_family)}" if of_family else "use `qcompress quantize`"
-            raise UsageError(where, "not available in this version", mend)
-        raise UsageError(where, f"unknown method {quoted(name)}", suggest(name, of_family))
+        raise UsageError(f"--method {name}", f"unknown method {quoted(name)}", suggest(name, of_family))
     if methods[name].family != family:
         other = methods[name].family
         raise UsageError(f"--method {name}", f"{quoted(name)} is a {other} method", f"use `qcompress {other}`")

@@ -8,9 +8,6 @@ from qcompress.recipe.sizes import SIZE_PATTERN
 
 VERSION = 1
 
-LATER_METHODS = ("lsq", "pact")
-"""Methods that this version refuses by name."""
-
 SEED: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0}
 
 SIZE: dict[str, Any] = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE_PATTERN}]}

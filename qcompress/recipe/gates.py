@@ -14,7 +14,7 @@ from qcompress.types import Gates
 def make_gates(node: Node, problems: Problems) -> Gates:
     """The limits under `gates`; whatever is refused is in `problems`."""
     keys = make_mapping(node, problems, "write `gates: {max_size: 2MB}`")
-    refuse_unknown(keys, tuple(GATES), (), problems)
+    refuse_unknown(keys, tuple(GATES), problems)
     limits: dict[str, Any] = {}
     for key in (key for key in GATES if key in keys):
         child = keys[key]

@@ -12,7 +12,7 @@ from qcompress.recipe.budget import BudgetFlag, refuse_undecided
 from qcompress.recipe.configs import make_config, make_widths, takes_budget
 from qcompress.recipe.expect import make_mapping, make_number, refuse_unknown
 from qcompress.recipe.finetune import make_finetune
-from qcompress.recipe.frame import LATER_METHODS, SEED, VERSION
+from qcompress.recipe.frame import SEED, VERSION
 from qcompress.recipe.gates import make_gates
 from qcompress.recipe.hints import listed, nearest, quoted
 from qcompress.recipe.locate import compose
@@ -114,7 +114,7 @@ def _make_recipe(root: Node, source: str, family: Family, problems: Problems) ->
     keys = make_mapping(root, problems, "write `key: value` lines, the first one `version: 1`")
     if not _is_this_version(root, keys, problems):
         return nothing
-    refuse_unknown(keys, ROOT_KEYS, (), problems)
+    refuse_unknown(keys, ROOT_KEYS, problems)
     if not {"rules", "finetune", "budget"} & keys.keys():
         problems.add(root, "`rules` is missing", "add `rules`, a list of rules")
     if "rules" in keys:
@@ -188,7 +188,7 @@ def _make_rule(node: Node, has_budget: bool, problems: Problems) -> list[Rule]:
         return []
     methods = registry.METHODS
     known = ("match", "keep", *methods)
-    refuse_unknown(keys, known, LATER_METHODS, problems, "key or method")
+    refuse_unknown(keys, known, problems, "key or method")
     patterns = make_patterns(keys["match"], problems) if "match" in keys else []
     if "match" not in keys:
         problems.add(node, "`match` is missing", "add `match`, a glob over tensor names")

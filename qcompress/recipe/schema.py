@@ -24,6 +24,7 @@ from qcompress.settings import (
     TASKS,
     ActivationSettings,
     Companion,
+    Distil,
     ModelSettings,
     Normalize,
     TrainingOptions,
@@ -149,6 +150,7 @@ def _finetune(defs: dict[str, Any], keep: dict[str, Any]) -> dict[str, Any]:
     options["properties"] |= {
         "optimizer": _choice("What makes a step of a gradient", OPTIMIZERS),
         "schedule": _choice("How the learning rate goes", SCHEDULES),
+        "distil": _options(Distil),
         "regularize": {
             "description": "The first rule that matches a weight's name decides",
             "type": "array",

@@ -57,7 +57,7 @@ def _model(node: Node, problems: Problems) -> ModelSettings | None:
 
 def _data(node: Node, problems: Problems) -> DataSettings | None:
     keys = make_mapping(node, problems, "write `data: {eval: {npz: val.npz}}`")
-    refuse_unknown(keys, DATA_PARTS, (), problems)
+    refuse_unknown(keys, DATA_PARTS, problems)
     parts: dict[str, Any] = {}
     for part in ("calibration", "eval"):
         if part in keys:
@@ -99,7 +99,7 @@ def _task(node: Node, problems: Problems) -> Any | None:
     if isinstance(node.value, str):
         node = Node({node.value: Node({}, node.place, f"{node.path}.{node.value}")}, node.place, node.path)
     keys = make_mapping(node, problems, "write `task: {classification: {metric: top1}}`")
-    refuse_unknown(keys, tuple(TASKS), (), problems, "task")
+    refuse_unknown(keys, tuple(TASKS), problems, "task")
     kinds = [kind for kind in keys if kind in TASKS]
     if len(kinds) != 1:
         if kinds or not keys:

@@ -88,6 +88,8 @@ def _finetune(section: Finetune) -> dict[str, Any]:
         chosen = getattr(training, name)
         (kind,) = (kind for kind, config in kinds.items() if type(chosen) is config)
         found[name] = {kind: _written(chosen)}
+    if training.distil is not None:
+        found["distil"] = _written(training.distil)
     if section.regularize:
         found["regularize"] = _rules(section.regularize)
     return found

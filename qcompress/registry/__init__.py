@@ -14,6 +14,7 @@ from qcompress.registry.calibrated import AdaroundConfig, DfqConfig, GptqConfig,
 from qcompress.registry.clusters import ClusterConfig, DkmConfig, KmeansConfig, LearnedConfig, Tune, refuse_codebook
 from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig, SquantConfig, refuse_grid
 from qcompress.registry.rd import RdConfig, refuse_lattice
+from qcompress.registry.trained import LsqConfig, PactConfig
 from qcompress.types import Family, Shape
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "HqqConfig",
     "KmeansConfig",
     "LearnedConfig",
+    "LsqConfig",
     "Method",
     "MseConfig",
+    "PactConfig",
     "PdquantConfig",
     "RdConfig",
     "RtnConfig",
@@ -137,6 +140,8 @@ METHODS: Mapping[str, Method] = {
             "qcompress.methods.rd:encode",
             live="qcompress.methods.rd:fit",
         ),
+        Method("lsq", "quantize", LsqConfig, "training", True, refuse_grid, "qcompress.methods.lsq:fit"),
+        Method("pact", "quantize", PactConfig, "training", True, refuse_grid, "qcompress.methods.pact:fit"),
         _cluster_method("kmeans", KmeansConfig),
         _cluster_method("learned", LearnedConfig, representatives=True),
         Method("dkm", "cluster", DkmConfig, "training", True, refuse_codebook, "qcompress.methods.dkm:fit"),

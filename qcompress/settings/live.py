@@ -255,14 +255,14 @@ TASKS: Mapping[str, type[Any]] = {
 class ActivationSettings:
     """Quantizers at the inputs of the compressed modules: per tensor, asymmetric, with an integer zero point.
 
-    bits        2 to 8; the network's own input has 8 whatever this says
+    bits        1 to 8; the network's own input has 8 whatever this says
     range       from calibration data: `minmax`, `mse` (least squared error) or `percentile`; without data: `batch-norm`
                 (mean + 6 standard deviations of what a batch norm gives, DFQ) or `noise` (as SQuant's code does). Where
                 absent: mse with data, else batch-norm
     percentile  of the values that the range holds, for range: percentile
     """
 
-    bits: Annotated[int, Interval(ge=2, le=8)] = 8
+    bits: Annotated[int, Interval(ge=1, le=8)] = 8
     range: Literal["minmax", "mse", "percentile", "batch-norm", "noise"] | None = None
     percentile: Annotated[float, Interval(gt=50, le=100)] | None = None
 
@@ -273,6 +273,8 @@ class ActivationSettings:
             raise ValueError("percentile needs range: percentile")
         if self.range == "percentile" and self.percentile is None:
             object.__setattr__(self, "percentile", 99.99)
+        if self.range == "noise" and self.bits == 1:
+            raise ValueError("range: noise has no rule for 1 bit; use another range")
 
 
 Companion: TypeAlias = Literal["bias_correction", "batch_norm"]

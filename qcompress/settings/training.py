@@ -102,6 +102,7 @@ class TrainingOptions:
     precision        of the forward pass; weights, gradients and regularizers stay float32
     keep             the `last` weights, or the `best` by the task's metric on data.eval after each epoch
     batch_norm       `frozen`: batch norms keep the statistics that they have
+    norm_batches     batches of data.train from which batch norms take their statistics anew after each epoch; 0: none
     loss             "module:function" or "file.py:function": (output, batch) -> scalar; the task's own where absent
     log_steps        steps between two lines of the log
     save_steps       steps between two saved states for --resume; where absent each epoch, and every few minutes
@@ -116,10 +117,30 @@ class TrainingOptions:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     keep: Literal["last", "best"] = "last"
     batch_norm: Literal["train", "frozen"] = "train"
+    norm_batches: Annotated[int, Ge(0)] = 0
     loss: str | None = None
     log_steps: Annotated[int, Ge(1)] = 50
     save_steps: Annotated[int, Ge(1)] | None = None
     naive_bits: tuple[Annotated[int, Interval(ge=1, le=8)], ...] = (2, 3, 4)
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+
+    def __post_init__(self) -> None:
+        if self.batch_norm == "frozen" and self.norm_batches:
+            raise ValueError("batch_norm: frozen keeps the statistics; leave norm_batches out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil:
+    """Learn from the network as it was too: (1 - share) of the task's loss, and share of the distance to its outputs.
+
+    share        of the distance: temperature**2 times the Kullback-Leibler divergence of the softmaxes at that
+                 temperature; for reconstruction the mean squared error
+    temperature  of both softmaxes
+    """
+
+    share: Share = 0.5
+    temperature: Annotated[float, Gt(0)] = 4.0
 
     __pydantic_config__: ClassVar[Any] = STRICT
 
@@ -131,3 +152,4 @@ class Training:
     options: TrainingOptions = field(default_factory=TrainingOptions)
     optimizer: Optimizer
     schedule: Schedule = field(default_factory=Constant)
+    distil: Distil | None = None

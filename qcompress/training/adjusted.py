@@ -7,12 +7,17 @@ from collections.abc import Collection
 import torch
 
 from qcompress.model.live import LiveModel
+from qcompress.training.dress import shared_names
 from qcompress.types import Encoded, Kept
 
 
 def adjusted_tensors(live: LiveModel, encoded: Collection[str]) -> dict[str, Encoded]:
-    """Every real tensor of `live.quantized` that differs from the network as it was, but for those that are encoded."""
+    """Every real tensor of `live.quantized` that differs from the network as it was.
+
+    encoded  those that are not asked for, nor tied copies of them
+    """
     before = live.module.state_dict()
+    encoded = shared_names(live.quantized, encoded)
     return {
         name: Kept(value.detach().clone())
         for name, value in live.quantized.state_dict().items()

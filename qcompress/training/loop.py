@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from qcompress.model.tasks import Measurement
 from qcompress.settings import Training
 from qcompress.training.augment import augment
 from qcompress.training.losses import Loss
+from qcompress.training.norms import refresh_norms
 from qcompress.training.optimizers import make_optimizer, rate_at
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
@@ -79,10 +80,6 @@ class Trained:
     metrics: tuple[Mapping[str, float], ...] = ()
 
 
-Learn: TypeAlias = Callable[[nn.Module, Callable[[float], None]], Trained]
-"""Train a module as the recipe says; what is given is called after each step with the share that is done."""
-
-
 @dataclass
 class _Run:
     """What the steps of one run share."""
@@ -124,24 +121,26 @@ def train(
     seed: int = 0,
     world: World = ALONE,
     after_step: Callable[[float], None] = lambda _: None,
+    groups: Sequence[Mapping[str, Any]] = (),
 ) -> Trained:
     """Train a module in place; it is left in eval mode, with the weights that `keep` asks for.
 
     Equal inputs and seed give equal weights on one device, also when a run was broken off and resumed. On several ranks
     each takes its share of every batch: together they do what one process with the whole batch would.
 
-    after_step  called after each step with the share of all steps that are done
+    after_step  called after each step with the share of all steps that are done, and before the first of a resumed run
+    groups      parameters of the module that have an optimizer's settings of their own, see `make_optimizer`
     raises      DataError for fewer samples than a batch; TrainingError for a loss that is not finite, and for a saved
                 state that does not fit
     """
     options = training.options
-    optimizer = make_optimizer(training.optimizer, module, penalties.learned(training.optimizer))
+    optimizer = make_optimizer(training.optimizer, module, penalties.learned(training.optimizer), groups)
     highest = [group["lr"] for group in optimizer.param_groups]
     device = next(module.parameters()).device
     scaler = torch.amp.GradScaler(device.type) if options.precision == "float16" else None
     trainee = Trainee(module, optimizer, penalties, Progress(), scaler)
     progress = trainee.progress
-    _refuse_few(data, options.accumulate, world)
+    refuse_few(data, options.accumulate, world)
     if watch.resume and watch.state is not None and watch.state.exists():
         load_state(watch.state, trainee, watch.identity)
     log = _Log(watch.log if world.is_first else None, progress.log_bytes)
@@ -149,6 +148,7 @@ def train(
     log.first_step = progress.step
     if progress.step:
         watch.say(f"going on from step {progress.step} of {run.total}")
+        after_step(progress.step / run.total)
     spent = progress.seconds
     while progress.epoch < options.epochs:
         _to_train(module, frozen=options.batch_norm == "frozen")
@@ -190,7 +190,8 @@ def train(
     return Trained(run.total, progress.seconds, run.log.loss, kept, tuple(progress.metrics))
 
 
-def _refuse_few(data: Data, accumulate: int, world: World) -> None:
+def refuse_few(data: Data, accumulate: int, world: World) -> None:
+    """Raise DataError where there are fewer samples than one step of all ranks takes."""
     needed = data.batches.batch_size * accumulate * world.size
     if data.batches.samples < needed:
         what = f"has {data.batches.samples} samples, fewer than the {needed} of one step"
@@ -242,9 +243,14 @@ def _backward(run: _Run, batches: Sequence[Batch]) -> float:
 
 
 def _end_epoch(run: _Run) -> None:
-    """Measure, note what is best, and write the epoch's line."""
-    progress, watch = run.trainee.progress, run.watch
+    """Refresh batch norms where that is asked for, measure, note what is best, and write the epoch's line."""
+    progress, watch, norms = run.trainee.progress, run.watch, run.training.options.norm_batches
     progress.epoch += 1
+    if norms:
+        # On every rank, so that all of them go on from the same statistics.
+        order = seeded_generator(run.seed, "batch norms", "cpu")
+        drawn = itertools.islice(run.data.batches.shuffled(order), norms)
+        refresh_norms(run.trainee.module, (batch.to(run.device) for batch in drawn))
     measured: Sequence[Measurement] = ()
     if watch.measure is not None and run.world.is_first:
         measured = watch.measure(run.trainee.module)

@@ -8,15 +8,16 @@ from typing import assert_never
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcompress.errors import DataError, ModelError
-from qcompress.model.batches import Batch
+from qcompress.model.batches import Batch, first_tensor
 from qcompress.model.code import find_callable
 from qcompress.model.data_text import IGNORED
 from qcompress.settings import (
     CausalLm,
     Classification,
+    Distil,
     FactoryTask,
     Reconstruction,
     SequenceClassification,
@@ -55,6 +56,53 @@ def make_loss(
             assert_never(task)
 
 
+def distilled(loss: Loss, task: Task, teacher: nn.Module, settings: Distil) -> Loss:
+    """(1 - share) of a loss, and share of the distance to what a teacher gives for the same inputs.
+
+    The distance is temperature**2 times the Kullback-Leibler divergence of the outputs' softmaxes at the temperature
+    (Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2), the mean over samples, or over the tokens that count; for
+    reconstruction the mean squared error.
+
+    teacher  in eval mode, on the batches' device
+    raises   ModelError for a task from code, whose outputs may be no logits
+    """
+    if isinstance(task, FactoryTask):
+        raise ModelError("finetune.distil", "a task from code may have outputs that are no logits", "take distil out")
+    share = settings.share
+
+    def mixed(output: Tensor, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            target = first_tensor(teacher(*batch.args, **batch.kwargs)).float()
+        if isinstance(task, Reconstruction):
+            distance = F.mse_loss(output.float(), target)
+        else:
+            rows = _counted(task, batch, output.shape, output.device)
+            distance = _divergence(output.float()[rows], target[rows], settings.temperature)
+        return (1 - share) * loss(output, batch) + share * distance
+
+    return mixed
+
+
+def _counted(task: Task, batch: Batch, shape: torch.Size, device: torch.device) -> Tensor:
+    """Which rows of logits are scored: bool, the output's shape but for its last dimension."""
+    rows = torch.ones(shape[:-1], dtype=torch.bool, device=device)
+    match task:
+        case CausalLm():
+            rows[:, -1] = False
+            rows[:, :-1] = _next_tokens(batch) != IGNORED
+        case Translation():
+            rows = _labels(batch) != IGNORED
+    return rows
+
+
+def _divergence(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """temperature**2 KL(target || output) of logits [rows, classes], the mean over rows; nothing without rows."""
+    if not len(output):
+        return output.sum() * 0
+    ours, theirs = ((one / temperature).log_softmax(1) for one in (output, target))
+    return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
 def _labels(batch: Batch) -> Tensor:
     if batch.labels is None:
         raise DataError("data.train", "has no labels", "name the array or the file of labels")
@@ -73,6 +121,11 @@ def _labels_loss(output: Tensor, batch: Batch, smoothing: float) -> Tensor:
 
 
 def _next_tokens_loss(output: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    return _tokens_loss(output[:, :-1], _next_tokens(batch), smoothing)
+
+
+def _next_tokens(batch: Batch) -> Tensor:
+    """The token after each but the last, int64 [samples, length - 1]; IGNORED where it does not count."""
     tokens = batch.args[0] if batch.args else batch.kwargs["input_ids"]
     targets = tokens[:, 1:].clone()
     if batch.lengths is not None:
@@ -81,7 +134,7 @@ def _next_tokens_loss(output: Tensor, batch: Batch, smoothing: float) -> Tensor:
     mask = batch.kwargs.get("attention_mask")
     if mask is not None:
         targets[mask[:, 1:] == 0] = IGNORED
-    return _tokens_loss(output[:, :-1], targets, smoothing)
+    return targets
 
 
 def _tokens_loss(output: Tensor, targets: Tensor, smoothing: float) -> Tensor:

@@ -15,20 +15,25 @@ Group = dict[str, Any]
 
 
 def make_optimizer(
-    settings: Optimizer, module: nn.Module, learned: Sequence[Mapping[str, Any]]
+    settings: Optimizer,
+    module: nn.Module,
+    learned: Sequence[Mapping[str, Any]],
+    apart: Sequence[Mapping[str, Any]] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer of a module's parameters and of what regularizers learn.
 
     Weights of two dimensions or more decay; biases, norms and what is learned beside the weights never do.
 
     learned  groups {"params": [...], "lr": float, "momentum": float}, the last two where they differ
+    apart    such groups of the module's own parameters, whose "weight_decay" is 0 where they have none
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    own_groups = {id(parameter) for group in apart for parameter in group["params"]}
+    trained = [one for one in module.parameters() if one.requires_grad and id(one) not in own_groups]
     groups: list[Group] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    own = [{"weight_decay": 0.0, **group} for group in learned]
+    own = [{"weight_decay": 0.0, **group} for group in (*learned, *apart)]
     if isinstance(settings, AdamW):
         own = [{key: value for key, value in group.items() if key != "momentum"} for group in own]
     groups = [group for group in [*groups, *own] if group["params"]]

@@ -172,6 +172,24 @@ def test_from_scratch_in_sixteen_bits_and_with_gates(run: Run, folder: Path, tmp
     assert all(after[name].dtype == value.dtype for name, value in half.items())
 
 
+def test_distillation_from_the_checkpoint(run: Run, folder: Path, tmp_path: Path) -> None:
+    """All of the loss at its distance to what it was, and no penalty: nothing is learned, and little moves."""
+    recipe = tmp_path / "distil.yaml"
+    text = RECIPE.partition("  regularize:")[0].replace("schedule:", "distil: {share: 1.0}\n  schedule:")
+    recipe.write_text(text.replace("net.py", str(folder / "net.py")).replace("data.npz", str(folder / "data.npz")))
+    output = tmp_path / "d.safetensors"
+    rest = ["-r", str(recipe), "--allow-code", "-o", str(output), "--json", "-", "--set", "finetune.norm_batches=4"]
+    done = run("finetune-reg", str(folder / "m.safetensors"), *rest)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["accuracy"][0]["artifact"] < 0.8
+    source, taught = load_file(folder / "m.safetensors"), load_file(output)
+    assert float((source["conv2.weight"] - taught["conv2.weight"]).abs().max()) < 0.05
+    done = run("finetune-reg", *rest, "--force")
+    assert done.code == 3 and "give a CHECKPOINT" in done.err
+    shown = run("recipe", "show", str(recipe))
+    assert "distil: {share: 1.0, temperature: 4.0}" in shown.out
+
+
 def command(folder: Path, output: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "qcompress", *words_of(folder, output, *more)]
 

@@ -44,7 +44,7 @@ def test_wrong_flags() -> None:
     assert error(None, {}) == "command line: --bits is missing; add --bits, an integer between 1 and 8"
     assert error("rtn", {}) == "--method rtn: --bits is missing; add --bits, an integer between 1 and 8"
     assert error("rtm", {"bits": 4}) == "--method rtm: unknown method `rtm`; did you mean `rtn`?"
-    assert error("lsq", {"bits": 4}).startswith("--method lsq: not available in this version; use one of `rtn`, ")
+    assert error("rd", {"bits": 4}).startswith("--method rd: not available in this version; use one of `rtn`, ")
     assert error("rtn", {"bits": 4, "granularity": "chanel"}) == (
         "--granularity chanel: unknown value `chanel`; did you mean `channel`?"
     )

@@ -22,7 +22,9 @@ from qcompress.registry import (
     HqqConfig,
     KmeansConfig,
     LearnedConfig,
+    LsqConfig,
     MseConfig,
+    PactConfig,
     PdquantConfig,
     RtnConfig,
     SquantConfig,
@@ -47,7 +49,8 @@ def made(config: type, **options: st.SearchStrategy[object]) -> st.SearchStrateg
     }
     known = {option.name for option in dataclasses.fields(config)}
     shared = {name: values for name, values in shared.items() if name in known}
-    drawn = st.fixed_dictionaries({"bits": st.integers(1, 8)}, optional=shared | options)
+    bits = {"bits": options.pop("bits", st.integers(1, 8))}
+    drawn = st.fixed_dictionaries(bits, optional=shared | options)
     return drawn.map(build).filter(lambda made: made is not None)
 
 
@@ -63,6 +66,8 @@ CONFIGS = {
     "adaround": made(AdaroundConfig, preset=PRESET, range=RANGE, objective=st.sampled_from(["gram", "sampled"])),
     "gptq": made(GptqConfig, preset=PRESET, range=RANGE, act_order=st.booleans(), descent=st.integers(0, 9)),
     "pdquant": made(PdquantConfig, preset=PRESET, range=RANGE, drop=st.floats(0, 0.9)),
+    "lsq": made(LsqConfig, bits=st.integers(2, 8), start=st.sampled_from(["error", "mean"]), learning_rate=POSITIVE),
+    "pact": made(PactConfig, clip=POSITIVE, clip_decay=POSITIVE, scale=st.sampled_from(["weight", "unit"])),
 }
 ENTRIES = st.sampled_from(["f16", "f32", "int8"])
 CLUSTER_CONFIGS = {

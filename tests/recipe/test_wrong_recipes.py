@@ -7,7 +7,6 @@ import pytest
 from qcompress import registry
 from qcompress.errors import InputError, QcompressError
 from qcompress.recipe import parse_recipe
-from qcompress.recipe.frame import LATER_METHODS
 from qcompress.registry import Method, RtnConfig, refuse_grid
 
 HEAD = "version: 1\nrules:\n"
@@ -225,8 +224,8 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         ["r.yaml:4: task.classification.metric: unknown value `top2`; did you mean `top5`?"],
     ),
     "too few activation bits": (
-        RULE + "activations: {bits: 1}\n",
-        ["r.yaml:4: activations.bits: 1 is out of range; must be between 2 and 8"],
+        RULE + "activations: {bits: 0}\n",
+        ["r.yaml:4: activations.bits: 0 is out of range; must be between 1 and 8"],
     ),
     "a companion twice": (
         RULE + "companions: [batch_norm, batch_norm]\n",
@@ -463,10 +462,6 @@ def test_one_family(monkeypatch: pytest.MonkeyPatch) -> None:
         parse_recipe(RULE + keep + codes, "r.yaml")
     what = "`codes` is a cluster method, but rules[0].rtn is of family quantize"
     assert caught.value.lines() == [f"r.yaml:5: rules[2].codes: {what}; a recipe holds one family: make two recipes"]
-
-
-def test_what_is_built_is_not_refused_as_later() -> None:
-    assert set(LATER_METHODS).isdisjoint(registry.METHODS)
 
 
 def test_errors_are_counted_past_a_hundred() -> None:

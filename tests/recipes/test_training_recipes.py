@@ -10,21 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, Run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qcompress.errors import UsageError
+from qcompress.evaluate import Setting
 from qcompress.model.code import import_package
-from qcompress.recipe import read_recipe
+from qcompress.recipe import read_recipe, trains
+from qcompress.types import Recipe
 
-RECIPES = sorted(
+TRAINING = sorted(
     path for path in (ROOT / "recipes").rglob("*.yaml") if "\nfinetune:" in path.read_text(encoding="utf-8")
 )
+ON_GRIDS = [path for path in TRAINING if trains(read_recipe(path))]
+RECIPES = [path for path in TRAINING if path not in ON_GRIDS]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_training_recipe_reaches_the_weights_that_it_names(run: Run, path: Path) -> None:
-    recipe = read_recipe(path)
+def skip_without_package(recipe: Recipe) -> None:
     assert recipe.model is not None and recipe.finetune is not None
     package = recipe.model.factory.partition(":")[0].partition(".")[0]
     if package in ("torchvision", "timm"):
@@ -32,6 +35,31 @@ def test_every_training_recipe_reaches_the_weights_that_it_names(run: Run, path:
             import_package(package)
         except UsageError as error:
             pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("path", ON_GRIDS, ids=lambda path: path.stem)
+def test_every_recipe_that_trains_on_grids_quantizes_all_layers_at_its_width(
+    run: Run, tmp_path: Path, path: Path
+) -> None:
+    """The name says method and widths: of every weight, and of the inputs."""
+    recipe = read_recipe(path)
+    skip_without_package(recipe)
+    module = Setting(recipe, torch.device("cpu"), allow_code=True).build()
+    save_file(module.state_dict(), tmp_path / "m.safetensors")
+    done = run("quantize", str(tmp_path / "m.safetensors"), "-r", str(path), "--dry-run", "--json", "-")
+    assert done.code == 0, done.err
+    _, method, widths = path.stem.split("_")
+    rows = {row["name"]: row for row in json.loads(done.out)["tensors"] if row["method"] != "kept"}
+    assert set(rows) == {name for name, value in module.state_dict().items() if value.ndim >= 2}
+    assert {(row["method"], f"w{row['bits']}") for row in rows.values()} == {(method, widths[:2])}
+    assert recipe.activations is not None and f"a{recipe.activations.bits}" == widths[2:]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_training_recipe_reaches_the_weights_that_it_names(run: Run, path: Path) -> None:
+    recipe = read_recipe(path)
+    skip_without_package(recipe)
+    assert recipe.finetune is not None
     done = run("finetune-reg", "-r", str(path), "--allow-code", "--dry-run", "--json", "-")
     assert done.code == 0, done.err
     rows = json.loads(done.out)["weights"]

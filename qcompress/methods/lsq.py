@@ -1,0 +1,140 @@
+"""LSQ: weights and inputs are trained on grids whose steps are trained with them.
+
+Esser et al. 2020, arXiv 1902.08153: values are clipped, then rounded; the gradient of a step is that of the rounded
+values by it, times 1 / sqrt(N Qp); steps start at 2 mean|v| / sqrt(Qp). Levels of weights are -2**(bits-1) to
+2**(bits-1) - 1. Ours has a step for each grid of the recipe's granularity, N counting its weights alone; 8 bits
+over the whole range, not trained, for the network's own input; and the first and the last layer as all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.coding.half import exponent_for, from_half, round_scale
+from qcompress.model.activations import LEAST_SCALE
+from qcompress.model.live import LiveModel, find_tensor, layer_name
+from qcompress.registry import LsqConfig
+from qcompress.solvers.learned_grids import (
+    affine_of_blocks,
+    blocks_of,
+    gradient_share,
+    inputs_on_steps,
+    least_error_step,
+    least_scale,
+    step_start,
+    weight_of_blocks,
+    weights_on_steps,
+)
+from qcompress.training.adjusted import adjusted_tensors
+from qcompress.training.dress import dressed, keep_above, trained_weight
+from qcompress.training.learn import Learn
+from qcompress.training.starts import Start, input_starts
+from qcompress.types import ActivationGrid, Affine, Decision, Fitted
+
+LEAST_SHARE = 2.0**-10
+"""A step stays above this share of where it started: one that crossed zero would never come back."""
+
+
+def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
+    """Codes of trained weights on trained steps, the quantizers of inputs, and all else that training changed.
+
+    The references are the trained weights, which the codes round.
+
+    raises  DataError, ModelError, TrainingError
+    """
+    configs: dict[str, LsqConfig] = {layer_name(decision.tensor.name): decision.config for decision in decisions}
+    by_range = live.activations is not None and live.activations.range is not None
+    weights = {d.tensor.name: LearnedStep(find_tensor(live.quantized, d.tensor.name), d) for d in decisions}
+    inputs = {
+        # A layer without a rule of its own starts as the first does.
+        name: InputStep(start, configs.get(name, decisions[0].config).start == "mean" and not by_range).to(live.device)
+        for name, start in input_starts(live, learn).items()
+    }
+    learned: list[tuple[str, Tensor, Tensor]] = [
+        (layer_name(name), one.step, one.least) for name, one in weights.items()
+    ]
+    learned += [(name, one.step, one.least) for name, one in inputs.items() if one.step.requires_grad]
+    groups = [
+        {"params": [step], "lr": configs[name].learning_rate}
+        for name, step, _ in learned
+        if name in configs and configs[name].learning_rate is not None
+    ]
+
+    def after_step(_: float) -> None:
+        for _layer, step, least in learned:
+            keep_above(step, least)
+
+    with dressed(live, weights, inputs) as module:
+        learn(module, after_step, groups)
+        trained = {name: trained_weight(module, name) for name in weights}
+        encoded = {name: weights[name].encode(weight) for name, weight in trained.items()}
+    return Fitted(
+        {**encoded, **adjusted_tensors(live, set(encoded))},
+        references={name: weight.cpu() for name, weight in trained.items()},
+        activations={name: one.grid() for name, one in inputs.items()},
+    )
+
+
+class LearnedStep(nn.Module):
+    """A weight on the grids of its steps.
+
+    step   float32 [grids], as many as the granularity has
+    least  float32 [grids], below which no step falls
+    """
+
+    def __init__(self, weight: Tensor, decision: Decision) -> None:
+        super().__init__()
+        config: LsqConfig = decision.config
+        self.decision, self.bits = decision, config.bits
+        blocks = blocks_of(weight.detach(), decision)
+        self.exponent = exponent_for(float(blocks.abs().max()))
+        floor = least_scale(self.exponent)
+        mean = step_start(blocks.abs().mean(1), 2 ** (self.bits - 1) - 1)
+        start = (mean if config.start == "mean" else least_error_step(blocks, self.bits)).clamp_min(floor)
+        self.step = nn.Parameter(start)
+        self.register_buffer("least", (start * LEAST_SHARE).clamp_min(floor), persistent=False)
+        self.least: Tensor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        values = weights_on_steps(blocks_of(weight, self.decision), self.step, self.bits, self.exponent)
+        return weight_of_blocks(values, self.decision)
+
+    def encode(self, weight: Tensor) -> Affine:
+        """The codes and steps of what `forward` gives for the trained weight."""
+        blocks = blocks_of(weight, self.decision)
+        step = self.step.detach()
+        half = round_scale(step, self.exponent)
+        values = weights_on_steps(blocks, step, self.bits, self.exponent)
+        codes = (values / from_half(half, self.exponent).unsqueeze(1)).round() + 2.0 ** (self.bits - 1)
+        return affine_of_blocks(codes, half, self.exponent, self.decision)
+
+
+class InputStep(nn.Module):
+    """A layer's first input on the grid of its step; the zero point stays.
+
+    step      float32 [1]
+    least     below which it does not fall
+    by_mean   whether it starts from the mean rather than from the grid
+    """
+
+    def __init__(self, start: Start, by_mean: bool) -> None:
+        super().__init__()
+        grid = start.grid
+        from_mean = by_mean and start.mean > 0 and not start.fixed
+        zero_point = start.middle if from_mean else grid.zero_point
+        self.bits, self.zero_point = grid.bits, zero_point
+        most = 2**grid.bits - 1 - zero_point
+        step = float(step_start(torch.tensor(start.mean), most)) if from_mean else grid.scale
+        self.step = nn.Parameter(torch.tensor([max(step, LEAST_SCALE)]), requires_grad=not start.fixed)
+        self.register_buffer("least", torch.tensor([max(step * LEAST_SHARE, LEAST_SCALE)]), persistent=False)
+        self.least: Tensor
+        self.share = gradient_share(start.features, max(most, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return inputs_on_steps(x.float(), self.step, self.zero_point, self.bits, self.share)
+
+    def grid(self) -> ActivationGrid:
+        return ActivationGrid(self.bits, float(self.step.detach()), self.zero_point)
