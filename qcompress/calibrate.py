@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qcompress.books import Evidence
 from qcompress.checkpoint import Checkpoint
 from qcompress.compress import Options, compress, refuse_nonfinite
 from qcompress.evaluate import Setting, compare, evaluate, measure_task, open_live
@@ -67,7 +68,7 @@ def compress_live(
         live,
         plan,
         how.say,
-        representatives=options.representatives,
+        evidence=Evidence(plan.recipe.seed, options.statistics, options.representatives),
         learn=make_learn(setting, how.say),
         tune=tuner,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qcompress.artifact.layout import PARTS, Slot, make_slots, part_name, render_header
 from qcompress.artifact.manifest import artifact_hash, input_hash
@@ -23,6 +24,7 @@ from qcompress.artifact.writer import (
     staged_output,
     write_index,
 )
+from qcompress.books import Evidence, make_shared_books, unweighed, with_entries_counted
 from qcompress.checkpoint import Checkpoint, tensor_bytes, tensor_view
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice
@@ -72,6 +74,15 @@ class Options:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What all files of one run have in common."""
+
+    fitted: Fitted
+    evidence: Evidence
+    options: Options
+
+
+@dataclass(frozen=True)
 class _Done:
     shard: Shard
     written: Written
@@ -117,14 +128,13 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitte
     _refuse_untrue_ties(checkpoint, plan)
     options = replace(options, threads=_fitting_threads(plan, options))
     fitted = fitted or Fitted({})
+    plan, evidence = _settle_books(checkpoint, plan, fitted, options)
     shards = make_shards(checkpoint, plan, options.choice, fitted)
     folder, resume = checkpoint.is_folder, options.resume
     with staged_output(options.output, force=options.force, folder=folder, resume=resume) as staged:
         _refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
         done = [
-            _write_shard(
-                shard, staged / shard.file if folder else staged, _journal(shard, staged, options), fitted, options
-            )
+            _write_shard(shard, staged / shard.file if folder else staged, _Run(fitted, evidence, options))
             for shard in shards
         ]
         index_bytes = 0
@@ -133,7 +143,21 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitte
         if len(done) > 1:
             index_bytes = write_index(staged, {one.shard.file: one.written.slots for one in done})
     run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, options.device)
-    return _make_report(checkpoint, _with_adjusted(plan, fitted), done, index_bytes, options.output.name, run)
+    report = _make_report(checkpoint, _with_adjusted(plan, fitted), done, index_bytes, options.output.name, run)
+    return replace(report, warnings=tuple(unweighed(plan, options.statistics)))
+
+
+def _settle_books(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, options: Options) -> tuple[Plan, Evidence]:
+    """The plan with what its codebooks will store, and what encoding draws on, shared codebooks included."""
+
+    def weight_of(decision: Decision) -> Tensor:
+        return tensor_view(checkpoint.shard_of(decision.tensor.name), decision.tensor)
+
+    evidence = Evidence(plan.recipe.seed, options.statistics, options.representatives)
+    shared = [d for d in plan.decisions if d.book.shared is not None and d.tensor.name not in fitted.encoded]
+    refuse_nonfinite(checkpoint, replace(plan, decisions=tuple(shared)))
+    evidence = replace(evidence, books=make_shared_books(shared, weight_of, evidence))
+    return with_entries_counted(plan, weight_of, evidence, fitted.encoded), evidence
 
 
 def _with_adjusted(plan: Plan, fitted: Fitted) -> Plan:
@@ -189,17 +213,20 @@ def _refuse_full_disk(output: Path, needed: int) -> None:
         raise ResourceError(str(output), what, "free some space, or write to another disk with -o")
 
 
-def _journal(shard: Shard, staged: Path, options: Options) -> Journal | None:
-    if not options.resume:
+def _journal(shard: Shard, run: _Run) -> Journal | None:
+    if not run.options.resume:
         return None
-    return Journal(staged.parent / f"{shard.file}.journal", run_key(shard.layout, shard.manifest, options.device))
+    output = run.options.output
+    key = run_key(shard.layout, shard.manifest, f"{run.options.device}{run.evidence.fingerprint}")
+    return Journal(output.parent / f".{output.name}.partial" / f"{shard.file}.journal", key)
 
 
-def _write_shard(shard: Shard, path: Path, journal: Journal | None, fitted: Fitted, options: Options) -> _Done:
+def _write_shard(shard: Shard, path: Path, run: _Run) -> _Done:
+    fitted, options, journal = run.fitted, run.options, _journal(shard, run)
     with SlotWriter(path, shard.layout, reopen=journal is not None) as writer, journal or contextlib.nullcontext():
         finished = _restore(shard, writer, journal, options) if journal is not None else {}
         crcs = _copy_kept(shard, writer, fitted, options)
-        for one in _encode_all(shard, writer, finished, fitted, options):
+        for one in _encode_all(shard, writer, finished, run):
             finished[one.decision.tensor.name] = one
             if journal is not None:
                 journal.append(_record(writer, one))
@@ -269,10 +296,9 @@ def _report_progress(options: Options, tensor: TensorInfo) -> None:
         options.progress(tensor.name, tensor.n_bytes)
 
 
-def _encode_all(
-    shard: Shard, writer: SlotWriter, already: Container[str], fitted: Fitted, options: Options
-) -> Iterator[Finished]:
+def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: _Run) -> Iterator[Finished]:
     """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
+    fitted, options = run.fitted, run.options
     waiting = [decision for decision in reversed(_in_order(shard)) if decision.tensor.name not in already]
     stop = threading.Event()
     running: list[Future[Finished]] = []
@@ -291,9 +317,7 @@ def _encode_all(
                         options.device,
                         ready,
                         reference,
-                        options.statistics,
-                        shard.seed,
-                        options.representatives,
+                        run.evidence,
                     )
                     running.append(pool.submit(encode_tensor, job, stop))
                 finished = running.pop(0).result()

@@ -11,8 +11,19 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 
 from qcompress.errors import InputError, RecipeError, raise_all
-from qcompress.registry import METHODS
-from qcompress.types import WEIGHT_DTYPES, Axis, Decision, Plan, Recipe, Rule, TensorInfo, row_shape
+from qcompress.registry import METHODS, refuse_shared
+from qcompress.types import (
+    WEIGHT_DTYPES,
+    Axis,
+    Book,
+    Decision,
+    Plan,
+    Recipe,
+    Rule,
+    TensorInfo,
+    row_shape,
+    shared_groups,
+)
 
 
 def make_plan(
@@ -36,7 +47,7 @@ def make_plan(
         except RecipeError as error:
             errors.append(error)
     if not errors:
-        errors = _idle_rules(recipe, deciders, decisions)
+        errors = [*_idle_rules(recipe, deciders, decisions), *_unshareable(decisions)]
     raise_all(errors)
     return Plan(recipe, tuple(decisions))
 
@@ -76,7 +87,37 @@ def _decide(tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis
     refusal = METHODS[rule.method].refuse(rule.config, row_shape(tensor.shape, axis))
     if refusal is not None:
         raise RecipeError(rule.where, f"{tensor.name} {list(tensor.shape)}: {refusal}", "change the rule or add one")
-    return Decision(tensor, rule.method, rule.config, reason, axis)
+    shared = shared_by(tensor.name, getattr(rule.config, "share", None))
+    if shared is not None:
+        reason = f"{reason}; one codebook for the {shared}"
+    return Decision(tensor, rule.method, rule.config, reason, axis, book=Book(shared=shared))
+
+
+def shared_by(name: str, scope: str | None) -> str | None:
+    """What a tensor shares its codebook with: "model", "type q_proj.weight", "layer model.layers.3"; None: nothing.
+
+    A layer is all up to the first number in the name, without one the parent of the tensor's module.
+    """
+    if scope is None or scope == "model":
+        return scope
+    parts = name.split(".")
+    if scope == "type":
+        return f"type {'.'.join(parts[-2:])}"
+    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
+    prefix = parts[: numbers[0] + 1] if numbers else parts[:-2]
+    return f"layer {'.'.join(prefix)}".rstrip()
+
+
+def _unshareable(decisions: Sequence[Decision]) -> list[InputError]:
+    """An error for each codebook that its tensors cannot pay for together."""
+    errors: list[InputError] = []
+    for group in shared_groups(decisions).values():
+        first = group[0]
+        refusal = refuse_shared(first.config, [row_shape(d.tensor.shape, d.axis) for d in group])
+        if refusal is not None:
+            what = f"{first.book.shared}: {refusal}"
+            errors.append(RecipeError(first.reason.partition("; ")[0], what, "fewer bits, a smaller dim, or no share"))
+    return errors
 
 
 def _unfit(tensor: TensorInfo) -> str | None:

@@ -20,7 +20,7 @@ KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
 VERBS = (
-    *("allocate", "audit", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "journal", "load"),
+    *("allocate", "audit", "books", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "journal", "load"),
     *("representatives", "sensitivity", "shards", "tune", "worker"),
 )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from qcompress.artifact.manifest import METADATA_KEY, Entry, Manifest, Placement, manifest_text
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import CodingChoice, bound_bytes
-from qcompress.coding.rows import codebook_shape, dim_of, grid_shape
+from qcompress.coding.rows import dim_of, grid_shape, stored_codebook_shape
 from qcompress.container import RESERVED
 from qcompress.types import DTYPE_BITS, Decision, Shape, row_shape
 
@@ -104,12 +104,12 @@ def _codebook_slots(decision: Decision, rows: int, columns: int, choice: CodingC
     packed: Shape = (code_rows, row_bytes(columns, config.bits))
     most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(code_rows, columns, config.bits, choice)
     shape = packed if choice in ("packed", "auto") else (most,)
-    tables = codebook_shape(config, rows, columns)
+    slots = [Slot(part_name(name, "codes"), "U8", shape, most, name, varies=choice != "packed")]
+    if decision.book.stored_in is not None:
+        return slots
+    tables = stored_codebook_shape(decision)
     dtype, size = {"f16": ("F16", 2), "f32": ("F32", 4), "int8": ("I8", 1)}[config.codebook]
-    slots = [
-        Slot(part_name(name, "codes"), "U8", shape, most, name, varies=choice != "packed"),
-        Slot(part_name(name, "codebook"), dtype, tables, size * math.prod(tables), name),
-    ]
+    slots.append(Slot(part_name(name, "codebook"), dtype, tables, size * math.prod(tables), name))
     if config.codebook == "int8":
         slots.append(Slot(part_name(name, "scale"), "F16", (tables[0], 1), 2 * tables[0], name))
     return slots
@@ -141,6 +141,7 @@ def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:
         exponent=-126,
         crc32=2**32 - 1,
         dim=dim_of(decision),
+        codebook=decision.book.stored_in,
     )
 
 

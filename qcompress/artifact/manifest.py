@@ -48,8 +48,9 @@ class NewerFormatError(ManifestError):
 class Entry:
     """What the manifest says of one compressed tensor.
 
-    crc32  of the packed codes, scale, zero point, offset and codebook, in this order, as bytes
-    dim    rows that have one code together
+    crc32     of the packed codes, scale, zero point, offset and codebook, in this order, as bytes
+    dim       rows that have one code together
+    codebook  the tensor of the same file whose codebook this one has, where that is another
     """
 
     shape: Shape
@@ -61,6 +62,7 @@ class Entry:
     exponent: int
     crc32: int
     dim: int = 1
+    codebook: str | None = None
 
     @property
     def rows(self) -> int:
@@ -107,7 +109,8 @@ class Manifest:
 
 def manifest_text(manifest: Manifest) -> str:
     """The manifest as sorted JSON without spaces; what most entries share stands once under `defaults`."""
-    entries = {name: _entry_json(entry) for name, entry in manifest.tensors.items()}
+    shares = any(entry.codebook is not None for entry in manifest.tensors.values())
+    entries = {name: _entry_json(name, entry, shares) for name, entry in manifest.tensors.items()}
     defaults = _common(list(entries.values()))
     document: dict[str, Any] = {
         "defaults": defaults,
@@ -137,9 +140,15 @@ def manifest_text(manifest: Manifest) -> str:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def _entry_json(entry: Entry) -> dict[str, Any]:
-    values = {part.name: getattr(entry, part.name) for part in fields(entry) if part.name != "dim" or entry.dim > 1}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def _entry_json(name: str, entry: Entry, shares: bool) -> dict[str, Any]:
+    """The entry's fields; where any tensors share a codebook, each names the one that stores its own."""
+    values = {part.name: getattr(entry, part.name) for part in fields(entry)}
+    if entry.dim == 1:
+        del values["dim"]
+    values["codebook"] = entry.codebook or name
+    if not shares:
+        del values["codebook"]
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -147,7 +156,9 @@ def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not entries:
         return {}
     common = {}
-    for key in ("axis", "bits", "dtype", "grid"):
+    for key in ("axis", "bits", "codebook", "dtype", "grid"):
+        if key not in entries[0]:
+            continue
         counts = Counter(json.dumps(entry[key]) for entry in entries)
         common[key] = json.loads(counts.most_common(1)[0][0])
     # Not the most frequent coding: that is known only when all is written, and the header's room is needed before.
@@ -265,7 +276,7 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
         raise ManifestError(f"tensor {name!r} has {RESERVED!r} in its name, which only parts of tensors have")
     if not isinstance(own, dict):
         raise ManifestError(f"tensor {name!r} has no entry in the manifest")
-    values = {"dim": 1, **defaults, **own}
+    values = {"dim": 1, "codebook": name, **defaults, **own}
     wanted = {part.name for part in fields(Entry)}
     if set(values) != wanted:
         odd = sorted(set(values) ^ wanted)[0]
@@ -278,6 +289,8 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
             raise ManifestError(f"tensor {name!r} has the unknown {key} {values[key]!r}")
     if values["grid"] != "codebook" and (values["bits"] > AFFINE_BITS or values["dim"] > 1):
         raise ManifestError(f"tensor {name!r} has {values['bits']} bits and dim {values['dim']}, which a grid has not")
+    if not isinstance(values["codebook"], str) or (values["grid"] != "codebook" and values["codebook"] != name):
+        raise ManifestError(f"tensor {name!r} has the codebook {values['codebook']!r}, not the name of a tensor")
     for key in ("shape", "axis"):
         value = values[key]
         if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
@@ -289,7 +302,8 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
     rank = max(len(shape), 2)
     if len(set(axis)) != len(axis) or not (0 < len(axis) < rank and max(axis) < rank):
         raise ManifestError(f"tensor {name!r} of shape {list(shape)} has the channel axes {list(axis)}")
-    entry = Entry(**{**values, "shape": shape, "axis": axis})
+    shared = None if values["codebook"] == name else values["codebook"]
+    entry = Entry(**{**values, "shape": shape, "axis": axis, "codebook": shared})
     if entry.rows % entry.dim:
         raise ManifestError(f"tensor {name!r} has {entry.rows} rows in vectors of {entry.dim}")
     return entry

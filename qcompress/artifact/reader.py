@@ -79,6 +79,11 @@ class ArtifactFile:
         """part -> its stored tensor, for a compressed tensor, in the order of PARTS."""
         return _find_parts(self.container, name)
 
+    def grid_of(self, name: str) -> dict[str, TensorInfo]:
+        """part -> the stored tensor that a compressed tensor's codes are decoded by, perhaps another's codebook."""
+        parts = self.parts_of(self.manifest.tensors[name].codebook or name)
+        return {part: info for part, info in parts.items() if part != "codes"}
+
     def slots(self) -> list[Slot]:
         """What the file holds, as the writer's slots, in file order."""
         owner = {part_name(name, part): name for name in self.manifest.tensors for part in PARTS}
@@ -96,27 +101,26 @@ class ArtifactFile:
         except ValueError as error:
             raise ArtifactError(f"{self.path}: tensor {name!r}", str(error), REFETCH) from None
         crc = zlib.crc32(np.ascontiguousarray(packed).data)
-        for part in PARTS[1:]:
-            if part_name(name, part) in self.container.spans:
-                crc = zlib.crc32(self.container.bytes_of(part_name(name, part)), crc)
+        for info in self.grid_of(name).values():
+            crc = zlib.crc32(self.container.bytes_of(info.name), crc)
         if crc != entry.crc32:
             raise ArtifactError(f"{self.path}: tensor {name!r}", "its checksum does not hold", REFETCH)
-        if not all(np.isfinite(grid).all() for grid in self._grids(name).values()):
+        if not all(np.isfinite(grid).all() for grid in self.grids(name).values()):
             raise ArtifactError(f"{self.path}: tensor {name!r}", "its grid holds NaN or Inf", REFETCH)
         if entry.grid == "codebook":
-            entries = self.parts_of(name)["codebook"].shape[1]
+            entries = self.grid_of(name)["codebook"].shape[1]
             if entries < 2**entry.bits and count_codes(packed, entry.bits, entry.columns)[entries:].any():
                 raise ArtifactError(f"{self.path}: tensor {name!r}", "a code is beyond its codebook", REFETCH)
         return packed
 
-    def _grids(self, name: str) -> dict[str, NDArray[Any]]:
-        """part -> its values, of scale and zero point or offset; views of the file."""
-        grids = {}
-        for part, info in self.parts_of(name).items():
-            if part != "codes":
-                dtype = np.dtype(NUMPY_DTYPES[info.dtype])
-                grids[part] = np.frombuffer(self.container.bytes_of(info.name), dtype).reshape(info.shape)
-        return grids
+    def grids(self, name: str) -> dict[str, NDArray[Any]]:
+        """part -> its values, of scale and zero point, offset or codebook; views of the file."""
+        return {
+            part: np.frombuffer(self.container.bytes_of(info.name), np.dtype(NUMPY_DTYPES[info.dtype])).reshape(
+                info.shape
+            )
+            for part, info in self.grid_of(name).items()
+        }
 
     def read_encoded(self, name: str) -> Affine | Codebook:
         """A compressed tensor's codes and grid or codebook. Raises ArtifactError."""
@@ -126,7 +130,7 @@ class ArtifactFile:
 
         entry = self.manifest.tensors[name]
         codes = unpack(self.packed_codes(name), entry.bits, entry.columns)
-        grids = {part: torch.from_numpy(values.copy()) for part, values in self._grids(name).items()}
+        grids = {part: torch.from_numpy(values.copy()) for part, values in self.grids(name).items()}
         if entry.grid == "codebook":
             return Codebook(
                 codes=torch.from_numpy(codes if entry.bits <= 8 else codes.astype(np.int16)),
@@ -277,7 +281,7 @@ def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, 
     """The tensors that are not parts of compressed ones. Raises ManifestError where header and manifest differ."""
     stored = dict(container.by_name)
     for name, entry in manifest.tensors.items():
-        wanted = GRID_PARTS.get(entry.grid, ("codes", "scale"))
+        wanted = GRID_PARTS.get(entry.grid, ("codes", "scale")) if entry.codebook is None else ("codes",)
         found = _find_parts(container, name)
         if "codebook" in found and found["codebook"].dtype == "I8":
             wanted = (*wanted, "scale")
@@ -289,6 +293,8 @@ def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, 
         for part, info in found.items():
             if info.dtype not in PART_DTYPES[part]:
                 raise ManifestError(f"tensor {name!r} has a {part} of {info.dtype}, not {PART_DTYPES[part][0]}")
+        if entry.codebook is not None:
+            found |= {"codebook": _shared_codebook(container, manifest, name, entry.codebook)}
         _check_shapes(name, entry, found)
     broken = next((name for name in stored if name in manifest.tensors or RESERVED in name), None)
     if broken is not None:
@@ -299,6 +305,19 @@ def _check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, 
 def _find_parts(container: Container, name: str) -> dict[str, TensorInfo]:
     stored = {part: container.by_name.get(part_name(name, part)) for part in PARTS}
     return {part: info for part, info in stored.items() if info is not None}
+
+
+def _shared_codebook(container: Container, manifest: Manifest, name: str, owner: str) -> TensorInfo:
+    """The stored codebook that a tensor shares. Raises ManifestError where `owner` has none, or another kind."""
+    own, other = manifest.tensors[name], manifest.tensors.get(owner)
+    if other is None or other.grid != "codebook" or other.codebook is not None:
+        raise ManifestError(f"tensor {name!r} shares the codebook of {owner!r}, which has none of its own")
+    if (own.bits, own.dim, own.exponent) != (other.bits, other.dim, other.exponent):
+        raise ManifestError(f"tensor {name!r} shares the codebook of {owner!r}, whose bits, dim or exponent differ")
+    info = container.by_name.get(part_name(owner, "codebook"))
+    if info is None:
+        raise ManifestError(f"tensor {owner!r} has its codebook missing or too many")
+    return info
 
 
 def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:

@@ -20,6 +20,7 @@ from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.registry import DkmConfig
 from qcompress.solvers.codebooks import (
+    BookEvidence,
     encode_nearest,
     first_codebooks,
     rows_from_vectors,
@@ -93,7 +94,7 @@ class SoftShared(nn.Module):
         self.axis = decision.axis
         matrix = rows_from_weight(weight.detach(), self.axis).flatten(1)
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())
-        found = first_codebooks(matrix.cpu(), self.config, "optimal", on_cpu)
+        found = first_codebooks(matrix.cpu(), self.config, "optimal", BookEvidence(on_cpu))
         self.register_buffer("centroids", found.to(weight.device), persistent=False)
         self.centroids: Tensor
         self.progress = 0.0

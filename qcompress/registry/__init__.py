@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qcompress.registry.calibrated import AdaroundConfig, DfqConfig, GptqConfig, PdquantConfig
-from qcompress.registry.clusters import ClusterConfig, DkmConfig, KmeansConfig, LearnedConfig, Tune, refuse_codebook
+from qcompress.registry.clusters import (
+    ClusterConfig,
+    DkmConfig,
+    KmeansConfig,
+    LearnedConfig,
+    Tune,
+    refuse_codebook,
+    refuse_shared,
+)
 from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig, SquantConfig, refuse_grid
 from qcompress.types import Family, Shape
 
@@ -37,6 +45,7 @@ __all__ = [
     "Tune",
     "refuse_codebook",
     "refuse_grid",
+    "refuse_shared",
 ]
 
 
@@ -47,7 +56,8 @@ class Method:
     needs       what it works from: `weights` alone, tensor by tensor; the `graph` of a live model; `calibration` data
                 too; `training` data
     adjusts     whether it changes tensors that it was not given: batch norms, biases
-    statistics  whether it can also work from saved statistics of the layers' inputs, with no live model
+    statistics  whether it can also work from saved statistics of the layers' inputs, with no live model; one that
+                needs weights alone lets them weigh its errors
     representatives  whether it takes up what finetune-reg has learned, as one more argument
     refuse      (config, shape [rows, ...] of a weight) -> why the weight cannot have this grid, or None
     """
@@ -64,7 +74,7 @@ class Method:
 
     def load(self) -> Callable[..., Any]:
         """The function: encode(weight float32 [rows, ...], config, exponent) -> Affine where `needs` is weights; of the
-        family cluster encode(weight [rows, ...] in its dtype, config, exponent, generator) -> Codebook; else
+        family cluster encode(weight [rows, ...] in its dtype, config, exponent, evidence) -> Codebook; else
         fit(live: LiveModel, decisions) -> Fitted, with `learn` as one more argument where `needs` is training."""
         return _load(self.target)
 
@@ -97,7 +107,9 @@ def _live_method(
 
 def _cluster_method(name: str, config: type[ClusterConfig], *, representatives: bool = False) -> Method:
     target = f"qcompress.methods.{name}:encode"
-    return Method(name, "cluster", config, "weights", False, refuse_codebook, target, representatives=representatives)
+    return Method(
+        name, "cluster", config, "weights", False, refuse_codebook, target, True, representatives=representatives
+    )
 
 
 METHODS: Mapping[str, Method] = {

@@ -60,12 +60,17 @@ def gather_report(path: Path, baseline: Checkpoint | None = None) -> Report:
 
 def _stored_report(artifact: Artifact) -> Report:
     """What the artifact's own bytes tell: sizes, and the entropy of its codes."""
+    from qcompress.report.codebooks import stored_codebook_figures
     from qcompress.report.counts import measure_counts
 
     figures = {}
     for file in artifact.files:
         for name, entry in file.manifest.tensors.items():
-            figures[name] = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
+            found = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
+            if entry.grid == "codebook":
+                about = stored_codebook_figures(file.grids(name)["codebook"].astype("f4"), found.levels_used)
+                found = replace(found, **about)
+            figures[name] = found
     return _make_report(artifact, figures)
 
 
@@ -86,8 +91,11 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
     import torch
 
     from qcompress.coding.affine import decode_rows, row_spans, take_rows
+    from qcompress.coding.codebook import centroid_values
     from qcompress.coding.rows import rows_from_weight
+    from qcompress.report.codebooks import codebook_figures
     from qcompress.report.figures import LayerMeter, unclipped_range
+    from qcompress.types import Codebook
 
     entry, encoded = file.manifest.tensors[name], file.read_encoded(name)
     rows = rows_from_weight(weight, entry.axis)
@@ -97,7 +105,9 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
         block = rows[start:stop].float().reshape(part.shape)
         counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy()
         meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
-    return meter.result()
+    if not isinstance(encoded, Codebook):
+        return meter.result()
+    return replace(meter.result(), **codebook_figures(encoded.codes.numpy(), centroid_values(encoded).numpy()))
 
 
 def _input_hash(artifact: Artifact) -> str:
@@ -133,10 +143,12 @@ def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: Laye
         reason=REASON,
         method=method,
         bits=entry.bits,
+        dim=entry.dim,
         granularity=granularity,
         group_size=group_size,
         form=entry.grid if entry.grid in ("zero-point", "offset", "codebook") else "symmetric",
         coding=entry.coding,
+        codebook_in=entry.codebook,
         side_information_bytes=sum(parts.values()) - parts["codes"],
         figures=figures,
     )
@@ -144,7 +156,7 @@ def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: Laye
 
 def _sharing(file: ArtifactFile, name: str, entry: Entry, meant: str) -> tuple[str, int | None]:
     """What shares a grid or codebook, and the size of a group; `meant` by the recipe, where parts leave a choice."""
-    parts = file.parts_of(name)
+    parts = file.grid_of(name)
     if entry.grid == "codebook":
         tables = parts["codebook"].shape[0]
         granularity = meant or ("tensor" if tables == 1 else "channel" if tables == entry.rows else "group")
