@@ -19,7 +19,7 @@ from qcompress.coding.affine import decode
 from qcompress.methods.dkm import SoftShared
 from qcompress.model.code import find_callable
 from qcompress.registry import DkmConfig, KmeansConfig, Tune
-from qcompress.tune import _Entries
+from qcompress.tune import _Entries, _scale_gradient
 from qcompress.types import Codebook, Decision, TensorInfo
 
 NET = """
@@ -116,7 +116,8 @@ def test_an_entrys_gradient_is_that_of_its_weights(gradient: str, dim: int) -> N
     codes = torch.randint(0, 3, (4, 5), generator=generator, dtype=torch.uint8)
     centroids = torch.randn(2, 4, dim, generator=generator)
     encoded = Codebook(codes, 2, centroids, 0, (4 * dim, 5))
-    entries = _Entries(encoded, torch.device("cpu"), gradient, keep_zero=False)
+    entries = _Entries(encoded, torch.device("cpu"))
+    _scale_gradient(entries.values, entries.counts, gradient, keep_zero=False)
     slope = torch.randn(4 * dim, 5, generator=generator)
     weight = entries(torch.empty(0))
     assert torch.equal(weight.detach(), decode(encoded))
@@ -137,7 +138,8 @@ def test_an_exact_zero_stays_one() -> None:
     encoded = Codebook(
         torch.tensor([[0, 1, 2]], dtype=torch.uint8), 2, torch.tensor([[[-1.0], [0.0], [2.0]]]), 0, (1, 3)
     )
-    entries = _Entries(encoded, torch.device("cpu"), "rms", keep_zero=True)
+    entries = _Entries(encoded, torch.device("cpu"))
+    _scale_gradient(entries.values, entries.counts, "rms", keep_zero=True)
     entries(torch.empty(0)).sum().backward()
     assert entries.values.grad is not None
     assert entries.values.grad.flatten().tolist() == [1.0, 0.0, 1.0]

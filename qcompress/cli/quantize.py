@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,14 +39,8 @@ def quantize(
     ] = False,
     resume: opt.Resume = False,
     allow_code: opt.AllowCode = False,
-    statistics: Annotated[
-        Path | None,
-        typer.Option("--statistics", metavar="FILE", help="Input statistics, in place of model and calibration data."),
-    ] = None,
-    save_statistics: Annotated[
-        Path | None,
-        typer.Option("--save-statistics", metavar="FILE", help="Write the layers' input statistics there."),
-    ] = None,
+    statistics: opt.Statistics = None,
+    save_statistics: opt.SaveStatistics = None,
     max_size: opt.MaxSize = None,
     max_bpw: opt.MaxBpw = None,
     min_sqnr: opt.MinSqnr = None,

@@ -117,7 +117,7 @@ class SoftShared(nn.Module):
         config = self.config
         temperature = config.temperature
         if temperature is None:
-            share = share_at(self.progress, config.share[0], config.share[1])
+            share = share_at(self.progress, config.temperature_share[0], config.temperature_share[1])
             temperature = relative_temperature(centroids, share, config.metric)
         most = GUARD * critical_temperature(points, config.metric)
         if 0 < most < temperature:

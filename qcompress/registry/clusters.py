@@ -122,7 +122,7 @@ class DkmConfig(ClusterConfig):
     iterations   of soft k-means in each step, all of them unrolled by the gradient
     metric       the distance that is softened: `squared`, or `plain` Euclidean
     temperature  fixed, in units of the metric; where absent a share of each codebook's gaps
-    share        of the squared mean gap (of the gap, for the plain metric) at the start and at the end of training
+    temperature_share  of the squared mean gap (of the gap, for the plain metric) at the start and the end of training
     levels       `f32` computes on all weights; `bf16` and `f16` on the distinct values of weights rounded to 16 bits,
                  with the gradient straight through: much faster, for dim 1
     """
@@ -130,7 +130,7 @@ class DkmConfig(ClusterConfig):
     iterations: Annotated[int, Interval(ge=1, le=10)] = 3
     metric: Literal["squared", "plain"] = "squared"
     temperature: Annotated[float, Gt(0)] | None = None
-    share: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (0.5, 0.02)
+    temperature_share: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (0.5, 0.02)
     levels: Literal["f32", "bf16", "f16"] = "f32"
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ def refuse_codebook(config: ClusterConfig, shape: Shape) -> str | None:
         return f"dim {config.dim} does not divide the {unit} channels of a codebook"
     entries = min(2**config.bits, unit // config.dim * columns)
     table = rows // unit * entries * config.dim * CENTROID_BYTES[config.codebook]
-    if getattr(config, "share", None) is not None:
+    if isinstance(config, KmeansConfig) and config.share is not None:
         # Other tensors pay for it too: refuse_shared holds it against all of them.
         return None
     codes = rows // config.dim * -(-columns * config.bits // 8)
