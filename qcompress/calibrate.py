@@ -16,7 +16,7 @@ from qcompress.model.statistics import measure_statistics, save_statistics
 from qcompress.plan import make_plan
 from qcompress.report.assemble import run_figures
 from qcompress.report.document import Report
-from qcompress.tune import Tuner, make_learn
+from qcompress.tune import Tuner, make_learn, measure_kmeans
 from qcompress.types import Axis, Plan, Recipe
 
 
@@ -72,8 +72,9 @@ def compress_live(
         learn=make_learn(setting, how.say),
         tune=tuner,
     )
+    kmeans = measure_kmeans(live, plan, setting, tuner.untuned) if task else ()
     report = compress(checkpoint, plan, options, fitted)
     after = evaluate(options.output, setting) if task else []
     run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, str(setting.device))
-    accuracy = compare(before, after, tuner.untuned) if task else None
+    accuracy = compare(before, after, tuner.untuned, kmeans) if task else None
     return replace(report, accuracy=accuracy, run=run, warnings=report.warnings + fitted.notes)

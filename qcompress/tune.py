@@ -6,6 +6,7 @@ the number of weights, and raw it diverges on layers of any size: by default it 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,9 +21,11 @@ from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import weight_from_rows
 from qcompress.evaluate import Setting, measure_task
 from qcompress.finetune import train_data
+from qcompress.fit import fit
+from qcompress.model.activations import attach_activations
 from qcompress.model.live import LiveModel, layer_name
 from qcompress.model.tasks import Measurement
-from qcompress.registry import Tune
+from qcompress.registry import KmeansConfig, Tune
 from qcompress.settings import Cosine, Sgd, Training, TrainingOptions
 from qcompress.training.loop import Learn, Trained, Watch, train
 from qcompress.training.losses import make_loss
@@ -65,6 +68,38 @@ class Tuner:
             tuned: dict[str, Encoded] = {name: one.encoded(decision) for name, (decision, one) in entries.items()}
         live.put(tuned)
         return replace(fitted, encoded={**fitted.encoded, **tuned})
+
+
+def measure_kmeans(
+    live: LiveModel, plan: Plan, setting: Setting, untuned: Sequence[Measurement]
+) -> Sequence[Measurement]:
+    """The task's metrics with codebooks of the same settings by k-means of the live model's weights, and no training;
+    nothing where the plan is just that.
+
+    untuned  the plan's own before tuning: where all its methods are k-means, that is what is asked for
+    """
+    decisions = [one for one in plan.decisions if one.compresses and one.config.form == "codebook"]
+    alone = all(one.method == "kmeans" for one in decisions)
+    recipe = plan.recipe
+    if not decisions or (alone and not any(map(_tune_of, decisions))):
+        return ()
+    if alone and recipe.activations is None and not recipe.companions:
+        return untuned
+    plain = replace(plan, decisions=tuple(_plain_kmeans(one) for one in plan.decisions))
+    bare = replace(live, quantized=copy.deepcopy(live.module))
+    found = fit(bare, plain)
+    attach_activations(bare.quantized, found.activations)
+    return measure_task(bare.quantized, setting, "k-means")
+
+
+def _plain_kmeans(decision: Decision) -> Decision:
+    if not decision.compresses or decision.config.form != "codebook":
+        return decision
+    config = decision.config
+    if isinstance(config, KmeansConfig):
+        return replace(decision, config=replace(config, tune=None))
+    same = {name: getattr(config, name) for name in ("bits", "dim", "granularity", "group_size", "codebook", "axis")}
+    return replace(decision, method="kmeans", config=KmeansConfig(**same))
 
 
 def make_learn(setting: Setting, say: Callable[[str], None]) -> Learn:

@@ -171,6 +171,9 @@ class AccuracyFigures:
     interval           of the drop, paired, 95 %
     baseline_interval  of the checkpoint's own figure, 95 %, and artifact_interval of the artifact's
     untuned            the artifact's before its codebooks were tuned; None where they were not
+    kmeans             of the checkpoint with codebooks of the same settings by k-means alone; None where nothing but
+                       that was done
+    kmeans_ratio       the artifact's over that, and untuned_ratio the one before tuning; None where that is 0
     """
 
     metric: str
@@ -182,6 +185,9 @@ class AccuracyFigures:
     baseline_interval: tuple[float, float] | None = None
     artifact_interval: tuple[float, float] | None = None
     untuned: float | None = None
+    kmeans: float | None = None
+    kmeans_ratio: float | None = None
+    untuned_ratio: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,9 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
         "baseline_interval": Term("checkpoint's interval", "95 % confidence interval of the checkpoint's metric"),
         "artifact_interval": Term("artifact's interval", "95 % confidence interval of the artifact's metric"),
         "untuned": Term("before tuning", "the artifact's metric before the entries of its codebooks were tuned"),
+        "kmeans": Term("k-means alone", "the metric with codebooks of the same settings by k-means, nothing trained"),
+        "kmeans_ratio": Term("ratio to k-means", "the artifact's metric over that of k-means alone"),
+        "untuned_ratio": Term("ratio before tuning", "the metric before tuning over that of k-means alone"),
         "samples": Term("samples", "how many samples the metric was measured on"),
         "pareto_front": Term(
             "Pareto front", "artifacts that none beats: no other is as small and as good, and better in one", ("front",)

@@ -16,7 +16,7 @@ from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import codebook_shape
 from qcompress.methods import kmeans, learned
 from qcompress.registry import KmeansConfig, LearnedConfig, refuse_codebook
-from qcompress.solvers.codebooks import BookEvidence, count_entries
+from qcompress.solvers.codebooks import BookEvidence
 from qcompress.types import Codebook
 
 
@@ -124,9 +124,7 @@ def test_pieces_of_rows_are_rows_of_the_whole(options: dict[str, Any]) -> None:
 def test_random_starts_follow_their_generator() -> None:
     weight = gaussian(8, 60)
     config = KmeansConfig(bits=4, init="random", codebook="f32")
-    found = [
-        centroid_values(kmeans.encode(weight, config, 0, seeded(seed))) for seed in (1, 1, 2)
-    ]
+    found = [centroid_values(kmeans.encode(weight, config, 0, seeded(seed))) for seed in (1, 1, 2)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
