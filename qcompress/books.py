@@ -140,11 +140,11 @@ def unweighed(plan: Plan, statistics: Path | None) -> list[str]:
     if statistics is None:
         return []
     known = read_statistics(statistics)
-    lacking = [
+    lacking = sorted(
         d.tensor.name
         for d in plan.decisions
         if d.compresses and METHODS[d.method or ""].family == "cluster" and sensitivity_of(d, known) is None
-    ]
+    )
     more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
     return [f"{statistics.name} knows nothing of {', '.join(lacking[:3])}{more}: unweighed"] if lacking else []
 
