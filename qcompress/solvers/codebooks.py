@@ -10,12 +10,16 @@ from torch import Tensor
 
 from qcompress.coding.codebook import centroid_values, store_centroids
 from qcompress.coding.rows import codebook_shape
-from qcompress.solvers.blocks import spans
 from qcompress.solvers.kmeans import Start, assign_scalars, cluster_rows, cluster_scalars
 from qcompress.solvers.kmeans_vectors import assign_vectors, cluster_vectors
 from qcompress.types import Codebook, Shape
 
-FIRST_LOOK = 2**16
+FIRST_LOOK = 4
+"""Times as many vectors as there are entries that are looked at first, and so many times as many each time after."""
+MOST_LOOK = 2**18
+BINS_EACH = 2**8
+FEWEST_BINS = 2**12
+"""Bins for wide scalars, up to 2**16: the bound is some 2e-3 of the error, the error itself that of 2**16 bins."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,16 @@ def first_codebooks(matrix: Tensor, config: Any, start: Start, evidence: BookEvi
         return torch.stack([torch.cat((one, one[-1:].expand(most - len(one), -1))) for one in found])
     if tables == 1:
         each = None if weights is None else weights.view(matrix.shape)
-        one = cluster_scalars(matrix, entries, each, start=start, zero=zero, generator=evidence.generator).centroids
-        return one.view(1, -1, 1)
+        found_one = cluster_scalars(
+            matrix,
+            entries,
+            each,
+            start=start,
+            zero=zero,
+            generator=evidence.generator,
+            bins=max(FEWEST_BINS, BINS_EACH * entries),
+        )
+        return found_one.centroids.view(1, -1, 1)
     rows = table_parts(matrix, config).reshape(tables, -1)
     each_row = cluster_rows(rows, entries, weights, start=start, zero=zero, generator=evidence.generator).centroids
     used = 1 + int((each_row[:, 1:] != each_row[:, :-1]).sum(1).max()) if entries > 1 else 1
@@ -98,15 +110,31 @@ def count_entries(matrix: Tensor, config: Any) -> int:
     spare = int(getattr(config, "zero", False))
     most = 1
     for part in table_parts(matrix, config):
-        look = max(1, FIRST_LOOK // (matrix.shape[1] * dim)) * dim
-        seen = torch.empty(0, dim)
-        for span in spans(len(part), look):
-            points = vectors_from_rows(part[span].float(), dim)
-            seen = torch.unique(torch.cat((seen, points)), dim=0)
+        # More each time: mostly the first look tells.
+        seen, done, look = torch.empty(0, dim), 0, FIRST_LOOK * entries
+        while done < part.numel() // dim:
+            points = _some_vectors(part, dim, done, done + look)
+            seen = _unique(torch.cat((seen, points)))
             if len(seen) + spare >= entries:
                 return entries
+            done, look = done + look, min(FIRST_LOOK * look, MOST_LOOK)
         most = max(most, len(seen) + spare)
     return most
+
+
+def _some_vectors(part: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    """Vectors [about stop - start, dim] of rows [rows, columns]: those numbered so, and the others of their rows."""
+    columns = part.shape[1]
+    if dim == 1:
+        return part.reshape(-1, 1)[start:stop].float()
+    first, last = start // columns, -(-stop // columns)
+    return vectors_from_rows(part[first * dim : last * dim].float(), dim)
+
+
+def _unique(points: Tensor) -> Tensor:
+    """The different vectors [n, dim] in some order."""
+    found: Tensor = torch.unique(points).unsqueeze(1) if points.shape[1] == 1 else torch.unique(points, dim=0)
+    return found
 
 
 def encode_nearest(matrix: Tensor, values: Tensor, config: Any, exponent: int, shape: Shape) -> Codebook:
