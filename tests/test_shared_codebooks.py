@@ -16,6 +16,7 @@ from torch import Tensor
 import qcompress
 from qcompress.artifact.reader import read_artifact
 from qcompress.coding.codebook import centroid_values
+from qcompress.methods import kmeans
 from qcompress.plan import shared_by
 from qcompress.solvers.kmeans import assign_scalars, cluster_scalars
 from qcompress.types import Codebook
@@ -188,19 +189,29 @@ def test_what_cannot_be_shared_is_refused(run: Run, checkpoint: Path, tmp_path: 
     assert not (tmp_path / "nan-c4.safetensors").exists()
 
 
-def test_a_resumed_run_has_the_same_codebooks(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    """Another weight changes the codebook of all: nothing that an earlier run has finished may stay."""
-    output, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    words = ["--bits", "3", "--share", "model", "--resume", "-q"]
-    assert run("cluster", str(checkpoint), *words, "-o", str(output)).code == 0
-    first = output.read_bytes()
+def test_a_resumed_run_starts_again_where_the_shared_codebook_has_changed(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another weight changes the codebook of all: nothing that the killed run has finished may stay."""
+    whole, output = tmp_path / "whole.safetensors", tmp_path / "a.safetensors"
+    words = ["cluster", str(checkpoint), "--bits", "3", "--share", "model", "--threads", "1", "-q"]
+    encode, calls = kmeans.encode, []
+
+    def killing(*arguments: Any) -> Codebook:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(kmeans, "encode", killing)
+    assert run(*words, "--resume", "-o", str(output)).code == 130
+    assert not output.exists()
     every = weights()
-    every["head.weight"] = every["head.weight"] * 3
+    every[NAMES[3]] = every[NAMES[3]] * 3
     save_file(every, checkpoint)
-    assert run("cluster", str(checkpoint), *words, "-o", str(other)).code == 0
-    assert other.read_bytes() != first
-    assert run("cluster", str(checkpoint), *words, "--force", "-o", str(output)).code == 0
-    assert output.read_bytes() == other.read_bytes()
+    assert run(*words, "--resume", "-o", str(output)).code == 0
+    assert run(*words, "-o", str(whole)).code == 0
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def statistics(path: Path, *names: str, columns: int = 16) -> Path:
