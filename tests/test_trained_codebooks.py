@@ -227,6 +227,23 @@ def test_differentiable_kmeans_is_held_against_kmeans_alone(run: Run, folder: Pa
     assert trained["kmeans_ratio"] == pytest.approx(trained["artifact"] / plain["artifact"], rel=1e-4)
 
 
+def test_statistics_weigh_codebooks_with_and_without_a_live_model(run: Run, folder: Path, tmp_path: Path) -> None:
+    saved, live, alone = tmp_path / "s.safetensors", tmp_path / "live.safetensors", tmp_path / "alone.safetensors"
+    recipe = RECIPE.replace('"*.weight", kmeans: OPTIONS', '"[cf]*.weight", kmeans: {bits: 2}')
+    data = "data:\n  calibration: {npz: data.npz, samples: 64}\n"
+    (folder / "weighed.yaml").write_text(recipe.replace("data:\n", data))
+    words = ["cluster", str(folder / "m.safetensors"), "-r", str(folder / "weighed.yaml"), "--allow-code", "-q"]
+    assert run(*words, "-o", str(tmp_path / "plain.safetensors"), "--save-statistics", str(saved)).code == 0
+    done = run(*words, "-o", str(live), "--statistics", str(saved))
+    assert done.code == 0, done.err
+    (tmp_path / "r.yaml").write_text('version: 1\nrules:\n  - {match: "[cf]*.weight", kmeans: {bits: 2}}\n')
+    words = ["cluster", str(folder / "m.safetensors"), "-r", str(tmp_path / "r.yaml"), "-q"]
+    assert run(*words, "-o", str(alone), "--statistics", str(saved)).code == 0
+    plain, one, other = (qcompress.load_state_dict(path) for path in (tmp_path / "plain.safetensors", live, alone))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(plain["conv.weight"], one["conv.weight"])
+
+
 def test_a_shared_codebook_is_tuned_as_one(run: Run, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.safetensors"
     report = clustered(run, folder, output, "{bits: 3, share: model, tune: {epochs: 3, learning_rate: 0.01}}")
