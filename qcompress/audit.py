@@ -1,45 +1,62 @@
-"""What the weights of a live model are like, and what naive quantization of them gives."""
+"""What the weights of a live model are like, and what naive quantization and k-means of them give."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from qcompress.coding.affine import decode
 from qcompress.coding.rows import rows_from_weight
-from qcompress.methods import rtn
+from qcompress.methods import kmeans, rtn
 from qcompress.model.build import channel_axes
 from qcompress.model.live import put_tensors
 from qcompress.model.tasks import Measurement
-from qcompress.registry import RtnConfig
+from qcompress.registry import KmeansConfig, RtnConfig
 from qcompress.report.figures import LayerMeter
 from qcompress.report.training import WeightFigures
+from qcompress.solvers.codebooks import BookEvidence
 from qcompress.solvers.hessian import grid_exponent
 from qcompress.types import Affine
 
 Measure = Callable[[nn.Module], Sequence[Measurement]]
 
 
+TrialKind: TypeAlias = Literal["naive", "k-means"]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The widths at which all weights are tried: naive quantization a channel, k-means a tensor."""
+
+    naive: Sequence[int] = ()
+    kmeans: Sequence[int] = ()
+
+    def __iter__(self) -> Iterator[tuple[TrialKind, int]]:
+        yield from (("naive", bits) for bits in self.naive)
+        yield from (("k-means", bits) for bits in self.kmeans)
+
+
 @dataclass(frozen=True)
 class Audit:
-    """Figures of every weight, and of all of them after naive quantization.
+    """Figures of every weight, and of all of them in each trial.
 
     weights  weight name -> its figures
-    metrics  bits -> the task's headline after naive quantization; empty where nothing is measured
-    sqnr_db  bits -> over all weights together; None where it is exact
+    metrics  trial -> the task's headline; empty where nothing is measured
+    sqnr_db  trial -> over all weights together; None where it is exact
     """
 
     weights: Mapping[str, WeightFigures]
-    metrics: Mapping[int, float]
-    sqnr_db: Mapping[int, float | None]
+    metrics: Mapping[tuple[TrialKind, int], float]
+    sqnr_db: Mapping[tuple[TrialKind, int], float | None]
 
 
-def audit(module: nn.Module, names: Sequence[str], widths: Sequence[int], measure: Measure | None = None) -> Audit:
+def audit(module: nn.Module, names: Sequence[str], trials: Trials, measure: Measure | None = None) -> Audit:
     """The audit of some weights of a module, which stays as it is.
 
     names    parameters of two dimensions or more
@@ -49,21 +66,26 @@ def audit(module: nn.Module, names: Sequence[str], widths: Sequence[int], measur
     axes = channel_axes(module)
     figures: dict[str, WeightFigures] = {}
     ratios: dict[str, dict[str, float | None]] = {name: {} for name in state}
-    metrics: dict[int, float] = {}
-    totals: dict[int, float | None] = {}
+    metrics: dict[tuple[TrialKind, int], float] = {}
+    totals: dict[tuple[TrialKind, int], float | None] = {}
     energy = sum(float(value.double().square().sum()) for value in state.values())
-    for bits in widths:
+    for trial in trials:
+        kind, bits = trial
         rounded = {
-            name: _naive(value, axes[name].axes if name in axes else (0,), bits) for name, value in state.items()
+            name: _naive(value, axes[name].axes if name in axes else (0,), bits)
+            if kind == "naive"
+            else _clustered(value, bits)
+            for name, value in state.items()
         }
         errors = {name: float((rounded[name] - value).double().square().sum()) for name, value in state.items()}
         for name, value in state.items():
-            ratios[name][str(bits)] = _decibels(float(value.double().square().sum()), errors[name])
-        totals[bits] = _decibels(energy, sum(errors.values()))
+            if kind == "naive":
+                ratios[name][str(bits)] = _decibels(float(value.double().square().sum()), errors[name])
+        totals[trial] = _decibels(energy, sum(errors.values()))
         if measure is not None:
             quantized = copy.deepcopy(module)
             put_tensors(quantized, rounded)
-            metrics[bits] = measure(quantized)[0].value
+            metrics[trial] = measure(quantized)[0].value
     for name, value in state.items():
         figures[name] = _figures(value, ratios[name])
     return Audit(figures, metrics, totals)
@@ -74,6 +96,14 @@ def _naive(weight: Tensor, axis: tuple[int, ...], bits: int) -> Tensor:
     rows = rows_from_weight(weight, axis)
     encoded = rtn.encode(rows, RtnConfig(bits=bits), grid_exponent(rows.flatten(1)))
     return decode(_placed(encoded, tuple(weight.shape), axis))
+
+
+def _clustered(weight: Tensor, bits: int) -> Tensor:
+    """The weight in the codebook of least squared error, one for all of it, as it would be stored."""
+    rows = weight.reshape(len(weight), -1)
+    evidence = BookEvidence(torch.Generator().manual_seed(0))
+    encoded = kmeans.encode(rows, KmeansConfig(bits=bits), grid_exponent(rows), evidence)
+    return decode(encoded).reshape(weight.shape)
 
 
 def _placed(encoded: Affine, shape: tuple[int, ...], axis: tuple[int, ...]) -> Affine:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qcompress.allocate import Costs, is_open, read_costs, refuse_infeasible
 from qcompress.artifact.writer import refuse_existing, refuse_own_input
+from qcompress.books import Evidence
 from qcompress.checkpoint import Checkpoint
 from qcompress.compress import Options, compress_to, refuse_nonfinite, staged
 from qcompress.errors import BudgetError
@@ -28,7 +29,7 @@ from qcompress.sensitivity import live_costs
 from qcompress.training.learn import Learn
 from qcompress.training.loop import Watch
 from qcompress.training.parallel import ALONE, World
-from qcompress.tune import Tuner, make_learn
+from qcompress.tune import Tuner, make_learn, measure_kmeans
 from qcompress.types import Axis, Gates, Plan, Recipe
 
 
@@ -99,12 +100,14 @@ def compress_live(
         with staging as place:
             world.wait()
             learn = _learn(checkpoint, plan, options, setting, live, how)
-            files = {"representatives": options.representatives}
-            fitted = fit(fresh_copy(live), plan, how.say, rate=options.rate, learn=learn, tune=tuner, **files)
+            evidence = Evidence(plan.recipe.seed, options.statistics, options.representatives)
+            fresh = fresh_copy(live)
+            fitted = fit(fresh, plan, how.say, evidence=evidence, rate=options.rate, learn=learn, tune=tuner)
             if not world.is_first:
                 return None
+            kmeans = measure_kmeans(fresh, plan, setting, tuner.untuned) if measures else ()
             report = compress_to(place, checkpoint, plan, options, fitted)
-        accuracy = compare(before, evaluate(options.output, setting), tuner.untuned) if measures else None
+        accuracy = compare(before, evaluate(options.output, setting), tuner.untuned, kmeans) if measures else None
         return replace(report, accuracy=accuracy, warnings=report.warnings + fitted.notes)
 
     def finished(plan: Plan, options: Options) -> Report:

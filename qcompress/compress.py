@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qcompress.artifact.layout import (
     PARTS,
@@ -33,6 +34,7 @@ from qcompress.artifact.writer import (
     staged_output,
     write_index,
 )
+from qcompress.books import Evidence, make_shared_books, unweighed, with_entries_counted
 from qcompress.checkpoint import Checkpoint, tensor_bytes, tensor_view
 from qcompress.coding.lattice_payload import encode_pool
 from qcompress.coding.packing import row_bytes
@@ -83,6 +85,15 @@ class Options:
     representatives: Path | None = None
     rate: float | None = None
     progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all files of one run have in common."""
+
+    fitted: Fitted
+    evidence: Evidence
+    options: Options
 
 
 @dataclass(frozen=True)
@@ -148,22 +159,33 @@ def compress_to(
     options = replace(options, threads=_fitting_threads(plan, options))
     fitted = fitted or Fitted({})
     plan = halve_what_bears_it(checkpoint, plan, fitted)
+    plan, evidence = _settle_books(checkpoint, plan, fitted, options)
     shards = make_shards(checkpoint, plan, options.choice, fitted)
     folder = checkpoint.is_folder
     _refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
-    done = [
-        _write_shard(
-            shard, staged / shard.file if folder else staged, _journal(shard, staged, options), fitted, options
-        )
-        for shard in shards
-    ]
+    common = _Run(fitted, evidence, options)
+    done = [_write_shard(shard, staged / shard.file if folder else staged, common) for shard in shards]
     index_bytes = 0
     if folder:
         copy_companions(checkpoint.path, staged)
     if len(done) > 1:
         index_bytes = write_index(staged, {one.shard.file: one.written.slots for one in done})
     run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, options.device)
-    return _make_report(checkpoint, _with_adjusted(plan, fitted), done, index_bytes, options.output.name, run)
+    report = _make_report(checkpoint, _with_adjusted(plan, fitted), done, index_bytes, options.output.name, run)
+    return replace(report, warnings=tuple(unweighed(plan, options.statistics)))
+
+
+def _settle_books(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, options: Options) -> tuple[Plan, Evidence]:
+    """The plan with what its codebooks will store, and what encoding draws on, shared codebooks included."""
+
+    def weight_of(decision: Decision) -> Tensor:
+        return tensor_view(checkpoint.shard_of(decision.tensor.name), decision.tensor)
+
+    evidence = Evidence(plan.recipe.seed, options.statistics, options.representatives)
+    shared = [d for d in plan.decisions if d.book.shared is not None and d.tensor.name not in fitted.encoded]
+    refuse_nonfinite(checkpoint, replace(plan, decisions=tuple(shared)))
+    evidence = replace(evidence, books=make_shared_books(shared, weight_of, evidence))
+    return with_entries_counted(plan, weight_of, evidence, fitted.encoded), evidence
 
 
 def _with_adjusted(plan: Plan, fitted: Fitted) -> Plan:
@@ -219,18 +241,21 @@ def _refuse_full_disk(output: Path, needed: int) -> None:
         raise ResourceError(str(output), what, "free some space, or write to another disk with -o")
 
 
-def _journal(shard: Shard, staged: Path, options: Options) -> Journal | None:
-    if not options.resume:
+def _journal(shard: Shard, run: _Run) -> Journal | None:
+    if not run.options.resume:
         return None
-    return Journal(staged.parent / f"{shard.file}.journal", run_key(shard.layout, shard.manifest, options.device))
+    output = run.options.output
+    key = run_key(shard.layout, shard.manifest, f"{run.options.device}{run.evidence.fingerprint}")
+    return Journal(output.parent / f".{output.name}.partial" / f"{shard.file}.journal", key)
 
 
-def _write_shard(shard: Shard, path: Path, journal: Journal | None, fitted: Fitted, options: Options) -> _Done:
+def _write_shard(shard: Shard, path: Path, run: _Run) -> _Done:
+    fitted, options, journal = run.fitted, run.options, _journal(shard, run)
     with SlotWriter(path, shard.layout, reopen=journal is not None) as writer, journal or contextlib.nullcontext():
         finished = _restore(shard, writer, journal, options) if journal is not None else {}
         sharing = set(pool_of(shard.decisions))
         crcs = _copy_kept(shard, writer, fitted, options)
-        for one in _encode_all(shard, writer, finished, fitted, options):
+        for one in _encode_all(shard, writer, finished, run):
             finished[one.decision.tensor.name] = one
             # Pooled codes are nothing without what is written after the last of them.
             if journal is not None and one.decision.tensor.name not in sharing:
@@ -305,10 +330,9 @@ def _report_progress(options: Options, tensor: TensorInfo) -> None:
         options.progress(tensor.name, tensor.n_bytes)
 
 
-def _encode_all(
-    shard: Shard, writer: SlotWriter, already: Container[str], fitted: Fitted, options: Options
-) -> Iterator[Finished]:
+def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: _Run) -> Iterator[Finished]:
     """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
+    fitted, options = run.fitted, run.options
     waiting = [decision for decision in reversed(_in_order(shard)) if decision.tensor.name not in already]
     sharing = set(pool_of(shard.decisions))
     pooled: list[Finished] = []
@@ -329,9 +353,7 @@ def _encode_all(
                         options.device,
                         ready,
                         reference,
-                        options.statistics,
-                        shard.seed,
-                        options.representatives,
+                        run.evidence,
                         name in sharing,
                     )
                     running.append(pool.submit(encode_tensor, job, stop))

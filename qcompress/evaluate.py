@@ -113,14 +113,19 @@ def measure_task(module: nn.Module, setting: Setting, what: str) -> list[Measure
 
 
 def compare(
-    before: Sequence[Measurement], after: Sequence[Measurement], untuned: Sequence[Measurement] = ()
+    before: Sequence[Measurement],
+    after: Sequence[Measurement],
+    untuned: Sequence[Measurement] = (),
+    kmeans: Sequence[Measurement] = (),
 ) -> tuple[AccuracyFigures, ...]:
     """The report's figures of two measurements on the same samples, the drop with its paired interval.
 
     untuned  the artifact's before its codebooks were tuned
+    kmeans   of plain k-means with the same settings
     """
     figures = []
     earlier = {one.metric: one.value for one in untuned}
+    plain = {one.metric: one.value for one in kmeans}
     for one, other in zip(before, after, strict=True):
         drop, low, high = paired_drop(one, other)
         figures.append(
@@ -134,9 +139,16 @@ def compare(
                 baseline_interval=(one.low, one.high),
                 artifact_interval=(other.low, other.high),
                 untuned=earlier.get(one.metric),
+                kmeans=plain.get(one.metric),
+                kmeans_ratio=_ratio(other.value, plain.get(one.metric)),
+                untuned_ratio=_ratio(earlier.get(one.metric), plain.get(one.metric)),
             )
         )
     return tuple(figures)
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return None if value is None or not base else value / base
 
 
 def open_live(checkpoint: Checkpoint, plan: Plan, setting: Setting) -> LiveModel:

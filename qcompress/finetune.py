@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qcompress.artifact.writer import copy_companions, refuse_own_input, reporting_resources, staged_output
-from qcompress.audit import Audit, audit
+from qcompress.audit import Audit, TrialKind, Trials, audit
 from qcompress.checkpoint import INDEX_SUFFIX, Checkpoint, write_checkpoint
 from qcompress.errors import RecipeError, TrainingError
 from qcompress.evaluate import Setting, compare, measure_task
@@ -28,7 +28,7 @@ from qcompress.model.tasks import Measurement
 from qcompress.recipe import recipe_hash
 from qcompress.report.assemble import run_figures
 from qcompress.report.gates import check_metrics
-from qcompress.report.training import NaiveFigures, TrainedLayer, TrainingReport, training_path
+from qcompress.report.training import TrainedLayer, TrainingReport, TrialFigures, training_path
 from qcompress.training.advice import advise_after, advise_before
 from qcompress.training.attach import attach_penalties, weight_kinds
 from qcompress.training.loop import Data, Watch, train
@@ -82,12 +82,13 @@ def finetune(
     loss_of = training_loss(setting, copy.deepcopy(module).eval() if section.training.distil else module)
     measures = recipe.data is not None and recipe.data.eval is not None
     names = [name for name, _ in module.named_parameters() if name in weight_kinds(module)]
-    widths = section.training.options.naive_bits
+    options_ = section.training.options
+    trials = Trials(options_.naive_bits, options_.kmeans_bits)
     before: Sequence[Measurement] = ()
     audited: Audit | None = None
     if checkpoint is not None and world.is_first:
         before = measure_task(module, setting, "before") if measures else ()
-        audited = audit(module, names, widths, _measure(setting, "naive, before") if measures else None)
+        audited = audit(module, names, trials, _measure(setting, "compressed, before") if measures else None)
     folder = checkpoint is not None and checkpoint.is_folder
     staging = staged_output(output, force=options.force, folder=folder, resume=options.resume)
     with staging if world.is_first else contextlib.nullcontext(output) as staged:
@@ -112,7 +113,7 @@ def finetune(
     if not world.is_first:
         return None
     after = measure_task(module, setting, "after") if measures else ()
-    now = audit(module, names, widths, _measure(setting, "naive, after") if measures else None)
+    now = audit(module, names, trials, _measure(setting, "compressed, after") if measures else None)
     warnings += advise_after(penalties)
     accuracy = compare(before, after) if before else None
     gates = check_metrics(recipe.gates.min_metric, {one.metric: one.value for one in after})
@@ -129,7 +130,8 @@ def finetune(
         epoch_metrics=trained.metrics,
         accuracy=accuracy,
         metrics={one.metric: one.value for one in after},
-        naive=_naive(widths, after, audited, now),
+        naive=_trials("naive", trials.naive, after, audited, now),
+        kmeans=_trials("k-means", trials.kmeans, after, audited, now),
         layers=_layers(module, names, audited, now, penalties),
         warnings=tuple(warnings),
         gates=gates,
@@ -237,17 +239,17 @@ def _write(module: nn.Module, checkpoint: Checkpoint | None, staged: Path, state
     state.unlink(missing_ok=True)
 
 
-def _naive(
-    widths: Sequence[int], after: Sequence[Measurement], before: Audit | None, now: Audit
-) -> tuple[NaiveFigures, ...]:
+def _trials(
+    kind: TrialKind, widths: Sequence[int], after: Sequence[Measurement], before: Audit | None, now: Audit
+) -> tuple[TrialFigures, ...]:
     return tuple(
-        NaiveFigures(
+        TrialFigures(
             bits=bits,
             metric=after[0].metric if after else None,
-            before=before.metrics.get(bits) if before is not None else None,
-            after=now.metrics.get(bits),
-            sqnr_db_before=before.sqnr_db[bits] if before is not None else None,
-            sqnr_db_after=now.sqnr_db[bits],
+            before=before.metrics.get((kind, bits)) if before is not None else None,
+            after=now.metrics.get((kind, bits)),
+            sqnr_db_before=before.sqnr_db[kind, bits] if before is not None else None,
+            sqnr_db_after=now.sqnr_db[kind, bits],
         )
         for bits in widths
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
+from qcompress.books import Evidence, make_shared_books
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight
 from qcompress.errors import InputError, ModelError, raise_all
@@ -30,7 +30,7 @@ def fit(
     plan: Plan,
     say: Say = lambda _: None,
     *,
-    representatives: Path | None = None,
+    evidence: Evidence | None = None,
     rate: float | None = None,
     learn: Learn | None = None,
     tune: Callable[[LiveModel, Fitted], Fitted] = lambda _, fitted: fitted,
@@ -40,11 +40,11 @@ def fit(
     Methods that need weights alone come first, then those that need the graph, then those that need data, so that the
     later ones can make up for the earlier; `live.quantized` ends as the artifact will be.
 
-    representatives  the file of what finetune-reg has learned, for the methods that take it up
-    rate             bits a weight that the codes of methods without widths may take
-    learn            trains a module, for the methods that need it
-    tune             changes what the methods chose before companions and activations see it
-    raises           ModelError for weights of no module, and whatever the methods raise
+    evidence  what methods that need weights alone draw on; codebooks that tensors share are made here
+    rate      bits a weight that the codes of methods without widths may take
+    learn     trains a module, for the methods that need it
+    tune      changes what the methods chose before companions and activations see it
+    raises    ModelError for weights of no module, and whatever the methods raise
     """
     decisions = [decision for decision in plan.decisions if decision.compresses]
     _refuse_strangers(live, decisions)
@@ -57,7 +57,7 @@ def fit(
             assert rate is not None
             found = method.load_live()(live, own, rate * sum(decision.tensor.numel for decision in own))
         elif method.needs == "weights":
-            found = _encode_weights(live, own, plan.recipe.seed, representatives)
+            found = _encode_weights(live, own, evidence or Evidence(plan.recipe.seed))
         else:
             found = method.load()(live, own, *([learn] if method.needs == "training" else []))
         done = _joined(done, found)
@@ -90,14 +90,18 @@ def _refuse_strangers(live: LiveModel, decisions: Sequence[Decision]) -> None:
     raise_all(errors)
 
 
-def _encode_weights(live: LiveModel, decisions: Sequence[Decision], seed: int, representatives: Path | None) -> Fitted:
+def _encode_weights(live: LiveModel, decisions: Sequence[Decision], evidence: Evidence) -> Fitted:
+    def weight_of(decision: Decision) -> Tensor:
+        return find_tensor(live.module, decision.tensor.name).detach().cpu()
+
+    evidence = replace(evidence, books=make_shared_books(decisions, weight_of, evidence))
     encoded: dict[str, Encoded] = {}
     for decision in decisions:
         weight = find_tensor(live.module, decision.tensor.name).detach()
         rows = rows_from_weight(weight, decision.axis).contiguous()
         largest = float(weight.abs().max()) if weight.numel() else 0.0
         on_cpu = METHODS[decision.method or ""].family == "cluster"
-        found = encode_rows(rows.cpu() if on_cpu else rows, decision, exponent_for(largest), seed, representatives)
+        found = encode_rows(rows.cpu() if on_cpu else rows, decision, exponent_for(largest), evidence)
         tensor = decision.tensor
         encoded[tensor.name] = replace(found, shape=tensor.shape, axis=decision.axis, dtype=tensor.dtype)
     return Fitted(encoded)

@@ -32,10 +32,11 @@ class Record:
     side_bytes: int = 0
 
 
-def run_key(layout: Layout, manifest: Manifest, device: str) -> str:
-    """SHA-256 of everything but the weights that decides a file's bytes: recipe, headers, layout, tool and device."""
+def run_key(layout: Layout, manifest: Manifest, more: str) -> str:
+    """SHA-256 of everything but the weights that decides a file's bytes: recipe, headers, layout, tool, and `more`: the
+    device, and what was made of all weights together."""
     header = render_header(layout.slots, manifest)
-    return hashlib.sha256(header + f"\n{layout.header_bytes}\n{device}".encode()).hexdigest()
+    return hashlib.sha256(header + f"\n{layout.header_bytes}\n{more}".encode()).hexdigest()
 
 
 class Journal:

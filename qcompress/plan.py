@@ -13,10 +13,11 @@ from itertools import groupby
 from typing import Any
 
 from qcompress.errors import InputError, RecipeError, raise_all
-from qcompress.registry import METHODS
+from qcompress.registry import METHODS, refuse_shared
 from qcompress.types import (
     WEIGHT_DTYPES,
     Axis,
+    Book,
     Decision,
     KeepDtype,
     Plan,
@@ -25,6 +26,7 @@ from qcompress.types import (
     TensorInfo,
     Widths,
     row_shape,
+    shared_groups,
 )
 
 HALVED = ("F32", "F64")
@@ -56,7 +58,7 @@ def make_plan(
         except RecipeError as error:
             errors.append(error)
     if not errors:
-        errors = [*_idle_rules(recipe, deciders, decisions), *_stepless(recipe)]
+        errors = [*_idle_rules(recipe, deciders, decisions), *_stepless(recipe), *_unshareable(decisions)]
     raise_all(errors)
     return Plan(recipe, tuple(decisions))
 
@@ -105,7 +107,11 @@ def _decide(tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis
     if len(tensor.shape) < 2 and not rule.names_one_tensor:
         return Decision(tensor, None, None, "fewer than two dimensions")
     axis, reason = _channel_axis(tensor, rule, known)
-    return Decision(tensor, rule.method, _accepted(tensor, rule, axis), reason, axis)
+    accepted = _accepted(tensor, rule, axis)
+    shared = shared_by(tensor.name, getattr(rule.options, "share", None))
+    if shared is not None:
+        reason = f"{reason}; one codebook for the {shared}"
+    return Decision(tensor, rule.method, accepted, reason, axis, book=Book(shared=shared))
 
 
 def _accepted(tensor: TensorInfo, rule: Rule, axis: tuple[int, ...]) -> Any:
@@ -128,6 +134,33 @@ def _stored(decision: Decision, rule: Rule | None, every: KeepDtype | None) -> D
     if wanted is None or decision.compresses or decision.tied_to or tensor.dtype not in HALVED or not tensor.numel:
         return decision
     return replace(decision, stored="F16", reason=f"{decision.reason}{STORED_AS_F16}")
+
+
+def shared_by(name: str, scope: str | None) -> str | None:
+    """What a tensor shares its codebook with: "model", "type q_proj.weight", "layer model.layers.3"; None: nothing.
+
+    A layer is all up to the first number in the name, without one the parent of the tensor's module.
+    """
+    if scope is None or scope == "model":
+        return scope
+    parts = name.split(".")
+    if scope == "type":
+        return f"type {'.'.join(parts[-2:])}"
+    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
+    prefix = parts[: numbers[0] + 1] if numbers else parts[:-2]
+    return f"layer {'.'.join(prefix)}".rstrip()
+
+
+def _unshareable(decisions: Sequence[Decision]) -> list[InputError]:
+    """An error for each codebook that its tensors cannot pay for together."""
+    errors: list[InputError] = []
+    for group in shared_groups(decisions).values():
+        first = group[0]
+        refusal = refuse_shared(first.config, [row_shape(d.tensor.shape, d.axis) for d in group])
+        if refusal is not None:
+            what = f"{first.book.shared}: {refusal}"
+            errors.append(RecipeError(first.reason.partition("; ")[0], what, "fewer bits, a smaller dim, or no share"))
+    return errors
 
 
 def _unfit(tensor: TensorInfo) -> str | None:

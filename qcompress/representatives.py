@@ -51,6 +51,8 @@ def with_representatives(plan: Plan, path: Path) -> Plan:
     if not path.is_file():
         mend = "train with min-squared, exponential, sine or cosine, or name their file with --representatives"
         raise UsageError(str(path), "there are no learned representatives", mend)
+    import torch
+
     found = read_representatives(path)
     errors: list[InputError] = []
     decisions = []
@@ -62,8 +64,10 @@ def with_representatives(plan: Plan, path: Path) -> Plan:
                 mend = "give it a rule of its own with kmeans, or keep: {}"
                 errors.append(DataError(f"{path}: tensor {decision.tensor.name!r}", because, mend))
             elif values is not None:
-                bits = max(1, math.ceil(math.log2(values.numel())))
-                decision = replace(decision, config=replace(decision.config, bits=bits))
+                entries = len(torch.unique(values.float()))
+                bits = max(1, math.ceil(math.log2(entries)))
+                config = replace(decision.config, bits=bits)
+                decision = replace(decision, config=config, book=replace(decision.book, entries=entries))
         decisions.append(decision)
     raise_all(errors)
     return replace(plan, decisions=tuple(decisions))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qcompress.allocate import Costs
 from qcompress.artifact.layout import make_slots
+from qcompress.books import Evidence
 from qcompress.checkpoint import Checkpoint, tensor_view
 from qcompress.coding.affine import decode, decode_rows
 from qcompress.coding.half import exponent_for
@@ -102,7 +103,7 @@ def relative_errors(weight: Tensor, decision: Decision, widths: Iterable[int], s
     flat, exponent = rows.reshape(len(rows), -1), exponent_for(float(rows.abs().max()))
     errors = {}
     for bits in widths:
-        decoded = decode_rows(encode_rows(rows, stand_in(decision, bits), exponent, seed, None))
+        decoded = decode_rows(encode_rows(rows, stand_in(decision, bits), exponent, Evidence(seed)))
         errors[bits] = float((decoded - flat).double().square().sum()) / energy
     return errors
 
@@ -287,7 +288,7 @@ def _tried(live: LiveModel, decisions: Sequence[Decision]) -> Iterator[tuple[Dec
         def tried(
             bits: int, decision: Decision = decision, weight: Tensor = weight, rows: Tensor = rows, e: int = exponent
         ) -> nn.Module:
-            found = encode_rows(rows, stand_in(decision, bits), e, live.seed, None)
+            found = encode_rows(rows, stand_in(decision, bits), e, Evidence(live.seed))
             info = decision.tensor
             value = decode(replace(found, shape=info.shape, axis=decision.axis, dtype=info.dtype))
             with torch.no_grad():

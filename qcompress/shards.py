@@ -5,8 +5,8 @@ An artifact has one file for each file of its checkpoint, of the same name, each
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import qcompress
@@ -16,7 +16,7 @@ from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
 from qcompress.container import Container
 from qcompress.recipe import recipe_hash, recipe_json
-from qcompress.types import Decision, Fitted, Kept, Plan
+from qcompress.types import Decision, Fitted, Kept, Plan, book_key, shared_groups
 
 Value = TypeVar("Value")
 
@@ -45,7 +45,7 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, fitted
     dropped = {d.tensor.name: d.tied_to for d in plan.decisions if d.tied_to is not None}
     shards = []
     for source in checkpoint.shards:
-        decisions = tuple(by_name[info.name] for info in source.tensors)
+        decisions = _with_owners(by_name[info.name] for info in source.tensors)
         own = {d.tensor.name for d in decisions}
         aliases = {a: t for a, t in checkpoint.tied.items() if a not in by_name and t in own}
         tied = {name: twin for name, twin in dropped.items() if name in own}
@@ -73,6 +73,21 @@ def make_shards(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, fitted
         layout = make_layout(decisions, choice, manifest)
         shards.append(Shard(source, decisions, layout, manifest, source.path.name, plan.recipe.seed))
     return shards
+
+
+def _with_owners(decisions: Iterable[Decision]) -> tuple[Decision, ...]:
+    """The decisions of one file; of those that share a codebook the first stores it."""
+    decisions = tuple(decisions)
+    owners = {key: group[0].tensor.name for key, group in shared_groups(decisions).items()}
+
+    def placed(decision: Decision) -> Decision:
+        key = book_key(decision)
+        owner = owners.get(key) if key is not None else None
+        if owner in (None, decision.tensor.name):
+            return decision
+        return replace(decision, book=replace(decision.book, stored_in=owner))
+
+    return tuple(map(placed, decisions))
 
 
 def planned_files(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> dict[str, int]:

@@ -6,6 +6,7 @@ the number of weights, and raw it diverges on layers of any size: by default it 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,16 +21,18 @@ from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import weight_from_rows
 from qcompress.evaluate import Setting, measure_task
 from qcompress.finetune import train_data, training_loss
+from qcompress.fit import fit
+from qcompress.model.activations import attach_activations
 from qcompress.model.live import LiveModel, layer_name
 from qcompress.model.tasks import Measurement
-from qcompress.registry import Tune
+from qcompress.registry import KmeansConfig, Tune
 from qcompress.settings import Cosine, Sgd, Training, TrainingOptions
 from qcompress.training.learn import Learn
 from qcompress.training.loop import Watch, train
 from qcompress.training.losses import make_loss
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
-from qcompress.types import Codebook, Decision, Encoded, Fitted, Plan
+from qcompress.types import BookKey, Codebook, Decision, Encoded, Fitted, Plan, book_key
 
 
 @dataclass
@@ -69,6 +72,38 @@ class Tuner:
         return replace(fitted, encoded={**fitted.encoded, **tuned})
 
 
+def measure_kmeans(
+    live: LiveModel, plan: Plan, setting: Setting, untuned: Sequence[Measurement]
+) -> Sequence[Measurement]:
+    """The task's metrics with codebooks of the same settings by k-means of the live model's weights, and no training;
+    nothing where the plan is just that.
+
+    untuned  the plan's own before tuning: where all its methods are k-means, that is what is asked for
+    """
+    decisions = [one for one in plan.decisions if one.compresses and one.config.form == "codebook"]
+    alone = all(one.method == "kmeans" for one in decisions)
+    recipe = plan.recipe
+    if not decisions or (alone and not any(map(_tune_of, decisions))):
+        return ()
+    if alone and recipe.activations is None and not recipe.companions:
+        return untuned
+    plain = replace(plan, decisions=tuple(_plain_kmeans(one) for one in plan.decisions))
+    bare = replace(live, quantized=copy.deepcopy(live.module))
+    found = fit(bare, plain)
+    attach_activations(bare.quantized, found.activations)
+    return measure_task(bare.quantized, setting, "k-means")
+
+
+def _plain_kmeans(decision: Decision) -> Decision:
+    if not decision.compresses or decision.config.form != "codebook":
+        return decision
+    config = decision.config
+    if isinstance(config, KmeansConfig):
+        return replace(decision, config=replace(config, tune=None))
+    same = {name: getattr(config, name) for name in ("bits", "dim", "granularity", "group_size", "codebook", "axis")}
+    return replace(decision, method="kmeans", config=KmeansConfig(**same))
+
+
 def make_learn(setting: Setting, teacher: nn.Module, watch: Watch, world: World = ALONE) -> Learn:
     """What trains a module on the recipe's data as its `finetune` section says.
 
@@ -85,22 +120,24 @@ def _tune_of(decision: Decision) -> Tune | None:
 
 
 class _Entries(nn.Module):
-    """A weight as the entries that its codes name; the entries are what is trained."""
+    """A weight as the entries that its codes name; the entries are what is trained.
 
-    def __init__(self, encoded: Codebook, device: torch.device, gradient: str, *, keep_zero: bool) -> None:
+    values  of another weight that shares its codebook: the one parameter is then trained for both
+    """
+
+    def __init__(self, encoded: Codebook, device: torch.device, values: nn.Parameter | None = None) -> None:
         super().__init__()
         self.source = encoded
-        values = centroid_values(encoded)
-        tables, entries, self.dim = values.shape
+        found = centroid_values(encoded)
+        tables, entries, self.dim = found.shape
         offsets = torch.arange(tables).repeat_interleave(len(encoded.codes) // tables) * entries
         self.places = (encoded.codes.long() + offsets.unsqueeze(1)).to(device)
-        self.values = nn.Parameter(values.flatten(0, 1).to(device))
-        counts = torch.bincount(self.places.flatten(), minlength=tables * entries).clamp_min(1).unsqueeze(1)
-        power = {"sum": 0.0, "rms": 0.5, "mean": 1.0}[gradient]
-        share = counts.to(self.values.dtype).pow(-power)
-        if keep_zero:
-            share = share * (self.values.detach() != 0)
-        self.values.register_hook(lambda slope: slope * share)  # type: ignore[no-untyped-call]
+        self.values = nn.Parameter(found.flatten(0, 1).to(device)) if values is None else values
+
+    @property
+    def counts(self) -> Tensor:
+        """How many codes name each entry, int64 [tables * entries]."""
+        return torch.bincount(self.places.flatten(), minlength=len(self.values))
 
     def forward(self, _: Tensor) -> Tensor:
         found = F.embedding(self.places, self.values)
@@ -116,6 +153,15 @@ class _Entries(nn.Module):
         return replace(self.source, centroids=centroids, scale=scale, exponent=exponent)
 
 
+def _scale_gradient(values: nn.Parameter, counts: Tensor, gradient: str, *, keep_zero: bool) -> None:
+    """Divide the gradient of each entry by a power of the number of codes that name it, in all weights together."""
+    power = {"sum": 0.0, "rms": 0.5, "mean": 1.0}[gradient]
+    share = counts.clamp_min(1).to(values.dtype).pow(-power).unsqueeze(1)
+    if keep_zero:
+        share = share * (values.detach() != 0)
+    values.register_hook(lambda slope: slope * share)  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def _entries(
     live: LiveModel, decisions: Sequence[Decision], fitted: Fitted
@@ -124,18 +170,25 @@ def _entries(
     module = live.quantized
     module.requires_grad_(False)
     found: dict[str, tuple[Decision, _Entries]] = {}
+    books: dict[BookKey | str, nn.Parameter] = {}
+    counts: dict[BookKey | str, Tensor] = {}
     try:
         for decision in decisions:
             name = decision.tensor.name
             encoded = fitted.encoded[name]
             assert isinstance(encoded, Codebook)
-            tune = _tune_of(decision)
-            assert tune is not None
-            keep_zero = bool(getattr(decision.config, "zero", False))
-            entries = _Entries(encoded, live.device, tune.gradient, keep_zero=keep_zero)
+            key = book_key(decision) or name
+            entries = _Entries(encoded, live.device, books.get(key))
+            books[key] = entries.values
+            counts[key] = entries.counts + counts.get(key, 0)
             owner, leaf = module.get_submodule(layer_name(name)), name.rpartition(".")[2]
             parametrize.register_parametrization(owner, leaf, entries, unsafe=True)
             found[name] = (decision, entries)
+        for decision, entries in found.values():
+            tune, key = _tune_of(decision), book_key(decision) or decision.tensor.name
+            if tune is not None and key in counts:
+                keep_zero = bool(getattr(decision.config, "zero", False))
+                _scale_gradient(entries.values, counts.pop(key), tune.gradient, keep_zero=keep_zero)
         yield found
     finally:
         for name in found:

@@ -6,7 +6,7 @@ checkpoint -> TensorInfo -> Recipe of Rules -> Plan of Decisions -> Encoded
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -195,13 +195,27 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
+class Book:
+    """What a tensor's codebook is, beyond its settings.
+
+    entries    a table has no more, because no more values differ; None: as many as its codes can name
+    shared     what shares it: "model", "type q_proj.weight", "layer model.layers.0"; None: this tensor alone has it
+    stored_in  the tensor of the same file that stores it, where that is another one
+    """
+
+    entries: int | None = None
+    shared: str | None = None
+    stored_in: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What happens to one tensor and why.
 
     `config` is Widths where a budget has yet to choose. `axis` holds the channel axes: the weight is seen as rows, one
     a channel. `tied_to` names the tensor that is stored in place of this one. `stored` is the dtype in which a kept
     tensor is stored, where that is not its own. `sensitivity` is what the chosen width of this tensor alone costs,
-    where that was measured.
+    where that was measured. `book` says more of a codebook, how many values differ once that was counted.
     """
 
     tensor: TensorInfo
@@ -212,6 +226,7 @@ class Decision:
     tied_to: str | None = None
     stored: str | None = None
     sensitivity: float | None = None
+    book: Book = field(default_factory=Book)
 
     @property
     def compresses(self) -> bool:
@@ -220,6 +235,26 @@ class Decision:
     @property
     def is_open(self) -> bool:
         return isinstance(self.config, Widths)
+
+
+BookKey: TypeAlias = tuple[str, str | None, Any]
+"""What tensors with one codebook have in common: what shares it, their method and their config."""
+
+
+def book_key(decision: Decision) -> BookKey | None:
+    """The key of a codebook that several tensors share; None for a tensor with its own."""
+    shared = decision.book.shared
+    return None if shared is None else (shared, decision.method, decision.config)
+
+
+def shared_groups(decisions: Iterable[Decision]) -> dict[BookKey, list[Decision]]:
+    """The decisions that share a codebook, by its key, in their order."""
+    groups: dict[BookKey, list[Decision]] = {}
+    for decision in decisions:
+        key = book_key(decision)
+        if key is not None and decision.compresses:
+            groups.setdefault(key, []).append(decision)
+    return groups
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -18,19 +17,22 @@ import torch
 from qcompress.artifact.layout import PARTS, grid_of, lattice_entry, part_name
 from qcompress.artifact.manifest import Entry
 from qcompress.artifact.writer import SlotWriter
+from qcompress.books import Evidence
 from qcompress.checkpoint import tensor_view
 from qcompress.coding.affine import Coded, decode_rows, row_spans, take_rows
+from qcompress.coding.codebook import centroid_values, with_entries
 from qcompress.coding.half import exponent_for
 from qcompress.coding.lattice import step_value
 from qcompress.coding.lattice_payload import encode_pool, join_side
 from qcompress.coding.packing import pack, row_bytes
 from qcompress.coding.payload import Coding, CodingChoice, encode_payload
-from qcompress.coding.rows import dim_of, rows_from_weight
+from qcompress.coding.rows import dim_of, rows_from_weight, stored_codebook_shape
 from qcompress.container import Container
 from qcompress.errors import CheckpointError
 from qcompress.model.live import seeded_generator
 from qcompress.model.statistics import read_statistics, refuse_misfit
 from qcompress.registry import METHODS
+from qcompress.report.codebooks import codebook_figures
 from qcompress.report.counts import count_values
 from qcompress.report.document import LayerFigures
 from qcompress.report.figures import LayerMeter, unclipped_range
@@ -122,11 +124,9 @@ class Finished:
 class Job:
     """One weight to encode.
 
-    ready       its codes, where a method on a live model has chosen them already
-    reference   the float weight that those codes stand for, where that is not the checkpoint's
-    statistics  the file of input statistics that methods which need them work from
-    representatives  the file of what finetune-reg has learned
-    pooled      whether the codes, of a lattice, wait for others
+    ready      its codes, where a method on a live model has chosen them already
+    reference  the float weight that those codes stand for, where that is not the checkpoint's
+    pooled     whether the codes, of a lattice, wait for others
     """
 
     source: Container
@@ -136,9 +136,7 @@ class Job:
     device: str
     ready: Encoded | None = None
     reference: Tensor | None = None
-    statistics: Path | None = None
-    seed: int = 0
-    representatives: Path | None = None
+    evidence: Evidence = field(default_factory=Evidence)
     pooled: bool = False
 
 
@@ -160,9 +158,17 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     codes = _Codes(writer, tensor.name, job.choice)
     grids: dict[str, list[Tensor]] = {}
     ready = job.ready
-    if ready is None and METHODS[decision.method or ""].needs != "weights":
-        ready = _from_statistics(job, weight)
     exponent = exponent_for(survey.largest)
+    method = METHODS[decision.method or ""]
+    if ready is None and method.needs != "weights":
+        ready = _from_statistics(job, weight)
+    elif ready is None and method.family == "cluster":
+        # A 16-bit weight stays one: its few distinct values are what makes clustering exact and fast.
+        ready = encode_rows(rows, decision, exponent, job.evidence)
+    about_book: dict[str, Any] = {}
+    if isinstance(ready, Codebook):
+        ready = with_entries(ready, stored_codebook_shape(decision)[1])
+        about_book = codebook_figures(ready.codes.numpy(), centroid_values(ready).cpu().numpy())
     if isinstance(ready, (Affine, Codebook)):
         exponent = ready.exponent
         blocks = _ready_blocks(rows, ready)
@@ -185,7 +191,8 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
         if part in grids:
             data = torch.cat(grids[part]).numpy().data
             crc = zlib.crc32(data, crc)
-            writer.put(part_name(tensor.name, part), data)
+            if decision.book.stored_in is None:
+                writer.put(part_name(tensor.name, part), data)
     coding, payload = codes.finish(decision)
     entry = Entry(
         shape=tensor.shape,
@@ -197,8 +204,9 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
         exponent=exponent,
         crc32=crc,
         dim=dim_of(decision),
+        codebook=decision.book.stored_in,
     )
-    return Finished(decision, entry, meter.result(), survey.crc32, payload)
+    return Finished(decision, entry, replace(meter.result(), **about_book), survey.crc32, payload)
 
 
 def _encode_lattice(job: Job, rows: Tensor, survey: Survey, stop: threading.Event) -> Finished:
@@ -206,8 +214,8 @@ def _encode_lattice(job: Job, rows: Tensor, survey: Survey, stop: threading.Even
     decision, tensor = job.decision, job.decision.tensor
     lattice = job.ready
     if lattice is None:
-        how = (decision, exponent_for(survey.largest), job.seed, job.representatives)
-        lattice = _to_cpu(encode_rows(_float_rows(rows, job.device), *how))
+        weight = _float_rows(rows, job.device)
+        lattice = _to_cpu(encode_rows(weight, decision, exponent_for(survey.largest), job.evidence))
     assert isinstance(lattice, Lattice)
     lattice = replace(lattice, shape=tensor.shape, axis=decision.axis, dtype=tensor.dtype)
     meter = LayerMeter(tensor.numel)
@@ -237,11 +245,10 @@ def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> Checkp
     return CheckpointError(f"{source.path}: tensor {tensor.name!r}", what, mend)
 
 
-def encode_rows(rows: Tensor, decision: Decision, exponent: int, seed: int, representatives: Path | None) -> Coded:
+def encode_rows(rows: Tensor, decision: Decision, exponent: int, evidence: Evidence) -> Coded:
     """A weight [rows, ...] encoded by a method that needs weights alone, float32 unless the method clusters.
 
-    exponent         of what is stored in half precision
-    representatives  the file of what finetune-reg has learned, for a method that takes it up
+    exponent  of what is stored in half precision
     """
     method, name = METHODS[decision.method or ""], decision.tensor.name
     encode: Callable[..., Coded] = method.load()
@@ -250,19 +257,15 @@ def encode_rows(rows: Tensor, decision: Decision, exponent: int, seed: int, repr
     learned: tuple[Tensor, ...] = ()
     if method.representatives:
         # The plan knows that they are there.
-        assert representatives is not None
-        learned = (read_representatives(representatives)[name],)
-    return encode(rows, decision.config, exponent, seeded_generator(seed, name, "cpu"), *learned)
+        assert evidence.representatives is not None
+        learned = (read_representatives(evidence.representatives)[name],)
+    return encode(rows, decision.config, exponent, evidence.of_book(decision), *learned)
 
 
 def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Tensor, Coded]]:
     """Row blocks as float32 [rows, columns] on the CPU, each with its codes and grid."""
     decision = job.decision
-    how = (decision, exponent, job.seed, job.representatives)
-    if METHODS[decision.method or ""].family == "cluster":
-        # A 16-bit weight stays one: its few distinct values are what makes clustering exact and fast.
-        yield from _ready_blocks(rows, encode_rows(rows, *how))
-        return
+    how = (decision, exponent, job.evidence)
     if decision.config.granularity == "tensor":
         yield from _ready_blocks(rows, encode_rows(_float_rows(rows, job.device), *how))
         return
@@ -275,12 +278,14 @@ def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Ten
 
 def _from_statistics(job: Job, weight: Tensor) -> Affine:
     """The codes of a weight by a method that works from saved input statistics. Raises DataError."""
-    assert job.statistics is not None
+    assert job.evidence.statistics is not None
     name = job.decision.tensor.name
-    gram = read_statistics(job.statistics).gram(name)
+    gram = read_statistics(job.evidence.statistics).gram(name)
     refuse_misfit(gram, row_shape(job.decision.tensor.shape, job.decision.axis), f"tensor {name!r}")
     encode = METHODS[job.decision.method or ""].load_encode()
-    found: Affine = encode(_float_rows(weight, "cpu"), job.decision, gram, seeded_generator(job.seed, name, "cpu"))
+    found: Affine = encode(
+        _float_rows(weight, "cpu"), job.decision, gram, seeded_generator(job.evidence.seed, name, "cpu")
+    )
     return found
 
 

@@ -20,8 +20,8 @@ KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
 VERBS = (
-    *("allocate", "audit", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "halves", "journal", "load"),
-    *("minimize", "probe", "rate"),
+    *("allocate", "audit", "books", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "halves"),
+    *("journal", "load", "minimize", "probe", "rate"),
     *("representatives", "sensitivity", "shards", "tune", "worker"),
 )
 

@@ -19,7 +19,7 @@ from qcompress.coding.affine import decode
 from qcompress.methods.dkm import SoftShared
 from qcompress.model.code import find_callable
 from qcompress.registry import DkmConfig, KmeansConfig, Tune
-from qcompress.tune import _Entries
+from qcompress.tune import _Entries, _scale_gradient
 from qcompress.types import Codebook, Decision, TensorInfo
 
 NET = """
@@ -95,6 +95,9 @@ def test_codes_stay_and_accuracy_comes_back(run: Run, folder: Path, tmp_path: Pa
     after = clustered(run, folder, tuned, f"{{{options}, tune: {{epochs: 6, learning_rate: 0.01}}}}")["accuracy"][0]
     assert after["untuned"] == pytest.approx(before["artifact"]) and before["untuned"] is None
     assert after["artifact"] >= before["artifact"]
+    assert after["kmeans"] == after["untuned"] and after["untuned_ratio"] == pytest.approx(1)
+    assert after["kmeans_ratio"] == pytest.approx(after["artifact"] / after["kmeans"], rel=1e-4)
+    assert before["kmeans"] is before["kmeans_ratio"] is None
     old, new = (read_artifact(path).files[0] for path in (plain, tuned))
     moved = False
     for name in old.manifest.tensors:
@@ -116,7 +119,8 @@ def test_an_entrys_gradient_is_that_of_its_weights(gradient: str, dim: int) -> N
     codes = torch.randint(0, 3, (4, 5), generator=generator, dtype=torch.uint8)
     centroids = torch.randn(2, 4, dim, generator=generator)
     encoded = Codebook(codes, 2, centroids, 0, (4 * dim, 5))
-    entries = _Entries(encoded, torch.device("cpu"), gradient, keep_zero=False)
+    entries = _Entries(encoded, torch.device("cpu"))
+    _scale_gradient(entries.values, entries.counts, gradient, keep_zero=False)
     slope = torch.randn(4 * dim, 5, generator=generator)
     weight = entries(torch.empty(0))
     assert torch.equal(weight.detach(), decode(encoded))
@@ -137,7 +141,8 @@ def test_an_exact_zero_stays_one() -> None:
     encoded = Codebook(
         torch.tensor([[0, 1, 2]], dtype=torch.uint8), 2, torch.tensor([[[-1.0], [0.0], [2.0]]]), 0, (1, 3)
     )
-    entries = _Entries(encoded, torch.device("cpu"), "rms", keep_zero=True)
+    entries = _Entries(encoded, torch.device("cpu"))
+    _scale_gradient(entries.values, entries.counts, "rms", keep_zero=True)
     entries(torch.empty(0)).sum().backward()
     assert entries.values.grad is not None
     assert entries.values.grad.flatten().tolist() == [1.0, 0.0, 1.0]
@@ -213,6 +218,57 @@ def test_differentiable_kmeans_ends_in_an_ordinary_artifact(
     kept = {name for name in source if name not in file.manifest.tensors and source[name].is_floating_point()}
     assert {name for name in kept if not torch.equal(source[name], loaded[name])} == set(file.manifest.adjusted)
     assert "norm.running_mean" in file.manifest.adjusted
+
+
+def test_differentiable_kmeans_is_held_against_kmeans_alone(run: Run, folder: Path, tmp_path: Path) -> None:
+    trained = with_dkm(run, folder, tmp_path / "a.safetensors", "bits: 1")["accuracy"][0]
+    plain = clustered(run, folder, tmp_path / "b.safetensors", "{bits: 1}")["accuracy"][0]
+    assert trained["kmeans"] == pytest.approx(plain["artifact"]) and trained["untuned"] is None
+    assert trained["kmeans_ratio"] == pytest.approx(trained["artifact"] / plain["artifact"], rel=1e-4)
+
+
+def test_statistics_weigh_codebooks_with_and_without_a_live_model(run: Run, folder: Path, tmp_path: Path) -> None:
+    saved, live, alone = tmp_path / "s.safetensors", tmp_path / "live.safetensors", tmp_path / "alone.safetensors"
+    recipe = RECIPE.replace('"*.weight", kmeans: OPTIONS', '"[cf]*.weight", kmeans: {bits: 2}')
+    data = "data:\n  calibration: {npz: data.npz, samples: 64}\n"
+    (folder / "weighed.yaml").write_text(recipe.replace("data:\n", data))
+    words = ["cluster", str(folder / "m.safetensors"), "-r", str(folder / "weighed.yaml"), "--allow-code", "-q"]
+    assert run(*words, "-o", str(tmp_path / "plain.safetensors"), "--save-statistics", str(saved)).code == 0
+    done = run(*words, "-o", str(live), "--statistics", str(saved))
+    assert done.code == 0, done.err
+    (tmp_path / "r.yaml").write_text('version: 1\nrules:\n  - {match: "[cf]*.weight", kmeans: {bits: 2}}\n')
+    words = ["cluster", str(folder / "m.safetensors"), "-r", str(tmp_path / "r.yaml"), "-q"]
+    assert run(*words, "-o", str(alone), "--statistics", str(saved)).code == 0
+    plain, one, other = (qcompress.load_state_dict(path) for path in (tmp_path / "plain.safetensors", live, alone))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(plain["conv.weight"], one["conv.weight"])
+
+
+def test_a_shared_codebook_is_tuned_as_one(run: Run, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.safetensors"
+    report = clustered(run, folder, output, "{bits: 3, share: model, tune: {epochs: 3, learning_rate: 0.01}}")
+    assert report["accuracy"][0]["artifact"] >= report["accuracy"][0]["untuned"]
+    file = read_artifact(output).files[0]
+    books = [file.read_encoded(name) for name in file.manifest.tensors]
+    assert all(isinstance(one, Codebook) and torch.equal(one.centroids, books[0].centroids) for one in books)
+    assert len([name for name in file.container.by_name if name.endswith(".qc.codebook")]) == 1
+
+
+def test_a_shared_entrys_gradient_is_that_of_all_its_weights() -> None:
+    centroids = torch.tensor([[[-1.0], [2.0]]])
+    first = _Entries(
+        Codebook(torch.tensor([[0, 1, 1]], dtype=torch.uint8), 1, centroids, 0, (1, 3)), torch.device("cpu")
+    )
+    other = _Entries(
+        Codebook(torch.tensor([[0, 0, 1]], dtype=torch.uint8), 1, centroids, 0, (1, 3)),
+        torch.device("cpu"),
+        first.values,
+    )
+    _scale_gradient(first.values, first.counts + other.counts, "mean", keep_zero=False)
+    weights = torch.cat([first(torch.empty(0)), other(torch.empty(0))])
+    (weights * torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).sum().backward()
+    assert first.values.grad is not None
+    assert first.values.grad.flatten().tolist() == pytest.approx([(1 + 4 + 5) / 3, (2 + 3 + 6) / 3])
 
 
 def test_a_temperature_that_merges_all_centroids_is_held(run: Run, folder: Path, tmp_path: Path) -> None:

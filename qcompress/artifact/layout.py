@@ -12,7 +12,7 @@ from qcompress.coding.lattice_payload import bound_payload, bound_side
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import Coding, CodingChoice, bound_bytes
 from qcompress.coding.pool import pooled
-from qcompress.coding.rows import codebook_shape, dim_of, grid_shape
+from qcompress.coding.rows import dim_of, grid_shape, stored_codebook_shape
 from qcompress.container import RESERVED
 from qcompress.types import DTYPE_BITS, Decision, Shape, row_shape
 
@@ -118,12 +118,12 @@ def _codebook_slots(decision: Decision, rows: int, columns: int, choice: CodingC
     packed: Shape = (code_rows, row_bytes(columns, config.bits))
     most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(code_rows, columns, config.bits, choice)
     shape = packed if choice in ("packed", "auto") else (most,)
-    tables = codebook_shape(config, rows, columns)
+    slots = [Slot(part_name(name, "codes"), "U8", shape, most, name, varies=choice != "packed")]
+    if decision.book.stored_in is not None:
+        return slots
+    tables = stored_codebook_shape(decision)
     dtype, size = {"f16": ("F16", 2), "f32": ("F32", 4), "int8": ("I8", 1)}[config.codebook]
-    slots = [
-        Slot(part_name(name, "codes"), "U8", shape, most, name, varies=choice != "packed"),
-        Slot(part_name(name, "codebook"), dtype, tables, size * math.prod(tables), name),
-    ]
+    slots.append(Slot(part_name(name, "codebook"), dtype, tables, size * math.prod(tables), name))
     if config.codebook == "int8":
         slots.append(Slot(part_name(name, "scale"), "F16", (tables[0], 1), 2 * tables[0], name))
     return slots
@@ -181,13 +181,15 @@ def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:
         exponent=-126,
         crc32=2**32 - 1,
         dim=dim_of(decision),
+        codebook=decision.book.stored_in,
     )
 
 
 def lattice_entry(decision: Decision, coding: Coding) -> Entry:
     """The entry of a lattice, of which the manifest says little."""
     tensor = decision.tensor
-    return Entry(tensor.shape, tensor.dtype, decision.axis, grid="lattice", coding=coding, **LATTICE_VALUES)
+    shape, dtype, axis = tensor.shape, tensor.dtype, decision.axis
+    return Entry(shape, dtype, axis, grid="lattice", coding=coding, codebook=None, **LATTICE_VALUES)
 
 
 def render_header(slots: Sequence[Slot], manifest: Manifest) -> bytes:

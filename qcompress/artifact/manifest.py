@@ -26,7 +26,7 @@ CODINGS: tuple[Coding, ...] = get_args(Coding)
 LIMITS = {"exponent": (-126, 112), "crc32": (0, 2**32 - 1), "bits": (1, 12), "dim": (1, 8)}
 AFFINE_BITS = 8
 LATTICE_VALUES = {"bits": 0, "exponent": 0, "crc32": 0, "dim": 1}
-LATTICE_LACKS = set(LATTICE_VALUES)
+LATTICE_LACKS = {*LATTICE_VALUES, "codebook"}
 """Fields that the entry of a lattice has not: its side information has what they say."""
 """Under an exponent of 112 every scale and offset is a finite float32."""
 MAX_DIMENSIONS = 64
@@ -59,6 +59,7 @@ class Entry:
     crc32     of the packed codes, scale, zero point, offset and codebook, in this order, as bytes; 0 of a lattice,
               whose side information has that of its codes
     dim       rows that have one code together
+    codebook  the tensor of the same file whose codebook this one has, where that is another
     """
 
     shape: Shape
@@ -70,6 +71,7 @@ class Entry:
     exponent: int
     crc32: int
     dim: int = 1
+    codebook: str | None = None
 
     @property
     def is_lattice(self) -> bool:
@@ -122,7 +124,8 @@ class Manifest:
 
 def manifest_text(manifest: Manifest) -> str:
     """The manifest as sorted JSON without spaces; what most entries share stands once under `defaults`."""
-    entries = {name: _entry_json(entry) for name, entry in manifest.tensors.items()}
+    shares = any(entry.codebook is not None for entry in manifest.tensors.values())
+    entries = {name: _entry_json(name, entry, shares) for name, entry in manifest.tensors.items()}
     defaults = _common(list(entries.values()))
     document: dict[str, Any] = {
         "defaults": defaults,
@@ -154,10 +157,15 @@ def manifest_text(manifest: Manifest) -> str:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def _entry_json(entry: Entry) -> dict[str, Any]:
+def _entry_json(name: str, entry: Entry, shares: bool) -> dict[str, Any]:
+    """The entry's fields; where any tensors share a codebook, each names the one that stores its own."""
     left_out = LATTICE_LACKS if entry.is_lattice else set() if entry.dim > 1 else {"dim"}
     values = {part.name: getattr(entry, part.name) for part in fields(entry) if part.name not in left_out}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    if shares and not entry.is_lattice:
+        values["codebook"] = entry.codebook or name
+    else:
+        values.pop("codebook", None)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _short(entry: Mapping[str, Any]) -> Any:
@@ -170,7 +178,7 @@ def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not entries:
         return {}
     common = {}
-    for key in ("axis", "bits", "dtype", "grid"):
+    for key in ("axis", "bits", "codebook", "dtype", "grid"):
         counts = Counter(json.dumps(entry[key]) for entry in entries if key in entry)
         if counts:
             common[key] = json.loads(counts.most_common(1)[0][0])
@@ -313,11 +321,11 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
         own = {"shape": own}
     if not isinstance(own, dict):
         raise ManifestError(f"tensor {name!r} has no entry in the manifest")
-    values = {"dim": 1, **defaults, **own}
+    values = {"dim": 1, "codebook": name, **defaults, **own}
     if values.get("grid") == "lattice":
         if LATTICE_LACKS & set(own):
             raise ManifestError(f"tensor {name!r} has {sorted(LATTICE_LACKS & set(own))[0]!r}, which a lattice has not")
-        values |= LATTICE_VALUES
+        values |= {**LATTICE_VALUES, "codebook": name}
     wanted = {part.name for part in fields(Entry)}
     if set(values) != wanted:
         odd = sorted(set(values) ^ wanted)[0]
@@ -332,6 +340,8 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
             raise ManifestError(f"tensor {name!r} has the unknown {key} {values[key]!r}")
     if values["grid"] not in ("codebook", "lattice") and (values["bits"] > AFFINE_BITS or values["dim"] > 1):
         raise ManifestError(f"tensor {name!r} has {values['bits']} bits and dim {values['dim']}, which a grid has not")
+    if not isinstance(values["codebook"], str) or (values["grid"] != "codebook" and values["codebook"] != name):
+        raise ManifestError(f"tensor {name!r} has the codebook {values['codebook']!r}, not the name of a tensor")
     for key in ("shape", "axis"):
         value = values[key]
         if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
@@ -343,7 +353,8 @@ def _parse_entry(name: str, defaults: Mapping[str, Any], own: Any) -> Entry:
     rank = max(len(shape), 2)
     if len(set(axis)) != len(axis) or not (0 < len(axis) < rank and max(axis) < rank):
         raise ManifestError(f"tensor {name!r} of shape {list(shape)} has the channel axes {list(axis)}")
-    entry = Entry(**{**values, "shape": shape, "axis": axis})
+    shared = None if values["codebook"] == name else values["codebook"]
+    entry = Entry(**{**values, "shape": shape, "axis": axis, "codebook": shared})
     if entry.rows % entry.dim:
         raise ManifestError(f"tensor {name!r} has {entry.rows} rows in vectors of {entry.dim}")
     return entry

@@ -34,7 +34,7 @@ def check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, .
     """The tensors that are not parts of compressed ones. Raises ManifestError where header and manifest differ."""
     stored = dict(container.by_name)
     for name, entry in manifest.tensors.items():
-        wanted = GRID_PARTS.get(entry.grid, ("codes", "scale"))
+        wanted = GRID_PARTS.get(entry.grid, ("codes", "scale")) if entry.codebook is None else ("codes",)
         found = find_parts(container, name)
         if "codebook" in found and found["codebook"].dtype == "I8":
             wanted = (*wanted, "scale")
@@ -46,6 +46,8 @@ def check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, .
         for part, info in found.items():
             if info.dtype not in PART_DTYPES[part]:
                 raise ManifestError(f"tensor {name!r} has a {part} of {info.dtype}, not {PART_DTYPES[part][0]}")
+        if entry.codebook is not None:
+            found |= {"codebook": _shared_codebook(container, manifest, name, entry.codebook)}
         _check_shapes(name, entry, found)
     pool = stored.pop(POOL_NAME, None)
     if (pool is None) == bool(pool_names(manifest)):
@@ -74,6 +76,19 @@ def halved_dtypes(kept: Sequence[TensorInfo], manifest: Manifest) -> dict[str, s
 def find_parts(container: Container, name: str) -> dict[str, TensorInfo]:
     stored = {part: container.by_name.get(part_name(name, part)) for part in PARTS}
     return {part: info for part, info in stored.items() if info is not None}
+
+
+def _shared_codebook(container: Container, manifest: Manifest, name: str, owner: str) -> TensorInfo:
+    """The stored codebook that a tensor shares. Raises ManifestError where `owner` has none, or another kind."""
+    own, other = manifest.tensors[name], manifest.tensors.get(owner)
+    if other is None or other.grid != "codebook" or other.codebook is not None:
+        raise ManifestError(f"tensor {name!r} shares the codebook of {owner!r}, which has none of its own")
+    if (own.bits, own.dim, own.exponent) != (other.bits, other.dim, other.exponent):
+        raise ManifestError(f"tensor {name!r} shares the codebook of {owner!r}, whose bits, dim or exponent differ")
+    info = container.by_name.get(part_name(owner, "codebook"))
+    if info is None:
+        raise ManifestError(f"tensor {owner!r} has its codebook missing or too many")
+    return info
 
 
 def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:

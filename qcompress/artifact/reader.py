@@ -79,6 +79,11 @@ class ArtifactFile:
         """part -> its stored tensor, for a compressed tensor, in the order of PARTS."""
         return find_parts(self.container, name)
 
+    def grid_of(self, name: str) -> dict[str, TensorInfo]:
+        """part -> the stored tensor that a compressed tensor's codes are decoded by, perhaps another's codebook."""
+        parts = self.parts_of(self.manifest.tensors[name].codebook or name)
+        return {part: info for part, info in parts.items() if part != "codes"}
+
     def slots(self) -> list[Slot]:
         """What the file holds, as the writer's slots, in file order."""
         owner = {part_name(name, part): name for name in self.manifest.tensors for part in PARTS}
@@ -114,27 +119,26 @@ class ArtifactFile:
         except ValueError as error:
             raise ArtifactError(f"{self.path}: tensor {name!r}", str(error), REFETCH) from None
         crc = zlib.crc32(np.ascontiguousarray(packed).data)
-        for part in PARTS[1:]:
-            if part_name(name, part) in self.container.spans:
-                crc = zlib.crc32(self.container.bytes_of(part_name(name, part)), crc)
+        for info in self.grid_of(name).values():
+            crc = zlib.crc32(self.container.bytes_of(info.name), crc)
         if crc != entry.crc32:
             raise ArtifactError(f"{self.path}: tensor {name!r}", "its checksum does not hold", REFETCH)
-        if not all(np.isfinite(grid).all() for grid in self._grids(name).values()):
+        if not all(np.isfinite(grid).all() for grid in self.grids(name).values()):
             raise ArtifactError(f"{self.path}: tensor {name!r}", "its grid holds NaN or Inf", REFETCH)
         if entry.grid == "codebook":
-            entries = self.parts_of(name)["codebook"].shape[1]
+            entries = self.grid_of(name)["codebook"].shape[1]
             if entries < 2**entry.bits and count_codes(packed, entry.bits, entry.columns)[entries:].any():
                 raise ArtifactError(f"{self.path}: tensor {name!r}", "a code is beyond its codebook", REFETCH)
         return packed
 
-    def _grids(self, name: str) -> dict[str, NDArray[Any]]:
-        """part -> its values, of scale and zero point or offset; views of the file."""
-        grids = {}
-        for part, info in self.parts_of(name).items():
-            if part != "codes":
-                dtype = np.dtype(NUMPY_DTYPES[info.dtype])
-                grids[part] = np.frombuffer(self.container.bytes_of(info.name), dtype).reshape(info.shape)
-        return grids
+    def grids(self, name: str) -> dict[str, NDArray[Any]]:
+        """part -> its values, of scale and zero point, offset or codebook; views of the file."""
+        return {
+            part: np.frombuffer(self.container.bytes_of(info.name), np.dtype(NUMPY_DTYPES[info.dtype])).reshape(
+                info.shape
+            )
+            for part, info in self.grid_of(name).items()
+        }
 
     def read_encoded(self, name: str) -> Affine | Codebook | Lattice:
         """A compressed tensor's codes and grid or codebook. Raises ArtifactError."""
@@ -147,7 +151,7 @@ class ArtifactFile:
         if entry.is_lattice:
             return lattice_of_grid(*self.lattices.codes(name), entry.shape, entry.axis, entry.dtype)
         codes = unpack(self.packed_codes(name), entry.bits, entry.columns)
-        grids = {part: torch.from_numpy(values.copy()) for part, values in self._grids(name).items()}
+        grids = {part: torch.from_numpy(values.copy()) for part, values in self.grids(name).items()}
         if entry.grid == "codebook":
             return Codebook(
                 codes=torch.from_numpy(codes if entry.bits <= 8 else codes.astype(np.int16)),

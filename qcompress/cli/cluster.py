@@ -31,6 +31,9 @@ def cluster(
     group_size: Annotated[
         int | None, typer.Option("--group-size", metavar="G", help="Channels that share a codebook.")
     ] = None,
+    share: Annotated[
+        str | None, typer.Option("--share", metavar="layer|type|model", help="Tensors that have one codebook together.")
+    ] = None,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,
     coding: opt.CodingOption = opt.Coding.auto,
@@ -56,6 +59,8 @@ def cluster(
             "--representatives", metavar="FILE", help="What finetune-reg learned; beside the checkpoint if absent."
         ),
     ] = None,
+    statistics: opt.Statistics = None,
+    save_statistics: opt.SaveStatistics = None,
     max_size: opt.MaxSize = None,
     max_bpw: opt.MaxBpw = None,
     min_sqnr: opt.MinSqnr = None,
@@ -72,7 +77,7 @@ def cluster(
     from qcompress.cli.streams import Streams, refuse_mixed
 
     refuse_mixed(json_to, quiet)
-    flags = {"bits": bits, "dim": dim, "granularity": granularity, "group_size": group_size}
+    flags = {"bits": bits, "dim": dim, "granularity": granularity, "group_size": group_size, "share": share}
     run(
         Request(
             checkpoint=checkpoint,
@@ -91,6 +96,8 @@ def cluster(
             allow_code=allow_code,
             skip_nonfinite=skip_nonfinite,
             representatives=representatives,
+            statistics=statistics,
+            save_statistics=save_statistics,
         ),
         Streams(json_to, quiet, verbose, no_color),
     )

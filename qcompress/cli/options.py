@@ -50,6 +50,17 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the Python files that the recipe names: trust it first.")
 ]
+Statistics = Annotated[
+    Path | None,
+    typer.Option("--statistics", metavar="FILE", help="Input statistics, in place of model and calibration data."),
+]
+Sensitivity = Annotated[
+    Path | None,
+    typer.Option("--sensitivity", metavar="FILE", help="What each layer costs, from report --sensitivity."),
+]
+SaveStatistics = Annotated[
+    Path | None, typer.Option("--save-statistics", metavar="FILE", help="Write the layers' input statistics there.")
+]
 
 
 class Device(StrEnum):

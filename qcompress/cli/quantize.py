@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,18 +44,9 @@ def quantize(
     resume: opt.Resume = False,
     keep_dtype: opt.KeepDtype = None,
     allow_code: opt.AllowCode = False,
-    statistics: Annotated[
-        Path | None,
-        typer.Option("--statistics", metavar="FILE", help="Input statistics, in place of model and calibration data."),
-    ] = None,
-    save_statistics: Annotated[
-        Path | None,
-        typer.Option("--save-statistics", metavar="FILE", help="Write the layers' input statistics there."),
-    ] = None,
-    sensitivity: Annotated[
-        Path | None,
-        typer.Option("--sensitivity", metavar="FILE", help="What each layer costs, from report --sensitivity."),
-    ] = None,
+    statistics: opt.Statistics = None,
+    save_statistics: opt.SaveStatistics = None,
+    sensitivity: opt.Sensitivity = None,
     max_size: opt.MaxSize = None,
     max_bpw: opt.MaxBpw = None,
     min_sqnr: opt.MinSqnr = None,

@@ -118,7 +118,10 @@ def run(request: Request, streams: Streams) -> None:
         plan = with_representatives(_make_plan(source, asked), learned)
         _compress(source, plan, target, options, request, streams)
         return
-    if request.skip_nonfinite or request.statistics is not None:
+    options["statistics"] = request.statistics
+    # Codebooks that tensors have of their weights alone are weighed by statistics, live model or not.
+    stands_in = request.statistics is not None and asked.family != "cluster"
+    if request.skip_nonfinite or stands_in:
         flag = "--skip-nonfinite" if request.skip_nonfinite else "--statistics"
         where = f"-r {request.recipe_file} {flag}"
         raise UsageError(where, "the recipe names a live model", "leave one of them out")

@@ -66,6 +66,15 @@ def take_codebook_rows(encoded: Codebook, start: int, stop: int) -> Codebook:
     return replace(encoded, codes=codes, shape=shape, axis=(0,), centroids=centroids, scale=scale)
 
 
+def with_entries(encoded: Codebook, entries: int) -> Codebook:
+    """The same with so many entries a table, no fewer than it has: the last one is repeated."""
+    missing = entries - encoded.centroids.shape[1]
+    if missing <= 0:
+        return encoded
+    filled = torch.cat((encoded.centroids, encoded.centroids[:, -1:].expand(-1, missing, -1)), 1)
+    return replace(encoded, centroids=filled)
+
+
 def row_unit(encoded: Codebook) -> int:
     """Rows that must stay together when a weight is cut."""
     tables = len(encoded.centroids)

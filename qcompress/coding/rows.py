@@ -61,11 +61,21 @@ def blocks_from_rows(rows: Tensor, granularity: Granularity, group_size: int | N
 def codebook_shape(config: Any, rows: int, columns: int) -> tuple[int, int, int]:
     """(tables, entries, dim) of the codebooks of a weight: one table a tensor, a channel, or `group_size` channels.
 
-    A table has no more entries than there are vectors for it.
+    A table has no more entries than there are vectors for it; it may have fewer.
     """
     unit = {"tensor": rows, "channel": 1, "group": config.group_size}[config.granularity]
     vectors = max(unit // config.dim, 1) * columns
     return (rows // unit, min(2**config.bits, vectors), config.dim)
+
+
+def stored_codebook_shape(decision: Decision) -> tuple[int, int, int]:
+    """(tables, entries, dim) as a decision's codebook will be stored; by its header alone the most it can be."""
+    shape = row_shape(decision.tensor.shape, decision.axis)
+    tables, entries, dim = codebook_shape(decision.config, shape[0], math.prod(shape[1:]))
+    if decision.book.shared is not None:
+        # Other tensors have vectors for it too.
+        entries = int(2**decision.config.bits)
+    return (tables, entries if decision.book.entries is None else decision.book.entries, dim)
 
 
 def dim_of(decision: Decision) -> int:

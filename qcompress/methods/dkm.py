@@ -19,6 +19,7 @@ from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.registry import DkmConfig
 from qcompress.solvers.codebooks import (
+    BookEvidence,
     encode_nearest,
     first_codebooks,
     rows_from_vectors,
@@ -75,7 +76,7 @@ class SoftShared(nn.Module):
         self.axis = decision.axis
         matrix = rows_from_weight(weight.detach(), self.axis).flatten(1)
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())
-        found = first_codebooks(matrix.cpu(), self.config, "optimal", on_cpu)
+        found = first_codebooks(matrix.cpu(), self.config, "optimal", BookEvidence(on_cpu))
         # Both are part of what a run that is broken off goes on from.
         self.register_buffer("centroids", found.to(weight.device))
         self.register_buffer("held", torch.zeros((), dtype=torch.bool, device=weight.device))
@@ -100,7 +101,7 @@ class SoftShared(nn.Module):
         config = self.config
         temperature = config.temperature
         if temperature is None:
-            share = share_at(self.progress, config.share[0], config.share[1])
+            share = share_at(self.progress, config.temperature_share[0], config.temperature_share[1])
             temperature = relative_temperature(centroids, share, config.metric)
         most = GUARD * critical_temperature(points, config.metric)
         if 0 < most < temperature:

@@ -11,25 +11,28 @@ from torch import Tensor
 
 from qcompress.coding.codebook import store_centroids
 from qcompress.registry import LearnedConfig
+from qcompress.solvers.codebooks import BookEvidence, spread_sensitivity
 from qcompress.solvers.kmeans import assign_scalars, recentre
 from qcompress.types import Codebook
 
 
 def encode(
-    weight: Tensor, config: LearnedConfig, exponent: int, generator: torch.Generator, representatives: Tensor
+    weight: Tensor, config: LearnedConfig, exponent: int, evidence: BookEvidence, representatives: Tensor
 ) -> Codebook:
     """The weight in the entries that training has learned.
 
     weight           float [rows, ...] on the CPU
-    representatives  float [at most 2**bits], in any order; entries beyond them repeat the last
+    evidence         its sensitivities weigh the means
+    representatives  float [at most 2**bits], in any order; equal ones are one entry
     """
     matrix = weight.reshape(len(weight), -1).float()
-    entries = min(2**config.bits, matrix.numel())
-    values = torch.unique(representatives.float())[:entries]
+    values = torch.unique(representatives.float())
     codes = assign_scalars(matrix, values)
     if config.recentre:
-        values = recentre(matrix, codes, values)
-    values = torch.cat((values, values[-1:].expand(entries - len(values))))
+        weights = None
+        if evidence.sensitivity is not None:
+            weights = spread_sensitivity(evidence.sensitivity, len(matrix), 1).reshape(matrix.shape)
+        values = recentre(matrix, codes, values, weights)
     centroids, scale, exponent = store_centroids(values.view(1, -1, 1), config.codebook, exponent)
     kind = torch.uint8 if config.bits <= 8 else torch.int16
     return Codebook(codes.to(kind), config.bits, centroids, exponent, tuple(weight.shape), scale)

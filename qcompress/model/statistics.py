@@ -55,6 +55,17 @@ class Statistics:
             raise self._error(tensor, "are damaged: no square, finite matrix for each group")
         return Gram(hessian.double(), None, mean.double(), mean.double(), 0)
 
+    def sensitivity(self, tensor: str, shape: tuple[int, ...]) -> Tensor | None:
+        """What errors in each column of a weight [rows, ...] count: its mean squared input, float64 [groups, columns].
+
+        None for a weight that the file does not know. Raises DataError where the file's is of another shape.
+        """
+        if f"{tensor}{HESSIAN}" not in self.container.by_name:
+            return None
+        gram = self.gram(tensor)
+        refuse_misfit(gram, shape, f"tensor {tensor!r}")
+        return gram.hessian.diagonal(dim1=1, dim2=2).clamp_min(0)
+
     def _read(self, tensor: str, part: str) -> Tensor:
         info = self.container.by_name.get(f"{tensor}{part}")
         if info is None or info.dtype != "F32":

@@ -18,7 +18,7 @@ from qcompress.types import Family, Recipe, Rule, Widths
 
 SOURCE = "command line"
 
-FLAGS = ("bits", "dim", "granularity", "group_size", "symmetric")
+FLAGS = ("bits", "dim", "granularity", "group_size", "share", "symmetric")
 """The options that have a flag of their own; the others are set in a recipe."""
 
 

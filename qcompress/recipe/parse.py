@@ -164,10 +164,6 @@ def _is_this_version(root: Node, keys: Mapping[str, Node], problems: Problems) -
 
 def _budget_rules(node: Node, problems: Problems) -> tuple[Rule, ...]:
     """What a budget without rules means."""
-    if BUDGET_METHOD not in registry.METHODS:
-        what = f"a budget without rules means method {quoted(BUDGET_METHOD)}, which is not available in this version"
-        problems.add(node, what, 'add `rules`, as {match: "*", squant: {}}')
-        return ()
     return (Rule("*", BUDGET_METHOD, registry.METHODS[BUDGET_METHOD].config(), node.where),)
 
 

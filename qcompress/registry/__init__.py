@@ -11,7 +11,15 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from qcompress.registry.calibrated import AdaroundConfig, DfqConfig, GptqConfig, PdquantConfig
-from qcompress.registry.clusters import ClusterConfig, DkmConfig, KmeansConfig, LearnedConfig, Tune, refuse_codebook
+from qcompress.registry.clusters import (
+    ClusterConfig,
+    DkmConfig,
+    KmeansConfig,
+    LearnedConfig,
+    Tune,
+    refuse_codebook,
+    refuse_shared,
+)
 from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig, SquantConfig, refuse_grid
 from qcompress.registry.rd import RdConfig, refuse_lattice
 from qcompress.registry.trained import LsqConfig, PactConfig
@@ -44,6 +52,7 @@ __all__ = [
     "refuse_codebook",
     "refuse_grid",
     "refuse_lattice",
+    "refuse_shared",
 ]
 
 
@@ -54,7 +63,8 @@ class Method:
     needs       what it works from: `weights` alone, tensor by tensor; the `graph` of a live model; `calibration` data
                 too; `training` data
     adjusts     whether it changes tensors that it was not given: batch norms, biases
-    statistics  whether it can also work from saved statistics of the layers' inputs, with no live model
+    statistics  whether it can also work from saved statistics of the layers' inputs, with no live model; one that
+                needs weights alone lets them weigh its errors
     representatives  whether it takes up what finetune-reg has learned, as one more argument
     live        "module:function" in place of `target` where there are a live model and calibration data:
                 fit(live, decisions, bits) -> Fitted, whose codes take at most so many bits together
@@ -79,7 +89,7 @@ class Method:
 
     def load(self) -> Callable[..., Any]:
         """The function: encode(weight float32 [rows, ...], config, exponent) -> Affine where `needs` is weights; of the
-        family cluster encode(weight [rows, ...] in its dtype, config, exponent, generator) -> Codebook; else
+        family cluster encode(weight [rows, ...] in its dtype, config, exponent, evidence) -> Codebook; else
         fit(live: LiveModel, decisions) -> Fitted, with `learn` as one more argument where `needs` is training."""
         return _load(self.target)
 
@@ -116,7 +126,9 @@ def _live_method(
 
 def _cluster_method(name: str, config: type[ClusterConfig], *, representatives: bool = False) -> Method:
     target = f"qcompress.methods.{name}:encode"
-    return Method(name, "cluster", config, "weights", False, refuse_codebook, target, representatives=representatives)
+    return Method(
+        name, "cluster", config, "weights", False, refuse_codebook, target, True, representatives=representatives
+    )
 
 
 METHODS: Mapping[str, Method] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -35,7 +36,7 @@ class Tune:
 class ClusterConfig:
     """What all methods with a codebook share.
 
-    bits         of a code, 1 to 12: a codebook has 2**bits entries
+    bits         of a code, 1 to 12: a codebook has 2**bits entries, fewer where fewer values differ
     dim          neighbouring channels that have one code together: bits / dim bits a weight
     granularity  one codebook a tensor, a channel, or `group_size` channels; group where only `group_size` is given
     group_size   channels that share a codebook
@@ -74,17 +75,23 @@ class ClusterConfig:
 class KmeansConfig(ClusterConfig):
     """k-means: the codebook of least squared error, exact for scalars of 16 bits.
 
-    init  where scalar codebooks begin: `optimal` ends at the global optimum, or within a bound of it; `linear` between
-          the ends, `density` at equal shares of the weights, `random` weights, or `k-means++`. Vectors begin with
-          `k-means++` unless `random` is asked for
-    zero  one entry is exactly 0; scalars only
+    init   where scalar codebooks begin: `optimal` ends at the global optimum, or within a bound of it; `linear` between
+           the ends, `density` at equal shares of the weights, `random` weights, or `k-means++`. Vectors begin with
+           `k-means++` unless `random` is asked for
+    zero   one entry is exactly 0; scalars only
+    share  one codebook for several tensors of the same settings: those of a `layer` (all whose names agree up
+           to the first number, as in `model.layers.3`; without one, of one parent module), of a `type` (whose names end
+           in the same two parts, as in `q_proj.weight`), or all of the `model`
     """
 
     init: Literal["optimal", "linear", "density", "random", "k-means++"] = "optimal"
     zero: bool = False
+    share: Literal["layer", "type", "model"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.share is not None and self.granularity != "tensor":
+            raise ValueError(f"share: {self.share} needs granularity: tensor, not {self.granularity}")
         if self.dim > 1 and self.zero:
             raise ValueError("zero is for scalars; leave it out with dim")
         if self.dim > 1 and self.init in ("linear", "density"):
@@ -115,7 +122,7 @@ class DkmConfig(ClusterConfig):
     iterations   of soft k-means in each step, all of them unrolled by the gradient
     metric       the distance that is softened: `squared`, or `plain` Euclidean
     temperature  fixed, in units of the metric; where absent a share of each codebook's gaps
-    share        of the squared mean gap (of the gap, for the plain metric) at the start and at the end of training
+    temperature_share  of the squared mean gap (of the gap, for the plain metric) at the start and the end of training
     levels       `f32` computes on all weights; `bf16` and `f16` on the distinct values of weights rounded to 16 bits,
                  with the gradient straight through: much faster, for dim 1
     """
@@ -123,7 +130,7 @@ class DkmConfig(ClusterConfig):
     iterations: Annotated[int, Interval(ge=1, le=10)] = 3
     metric: Literal["squared", "plain"] = "squared"
     temperature: Annotated[float, Gt(0)] | None = None
-    share: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (0.5, 0.02)
+    temperature_share: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (0.5, 0.02)
     levels: Literal["f32", "bf16", "f16"] = "f32"
 
     def __post_init__(self) -> None:
@@ -146,9 +153,25 @@ def refuse_codebook(config: ClusterConfig, shape: Shape) -> str | None:
         return f"dim {config.dim} does not divide the {unit} channels of a codebook"
     entries = min(2**config.bits, unit // config.dim * columns)
     table = rows // unit * entries * config.dim * CENTROID_BYTES[config.codebook]
+    if isinstance(config, KmeansConfig) and config.share is not None:
+        # Other tensors pay for it too: refuse_shared holds it against all of them.
+        return None
     codes = rows // config.dim * -(-columns * config.bits // 8)
     whole = rows * columns * WEIGHT_BYTES
     if table + codes >= whole and columns * rows > 1:
         books = f"{rows // unit} x {entries} entries of {config.dim}"
         return f"{codes} bytes of codes and {table} of codebook ({books}) are no less than its {whole} as float32"
     return None
+
+
+def refuse_shared(config: ClusterConfig, shapes: Sequence[Shape]) -> str | None:
+    """Why weights [rows, ...] cannot share one such codebook, or None."""
+    codes = sum(shape[0] // config.dim * -(-math.prod(shape[1:]) * config.bits // 8) for shape in shapes)
+    vectors = sum(math.prod(shape) for shape in shapes) // config.dim
+    entries = min(2**config.bits, vectors)
+    table = entries * config.dim * CENTROID_BYTES[config.codebook]
+    whole = sum(math.prod(shape) for shape in shapes) * WEIGHT_BYTES
+    if table + codes < whole or vectors * config.dim == 1:
+        return None
+    books = f"{entries} entries of {config.dim}"
+    return f"{codes} bytes of codes and {table} of codebook ({books}) are no less than their {whole} as float32"

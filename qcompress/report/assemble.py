@@ -35,11 +35,13 @@ def compressed_layer(
         bytes=total,
         method=decision.method or "",
         bits=config.bits,
+        dim=entry.dim,
         granularity=config.granularity,
         group_size=config.group_size,
         form=config.form,
         sensitivity=decision.sensitivity,
         coding=entry.coding,
+        codebook_in=entry.codebook,
         side_information_bytes=total - sizes[part_name(decision.tensor.name, "codes")] + side_bytes,
         figures=figures,
     )

@@ -22,10 +22,13 @@ class LayerFigures:
     sqnr_db           follows from relative_error where not given: +infinity without error
     range             (lowest, highest) weight, over all weights
     fences            (lowest, highest) weight that is no outlier: 1.5 interquartile ranges beyond the quartiles
-    levels            of the grid, ascending, each the mean over the tensor's grids; None beyond BINS of them
+    levels            of the grid or codebook, ascending, each the mean over the tensor's grids; None for vectors,
+                      and beyond BINS of them
     step              of a lattice, before the factors of rows and columns; None of other grids
     histogram_before  of the weights, histogram_after of what they decode to: counts in BINS equal bins over `range`,
                       decoded values beyond it counted in the end bins
+    entries           of each of its codebooks, as stored
+    dead              entries of its codebooks that none of its codes names; duplicates: that repeat an earlier one
     sampled           fences, outliers, kurtosis and histograms come from a fixed subset; all else from every weight
     """
 
@@ -41,6 +44,9 @@ class LayerFigures:
     levels_used: int | None = None
     entropy: float | None = None
     clipped_share: float | None = None
+    entries: int | None = None
+    dead: int | None = None
+    duplicates: int | None = None
     histogram_before: tuple[int, ...] | None = None
     histogram_after: tuple[int, ...] | None = None
     sampled: bool = False
@@ -70,6 +76,8 @@ class LayerReport:
     method                  the method's name, or "kept"
     coding                  how its codes are stored: packed, zstd or ans
     bytes                   of the artifact that are this tensor's own: codes and side information, or its kept data
+    dim                     weights that have one code together
+    codebook_in             the tensor that stores the codebook which this one shares; None: it has its own, or none
     side_information_bytes  scale, zero point, offset, codebook, where they are stored with the tensor
     baseline_bytes          of the checkpoint
     tied_to                 the tensor that is stored in place of this one, which then has 0 bytes
@@ -81,10 +89,12 @@ class LayerReport:
     dtype: str
     method: str = KEPT
     bits: int | None = None
+    dim: int = 1
     granularity: str | None = None
     group_size: int | None = None
     form: str | None = None
     coding: str | None = None
+    codebook_in: str | None = None
     bytes: int
     side_information_bytes: int = 0
     baseline_bytes: int
@@ -163,6 +173,9 @@ class AccuracyFigures:
     interval           of the drop, paired, 95 %
     baseline_interval  of the checkpoint's own figure, 95 %, and artifact_interval of the artifact's
     untuned            the artifact's before its codebooks were tuned; None where they were not
+    kmeans             of the checkpoint with codebooks of the same settings by k-means alone; None where nothing but
+                       that was done
+    kmeans_ratio       the artifact's over that, and untuned_ratio the one before tuning; None where that is 0
     """
 
     metric: str
@@ -174,6 +187,9 @@ class AccuracyFigures:
     baseline_interval: tuple[float, float] | None = None
     artifact_interval: tuple[float, float] | None = None
     untuned: float | None = None
+    kmeans: float | None = None
+    kmeans_ratio: float | None = None
+    untuned_ratio: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,5 +303,5 @@ def entropy_bound(compressed: Sequence[LayerReport]) -> int | None:
             continue
         if layer.figures is None or layer.figures.entropy is None:
             return None
-        total += math.ceil(layer.weights * layer.figures.entropy / 8)
+        total += math.ceil(layer.weights // layer.dim * layer.figures.entropy / 8)
     return total if compressed else None

@@ -60,6 +60,7 @@ def gather_report(path: Path, baseline: Checkpoint | None = None) -> Report:
 
 def _stored_report(artifact: Artifact) -> Report:
     """What the artifact's own bytes tell: sizes, and the entropy of its codes."""
+    from qcompress.report.codebooks import stored_codebook_figures
     from qcompress.report.counts import count_values, measure_counts
 
     figures = {}
@@ -68,8 +69,12 @@ def _stored_report(artifact: Artifact) -> Report:
             if entry.is_lattice:
                 codes, grid = file.lattices.codes(name)
                 figures[name] = replace(measure_counts(count_values(codes)), step=grid.value)
-            else:
-                figures[name] = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
+                continue
+            found = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
+            if entry.grid == "codebook":
+                about = stored_codebook_figures(file.grids(name)["codebook"].astype("f4"), found.levels_used)
+                found = replace(found, **about)
+            figures[name] = found
     return _make_report(artifact, figures)
 
 
@@ -90,11 +95,13 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
     import torch
 
     from qcompress.coding.affine import decode_rows, row_spans, take_rows
+    from qcompress.coding.codebook import centroid_values
     from qcompress.coding.lattice import step_value
     from qcompress.coding.rows import rows_from_weight
+    from qcompress.report.codebooks import codebook_figures
     from qcompress.report.counts import count_values
     from qcompress.report.figures import LayerMeter, unclipped_range
-    from qcompress.types import Lattice
+    from qcompress.types import Codebook, Lattice
 
     entry, encoded = file.manifest.tensors[name], file.read_encoded(name)
     rows = rows_from_weight(weight, entry.axis)
@@ -106,7 +113,11 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
         counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy() if whole is None else None
         meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
     figures = meter.result(whole)
-    return replace(figures, step=step_value(encoded)) if isinstance(encoded, Lattice) else figures
+    if isinstance(encoded, Lattice):
+        return replace(figures, step=step_value(encoded))
+    if not isinstance(encoded, Codebook):
+        return figures
+    return replace(figures, **codebook_figures(encoded.codes.numpy(), centroid_values(encoded).numpy()))
 
 
 def _input_hash(artifact: Artifact) -> str:
@@ -143,10 +154,12 @@ def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: Laye
         reason=REASON,
         method=method,
         bits=entry.bits or None,
+        dim=entry.dim,
         granularity=granularity,
         group_size=group_size,
         form=entry.grid if entry.grid in ("zero-point", "offset", "codebook", "lattice") else "symmetric",
         coding=entry.coding,
+        codebook_in=entry.codebook,
         side_information_bytes=sum(parts.values()) - parts["codes"] + own_side,
         figures=figures,
     )
@@ -154,9 +167,9 @@ def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: Laye
 
 def _sharing(file: ArtifactFile, name: str, entry: Entry, meant: str) -> tuple[str, int | None]:
     """What shares a grid or codebook, and the size of a group; `meant` by the recipe, where parts leave a choice."""
-    parts = file.parts_of(name)
     if entry.is_lattice:
         return "tensor", None
+    parts = file.grid_of(name)
     if entry.grid == "codebook":
         tables = parts["codebook"].shape[0]
         granularity = meant or ("tensor" if tables == 1 else "channel" if tables == entry.rows else "group")

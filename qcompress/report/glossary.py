@@ -57,6 +57,9 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
         "baseline_interval": Term("checkpoint's interval", "95 % confidence interval of the checkpoint's metric"),
         "artifact_interval": Term("artifact's interval", "95 % confidence interval of the artifact's metric"),
         "untuned": Term("before tuning", "the artifact's metric before the entries of its codebooks were tuned"),
+        "kmeans": Term("k-means alone", "the metric with codebooks of the same settings by k-means, nothing trained"),
+        "kmeans_ratio": Term("ratio to k-means", "the artifact's metric over that of k-means alone"),
+        "untuned_ratio": Term("ratio before tuning", "the metric before tuning over that of k-means alone"),
         "samples": Term("samples", "how many samples the metric was measured on"),
         "pareto_front": Term(
             "Pareto front", "artifacts that none beats: no other is as small and as good, and better in one", ("front",)
@@ -69,6 +72,8 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
         "dtype": Term("dtype", "the type of the tensor's values in the checkpoint"),
         "method": Term("method", "what chose the tensor's codes; kept: stored as it was"),
         "bits": Term("bits", "width of a code: 2**bits levels", ("width",)),
+        "dim": Term("dim", "neighbouring channels that have one code together", ("vector",)),
+        "codebook_in": Term("codebook in", "the tensor that stores the codebook which this one shares"),
         "granularity": Term("granularity", "which weights share a grid: a tensor, a channel, or a group of a channel"),
         "group_size": Term("group size", "weights that share a grid within a channel"),
         "form": Term("form", "what places the grid beside its scale: nothing (symmetric), a zero point, or an offset"),
@@ -121,12 +126,15 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
             "kurtosis", "fourth central moment over the squared variance; 3 is normal, more means heavier tails"
         ),
         "levels": Term(
-            "levels", f"values that the grid's codes stand for, averaged over its grids; none beyond {BINS} of them"
+            "levels", f"what the codes stand for, averaged over the tensor's grids or codebooks; none beyond {BINS}"
         ),
         "step": Term(
             "step", "of a lattice: the distance of neighbouring levels, before the factors of rows and columns"
         ),
         "levels_used": Term("levels used", "how many different codes occur"),
+        "entries": Term("entries", "of each codebook of the tensor, as stored: no more than values differ"),
+        "dead": Term("dead entries", "entries of the tensor's codebooks that none of its codes names"),
+        "duplicates": Term("duplicate entries", "entries of the tensor's codebooks that repeat an earlier one"),
         "entropy": Term(
             "entropy", "order-0 entropy in bits a code: what an ideal coder with one table for the tensor would need"
         ),

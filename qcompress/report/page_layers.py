@@ -145,6 +145,17 @@ def _bar(value: float | None, most: float) -> str:
     return percent(value / most) if value is not None and most else ""
 
 
+def _book_figures(layer: LayerReport) -> list[Figure]:
+    """What is worth saying of the tensor's codebooks."""
+    figures = layer.figures
+    if figures is None or figures.entries is None:
+        return []
+    counts = {"entries": figures.entries, "dead": figures.dead, "duplicates": figures.duplicates}
+    named = [Figure(name, f"{count:,}") for name, count in counts.items() if count is not None]
+    named.append(Figure("side_information_bytes", size_words(layer.side_information_bytes)))
+    return named + ([Figure("codebook_in", name_words(layer.codebook_in))] if layer.codebook_in is not None else [])
+
+
 def drawn_layer(layer: LayerReport, anchor: str) -> Drawn:
     figures = layer.figures
     assert figures is not None
@@ -155,6 +166,7 @@ def drawn_layer(layer: LayerReport, anchor: str) -> Drawn:
         Figure("entropy", f"{number_words(figures.entropy)}{width}"),
         Figure("step", number_words(figures.step)),
         Figure("levels_used", NOT_MEASURED if figures.levels_used is None else f"{figures.levels_used:,}"),
+        *_book_figures(layer),
         Figure("outlier_share", share_words(figures.outlier_share)),
         Figure("clipped_share", share_words(figures.clipped_share)),
         Figure("kurtosis", number_words(figures.kurtosis)),

@@ -81,12 +81,12 @@ def _escaped(text: str) -> str:
 
 
 _LAYER_COLUMNS = (
-    "name", "shape", "dtype", "method", "bits", "granularity", "group_size", "form", "coding", "bytes",
-    "side_information_bytes", "baseline_bytes", "tied_to", "reason", "sensitivity",
+    "name", "shape", "dtype", "method", "bits", "dim", "granularity", "group_size", "form", "coding", "bytes",
+    "side_information_bytes", "baseline_bytes", "tied_to", "codebook_in", "reason", "sensitivity",
 )  # fmt: skip
 _FIGURE_COLUMNS = (
     "relative_error", "sqnr_db", "max_error", "outlier_share", "kurtosis", "step", "levels_used", "entropy",
-    "clipped_share", "sampled",
+    "clipped_share", "entries", "dead", "duplicates", "sampled",
 )  # fmt: skip
 CSV_COLUMNS = ("artifact", *_LAYER_COLUMNS, "bits_per_weight", "range_low", "range_high", *_FIGURE_COLUMNS)
 

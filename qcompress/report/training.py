@@ -57,8 +57,8 @@ class TrainedLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NaiveFigures:
-    """What naive quantization of all layers gives: round to nearest on the min-max range, a grid a channel.
+class TrialFigures:
+    """What compressing all layers gives with nothing else done, by naive quantization or by k-means.
 
     metric   the task's headline; before and after are None where nothing is measured
     sqnr_db  over all layers' weights together
@@ -74,7 +74,11 @@ class NaiveFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
-    """All that is known about one training run. accuracy is of the checkpoint before and after."""
+    """All that is known about one training run. accuracy is of the checkpoint before and after.
+
+    naive   round to nearest on the min-max range, a grid a channel
+    kmeans  the codebook of least squared error, one a tensor
+    """
 
     output: str
     checkpoint: str | None
@@ -86,7 +90,8 @@ class TrainingReport:
     epoch_metrics: tuple[Mapping[str, float], ...]
     accuracy: tuple[AccuracyFigures, ...] | None
     metrics: Mapping[str, float]
-    naive: tuple[NaiveFigures, ...]
+    naive: tuple[TrialFigures, ...]
+    kmeans: tuple[TrialFigures, ...]
     layers: tuple[TrainedLayer, ...]
     warnings: tuple[str, ...] = ()
     gates: tuple[GateResult, ...] = ()
@@ -112,7 +117,7 @@ def view_training(report: TrainingReport) -> View:
         facts += [("accuracy", _accuracy_line(one)) for one in report.accuracy]
     elif report.metrics:
         facts += [("accuracy", f"{name} {value:.4g}") for name, value in report.metrics.items()]
-    tables = [table for table in (_naive_table(report.naive), _layer_table(report.layers)) if table.rows]
+    tables = [table for table in (_trial_table(report), _layer_table(report.layers)) if table.rows]
     notes = [gate_words(gate) for gate in report.gates]
     return View(report.output, tuple(facts), tuple(tables), tuple(notes))
 
@@ -145,13 +150,15 @@ def _accuracy_line(one: AccuracyFigures) -> str:
     return f"{one.metric} {before} -> {after}, drop {drop_words(one)}, {count_words(one.samples, 'sample')}"
 
 
-def _naive_table(naive: Sequence[NaiveFigures]) -> Table:
-    columns = [Column("naive", right=False), Column("metric", right=False)]
+def _trial_table(report: TrainingReport) -> Table:
+    columns = [Column("compressed by", right=False), Column("metric", right=False)]
     columns += [Column(title) for title in ("before", "after", "SQNR dB before", "after")]
     rows = []
-    for one in naive:
-        values = (one.before, one.after, one.sqnr_db_before, one.sqnr_db_after)
-        rows.append((f"{one.bits} bits", one.metric or NOT_MEASURED, *(number_words(value, 4) for value in values)))
+    for name, trials in (("naive", report.naive), ("k-means", report.kmeans)):
+        for one in trials:
+            values = (one.before, one.after, one.sqnr_db_before, one.sqnr_db_after)
+            words = (number_words(value, 4) for value in values)
+            rows.append((f"{name}, {count_words(one.bits, 'bit')}", one.metric or NOT_MEASURED, *words))
     return Table(tuple(columns), tuple(rows))
 
 

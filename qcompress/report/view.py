@@ -137,9 +137,20 @@ def accuracy_words(report: Report) -> list[str]:
         before = number_words(item.baseline, 4) + interval_words(item.baseline_interval)
         after = number_words(item.artifact, 4) + interval_words(item.artifact_interval)
         tuned = f", {number_words(item.untuned, 4)} before tuning" if item.untuned is not None else ""
-        text = f"{name_words(item.metric)} {before} -> {after}{tuned}, drop {drop_words(item)}"
+        text = f"{name_words(item.metric)} {before} -> {after}{tuned}, drop {drop_words(item)}{_kmeans_words(item)}"
         lines.append(f"{text}, {count_words(item.samples, 'sample')}")
     return lines
+
+
+def _kmeans_words(item: AccuracyFigures) -> str:
+    """How the artifact stands to plain k-means."""
+    if item.kmeans is None:
+        return ""
+    ratios = [(item.kmeans_ratio, "")]
+    if item.untuned is not None:
+        ratios.append((item.untuned_ratio, " before tuning"))
+    shown = ", ".join(f"{number_words(ratio, 4)}{when}" for ratio, when in ratios if ratio is not None)
+    return f", k-means alone {number_words(item.kmeans, 4)}" + (f" (ratio {shown})" if shown else "")
 
 
 def interval_words(interval: tuple[float, float] | None) -> str:

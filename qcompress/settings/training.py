@@ -107,6 +107,7 @@ class TrainingOptions:
     log_steps        steps between two lines of the log
     save_steps       steps between two saved states for --resume; where absent each epoch, and every few minutes
     naive_bits       widths at which the report tries naive quantization before and after
+    kmeans_bits      widths at which it tries k-means, one codebook a tensor
     """
 
     epochs: Annotated[int, Ge(1)] = 1
@@ -122,6 +123,7 @@ class TrainingOptions:
     log_steps: Annotated[int, Ge(1)] = 50
     save_steps: Annotated[int, Ge(1)] | None = None
     naive_bits: tuple[Annotated[int, Interval(ge=1, le=8)], ...] = (2, 3, 4)
+    kmeans_bits: tuple[Annotated[int, Interval(ge=1, le=8)], ...] = (1, 2)
 
     __pydantic_config__: ClassVar[Any] = STRICT
 

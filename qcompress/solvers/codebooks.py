@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,28 @@ from qcompress.coding.rows import codebook_shape
 from qcompress.solvers.kmeans import Start, assign_scalars, cluster_rows, cluster_scalars
 from qcompress.solvers.kmeans_vectors import assign_vectors, cluster_vectors
 from qcompress.types import Codebook, Shape
+
+FIRST_LOOK = 4
+"""Times as many vectors as there are entries that are looked at first, and so many times as many each time after."""
+MOST_LOOK = 2**18
+BINS_EACH = 2**8
+FEWEST_BINS = 2**12
+"""Bins for wide scalars, up to 2**16: the bound is some 2e-3 of the error, the error itself that of 2**16 bins."""
+
+
+@dataclass(frozen=True)
+class BookEvidence:
+    """What a codebook may be made from beside the weight.
+
+    generator    for random starts
+    sensitivity  float64 [columns] or, one a group of channels, [groups, columns], not negative: what a squared error
+                 of a weight in that column counts; None: all alike
+    shared       codebook float [1, entries, dim] and exponent that several tensors have together
+    """
+
+    generator: torch.Generator
+    sensitivity: Tensor | None = None
+    shared: tuple[Tensor, int] | None = None
 
 
 def table_parts(matrix: Tensor, config: Any) -> Tensor:
@@ -31,26 +54,87 @@ def rows_from_vectors(points: Tensor, columns: int) -> Tensor:
     return points.view(-1, columns, dim).movedim(2, 1).reshape(-1, columns)
 
 
-def first_codebooks(
-    matrix: Tensor, config: Any, start: Start, generator: torch.Generator, *, zero: bool = False
-) -> Tensor:
-    """The codebooks of least squared error, float [tables, entries, dim]; where fewer values differ than a table has
-    entries, its last one is repeated.
+def spread_sensitivity(sensitivity: Tensor, rows: int, dim: int) -> Tensor:
+    """What an error of each vector counts, [rows / dim, columns]: that of its column; a vector of two groups has the
+    mean of both.
+
+    sensitivity  [columns] or [groups, columns], rows in equal groups
+    """
+    groups = sensitivity.reshape(-1, sensitivity.shape[-1])
+    each = groups.repeat_interleave(rows // len(groups), 0) if len(groups) > 1 else groups.expand(rows, -1)
+    return each.reshape(rows // dim, dim, -1).mean(1) if len(groups) > 1 and dim > 1 else each[: rows // dim]
+
+
+def first_codebooks(matrix: Tensor, config: Any, start: Start, evidence: BookEvidence, *, zero: bool = False) -> Tensor:
+    """The codebooks of least squared error, float [tables, entries, dim]: no more entries than any table needs, the
+    last of a table with fewer repeated.
 
     matrix  float [rows, columns] on the CPU, of the weight's own dtype: of 16 bits the optimum is exact
     """
     tables, entries, dim = codebook_shape(config, *matrix.shape)
+    weights = None
+    if evidence.sensitivity is not None:
+        weights = spread_sensitivity(evidence.sensitivity, len(matrix), dim).reshape(tables, -1)
     if dim > 1:
         kind: Literal["random", "k-means++"] = "random" if start == "random" else "k-means++"
-        parts = [vectors_from_rows(part.float(), dim) for part in table_parts(matrix, config)]
-        found = [cluster_vectors(part, entries, start=kind, generator=generator).centroids for part in parts]
-        return torch.stack([_filled(one.T, entries).T for one in found])
+        found = []
+        for index, part in enumerate(table_parts(matrix, config)):
+            points, each = vectors_from_rows(part.float(), dim), None if weights is None else weights[index]
+            found.append(cluster_vectors(points, entries, each, start=kind, generator=evidence.generator).centroids)
+        most = max(len(one) for one in found)
+        return torch.stack([torch.cat((one, one[-1:].expand(most - len(one), -1))) for one in found])
     if tables == 1:
-        one = cluster_scalars(matrix, entries, start=start, zero=zero, generator=generator).centroids
-        return _filled(one.view(1, -1), entries).unsqueeze(2)
+        each = None if weights is None else weights.view(matrix.shape)
+        found_one = cluster_scalars(
+            matrix,
+            entries,
+            each,
+            start=start,
+            zero=zero,
+            generator=evidence.generator,
+            bins=max(FEWEST_BINS, BINS_EACH * entries),
+        )
+        return found_one.centroids.view(1, -1, 1)
     rows = table_parts(matrix, config).reshape(tables, -1)
-    each = cluster_rows(rows, entries, start=start, zero=zero, generator=generator).centroids
-    return _filled(each, entries).unsqueeze(2)
+    each_row = cluster_rows(rows, entries, weights, start=start, zero=zero, generator=evidence.generator).centroids
+    used = 1 + int((each_row[:, 1:] != each_row[:, :-1]).sum(1).max()) if entries > 1 else 1
+    return each_row[:, :used].unsqueeze(2)
+
+
+def count_entries(matrix: Tensor, config: Any) -> int:
+    """How many entries a table of `first_codebooks` has at most: as many as vectors differ, if its codes can name them.
+
+    matrix  float [rows, columns]; looked at no further than where there are enough
+    """
+    _, entries, dim = codebook_shape(config, *matrix.shape)
+    spare = int(getattr(config, "zero", False))
+    most = 1
+    for part in table_parts(matrix, config):
+        # More each time: mostly the first look tells.
+        seen, done, look = torch.empty(0, dim), 0, FIRST_LOOK * entries
+        while done < part.numel() // dim:
+            points = _some_vectors(part, dim, done, done + look)
+            seen = _unique(torch.cat((seen, points)))
+            if len(seen) + spare >= entries:
+                return entries
+            done, look = done + look, min(FIRST_LOOK * look, MOST_LOOK)
+        most = max(most, len(seen) + spare)
+    return most
+
+
+def _some_vectors(part: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    """Vectors [about stop - start, dim] of rows [rows, columns]: those numbered so, and the others of their rows."""
+    columns = part.shape[1]
+    if dim == 1:
+        return part.reshape(-1, 1)[start:stop].float()
+    first, last = start // columns, -(-stop // columns)
+    return vectors_from_rows(part[first * dim : last * dim].float(), dim)
+
+
+def _unique(points: Tensor) -> Tensor:
+    """The different vectors [n, dim] in some order."""
+    found: Tensor = torch.unique(points).unsqueeze(1) if points.shape[1] == 1 else torch.unique(points, dim=0)
+    return found
 
 
 def encode_nearest(matrix: Tensor, values: Tensor, config: Any, exponent: int, shape: Shape) -> Codebook:
@@ -72,9 +156,3 @@ def encode_nearest(matrix: Tensor, values: Tensor, config: Any, exponent: int, s
             found = assign_vectors(vectors_from_rows(part.float(), config.dim), table)
         into.copy_(found.view(into.shape))
     return encoded
-
-
-def _filled(centroids: Tensor, entries: int) -> Tensor:
-    """[tables, centroids] with the last one repeated up to `entries`."""
-    missing = entries - centroids.shape[1]
-    return centroids if missing <= 0 else torch.cat((centroids, centroids[:, -1:].expand(-1, missing)), 1)

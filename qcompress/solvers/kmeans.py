@@ -57,6 +57,7 @@ def cluster_scalars(
     start: Start = "optimal",
     zero: bool = False,
     generator: torch.Generator | None = None,
+    bins: int | None = None,
 ) -> Clustering:
     """One codebook for all values; fewer centroids than `clusters` where fewer values differ.
 
@@ -68,13 +69,15 @@ def cluster_scalars(
                start only a local optimum is found, and `bound` is the error
     zero       one centroid is exactly 0
     generator  for random and k-means++; a new one with seed 0 where absent
+    bins       where more than 2**16 values differ, at most so many instead: the bound is wider, the time shorter
 
     Raises ValueError for no values, values that are not finite and negative weights.
     """
     _check(values, clusters, weights)
     line = line_from_values(values.detach(), None if weights is None else torch.from_numpy(_array(weights)))
     generator = generator or torch.Generator().manual_seed(0)
-    centroids, least = _centroids(line, clusters, start, zero, generator, MOST_BINS)
+    most = MOST_BINS if bins is None or line.size <= MOST_BINS else min(bins, MOST_BINS)
+    centroids, least = _centroids(line, clusters, start, zero, generator, most)
     kept = _used(line, _stored(centroids, values.dtype), zero)
     error, bound = _errors(line, kept[None], least)
     found = torch.from_numpy(kept)

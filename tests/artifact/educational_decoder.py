@@ -53,13 +53,15 @@ def expand(path: Path) -> dict[str, Dense]:
         for name, entry in entries.items():
             if entry["grid"] == "lattice":
                 continue
+            owner = entry.get("codebook", name)
             parts = {
-                part: bytes_of(header[f"{name}.qc.{part}"], data)
-                for part in ("codes", "scale", "zero_point", "offset", "codebook")
-                if f"{name}.qc.{part}" in header
+                part: bytes_of(header[f"{owner}.qc.{part}"], data)
+                for part in ("scale", "zero_point", "offset", "codebook")
+                if f"{owner}.qc.{part}" in header
             }
+            parts["codes"] = bytes_of(header[f"{name}.qc.codes"], data)
             grid = "codebook" if entry["grid"] == "codebook" else "scale"
-            about = header[f"{name}.qc.{grid}"]
+            about = header[f"{owner}.qc.{grid}"]
             tensors[name] = Dense(entry["dtype"], tuple(entry["shape"]), decode(entry, parts, about))
     return tensors | {name: tensors[twin] for name, twin in tied.items()}
 

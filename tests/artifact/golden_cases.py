@@ -20,6 +20,8 @@ from artifact.lattice_method import METHOD, RoundedConfig
 from qcompress.registry import METHODS
 from qcompress.types import Recipe, Rule
 
+EARLIER = {"codebook-few", "codebook-10", "codebook-10-zstd"}
+"""Files that are read for ever and written no more: their codebooks repeat the last entry up to 2**bits."""
 GOLDEN = Path(__file__).parent.parent / "golden"
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -79,7 +81,20 @@ CASES: dict[str, Case] = {
     "ans-8": one(skewed(32, 9), "rtn", "ans", bits=8, granularity="tensor"),
     "ans-constant": one(torch.zeros(8, 9), "rtn", "ans", bits=2),
     "codebook-2": one(weights(6, 8), "kmeans", bits=2),
-    "codebook-few": one(weights(4, 8, levels=4), "kmeans", bits=4),
+    "codebook-distinct": one(weights(4, 8, levels=4), "kmeans", bits=4),
+    "codebook-shared": Case(
+        {
+            "b.0.k.weight": weights(4, 8),
+            "b.0.v.weight": weights(6, 8, dtype=torch.bfloat16),
+            "b.1.k.weight": weights(4, 6),
+            "head.weight": weights(4, 8, levels=8),
+        },
+        recipe(rule("b.*", "kmeans", bits=3, share="layer"), rule("*", "kmeans", bits=3)),
+    ),
+    "codebook-shared-int8": Case(
+        {"a.weight": weights(4, 8), "b.weight": weights(6, 8)},
+        recipe(rule("*", "kmeans", bits=3, dim=2, share="model", codebook="int8")),
+    ),
     "codebook-f32": one(weights(6, 8), "kmeans", bits=3, codebook="f32"),
     "codebook-int8": one(weights(6, 8), "kmeans", bits=3, codebook="int8"),
     "codebook-group": one(weights(6, 8), "kmeans", bits=2, group_size=2),
@@ -87,8 +102,8 @@ CASES: dict[str, Case] = {
     "codebook-vector": one(weights(6, 16), "kmeans", bits=3, dim=2),
     "codebook-vector-group": one(weights(8, 12), "kmeans", bits=2, dim=2, group_size=4),
     "codebook-vector-axis": one(weights(5, 8, 3), "kmeans", bits=3, dim=4, axis=1),
-    "codebook-10": one(weights(40, 64, levels=300), "kmeans", bits=10, dim=2),
-    "codebook-10-zstd": one(skewed(40, 64), "kmeans", "zstd", bits=10, dim=2),
+    "codebook-10-all": one(weights(64, 64, levels=4093), "kmeans", bits=10, dim=2),
+    "codebook-10-distinct-zstd": one(skewed(40, 64), "kmeans", "zstd", bits=10, dim=2),
     "codebook-ans": one(skewed(32, 9), "kmeans", "ans", bits=3),
     "axis-1": one(weights(4, 6), "rtn", bits=4, axis=1),
     "axis-0-2": one(weights(2, 3, 4), "rtn", bits=4, axis=(0, 2)),

@@ -11,7 +11,7 @@ import zstandard
 import qcompress
 from artifact.educational_decoder import expand
 from artifact.examples import denses, verify
-from artifact.golden_cases import CASES, GOLDEN, as_text, write_case
+from artifact.golden_cases import CASES, EARLIER, GOLDEN, as_text, write_case
 from qcompress.load import load_state_dict
 
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -30,7 +30,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def test_every_case_has_its_file() -> None:
-    assert set(NAMES) == {*CASES, "folder"}
+    assert set(NAMES) == {*CASES, *EARLIER, "folder"}
     assert {path.stem for path in GOLDEN.glob("*.safetensors")} | {"folder"} == set(NAMES)
 
 
@@ -43,7 +43,7 @@ def test_golden_artifacts_decode_to_what_they_always_did(name: str) -> None:
     assert decoded == expand(golden(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in EARLIER])
 def test_todays_writer_writes_the_golden_artifacts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "zstd" in name and zstandard.ZSTD_VERSION != ZSTD:
         pytest.skip("another version of zstd")

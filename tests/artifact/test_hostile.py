@@ -475,6 +475,35 @@ CODEBOOKS: dict[str, tuple[Change, str]] = {
 }
 
 
+SHARED: dict[str, tuple[Change, str]] = {
+    "of nobody": (field("v", "codebook", "u"), "tensor 'v' shares the codebook of 'u', which has none of its own"),
+    "of one that shares": (
+        field("x", "codebook", "v"),
+        "tensor 'x' shares the codebook of 'v', which has none of its own",
+    ),
+    "of a kept one": (field("v", "codebook", "b"), "tensor 'v' shares the codebook of 'b', which has none of its own"),
+    "its own, which it lacks": (field("v", "codebook", "v"), "tensor 'v' has its codebook missing or too many"),
+    "a number": (field("v", "codebook", 1), "tensor 'v' has the codebook 1, not the name of a tensor"),
+    "of another exponent": (field("v", "exponent", 3), "whose bits, dim or exponent differ"),
+    "of another dim": (field("v", "dim", 2), "whose bits, dim or exponent differ"),
+    "of other bits": (field("v", "bits", 3), "whose bits, dim or exponent differ"),
+    "owner without it": (drop_tensor("a.qc.codebook"), "tensor 'a' has its codebook missing or too many"),
+    "of a grid": (field("v", "grid", "full"), "tensor 'v' has the codebook 'a', not the name of a tensor"),
+    "changed": (fill("a.qc.codebook", b"\x01\x3c"), "tensor 'v': its checksum does not hold"),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_a_shared_codebook_that_lies_is_refused(tmp_path: Path, case: str) -> None:
+    change, what = SHARED[case]
+    tensors = {"a": gaussian(6, 8), "v": gaussian(4, 8, seed=1), "x": gaussian(2, 8, seed=2), "b": gaussian(3)}
+    source, path = save(tmp_path / "in.safetensors", tensors), tmp_path / "out.safetensors"
+    run(source, path, recipe(rule("[avx]", "kmeans", bits=2, share="model")))
+    assert verify(path).files[0].manifest.tensors["a"].codebook is None
+    rewrite(path, change)
+    assert what in refusal(path)
+
+
 @pytest.mark.parametrize("case", CODEBOOKS)
 def test_a_codebook_that_lies_is_refused(tmp_path: Path, case: str) -> None:
     change, what = CODEBOOKS[case]

@@ -79,6 +79,38 @@ def test_the_plan_knows_the_size_to_the_byte(run: Run, checkpoint: Path, tmp_pat
     assert plan["exact"] and plan["artifact_bytes"] == report["size"]["artifact_bytes"]
 
 
+def test_no_more_entries_are_stored_than_values_differ(run: Run, tmp_path: Path) -> None:
+    """Whatever the tensor's size, wherever its values are, and however many tables it has."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.tensor([0.5, -0.25, 2.0])[torch.randint(3, (16, 9000), generator=generator)]
+    late = torch.zeros(16, 9000)
+    late[-1, -2:] = torch.tensor([1.0, 2.0])
+    rows = torch.zeros(4, 40)
+    rows[2, :5] = torch.arange(5.0)
+    tensors = {"few": few, "late": late, "rows": rows, "constant": torch.full((8, 8), 0.75)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    recipe, output = tmp_path / "r.yaml", tmp_path / "a.safetensors"
+    recipe.write_text(
+        "version: 1\nrules:\n  - {match: rows, kmeans: {bits: 3, granularity: channel}}\n"
+        "  - {match: '*', kmeans: {bits: 4}}\n"
+    )
+    done = run("cluster", str(tmp_path / "m.safetensors"), "-r", str(recipe), "-o", str(output), "--json", "-")
+    assert done.code == 0, done.err
+    layers = {layer["name"]: layer for layer in json.loads(done.out)["layers"]}
+    shown = {
+        name: [layer["figures"][key] for key in ("entries", "dead", "duplicates")] for name, layer in layers.items()
+    }
+    assert shown == {"few": [3, 0, 0], "late": [3, 0, 0], "constant": [1, 0, 0], "rows": [5, 12, 12]}
+    assert layers["few"]["figures"]["levels"] == [-0.25, 0.5, 2.0]
+    loaded = qcompress.load_state_dict(output)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    pairs = json.loads(
+        run("cluster", str(tmp_path / "m.safetensors"), "--bits", "9", "--dim", "2", "--force", "--json", "-").out
+    )
+    found = {layer["name"]: layer["figures"]["entries"] for layer in pairs["layers"]}
+    assert found["few"] == 9 and found["constant"] == 1 and found["late"] == 3
+
+
 def test_names_of_outputs(run: Run, checkpoint: Path) -> None:
     assert run("cluster", str(checkpoint), "--bits", "4", "-q").out.strip().endswith("m-c4.safetensors")
     done = run("cluster", str(checkpoint), "--bits", "6", "--dim", "2", "-q")

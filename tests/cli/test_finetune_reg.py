@@ -115,6 +115,20 @@ def test_a_run_writes_checkpoint_learned_terms_report_and_log(run: Run, folder: 
     assert layers["conv1.weight"]["after"]["range_over_std"] == pytest.approx(ratio, rel=1e-5)
 
 
+def test_the_kmeans_figures_are_those_of_cluster(run: Run, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "t.safetensors"
+    report = json.loads(run(*words_of(folder, output, "--json", "-")).out)
+    assert [one["bits"] for one in report["kmeans"]] == [1, 2]
+    recipe = tmp_path / "kmeans.yaml"
+    head = RECIPE.split("finetune:")[0].replace("net.py", str(folder / "net.py"))
+    head = head.replace("data.npz", str(folder / "data.npz"))
+    for one in report["kmeans"]:
+        recipe.write_text(head + f'rules:\n  - {{match: "*.weight", kmeans: {{bits: {one["bits"]}}}}}\n')
+        done = run("cluster", str(output), "-r", str(recipe), "--allow-code", "--force", "--json", "-")
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["accuracy"][0]["artifact"] == pytest.approx(one["after"], abs=1e-6)
+
+
 def test_the_naive_figures_are_those_of_quantize(run: Run, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "t.safetensors"
     report = json.loads(run(*words_of(folder, output, "--json", "-")).out)

@@ -16,6 +16,7 @@ from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import codebook_shape
 from qcompress.methods import kmeans, learned
 from qcompress.registry import KmeansConfig, LearnedConfig, refuse_codebook
+from qcompress.solvers.codebooks import BookEvidence
 from qcompress.types import Codebook
 
 
@@ -24,9 +25,12 @@ def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 
 def encode(weight: Tensor, **options: Any) -> Codebook:
-    generator = torch.Generator().manual_seed(0)
     exponent = exponent_for(float(weight.abs().max()))
-    return kmeans.encode(weight, KmeansConfig(**options), exponent, generator)
+    return kmeans.encode(weight, KmeansConfig(**options), exponent, seeded(0))
+
+
+def seeded(seed: int, sensitivity: Tensor | None = None) -> BookEvidence:
+    return BookEvidence(torch.Generator().manual_seed(seed), sensitivity)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -120,23 +124,20 @@ def test_pieces_of_rows_are_rows_of_the_whole(options: dict[str, Any]) -> None:
 def test_random_starts_follow_their_generator() -> None:
     weight = gaussian(8, 60)
     config = KmeansConfig(bits=4, init="random", codebook="f32")
-    found = [
-        centroid_values(kmeans.encode(weight, config, 0, torch.Generator().manual_seed(seed))) for seed in (1, 1, 2)
-    ]
+    found = [centroid_values(kmeans.encode(weight, config, 0, seeded(seed))) for seed in (1, 1, 2)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_learned_entries_are_assigned_then_recentred() -> None:
     weight = gaussian(5, 30)
     representatives = torch.tensor([0.9, -1.1, 0.05])
-    generator = torch.Generator()
     cells = (weight.unsqueeze(2) - representatives.sort().values).abs().argmin(2)
     config = LearnedConfig(bits=2, codebook="f32")
-    encoded = learned.encode(weight, config, 0, generator, representatives)
+    encoded = learned.encode(weight, config, 0, seeded(0), representatives)
     assert torch.equal(encoded.codes.long(), cells)
     means = torch.stack([weight[cells == code].mean() for code in range(3)])
     torch.testing.assert_close(centroid_values(encoded).flatten()[:3], means)
-    kept = learned.encode(weight, LearnedConfig(bits=2, recentre=False, codebook="f32"), 0, generator, representatives)
+    kept = learned.encode(weight, LearnedConfig(bits=2, recentre=False, codebook="f32"), 0, seeded(0), representatives)
     torch.testing.assert_close(centroid_values(kept).flatten()[:3], representatives.sort().values)
     torch.testing.assert_close(decode(kept), representatives.sort().values[cells])
 

@@ -1,0 +1,141 @@
+"""The clustering section of docs/results.md: ResNet-20 and MobileNet by k-means, tuned, and by DKM, from some starts.
+
+    QCOMPRESS_DATA=data python benchmarks/results_clusters.py --starts FOLDER --work results
+
+FOLDER holds the checkpoints that the recipes `recipes/cifar10/resnet20_train_*.yaml` make, by name. Finished runs lie
+in the work folder as JSON and are not repeated; --only takes a part of a run's name, --page runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from page import put_section
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))
+"""Bits of a code, and weights that share one."""
+CLIPPED = ("data.train.samples=4000", "data.eval.samples=2000")
+DKM = ("finetune.epochs=1",)
+
+
+class Start(NamedTuple):
+    """A network to cluster: its checkpoint, its recipe's stem, and for which settings DKM is run too."""
+
+    title: str
+    file: str
+    recipe: str = "cifar10/resnet20"
+    reduced: tuple[str, ...] = CLIPPED
+    settings: tuple[tuple[int, int], ...] = SETTINGS
+    dkm: tuple[tuple[int, int], ...] = SETTINGS
+
+
+STARTS = {
+    "resnet20": Start("ResNet-20, the checkpoint", "data:cifar10/resnet20.safetensors"),
+    "min_squared_2": Start("trained to two representatives a layer", "min_squared_2.safetensors", dkm=((1, 1),)),
+    "kurtosis": Start("fine-tuned with kurtosis", "kurtosis_0.safetensors"),
+    "dsmm": Start("fine-tuned with DSMM", "dsmm_0.safetensors", dkm=()),
+    "mobilenet": Start(
+        "MobileNetV1 0.75", "data:imagenet/mobilenet_v1_075_224.safetensors", "imagenet/mobilenet_v1_075", (), dkm=()
+    ),
+}
+
+
+def call(words: list[str], kept: Path, data: Path, *, run: bool) -> dict[str, Any] | None:
+    """The report of a command, read back where it was run before; None where it is not to be run."""
+    if not kept.is_file():
+        if not run:
+            return None
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "QCOMPRESS_DATA": str(data)}
+        command = [sys.executable, "-m", "qcompress", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{kept.stem}: exit {done.returncode}\n{done.stderr}")
+        kept.write_text(done.stdout)
+        print(f"{kept.stem}: {_top1(json.loads(done.stdout))}", flush=True)
+    found: dict[str, Any] = json.loads(kept.read_text())
+    return found
+
+
+def _top1(report: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(one for one in report["accuracy"] if one["metric"] == "top1")
+    return {name: found[name] for name in ("baseline", "untuned", "artifact", "kmeans", "kmeans_ratio", "samples")}
+
+
+def cluster(start: str, method: str, setting: tuple[int, int], options: argparse.Namespace) -> dict[str, Any] | None:
+    """The report of one run."""
+    bits, dim = setting
+    name, about = f"{start}_{method}_{bits}_{dim}", STARTS[start]
+    data = Path(os.environ["QCOMPRESS_DATA"])
+    checkpoint = data / about.file[5:] if about.file.startswith("data:") else options.starts / about.file
+    recipe = ROOT / "recipes" / f"{about.recipe}_{method}.yaml"
+    # The ten channels of ResNet-20's last layer, which has the first rule, make no vectors of four.
+    widths = {1: setting, 0: (2, 2) if dim == 4 else setting} if "resnet20" in about.recipe else {0: setting}
+    changes = list(about.reduced)
+    for index, (width, length) in widths.items():
+        changes += [f"rules.{index}.{method}.bits={width}", f"rules.{index}.{method}.dim={length}"]
+    if method == "dkm":
+        changes += DKM
+    words = ["cluster", str(checkpoint), "-r", str(recipe), "--allow-code", "--force", "--json", "-"]
+    words += ["-o", str(options.work / f"{name}.safetensors")]
+    words += [word for change in changes for word in ("--set", change)]
+    run = options.only in name and not options.page and checkpoint.is_file()
+    return call(words, options.work / f"{name}.json", data, run=run)
+
+
+HEAD = """## Weight sharing
+
+Written by `benchmarks/results_clusters.py`; all layers, first and last included, one codebook a layer. `bits/dim` are
+the bits of a code and the weights that share one (Kundu et al. 2024, Figure 3); at 4/4 the last layer of ResNet-20,
+whose ten channels 4 does not divide, has 2/2. Reduced to a few CPU minutes a run:
+ResNet-20 on 2,000 test images, tuned and trained by DKM for one epoch on 4,000 images; MobileNet on 400 photos of
+ImageNet, tuned for one epoch on 256. So these figures compare rows and columns, and are no one's best.
+
+    QCOMPRESS_DATA=/path/to/data python benchmarks/results_clusters.py --starts FOLDER --work results
+
+| start | FP32 | bits/dim | bits a weight | k-means | entries tuned | ratio | DKM | ratio |
+|---|---:|---|---:|---:|---:|---:|---:|---:|"""
+
+
+def rows(start: str, options: argparse.Namespace) -> list[str]:
+    """The table's lines of one network."""
+    lines: list[str] = []
+    for setting in STARTS[start].settings:
+        plain = cluster(start, "kmeans", setting, options)
+        trained = cluster(start, "dkm", setting, options) if setting in STARTS[start].dkm else None
+        if plain is None:
+            continue
+        tuned = _top1(plain)
+        cells = [STARTS[start].title if not lines else "", f"{tuned['baseline']:.4f}" if not lines else ""]
+        cells += [f"{setting[0]}/{setting[1]}", f"{plain['size']['bits_per_weight']:.2f}"]
+        cells += [f"{tuned['kmeans']:.4f}", f"{tuned['artifact']:.4f}", _ratio(tuned)]
+        cells += ["-", "-"] if trained is None else [f"{_top1(trained)['artifact']:.4f}", _ratio(_top1(trained))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _ratio(figures: dict[str, Any]) -> str:
+    return "-" if figures["kmeans_ratio"] is None else f"{figures['kmeans_ratio']:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("results"))
+    parser.add_argument("--starts", type=Path, default=Path("results"))
+    parser.add_argument("--only", default="")
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args()
+    options.work.mkdir(exist_ok=True, parents=True)
+    lines = [HEAD, *(line for start in STARTS for line in rows(start, options))]
+    reading = Path(__file__).with_name("results_clusters.md")
+    put_section("clusters", [*lines, "", *(reading.read_text().splitlines() if reading.is_file() else ())])
+
+
+if __name__ == "__main__":
+    main()
