@@ -97,7 +97,7 @@ Written by `benchmarks/results_qar.py`: top-1 over that of the same training wit
 many entries, before and after three epochs of centroid tuning (Malchiodi, Ferraretto, Frasca 2026, Figure 3). Far
 smaller than there: AlexNet of a quarter of the width, six epochs of AdamW on 8,000 images of CIFAR-10, tuned on 4,000,
 measured on 2,000; strengths of our own, since the paper gives none and so few steps need more; the regularizer works on
-all layers, whichever are clustered; no VGG16. Mean and standard deviation over %d seeds; of k-means the accuracy.
+all layers, whichever are clustered; no VGG16. Seeds: %d, mean and standard deviation; of k-means the accuracy.
 
     QCOMPRESS_DATA=/path/to/data python benchmarks/results_qar.py --work results
 """
