@@ -123,7 +123,9 @@ def test_nothing_evaluates_unpickles_or_prints(path: Path) -> None:
 
 
 def test_the_registry_and_the_folder_of_methods_agree() -> None:
-    files = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__"}
+    folder = PACKAGE / "methods"
+    files = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    files -= {"__init__"}
     assert {method.target.split(":")[0].rsplit(".", 1)[1] for method in METHODS.values()} == files
     for name, method in METHODS.items():
         assert method.name == name

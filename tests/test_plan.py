@@ -164,7 +164,9 @@ def test_the_nearest_group_size_that_divides_is_named_for_any_width() -> None:
             assert refusal is None if columns % size == 0 else str(refusal).endswith(f": {best}")
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.family == "quantize"])
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if method.family == "quantize" and method.has_widths]
+)
 def test_every_method_refuses_groups_that_do_not_divide(method: str) -> None:
     assert len(refusals(recipe(rule("a.weight", method, bits=4, group_size=3)))) == 1
 
@@ -250,7 +252,8 @@ def test_the_foretold_size_is_that_of_the_file(
 
 
 @pytest.mark.parametrize(
-    "method", [n for n, one in METHODS.items() if one.needs == "weights" and one.family == "quantize"]
+    "method",
+    [n for n, one in METHODS.items() if one.needs == "weights" and one.family == "quantize" and one.has_widths],
 )
 @pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 2, "granularity": "tensor"}, {"bits": 4, "group_size": 2}])
 def test_every_method_stores_the_grid_that_its_config_foretells(method: str, options: dict[str, Any]) -> None:

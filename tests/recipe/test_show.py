@@ -26,6 +26,7 @@ from qcompress.registry import (
     MseConfig,
     PactConfig,
     PdquantConfig,
+    RdConfig,
     RtnConfig,
     SquantConfig,
 )
@@ -67,6 +68,7 @@ CONFIGS = {
     "gptq": made(GptqConfig, preset=PRESET, range=RANGE, act_order=st.booleans(), descent=st.integers(0, 9)),
     "pdquant": made(PdquantConfig, preset=PRESET, range=RANGE, drop=st.floats(0, 0.9)),
     "lsq": made(LsqConfig, bits=st.integers(2, 8), start=st.sampled_from(["error", "mean"]), learning_rate=POSITIVE),
+    "rd": st.builds(RdConfig, effort=st.sampled_from(["fast", "normal", "high"]), step=POSITIVE, match=st.booleans()),
     "pact": made(PactConfig, clip=POSITIVE, clip_decay=POSITIVE, scale=st.sampled_from(["weight", "unit"])),
 }
 ENTRIES = st.sampled_from(["f16", "f32", "int8"])

@@ -284,10 +284,6 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         HEAD + "  - {match: a, zzz: {bits: 4}}\n",
         [f"r.yaml:3: rules[0].zzz: unknown key or method `zzz`; valid here: {ANY_METHOD}"],
     ),
-    "later method": (
-        HEAD + "  - {match: a, rd: {bits: 4}}\n",
-        ["r.yaml:3: rules[0].rd: `rd` is not available in this version; remove it"],
-    ),
     "keep with another dtype": (
         'version: 1\nrules:\n  - {match: "*", keep: {dtype: f8}}\n',
         ["r.yaml:3: rules[0].keep.dtype: unknown value `f8`; valid here: `f16`"],
