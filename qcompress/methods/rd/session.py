@@ -170,7 +170,8 @@ class Session:
         harm = float((weights.unsqueeze(1) * steps.square() * energies).sum())
         power = float((weights * response.power).sum())
         if normed:
-            step = (power / harm) ** 0.5
+            # In proportion to the inputs of an output: measured better than the same for all, or than by weights.
+            step = (layer.rows.shape[1] * power / harm) ** 0.5
         else:
             step = (layer.rows.numel() / (max(response.slope, 1e-30) * harm)) ** 0.5
         return with_step(grid, step)
