@@ -23,8 +23,9 @@ from qcompress.types import Recipe
 TRAINING = sorted(
     path for path in (ROOT / "recipes").rglob("*.yaml") if "\nfinetune:" in path.read_text(encoding="utf-8")
 )
-ON_GRIDS = [path for path in TRAINING if trains(read_recipe(path))]
-RECIPES = [path for path in TRAINING if path not in ON_GRIDS]
+CODING = [path for path in TRAINING if trains(read_recipe(path))]
+ON_GRIDS = [path for path in CODING if read_recipe(path).family == "quantize"]
+RECIPES = [path for path in TRAINING if path not in CODING]
 
 
 def skip_without_package(recipe: Recipe) -> None:
