@@ -419,7 +419,7 @@ def _make_report(
         layers,
         header_bytes=sum(shard.written.header_bytes for shard in done),
         index_bytes=index_bytes,
-        pooled_bytes=sum(sizes.get("", {}).values()),
+        pooled_bytes=sum(sizes.get(POOL_NAME, {}).values()),
     )
     return Report(
         artifact=ArtifactFile(name=name, sha256=artifact_hash([(s.shard.file, s.written.sha256) for s in done])),

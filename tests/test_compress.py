@@ -45,7 +45,9 @@ from qcompress.registry import METHODS
 from qcompress.report.document import Report
 from qcompress.types import Affine, Recipe
 
-QUANTIZERS = [name for name, method in METHODS.items() if method.family == "quantize" and method.needs == "weights"]
+QUANTIZERS = [
+    name for name, one in METHODS.items() if one.family == "quantize" and one.needs == "weights" and one.has_widths
+]
 GRIDS: list[dict[str, Any]] = [{"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 4}]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES_AND_AXES: list[tuple[tuple[int, ...], Any]] = [

@@ -137,7 +137,7 @@ def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: M
     )
     if pool:
         most = bound_side([d.tensor.numel for d in decisions if d.tensor.name in pool])
-        slots.append(Slot(POOL_NAME, "U8", (most,), most, "", varies=True))
+        slots.append(Slot(POOL_NAME, "U8", (most,), most, POOL_NAME, varies=True))
     entries = {d.tensor.name: widest_entry(d, choice) for d in decisions if d.compresses}
     widest = replace(manifest, tensors=entries, sha256="0" * 64, input_sha256="0" * 64)
     header = render_header(slots, widest)

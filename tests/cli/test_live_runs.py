@@ -18,7 +18,7 @@ import qcompress
 from qcompress.model.code import find_callable
 from qcompress.registry import METHODS
 
-QUANTIZERS = [name for name, method in METHODS.items() if method.family == "quantize"]
+QUANTIZERS = [name for name, method in METHODS.items() if method.family == "quantize" and method.has_widths]
 
 NET = """
 from torch import nn
