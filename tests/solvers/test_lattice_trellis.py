@@ -138,6 +138,12 @@ def test_units_change_nothing() -> None:
     step = torch.full((1, 1), 0.5)
     codes = trellis_lattice(target, step, hessian, prices)
     assert torch.equal(codes, trellis_lattice(16 * target, 16 * step, 4 * hessian, prices))
+    # In float32 the squares of such errors are zero.
+    small = 2.0**-90
+    assert torch.equal(
+        trellis_lattice(small * target.float(), small * step, hessian, prices),
+        trellis_lattice(target.float(), step, hessian, prices),
+    )
 
 
 @pytest.mark.parametrize("step", [1e-3, 1e4])
