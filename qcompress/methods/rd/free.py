@@ -23,6 +23,8 @@ ROWS_AT_ONCE = 1 << 22
 """Weights that are coded at a time: rows do not depend on one another."""
 FINEST_STEP = 2.0**-26
 """Of the largest weight: float32 knows nothing finer, and codes have 32 bits."""
+TRELLIS_PRICE = 0.06
+"""Half of what it is with data: nothing makes up for weights that shrink."""
 MOST_TRELLIS_COLUMNS = 1 << 12
 """Wider rows take scalar codes: the time and memory of a trellis go with the square of a row."""
 
@@ -61,6 +63,8 @@ def encode(weight: Tensor, config: RdConfig, exponent: int) -> Lattice:
     hessian = _hessian(shape, config).to(rows.device)
     if config.trellis and not _is_trellis(hessian, size[1]):
         config = replace(config, effort="normal")
+    if config.trellis and config.price is None:
+        config = replace(config, price=TRELLIS_PRICE)
     grid = replace(grid, trellis=config.trellis)
     if config.trellis and hessian.shape[-1] == 1:
         hessian = torch.eye(size[1], dtype=torch.float64, device=rows.device).unsqueeze(0)
