@@ -419,7 +419,8 @@ def _make_report(
         layers,
         header_bytes=sum(shard.written.header_bytes for shard in done),
         index_bytes=index_bytes,
-        pooled_bytes=sum(sizes.get(POOL_NAME, {}).values()),
+        # Of the same name in every file.
+        pooled_bytes=sum(slot.n_bytes for shard in done for slot in shard.written.slots if slot.tensor == POOL_NAME),
     )
     return Report(
         artifact=ArtifactFile(name=name, sha256=artifact_hash([(s.shard.file, s.written.sha256) for s in done])),

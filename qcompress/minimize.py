@@ -93,13 +93,15 @@ def smallest(
     probe  makes an artifact by a plan and returns its report
     """
     refuse_gateless(plan)
-    tried: dict[tuple[int, ...], bool] = {}
+    tried: dict[tuple[float | None, ...], bool] = {}
 
     def at(bpw: float) -> Plan:
         return allocate(checkpoint, with_bpw(plan, bpw), choice, costs)
 
     def holds(candidate: Plan, bpw: float) -> bool:
-        key = tuple(getattr(d.config, "bits", 0) for d in candidate.decisions if d.compresses) or (round(1e6 * bpw),)
+        # Budgets that lead to the same widths are one; without widths each is one for itself.
+        key = tuple(getattr(d.config, "bits", None) for d in candidate.decisions if d.compresses)
+        key = key if any(key) else (bpw,)
         if key not in tried:
             report = probe(candidate)
             results = check_gates(_of_quality(candidate.recipe.gates), report)

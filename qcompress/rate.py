@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from qcompress.artifact.layout import POOL_NAME
 from qcompress.artifact.writer import refuse_existing, refuse_own_input, reporting_resources, staged_output
 from qcompress.checkpoint import Checkpoint, tensor_view
 from qcompress.compress import Options
@@ -71,18 +72,26 @@ def _limit(checkpoint: Checkpoint, plan: Plan, options: Options) -> _Limit:
             raise BudgetError(where, what, f"ask for at least {LEAST_BPW}")
         return _Limit(budget.bpw * weights, 0.0, whole=False)
     assert budget.size is not None
-    compressed = {decision.tensor.name for decision in plan.decisions if decision.compresses}
-    layouts = [shard.layout for shard in make_shards(checkpoint, plan, options.choice)]
-    # Of the slots only those of kept tensors are known; what several compressed ones share belongs to none.
-    codes = sum(slot.n_bytes for one in layouts for slot in one.slots if slot.tensor in {"", *compressed})
-    other = sum(one.file_bytes for one in layouts) - codes
-    least = math.ceil(other + LEAST_BPW * weights / 8)
-    if budget.size < least:
+    other = _other_bytes(checkpoint, plan, options)
+    rest = math.ceil(LEAST_BPW * weights / 8)
+    if budget.size < other + rest:
+        # The header holds the budget: a larger number may be longer.
+        larger = replace(plan.recipe, budget=replace(budget, size=other + rest))
+        least = _other_bytes(checkpoint, replace(plan, recipe=larger), options) + rest
         what = (
             f"{budget.size:,} bytes are too few: what is kept, names and next to nothing for the codes take {least:,}"
         )
         raise BudgetError(where, what, f"ask for at least {least}, compress more tensors, or keep them as f16")
     return _Limit(budget.size * 8.0, other * 8.0, whole=True)
+
+
+def _other_bytes(checkpoint: Checkpoint, plan: Plan, options: Options) -> int:
+    """The bytes of all files but for codes and side information, at most."""
+    compressed = {decision.tensor.name for decision in plan.decisions if decision.compresses}
+    layouts = [shard.layout for shard in make_shards(checkpoint, plan, options.choice)]
+    # Of the slots only those of kept tensors are known; what several compressed ones share belongs to none.
+    codes = sum(slot.n_bytes for one in layouts for slot in one.slots if slot.tensor in {POOL_NAME, *compressed})
+    return sum(one.file_bytes for one in layouts) - codes
 
 
 def _weights(plan: Plan) -> int:
@@ -132,9 +141,11 @@ class _Search:
         bits = AIM * (limit.bits - limit.other_bits)
         step = None if self._is_live else first_step(self.checkpoint, self.plan, bits)
         best: tuple[float, Report, Path] | None = None
+        least = math.inf
         for attempt in range(ATTEMPTS):
             report, draft = self._attempt(attempt, bits / weights, step)
             spent = limit.spent(report)
+            least = min(least, spent)
             self.say(f"{spent / 8:,.0f} of {limit.bits / 8:,.0f} bytes")
             if spent <= limit.bits and (best is None or spent > best[0]):
                 best = (spent, report, draft)
@@ -146,7 +157,7 @@ class _Search:
                 step *= math.exp(-STEP_OF_RATE * change / weights)
         if best is None:
             where = self.plan.recipe.places.get("budget", "budget")
-            what = f"{limit.bits / 8:,.0f} bytes are too few: the smallest of {ATTEMPTS} attempts took {spent / 8:,.0f}"
+            what = f"{limit.bits / 8:,.0f} bytes are too few: the smallest of {ATTEMPTS} attempts took {least / 8:,.0f}"
             raise BudgetError(where, what, "ask for more, or compress more tensors")
         return best[1], best[2]
 

@@ -45,7 +45,8 @@ def recipe_from_flags(
     known = option_names(chosen.config)
     for name in given:
         if name not in known:
-            mend = f"{quoted(chosen.name)} takes {listed(_flag_name(option) for option in FLAGS if option in known)}"
+            takes = [_flag_name(option) for option in FLAGS if option in known]
+            mend = f"{quoted(chosen.name)} takes {listed(takes)}" if takes else "leave it out, and add --bpw 2.0"
             raise UsageError(typed[name].text, f"not an option of {quoted(chosen.name)}", mend)
     schema = options_schema(chosen.config)
     is_open = budget is not None and takes_budget(chosen)

@@ -20,7 +20,8 @@ class RdConfig:
                 and descended; `high`: trellis-coded as well, and a second sweep
     allocation  with data: `measured` sensitivities of the network's output, or the same `relative` error of every
                 layer's normed output; the one that measures better where absent
-    price       what a bit weighs against step**2 times conditional energy; 0.03, of a trellis 0.12, where absent
+    price       what a bit weighs against step**2 times conditional energy; where absent 0.03, of a trellis 0.12 with
+                data and 0.06 without
     descent     sweeps of coordinate descent over the finished codes; 2 where absent, never with a trellis
     columns     steps that vary over input channels and kernel places; where it pays, where absent
     match       batch norms and biases matched to the full-precision network's on the calibration data

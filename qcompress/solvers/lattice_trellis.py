@@ -37,10 +37,12 @@ def trellis_lattice(
     scales = grouped(steps.to(target.dtype).expand(target.shape), groups)
     pivots = upper.diagonal(dim1=1, dim2=2).unsqueeze(1)
     classes = multipliers = None
+    # Costs in a unit near their own: their squares must not vanish, or paths are as good as any other.
+    unit = (scales / pivots).mean()
     if prices is not None and prices.rate > 0:
         classes = grouped(prices.classes, groups)
         # Both quantizers together have half the step that a bit is weighed against.
-        multipliers = prices.rate * (scales / (2 * pivots)).square().mean(2)
+        multipliers = prices.rate * (scales / (2 * pivots * unit)).square().mean(2)
     rest = grouped(target, groups).expand(STATES, -1, -1, -1).clone()
     rows = rest.shape[2]
     costs = rest.new_full((STATES, groups, rows), torch.inf)
@@ -59,7 +61,7 @@ def trellis_lattice(
             step, pivot, w = scales[:, :, here], pivots[:, :, here], work[:, :, :, column]
             codes, values = _nearest(w / (step / 2), odd)
             error = (w - values * (step / 2)) / pivot
-            cost = error.square()
+            cost = (error / unit).square_()
             if prices is not None and classes is not None and multipliers is not None:
                 cost += multipliers * prices.of(classes[:, :, here] + CLASSES * (1 + odd), codes)
             # [2 parities, 2 magnitudes, states, groups, rows] -> the cheaper magnitude of each parity.

@@ -49,9 +49,9 @@ def prior_hessian(shape: Shape) -> Tensor | None:
 
 
 def split_channels(shape: Shape) -> int:
-    """Into how many equal parts the input channels go, so that none has more than MOST_COLUMNS columns."""
+    """Into how many equal parts the input channels go, each at most MOST_COLUMNS columns or one channel wide."""
     channels, taps = shape[1], math.prod(shape[2:])
-    parts = max(1, math.ceil(channels * taps / MOST_COLUMNS))
+    parts = max(1, min(channels, math.ceil(channels * taps / MOST_COLUMNS)))
     while channels % parts:
         parts += 1
     return parts

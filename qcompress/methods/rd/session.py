@@ -41,8 +41,12 @@ ENOUGH = 0.99
 SLOPE = 0.75
 """By how much the logarithm of all steps changes a bit of the rate, about."""
 PASSES = 5
+MISSES = 10
+"""Passes with ever larger steps after those, until one holds the budget or all codes are zero."""
 PRICED_CODES = 64
 DIVERGENCE_SAMPLES = 512
+FINEST_STEP = 2.0**-18
+"""Of the largest weight: where few weights matter a budget would be spent on them without end."""
 LEAST_COLUMN_RATE = 1.2
 """Bits a weight under which columns of one tensor share a step: theirs is a high-rate argument."""
 
@@ -102,7 +106,10 @@ class Session:
         return _Layer(decision, rows.flatten(1).contiguous(), response, taps, is_lookup(self.live, name))
 
     def solve(self, bits: float) -> Fitted:
-        """Codes that take at most `bits`, side information included, and nearly that; the state of `live.quantized`."""
+        """Codes that take at most `bits`, side information included, and nearly that; the state of `live.quantized`.
+
+        Where even codes of zero take more, those.
+        """
         kinds = [self.kind] if self.kind else ["measured", "relative"]
         tried = {}
         for kind in kinds:
@@ -126,10 +133,15 @@ class Session:
             done = self._pass(grids, scale, done.lattices)
             if done.bits <= bits and (best is None or done.bits > best.bits or done.divergence < best.divergence):
                 best = done
-        while best is None:
-            scale *= 1.05
+        growth = 1.05
+        for _ in range(MISSES):
+            if best is not None:
+                break
+            scale, growth = scale * growth, growth * growth
             done = self._pass(grids, scale, done.lattices)
             best = done if done.bits <= bits else None
+        # Side information alone may take more than the budget: then all is zero, and the caller sees what it takes.
+        best = best or done
         self._restore()
         put_tensors(self.live.quantized, best.adjusted)
         self.live.put(best.lattices)
@@ -171,20 +183,21 @@ class Session:
         power = float((weights * response.power).sum())
         if normed:
             # In proportion to the inputs of an output: measured better than the same for all, or than by weights.
-            step = (layer.rows.shape[1] * power / harm) ** 0.5
+            step = (layer.rows.shape[1] * power / harm) ** 0.5 or 1.0
         else:
             step = (layer.rows.numel() / (max(response.slope, 1e-30) * harm)) ** 0.5
         return with_step(grid, step)
 
-    def _scaled(self, grid: Lattice, scale: float) -> Lattice:
-        return with_step(grid, float(grid.step) * 2.0**grid.exponent * scale)
+    def _scaled(self, grid: Lattice, scale: float, layer: _Layer) -> Lattice:
+        finest = FINEST_STEP * float(layer.rows.abs().max())
+        return with_step(grid, max(float(grid.step) * 2.0**grid.exponent * scale, finest))
 
     def _rounded(self, grids: Mapping[str, Lattice], scale: float) -> dict[str, Lattice]:
         """Every weight rounded to nearest: nearly the rate of its codes by feedback, at once."""
         found = {}
         for name, grid in grids.items():
-            grid = self._scaled(grid, scale)
             rows = self.layers[name].rows
+            grid = self._scaled(grid, scale, self.layers[name])
             found[name] = with_codes(grid, rows / grid_steps(grid, rows.device))
         return found
 
@@ -205,12 +218,12 @@ class Session:
         adjusted: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             if layer.is_lookup:
-                grid = self._scaled(grids[name], scale)
+                grid = self._scaled(grids[name], scale, layer)
                 lattices[name] = _code_each(layer.rows, grid, prices.get(name))
                 self.live.put({layer.decision.tensor.name: lattices[name]})
         products = [name for name, layer in self.layers.items() if not layer.is_lookup]
         for step in sweep(self.live, products):
-            layer, grid = self.layers[step.name], self._scaled(grids[step.name], scale)
+            layer, grid = self.layers[step.name], self._scaled(grids[step.name], scale, self.layers[step.name])
             lattices[step.name] = self._code(layer, grid, step, prices.get(step.name))
             self.live.put({layer.decision.tensor.name: lattices[step.name]})
             if self.config.match:

@@ -1,0 +1,240 @@
+"""Budgets that decide steps: never exceeded, nearly used, and refused with what can be had."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from artifact.examples import gaussian, plan_for, save, save_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qcompress.artifact.reader import read_artifact
+from qcompress.checkpoint import read_checkpoint
+from qcompress.compress import Options
+from qcompress.errors import BudgetError
+from qcompress.load import load_state_dict
+from qcompress.minimize import compress_within
+from qcompress.rate import entropy, first_step, is_unbounded
+from qcompress.recipe import parse_recipe
+from qcompress.report.document import Report
+from qcompress.types import Plan
+
+RECIPE = 'version: 1\nbudget: {%s}\nrules:\n  - {match: "*.weight", %s: {%s}}\n'
+
+
+def planned(source: Path, budget: str, options: str = "", method: str = "rd") -> tuple[Any, Plan]:
+    checkpoint = read_checkpoint(source)
+    return checkpoint, plan_for(checkpoint, parse_recipe(RECIPE % (budget, method, options), "r.yaml"))
+
+
+def compressed(source: Path, output: Path, budget: str, options: str = "", **how: Any) -> Report:
+    checkpoint, plan = planned(source, budget, options)
+    return compress_within(checkpoint, plan, Options(output, **how), None, lambda _: None)
+
+
+def tensors(seed: int, rows: int, columns: int, tails: float) -> dict[str, Tensor]:
+    """A convolution, a matrix with tails as heavy as asked, a small one, and what is kept."""
+    matrix = gaussian(rows, columns, seed=seed)
+    return {
+        "conv.weight": gaussian(24, 16, 3, 3, seed=seed + 1) * 0.1,
+        "matrix.weight": matrix * (tails * gaussian(rows, columns, seed=seed + 2)).exp(),
+        "small.weight": gaussian(10, 24, seed=seed + 3) * 3,
+        "small.bias": gaussian(10, seed=seed + 4),
+    }
+
+
+WEIGHTS = st.tuples(st.integers(0, 1000), st.integers(20, 200), st.integers(20, 200), st.sampled_from([0.0, 0.5, 1.0]))
+
+
+@given(WEIGHTS, st.floats(0.8, 6.0), st.sampled_from(["fast", "normal"]), st.sampled_from(["correlated", "flips"]))
+@settings(max_examples=12)
+def test_bits_per_weight_are_never_exceeded_and_nearly_used(
+    drawn: tuple[int, int, int, float], bpw: float, effort: str, prior: str
+) -> None:
+    with TemporaryDirectory() as folder:
+        source, output = save(Path(folder) / "m.safetensors", tensors(*drawn)), Path(folder) / "a.safetensors"
+        report = compressed(source, output, f"bpw: {bpw}", f"effort: {effort}, prior: {prior}")
+        weights = sum(math.prod(layer.shape) for layer in report.compressed)
+        spent = 8 * (report.size.parts.codes + report.size.parts.side_information) / weights
+        assert 0.98 * bpw <= spent <= bpw
+        assert {path.name for path in Path(folder).iterdir()} == {"m.safetensors", "a.safetensors"}
+
+
+@given(WEIGHTS, st.floats(0.8, 6.0))
+@settings(max_examples=8)
+def test_a_file_is_never_larger_than_its_target_and_nearly_as_large(
+    drawn: tuple[int, int, int, float], bpw: float
+) -> None:
+    with TemporaryDirectory() as folder:
+        made = tensors(*drawn)
+        source, output = save(Path(folder) / "m.safetensors", made), Path(folder) / "a.safetensors"
+        target = 3000 + round(bpw * sum(one.numel() for one in made.values()) / 8)
+        compressed(source, output, f"size: {target}", "effort: fast")
+        assert 0.98 * target <= output.stat().st_size <= target
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save(tmp_path / "m.safetensors", tensors(0, 64, 96, 0.0))
+
+
+@pytest.mark.parametrize("prior", ["none", "flips", "correlated"])
+@pytest.mark.parametrize("effort", ["fast", "normal", "high"])
+def test_every_prior_and_effort_keeps_the_budget(source: Path, tmp_path: Path, prior: str, effort: str) -> None:
+    output = tmp_path / "a.safetensors"
+    report = compressed(source, output, "bpw: 2.5", f"effort: {effort}, prior: {prior}")
+    assert 2.45 <= (report.size.bits_per_weight or 0) <= 2.5
+    originals, loaded = tensors(0, 64, 96, 0.0), load_state_dict(output)
+    for name, value in originals.items():
+        error = float((loaded[name] - value).square().mean() / value.square().mean())
+        assert error < (0.5 if name.endswith("weight") else 1e-12), name
+
+
+def test_equal_runs_give_equal_bytes_on_any_number_of_threads(source: Path, tmp_path: Path) -> None:
+    for name, threads in (("a", 1), ("b", 1), ("c", 3)):
+        compressed(source, tmp_path / f"{name}.safetensors", "bpw: 2", threads=threads)
+    first, *others = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "abc")
+    assert others == [first, first]
+
+
+def test_more_bits_leave_less_error(source: Path, tmp_path: Path) -> None:
+    errors = []
+    for bpw in (1, 2, 3, 4):
+        report = compressed(source, tmp_path / f"{bpw}.safetensors", f"bpw: {bpw}")
+        figures = [layer.figures.relative_error or 0.0 for layer in report.compressed if layer.figures]
+        errors.append(max(figures))
+    assert all(fine < 0.5 * coarse for coarse, fine in itertools.pairwise(errors))
+
+
+def test_a_sharded_folder_is_streamed_to_one(tmp_path: Path) -> None:
+    made = tensors(0, 64, 96, 0.0)
+    names = [*made]
+    shards = {
+        f"model-0000{number}-of-00002.safetensors": {name: made[name] for name in part}
+        for number, part in enumerate((names[:2], names[2:]), start=1)
+    }
+    folder = save_folder(tmp_path / "network", shards, {"model_type": "small"})
+    for budget, limit in (("bpw: 2", None), ("size: 9KB", 9000)):
+        output = tmp_path / budget.partition(":")[0]
+        report = compressed(folder, output, budget, "effort: fast")
+        assert (output / "config.json").read_text() == (folder / "config.json").read_text()
+        files = sum(path.stat().st_size for path in output.iterdir() if "config" not in path.name)
+        assert files == report.size.artifact_bytes
+        assert limit is None or 0.98 * limit <= files <= limit
+        assert limit is not None or 1.96 <= (report.size.bits_per_weight or 0) <= 2
+        loaded = load_state_dict(output)
+        assert {name: value.shape for name, value in loaded.items()} == {n: v.shape for n, v in made.items()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bpw", "network", "size"]
+
+
+def test_dead_and_constant_tensors_cost_next_to_nothing(tmp_path: Path) -> None:
+    made = tensors(0, 64, 96, 0.0) | {"dead.weight": torch.zeros(64, 64), "same.weight": torch.full((64, 64), 0.5)}
+    made["matrix.weight"][3] = 0
+    made["matrix.weight"][:, 5] = 0
+    output = tmp_path / "a.safetensors"
+    report = compressed(save(tmp_path / "m.safetensors", made), output, "bpw: 2")
+    taken = {layer.name: layer.bytes for layer in report.compressed}
+    assert taken["dead.weight"] < 20 and taken["same.weight"] < 100
+    assert not load_state_dict(output)["dead.weight"].any()
+
+
+def test_one_huge_weight_is_kept_near(tmp_path: Path) -> None:
+    made = tensors(0, 64, 96, 0.0)
+    made["matrix.weight"][7, 7] = 1e4
+    output = tmp_path / "a.safetensors"
+    report = compressed(save(tmp_path / "m.safetensors", made), output, "bpw: 3")
+    assert (report.size.bits_per_weight or 9) <= 3
+    assert float(load_state_dict(output)["matrix.weight"][7, 7]) == pytest.approx(1e4, rel=0.01)
+
+
+@pytest.mark.parametrize("budget", ["bpw: 0.05", "size: 900"])
+def test_too_small_a_budget_is_refused_before_anything_is_written(source: Path, tmp_path: Path, budget: str) -> None:
+    with pytest.raises(BudgetError, match="ask for at least"):
+        compressed(source, tmp_path / "a.safetensors", budget)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_the_least_size_that_a_refusal_names_can_be_had(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError) as caught:
+        compressed(source, tmp_path / "a.safetensors", "size: 900")
+    least = int(str(caught.value).partition("ask for at least ")[2].partition(",")[0])
+    compressed(source, tmp_path / "a.safetensors", f"size: {least}")
+    assert (tmp_path / "a.safetensors").stat().st_size <= least
+
+
+def test_budgets_that_side_information_alone_exceeds_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    made = {f"layer{index}.weight": gaussian(4, 5, seed=index) for index in range(4)}
+    source = save(tmp_path / "m.safetensors", made)
+    with pytest.raises(BudgetError, match=r"are too few: the smallest of \d+ attempts took"):
+        compressed(source, tmp_path / "a.safetensors", "bpw: 0.2")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_refused_budget_names_the_smallest_attempt(tmp_path: Path) -> None:
+    """Attempts that grow: the least of them is the one to name."""
+    made = {f"layer{index}.weight": gaussian(4, 5, seed=index) for index in range(4)}
+    source = save(tmp_path / "m.safetensors", made)
+    said: list[str] = []
+    checkpoint, plan = planned(source, "bpw: 0.2")
+    with pytest.raises(BudgetError) as caught:
+        compress_within(checkpoint, plan, Options(tmp_path / "a.safetensors"), None, said.append)
+    least = min(int(line.partition(" of ")[0].replace(",", "")) for line in said)
+    assert f"took {least:,}" in str(caught.value)
+
+
+def test_a_budget_that_no_weights_need_is_not_spent(source: Path, tmp_path: Path) -> None:
+    report = compressed(source, tmp_path / "a.safetensors", "bpw: 31", "effort: fast")
+    assert (report.size.bits_per_weight or 99) < 31
+    loaded = load_state_dict(tmp_path / "a.safetensors")
+    for name, value in tensors(0, 64, 96, 0.0).items():
+        torch.testing.assert_close(loaded[name], value, rtol=0, atol=1e-5)
+
+
+def test_resume_starts_anew_and_ends_in_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    compressed(source, tmp_path / "a.safetensors", "bpw: 2", "effort: fast")
+    compressed(source, tmp_path / "b.safetensors", "bpw: 2", "effort: fast", resume=True)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "m.safetensors"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_existing_output_is_replaced_only_where_asked(source: Path, tmp_path: Path, force: bool) -> None:
+    output = tmp_path / "a.safetensors"
+    output.write_text("mine")
+    if force:
+        compressed(source, output, "bpw: 2", "effort: fast", force=True)
+        assert read_artifact(output)
+    else:
+        with pytest.raises(Exception, match=r"a\.safetensors"):
+            compressed(source, output, "bpw: 2")
+        assert output.read_text() == "mine"
+
+
+def test_only_budgets_of_methods_without_widths_decide_steps(source: Path) -> None:
+    assert is_unbounded(planned(source, "bpw: 2")[1])
+    assert not is_unbounded(planned(source, "bpw: 2", method="rtn")[1])
+
+
+@pytest.mark.parametrize("bpw", [1.0, 2.0, 4.0])
+def test_the_search_starts_where_rounding_has_the_entropy_of_the_budget(source: Path, bpw: float) -> None:
+    checkpoint, plan = planned(source, f"bpw: {bpw}")
+    made = tensors(0, 64, 96, 0.0)
+    weights = [value.double() for name, value in made.items() if name.endswith("weight")]
+    step = first_step(checkpoint, plan, bpw * sum(weight.numel() for weight in weights))
+    spent = sum(
+        entropy((weight / (step * weight.square().mean().sqrt().sqrt())).round()) * weight.numel() for weight in weights
+    )
+    assert spent / sum(weight.numel() for weight in weights) == pytest.approx(bpw, rel=0.01)
+
+
+def test_entropy_is_that_of_the_frequencies() -> None:
+    assert entropy(torch.zeros(10)) == 0
+    assert entropy(torch.tensor([0, 0, 1, -1])) == pytest.approx(1.5)
+    assert entropy(torch.arange(256.0)) == pytest.approx(8)
