@@ -20,19 +20,8 @@ KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
 VERBS = (
-    *(
-        "allocate",
-        "audit",
-        "calibrate",
-        "compress",
-        "demo",
-        "evaluate",
-        "finetune",
-        "fit",
-        "journal",
-        "load",
-        "minimize",
-    ),
+    *("allocate", "audit", "books", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "halves"),
+    *("journal", "load", "minimize", "probe", "rate"),
     *("representatives", "sensitivity", "shards", "tune", "worker"),
 )
 
@@ -134,7 +123,9 @@ def test_nothing_evaluates_unpickles_or_prints(path: Path) -> None:
 
 
 def test_the_registry_and_the_folder_of_methods_agree() -> None:
-    files = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__"}
+    folder = PACKAGE / "methods"
+    files = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    files -= {"__init__"}
     assert {method.target.split(":")[0].rsplit(".", 1)[1] for method in METHODS.values()} == files
     for name, method in METHODS.items():
         assert method.name == name

@@ -18,7 +18,7 @@ import qcompress
 from qcompress.model.code import find_callable
 from qcompress.registry import METHODS
 
-QUANTIZERS = [name for name, method in METHODS.items() if method.family == "quantize"]
+QUANTIZERS = [name for name, method in METHODS.items() if method.family == "quantize" and method.has_widths]
 
 NET = """
 from torch import nn
@@ -46,12 +46,14 @@ version: 1
 model: {factory: net.py:net}
 data:
   calibration: {npz: data.npz, samples: 64, batch_size: 16}
+  train: {npz: data.npz, batch_size: 20}
   eval: {npz: data.npz}
   normalize: {mean: [0.5], std: [0.25]}
 task: {classification: {metric: top1}}
 rules:
   - {match: "*.weight", METHOD: {bits: 4}}
 activations: {bits: 8}
+finetune: {epochs: 1, optimizer: {sgd: {lr: 0.001}}}
 """
 
 QUICK = {

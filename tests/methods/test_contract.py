@@ -1,4 +1,4 @@
-"""What holds for every method that needs weights alone, whatever it does with them."""
+"""What holds for every method on grids that needs weights alone, whatever it does with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from qcompress.coding.rows import grid_shape
 from qcompress.registry import METHODS, Method
 from qcompress.types import Affine
 
-WEIGHT_METHODS = [method for method in METHODS.values() if method.family == "quantize" and method.needs == "weights"]
+WEIGHT_METHODS = [
+    method
+    for method in METHODS.values()
+    if method.family == "quantize" and method.needs == "weights" and method.has_widths
+]
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "rtn": [
