@@ -6,7 +6,7 @@ Each attempt is a whole artifact beside the output; the first that holds the bud
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -142,6 +142,7 @@ class _Search:
         step = None if self._is_live else first_step(self.checkpoint, self.plan, bits)
         best: tuple[float, Report, Path] | None = None
         least = math.inf
+        tried: dict[float, float] = {}
         for attempt in range(ATTEMPTS):
             report, draft = self._attempt(attempt, bits / weights, step)
             spent = limit.spent(report)
@@ -154,7 +155,8 @@ class _Search:
             change = AIM * limit.bits - spent
             bits = max(bits + change, LEAST_BPW * weights / 2)
             if step is not None:
-                step *= math.exp(-STEP_OF_RATE * change / weights)
+                tried[step] = spent
+                step = next_step(tried, limit.bits, step * math.exp(-STEP_OF_RATE * change / weights))
         if best is None:
             where = self.plan.recipe.places.get("budget", "budget")
             what = f"{limit.bits / 8:,.0f} bytes are too few: the smallest of {ATTEMPTS} attempts took {least / 8:,.0f}"
@@ -172,6 +174,16 @@ class _Search:
         plan = self.plan if step is None else _with_step(self.plan, step)
         options = replace(self.options, output=draft, force=False, resume=False, rate=rate)
         return self.make(plan, options), draft
+
+
+def next_step(tried: Mapping[float, float], limit: float, wish: float) -> float:
+    """The step to try after those that spent so many bits: the wish, or from the fourth on between the nearest two.
+
+    Bits jump with the tables that codes share, so that wishes alone may go to and fro.
+    """
+    over = max((step for step, spent in tried.items() if spent > limit), default=math.inf)
+    held = min((step for step, spent in tried.items() if spent <= limit), default=0.0)
+    return math.sqrt(over * held) if len(tried) > 2 and over < held else wish
 
 
 def _has_calibration(plan: Plan) -> bool:
