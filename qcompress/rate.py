@@ -6,6 +6,7 @@ Each attempt is a whole artifact beside the output; the first that holds the bud
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,8 +149,13 @@ class _Search:
             spent = limit.spent(report)
             least = min(least, spent)
             self.say(f"{spent / 8:,.0f} of {limit.bits / 8:,.0f} bytes")
+            worse = draft
             if spent <= limit.bits and (best is None or spent > best[0]):
+                worse = draft if best is None else best[2]
                 best = (spent, report, draft)
+            if best is None or worse != best[2]:
+                # A checkpoint of any size has room for two attempts, not for all.
+                shutil.rmtree(worse.parent)
             if best is not None and best[0] >= FULL * limit.bits:
                 break
             change = AIM * limit.bits - spent
