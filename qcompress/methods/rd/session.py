@@ -84,8 +84,8 @@ class _Pass:
 class Session:
     """A live model whose weights can be coded at any rate.
 
-    Steps come from an allocation: of equal slope with measured sensitivities, or of equal error relative to each
-    layer's normed output. The better one is told by what it makes of the calibration data.
+    Steps come from an allocation: of equal slope with measured sensitivities, or of an error relative to each layer's
+    normed output that grows with its inputs. The better one is told by what it makes of the calibration data.
     """
 
     def __init__(self, live: LiveModel, decisions: Sequence[Decision]) -> None:
