@@ -195,8 +195,8 @@ HEAD = """## Rate-distortion
 
 Written by `benchmarks/results_rd.py`. Real bytes on the disk; bits a weight with all side information, over the
 compressed weights; the divergence of the outputs from the checkpoint's in nats; processor seconds of the whole command,
-evaluations included. Where seeds 0, 1 and 2 were run, their mean and standard deviation; else seed 0. Fixed widths are entropy
-coded too where that pays.
+evaluations included. Where seeds 0, 1 and 2 were run, their mean and standard deviation; else seed 0. Fixed widths are
+entropy coded too where that pays.
 
     QCOMPRESS_DATA=/path/to/data python benchmarks/results_rd.py --work results
 """
