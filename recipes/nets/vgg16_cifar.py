@@ -11,7 +11,7 @@ STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 class Vgg16(nn.Module):
     """Takes [samples, 3, 32, 32]; `width` scales every channel and the two hidden dense layers."""
 
-    def __init__(self, classes: int, width: float, batch_norm: bool) -> None:
+    def __init__(self, classes: int, width: float, batch_norm: bool, dropout: float) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         inputs = 3
@@ -26,8 +26,8 @@ class Vgg16(nn.Module):
         self.features = nn.Sequential(*layers)
         hidden = max(1, round(512 * width))
         self.classifier = nn.Sequential(
-            *(nn.Dropout(0.5), nn.Linear(inputs, hidden), nn.ReLU()),
-            *(nn.Dropout(0.5), nn.Linear(hidden, hidden), nn.ReLU()),
+            *(nn.Dropout(dropout), nn.Linear(inputs, hidden), nn.ReLU()),
+            *(nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.ReLU()),
             nn.Linear(hidden, classes),
         )
         for layer in self.modules():
@@ -42,5 +42,5 @@ class Vgg16(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
-def vgg16(classes: int = 10, width: float = 1.0, batch_norm: bool = True) -> nn.Module:
-    return Vgg16(classes, width, batch_norm)
+def vgg16(classes: int = 10, width: float = 1.0, batch_norm: bool = True, dropout: float = 0.5) -> nn.Module:
+    return Vgg16(classes, width, batch_norm, dropout)
