@@ -42,13 +42,18 @@ KEPT_DTYPES = TORCH_DTYPES | {
 """Every dtype that a kept tensor can have in torch."""
 
 
-def load_state_dict(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def load_state_dict(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, workers: int = 1
+) -> dict[str, Tensor]:
     """Every tensor of the artifact by its original name, decoded to its original shape and dtype; tied names share one.
 
-    raises  ArtifactError where the artifact is missing, damaged or foreign
+    workers  processes that share the entropy coded chunks of a large artifact; they import the main module anew, so a
+             script needs the usual guard, `if __name__ == "__main__"`
+    raises   ArtifactError where the artifact is missing, damaged or foreign
     """
     artifact = read_artifact(Path(path))
-    state = {name: tensor.to(device) for file in artifact.files for name, tensor in _tensors(file)}
+    with artifact.decoding_with(workers) as shared:
+        state = {name: tensor.to(device) for file in shared.files for name, tensor in _tensors(file)}
     state.update({name: state[twin] for name, twin in artifact.tied.items()})
     return state
 
@@ -96,15 +101,21 @@ def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def load_into(
-    module: nn.Module, path: str | os.PathLike[str], *, strict: bool = True, activations: bool = False
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    activations: bool = False,
+    workers: int = 1,
 ) -> None:
     """Put the artifact's weights into a module of the original architecture, and the caps that they need.
 
     strict       refuse names that only one side has, as torch.nn.Module.load_state_dict does
     activations  also quantize the inputs of the layers, where the artifact says how
+    workers      as for load_state_dict
     raises       ArtifactError where the artifact is missing or damaged, or does not fit the module
     """
-    state = load_state_dict(path)
+    state = load_state_dict(path, workers=workers)
     try:
         module.load_state_dict(state, strict=strict)
     except RuntimeError as error:

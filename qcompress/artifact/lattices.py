@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +33,7 @@ class LatticeFile:
 
     container: Container
     manifest: Manifest
+    executor: Executor | None = None
 
     @cached_property
     def _pool(self) -> tuple[dict[str, int], list[Grid], Pool]:
@@ -60,7 +62,8 @@ class LatticeFile:
                 side, data = split_side(data)
                 grids, pool = parse_side(side, [self._matrix(name)])
             grid = grids[place]
-            codes = decode_lattice(data, entry.coding, pool, place, grid.trellis, (entry.rows, entry.columns))
+            shape = (entry.rows, entry.columns)
+            codes = decode_lattice(data, entry.coding, pool, place, grid.trellis, shape, self.executor)
         except ValueError as error:
             raise self._damaged(name, str(error)) from None
         if lattice_crc32(codes, grid) != grid.crc32:

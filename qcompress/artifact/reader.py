@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +30,7 @@ from qcompress.artifact.manifest import (
     parse_manifest,
 )
 from qcompress.artifact.parts import check_parts, find_parts, halved_dtypes
+from qcompress.coding.jobs import decoding_processes
 from qcompress.coding.packing import count_codes, unpack
 from qcompress.coding.payload import decode_payload
 from qcompress.container import Container, parse_json, read_container
@@ -44,11 +47,15 @@ NUMPY_DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
 
 @dataclass(frozen=True)
 class ArtifactFile:
-    """One safetensors file with a manifest: a whole artifact, or one shard of it."""
+    """One safetensors file with a manifest: a whole artifact, or one shard of it.
+
+    executor  of processes that share the work of decoding
+    """
 
     container: Container
     manifest: Manifest
     kept: tuple[TensorInfo, ...]
+    executor: Executor | None = None
 
     @property
     def path(self) -> Path:
@@ -101,7 +108,7 @@ class ArtifactFile:
     @cached_property
     def lattices(self) -> LatticeFile:
         """The lattices of this file."""
-        return LatticeFile(self.container, self.manifest)
+        return LatticeFile(self.container, self.manifest, self.executor)
 
     def check_codes(self, name: str) -> None:
         """Decode a compressed tensor, to see that it can be. Raises ArtifactError."""
@@ -115,7 +122,7 @@ class ArtifactFile:
         entry = self.manifest.tensors[name]
         payload = self.container.bytes_of(part_name(name, "codes"))
         try:
-            packed = decode_payload(payload, entry.coding, entry.bits, entry.code_rows, entry.columns)
+            packed = decode_payload(payload, entry.coding, entry.bits, entry.code_rows, entry.columns, self.executor)
         except ValueError as error:
             raise ArtifactError(f"{self.path}: tensor {name!r}", str(error), REFETCH) from None
         crc = zlib.crc32(np.ascontiguousarray(packed).data)
@@ -195,6 +202,17 @@ class Artifact:
     @property
     def file_bytes(self) -> int:
         return sum(file.container.file_bytes for file in self.files)
+
+    @contextmanager
+    def decoding_with(self, workers: int) -> Iterator[Artifact]:
+        """This artifact while so many processes share the decoding of its large tensors, where it has enough of them.
+
+        The processes import the main module anew: a script needs the usual guard, `if __name__ == "__main__"`.
+        """
+        entries = [entry for file in self.files for entry in file.manifest.tensors.values()]
+        codes = sum(entry.code_rows * entry.columns for entry in entries if entry.coding == "ans")
+        with decoding_processes(codes, workers) as executor:
+            yield replace(self, files=tuple(replace(file, executor=executor) for file in self.files))
 
     @property
     def sha256(self) -> str:

@@ -24,6 +24,7 @@ def export(
     ],
     output: opt.Output = None,
     force: opt.Force = False,
+    threads: opt.Threads = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -32,6 +33,7 @@ def export(
     qcompress export model-w2.safetensors --to safetensors
     """
     from qcompress.artifact.reader import read_artifact
+    from qcompress.cli.machine import default_threads
     from qcompress.cli.streams import print_result
     from qcompress.errors import UsageError
     from qcompress.recipe import suggest
@@ -45,5 +47,6 @@ def export(
     found = read_artifact(artifact)
     stem = artifact.name.removesuffix(".safetensors")
     target = output or artifact.with_name(f"{stem}-{to}" if artifact.is_dir() else f"{stem}-dense{exporter.suffix}")
-    written = exporter.load()(found, target, force=force)
+    with found.decoding_with(threads or default_threads()) as shared:
+        written = exporter.load()(shared, target, force=force)
     print_result(str(target) if quiet else f"{target}: {written:,} bytes")

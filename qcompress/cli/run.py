@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompress.cli import options as opt
+from qcompress.cli.machine import default_threads
 from qcompress.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from qcompress.recipe import BudgetFlag
     from qcompress.report.document import Report
     from qcompress.types import Family, Plan, Recipe
-
-MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -200,12 +199,6 @@ def default_output(checkpoint: Path, recipe: Path | None, suffix: str) -> Path:
     if checkpoint.is_dir():
         return real.with_name(f"{real.name}-{suffix}")
     return real.with_name(f"{real.name.removesuffix('.safetensors')}-{suffix}.safetensors")
-
-
-def default_threads() -> int:
-    """The processors that this process may use, up to a few."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MOST_THREADS)
 
 
 def _device(device: opt.Device) -> str:

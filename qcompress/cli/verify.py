@@ -7,17 +7,20 @@ from qcompress.cli import options as opt
 
 def verify(
     artifact: opt.Artifact,
+    threads: opt.Threads = None,
     json_to: opt.Json = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Check every byte of an artifact: header, manifest, checksums, and that all codes decode."""
     from qcompress.artifact.reader import read_artifact
+    from qcompress.cli.machine import default_threads
     from qcompress.cli.streams import print_result, refuse_mixed, write_json
 
     refuse_mixed(json_to, quiet)
     found = read_artifact(artifact)
-    checked = [name for name, _ in found.verify()]
+    with found.decoding_with(threads or default_threads()) as shared:
+        checked = [name for name, _ in shared.verify()]
     document = {
         "schema": "qcompress.verify/1",
         "artifact": str(artifact),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompress.coding.jobs import JOB_CHUNKS, run_jobs
 from qcompress.coding.packing import Bytes, blocks, byte_span, pack, row_bytes, unpack
 
 CHUNK_CODES = 1 << 18
@@ -221,24 +223,47 @@ def _words(stream: memoryview) -> NDArray[np.uint32]:
     return words.astype(np.uint32)
 
 
-def decode_ans(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
+@dataclass(frozen=True)
+class _Job:
+    """Some chunks of a payload, each (its stream, rows, columns), and what they are decoded with."""
+
+    chunks: tuple[tuple[bytes, int, int], ...]
+    table: Table
+    bits: int
+
+
+def decode_ans(data: memoryview, bits: int, rows: int, columns: int, executor: Executor | None = None) -> Bytes:
     """The packed codes, uint8 [rows, row_bytes(columns, bits)], of a payload that is not empty.
 
     Raises ValueError where the payload is not that of a matrix of this shape.
+
+    executor  of processes, among which the chunks of a large matrix are shared
     """
     table, at = parse_table(data, bits)
     chunks = chunk_count(rows, columns)
     # One byte of index a chunk: what bounds how far a small payload can expand.
     if len(data) - at < chunks - 1:
         raise ValueError(f"{len(data)} bytes of payload cannot hold {chunks} chunks")
-    model = table.model()
-    streams = parse_streams(data, at, chunks)
+    spans = list(blocks(rows, columns, CHUNK_CODES))
+    parts = [
+        (bytes(stream), tall.stop - tall.start, wide.stop - wide.start)
+        for (tall, wide), stream in zip(spans, parse_streams(data, at, chunks), strict=True)
+    ]
+    jobs = (_Job(tuple(parts[at : at + JOB_CHUNKS]), table, bits) for at in range(0, chunks, JOB_CHUNKS))
     packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
-    for (row_span, column_span), stream in zip(blocks(rows, columns, CHUNK_CODES), streams, strict=True):
-        tall, wide = row_span.stop - row_span.start, column_span.stop - column_span.start
-        codes = decode_chunk(stream, table, model, tall * wide).reshape(tall, wide)
-        packed[row_span, byte_span(column_span, bits)] = pack(codes, bits)
+    found = run_jobs(_decode_job, jobs, chunks, executor)
+    for (row_span, column_span), part in zip(spans, (part for done in found for part in done), strict=True):
+        packed[row_span, byte_span(column_span, bits)] = part
     return packed
+
+
+def _decode_job(job: _Job) -> list[Bytes]:
+    """The packed codes of every chunk."""
+    model = job.table.model()
+    return [
+        pack(decode_chunk(memoryview(stream), job.table, model, rows * columns).reshape(rows, columns), job.bits)
+        for stream, rows, columns in job.chunks
+    ]
 
 
 def parse_streams(data: memoryview, at: int, chunks: int) -> list[memoryview]:

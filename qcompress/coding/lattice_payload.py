@@ -10,6 +10,7 @@ artifact/SPEC.md describes all three to the byte, "Lattices on disk".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,7 +120,13 @@ def bound_side(sizes: Sequence[int]) -> int:
 
 
 def decode_lattice(
-    data: memoryview, coding: Coding, pool: Pool, place: int, trellis: bool, shape: tuple[int, int]
+    data: memoryview,
+    coding: Coding,
+    pool: Pool,
+    place: int,
+    trellis: bool,
+    shape: tuple[int, int],
+    executor: Executor | None = None,
 ) -> Codes:
     """The codes, int32 [rows, columns], of the tensor at `place` of its pool.
 
@@ -127,7 +134,7 @@ def decode_lattice(
     not that of a matrix of this shape; damage that leaves a valid payload of other codes is for the checksum to see.
     """
     if coding == "ans":
-        return decode_streams(data, shape, pool.levels[place], pool.tables, trellis)
+        return decode_streams(data, shape, pool.levels[place], pool.tables, trellis, executor)
     if coding == "zstd":
         count = shape[0] * shape[1]
         data = memoryview(expand_frame(data, 1 + row_bytes(count, LANES[0]), 1 + (1 + _WIDEST_CODE) * count))

@@ -9,6 +9,7 @@ artifact/SPEC.md describes all three to the byte, "Codes on disk". The payload o
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
@@ -61,7 +62,9 @@ def encode_payload(packed: Bytes, bits: int, columns: int, choice: CodingChoice)
             assert_never(choice)
 
 
-def decode_payload(data: bytes | memoryview, coding: Coding, bits: int, rows: int, columns: int) -> Bytes:
+def decode_payload(
+    data: bytes | memoryview, coding: Coding, bits: int, rows: int, columns: int, executor: Executor | None = None
+) -> Bytes:
     """The packed codes: uint8 [rows, row_bytes(columns, bits)], perhaps read-only and sharing the payload's memory.
 
     Nothing is allocated before the payload's length makes that size possible. Raises ValueError where the payload is
@@ -84,7 +87,7 @@ def decode_payload(data: bytes | memoryview, coding: Coding, bits: int, rows: in
         case "zstd":
             return _decode_zstd(data, bits, rows, columns)
         case "ans":
-            return decode_ans(data, bits, rows, columns)
+            return decode_ans(data, bits, rows, columns, executor)
         case _:
             assert_never(coding)
 

@@ -6,6 +6,8 @@ Chunks decode by themselves and in any order. artifact/SPEC.md, "Streams of a la
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from qcompress.coding.ans import CHUNK_CODES, RunReader, Table, chunk_count, encode_runs, parse_varint, varint
 from qcompress.coding.classes import CLASSES, CONTEXTS, Levels, class_matrix
+from qcompress.coding.jobs import JOB_CHUNKS, run_jobs
 from qcompress.coding.packing import blocks
 from qcompress.coding.pool import Source
 from qcompress.coding.tokens import FIRST_OPEN, TOKEN_BITS, TOKEN_PARITY, Codes, Tokens, codes_from_tokens, raw_bits
@@ -64,11 +67,29 @@ def _runs(tokens: Tokens, contexts: NDArray[np.uint8], tables: Tables, trellis: 
     ]
 
 
-def decode_streams(data: memoryview, shape: tuple[int, int], levels: Levels, tables: Tables, trellis: bool) -> Codes:
+@dataclass(frozen=True)
+class _Job:
+    """Some chunks of a payload, each (raw bits, stream, classes of its codes), and what they are decoded with."""
+
+    chunks: tuple[tuple[bytes, bytes, NDArray[np.uint8]], ...]
+    tables: Tables
+    trellis: bool
+
+
+def decode_streams(
+    data: memoryview,
+    shape: tuple[int, int],
+    levels: Levels,
+    tables: Tables,
+    trellis: bool,
+    executor: Executor | None = None,
+) -> Codes:
     """The codes, int32 [rows, columns], of a payload that is all of `data`.
 
     Nothing is allocated before the payload's length makes the size possible. Raises ValueError where the payload is
     not that of a matrix of this shape under these tables.
+
+    executor  of processes, among which the chunks of a large matrix are shared
     """
     if trellis and shape[1] > CHUNK_CODES:
         raise ValueError(f"rows of more than {CHUNK_CODES} codes cannot drive a trellis")
@@ -77,20 +98,44 @@ def decode_streams(data: memoryview, shape: tuple[int, int], levels: Levels, tab
         raise ValueError(f"{len(data)} bytes of payload cannot hold {chunks} chunks")
     parts = _parse_index(data, chunks)
     classes = class_matrix(levels, *shape)
-    models = {context: table.model() for context, table in tables.items()}
+    spans = list(blocks(*shape, CHUNK_CODES))
+    jobs = (
+        _Job(
+            tuple(
+                (bytes(raw), bytes(stream), classes[span])
+                for span, (raw, stream) in zip(spans[at : at + JOB_CHUNKS], parts[at : at + JOB_CHUNKS], strict=True)
+            ),
+            tables,
+            trellis,
+        )
+        for at in range(0, chunks, JOB_CHUNKS)
+    )
     codes = np.empty(shape, np.int32)
-    for span, (raw, stream) in zip(blocks(*shape, CHUNK_CODES), parts, strict=True):
-        reader = RunReader(stream)
-        if trellis:
-            tokens = _read_trellis(reader, raw, classes[span], tables, models)
-        else:
-            tokens = _read_plain(reader, classes[span], tables, models)
+    found = run_jobs(_decode_job, jobs, chunks, executor)
+    for span, part in zip(spans, (part for done in found for part in done), strict=True):
+        codes[span] = part
+    return codes
+
+
+def _decode_job(job: _Job) -> list[NDArray[Any]]:
+    """The codes of every chunk, in the narrowest of int8, int16 and int32 that holds them."""
+    models = {context: table.model() for context, table in job.tables.items()}
+    done = []
+    for raw, stream, classes in job.chunks:
+        reader = RunReader(memoryview(stream))
+        read = _read_trellis if job.trellis else _read_plain
+        tokens = read(reader, memoryview(raw), classes, job.tables, models)
         reader.finish()
-        found, left = codes_from_tokens(tokens, raw)
-        codes[span] = found.T if trellis else found
+        found, left = codes_from_tokens(tokens, memoryview(raw))
         if len(left):
             raise ValueError("a chunk has raw bits that no code needs")
-    return codes
+        done.append(_narrow(found.T if job.trellis else found))
+    return done
+
+
+def _narrow(codes: Codes) -> NDArray[Any]:
+    largest = max(-int(codes.min(initial=0)), int(codes.max(initial=0)))
+    return codes.astype(np.int8 if largest < 2**7 else np.int16 if largest < 2**15 else np.int32)
 
 
 def _parse_index(data: memoryview, chunks: int) -> list[tuple[memoryview, memoryview]]:
@@ -119,7 +164,9 @@ def _table(tables: Tables, context: int) -> Table:
     return tables[context]
 
 
-def _read_plain(reader: RunReader, classes: NDArray[np.uint8], tables: Tables, models: Mapping[int, Any]) -> Tokens:
+def _read_plain(
+    reader: RunReader, _: memoryview, classes: NDArray[np.uint8], tables: Tables, models: Mapping[int, Any]
+) -> Tokens:
     flat = classes.reshape(-1)
     used = np.bincount(flat, minlength=CLASSES)
     runs = [
