@@ -17,8 +17,8 @@ Done = TypeVar("Done")
 JOB_CHUNKS = 8
 """Chunks that are handed to a process together: some 50 ms of work."""
 
-LEAST_CODES = 1 << 26
-"""An artifact of fewer codes is decoded sooner than processes have started."""
+LEAST_CODES = 1 << 28
+"""An artifact of fewer codes is decoded in some six seconds, and a process takes one or two to start."""
 
 
 @contextmanager
