@@ -376,8 +376,9 @@ def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: 
 def _encode_pool(pooled: Sequence[Finished], writer: SlotWriter, options: Options) -> Iterator[Finished]:
     """Code the lattices that share tables, now that all are known; write them and what they share."""
     coded = encode_pool([one.lattice for one in pooled if one.lattice is not None], options.choice)
-    for one, coding, payload in zip(pooled, coded.codings, coded.payloads, strict=True):
-        finished = replace(one, entry=lattice_entry(one.decision, coding), payload=payload, lattice=None)
+    for one, coding, payload, uses in zip(pooled, coded.codings, coded.payloads, coded.uses, strict=True):
+        entry, figures = lattice_entry(one.decision, coding), replace(one.figures, classes=uses)
+        finished = replace(one, entry=entry, figures=figures, payload=payload, lattice=None)
         _put_payload(writer, finished)
         _report_progress(options, finished.decision.tensor)
         yield replace(finished, payload=None)

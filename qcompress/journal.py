@@ -18,6 +18,7 @@ from qcompress.artifact.layout import Layout, render_header
 from qcompress.artifact.manifest import Entry, Manifest
 from qcompress.artifact.writer import Filled
 from qcompress.report.document import LayerFigures
+from qcompress.types import ClassUse
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def _parse_record(line: Mapping[str, Any]) -> Record:
     entry, figures = dict(line["entry"]), dict(line["figures"])
     entry |= {key: tuple(entry[key]) for key in ("shape", "axis")}
     figures = {key: tuple(value) if isinstance(value, list) else value for key, value in figures.items()}
+    if figures["classes"] is not None:
+        figures["classes"] = tuple(ClassUse(**one) for one in figures["classes"])
     slots = {name: Filled(**{**slot, "shape": tuple(slot["shape"])}) for name, slot in line["slots"].items()}
     return Record(
         str(line["tensor"]),

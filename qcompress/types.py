@@ -384,3 +384,21 @@ class Fitted:
     activations: Mapping[str, ActivationGrid] = field(default_factory=dict)
     caps: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassUse:
+    """What the codes of one lattice under one table take.
+
+    context     the table: a scale class, plus 32 in even and 64 in odd states of a trellis
+    count       codes of the lattice that it codes
+    magnitude   their mean |code|
+    ideal_bits  a code, raw bits included, at the order-0 entropy of these codes
+    table_bits  a code, raw bits included, under the stored table
+    """
+
+    context: int
+    count: int
+    magnitude: float
+    ideal_bits: float
+    table_bits: float

@@ -232,6 +232,7 @@ def _encode_lattice(job: Job, rows: Tensor, survey: Survey, stop: threading.Even
     return replace(
         finished,
         entry=lattice_entry(decision, coded.codings[0]),
+        figures=replace(figures, classes=coded.uses[0]),
         payload=payload,
         lattice=None,
         side_bytes=len(payload) - len(coded.payloads[0]),

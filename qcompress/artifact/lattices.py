@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from qcompress.artifact.layout import POOL_NAME, part_name, pooled_names
 from qcompress.artifact.manifest import Manifest
 from qcompress.coding.lattice_payload import decode_lattice, split_side
-from qcompress.coding.pool import Pool
+from qcompress.coding.pool import Pool, class_uses, source_of_codes
 from qcompress.coding.rows import tap_count
 from qcompress.coding.side import Grid, Matrix, lattice_crc32, parse_side
 from qcompress.container import Container
 from qcompress.errors import ArtifactError
+from qcompress.types import ClassUse
 
 REFETCH = "the file is damaged: fetch or make it again"
 
@@ -54,14 +55,8 @@ class LatticeFile:
     def codes(self, name: str) -> tuple[NDArray[np.int32], Grid]:
         """The codes [rows, columns] of a lattice, checked, and its grid. Raises ArtifactError."""
         entry = self.manifest.tensors[name]
-        data = self.container.bytes_of(part_name(name, "codes"))
-        places, grids, pool = self._pool
-        place = places.get(name, 0)
+        grid, pool, place, data = self._found(name)
         try:
-            if name not in places:
-                side, data = split_side(data)
-                grids, pool = parse_side(side, [self._matrix(name)])
-            grid = grids[place]
             shape = (entry.rows, entry.columns)
             codes = decode_lattice(data, entry.coding, pool, place, grid.trellis, shape, self.executor)
         except ValueError as error:
@@ -69,6 +64,28 @@ class LatticeFile:
         if lattice_crc32(codes, grid) != grid.crc32:
             raise self._damaged(name, "its checksum does not hold")
         return codes, grid
+
+    def _found(self, name: str) -> tuple[Grid, Pool, int, memoryview]:
+        """The grid of a lattice, its pool, its place there, and its payload. Raises ArtifactError."""
+        data = self.container.bytes_of(part_name(name, "codes"))
+        places, grids, pool = self._pool
+        place = places.get(name, 0)
+        if name not in places:
+            try:
+                side, data = split_side(data)
+                grids, pool = parse_side(side, [self._matrix(name)])
+            except ValueError as error:
+                raise self._damaged(name, str(error)) from None
+        return grids[place], pool, place, data
+
+    def class_uses(self, name: str, codes: NDArray[np.int32]) -> tuple[ClassUse, ...] | None:
+        """What a lattice's codes [rows, columns], as read, take under each table; None where no table codes them."""
+        entry = self.manifest.tensors[name]
+        if entry.coding != "ans":
+            return None
+        grid, pool, place, _ = self._found(name)
+        source = source_of_codes(codes, tap_count(entry.shape, entry.axis), trellis=grid.trellis)
+        return class_uses(source, pool.levels[place], pool)
 
     def side_bytes(self, name: str) -> int:
         """The side information among a tensor's codes: none where the file pools it. Raises ArtifactError."""

@@ -19,12 +19,12 @@ from qcompress.coding.ans import parse_varint, varint
 from qcompress.coding.classes import Levels
 from qcompress.coding.packing import pack, row_bytes, unpack
 from qcompress.coding.payload import Coding, CodingChoice
-from qcompress.coding.pool import Pool, Source, fit_pool, make_source
+from qcompress.coding.pool import Pool, Source, class_uses, fit_pool, make_source
 from qcompress.coding.side import grid_of_lattice, side_bytes
 from qcompress.coding.streams import decode_streams, encode_streams
 from qcompress.coding.tokens import TOKENS, Codes, Tokens, codes_from_tokens, raw_bits
 from qcompress.coding.zstd import bound_frame, compress_frame, expand_frame
-from qcompress.types import Lattice
+from qcompress.types import ClassUse, Lattice
 
 LANES = (2, 3, 4, 5, 6, 7, 8)
 ZSTD_LANES = (2, 4, 8)
@@ -35,11 +35,15 @@ _WIDEST_CODE = 5
 
 @dataclass(frozen=True)
 class CodedPool:
-    """The side information of a pool, and of each of its tensors in turn the coding and the payload."""
+    """The side information of a pool, and of each of its tensors in turn the coding, the payload, and the tables' use.
+
+    uses  None of a tensor that no table codes
+    """
 
     side: bytes
     codings: tuple[Coding, ...]
     payloads: tuple[bytes, ...]
+    uses: tuple[tuple[ClassUse, ...] | None, ...]
 
 
 def encode_pool(lattices: Sequence[Lattice], choice: CodingChoice) -> CodedPool:
@@ -62,7 +66,11 @@ def encode_pool(lattices: Sequence[Lattice], choice: CodingChoice) -> CodedPool:
     payloads = [streams.get(place, plain.get(place, b"")) for place in range(len(sources))]
     rest: Coding = "packed" if choice == "packed" else "zstd"
     codings: list[Coding] = ["ans" if place in streams else rest for place in range(len(sources))]
-    return CodedPool(side_bytes(grids, pool), tuple(codings), tuple(payloads))
+    uses = [
+        class_uses(source, pool.levels[place], pool) if place in streams else None
+        for place, source in enumerate(sources)
+    ]
+    return CodedPool(side_bytes(grids, pool), tuple(codings), tuple(payloads), tuple(uses))
 
 
 def _encode_streamed(sources: Sequence[Source], places: Sequence[int]) -> tuple[Pool, dict[int, bytes]]:

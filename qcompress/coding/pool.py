@@ -18,7 +18,7 @@ from qcompress.coding.rows import tap_count
 from qcompress.coding.smooth import Slopes, fit_slopes, table_from_slopes
 from qcompress.coding.tokens import TOKEN_BITS, TOKENS, Codes, Tokens, tokens_from_codes
 from qcompress.coding.trellis import trellis_states
-from qcompress.types import Lattice
+from qcompress.types import ClassUse, Lattice
 
 POOLED_WEIGHTS = 1 << 18
 """A tensor of more weights has tables of its own."""
@@ -80,8 +80,13 @@ class _Counts:
 def make_source(lattice: Lattice) -> Source:
     """The codes of a lattice with their tokens and, on a trellis, the oddness of their states."""
     codes = np.ascontiguousarray(lattice.codes.cpu().numpy())
-    odd = np.asarray(trellis_states(codes) & 1, np.uint8) if lattice.trellis else None
-    return Source(codes, tokens_from_codes(codes), tap_count(lattice.shape, lattice.axis), odd)
+    return source_of_codes(codes, tap_count(lattice.shape, lattice.axis), trellis=lattice.trellis)
+
+
+def source_of_codes(codes: Codes, taps: int, *, trellis: bool) -> Source:
+    """The same, of codes [rows, columns] by themselves."""
+    odd = np.asarray(trellis_states(codes) & 1, np.uint8) if trellis else None
+    return Source(codes, tokens_from_codes(codes), taps, odd)
 
 
 def pooled(sizes: Sequence[int]) -> list[bool]:
@@ -165,6 +170,30 @@ def _side_bits(options: Sequence[Sequence[Levels]]) -> NDArray[np.float64]:
         for place, own in enumerate(values):
             bits[place, users] += cost[own - low].sum()
     return bits
+
+
+def class_uses(source: Source, levels: Levels, pool: Pool) -> tuple[ClassUse, ...]:
+    """What the codes of one matrix take under each table of its pool that they use."""
+    uses = []
+    counts, known = _total([_count(source, levels)]), bits_of_tables(pool)
+    contexts, sizes = source.contexts(levels).reshape(-1), np.abs(source.codes.reshape(-1).astype(np.float64))
+    magnitudes = np.bincount(contexts, sizes, CONTEXTS)
+    for context in np.flatnonzero(counts.any(1)).tolist():
+        own, bits = counts[context], known[context]
+        used = own > 0
+        total = int(own.sum())
+        ideal = float((own[used] * (np.log2(total / own[used]) + TOKEN_BITS[used])).sum())
+        table = float(own[: len(bits)] @ bits)
+        uses.append(
+            ClassUse(
+                context=context,
+                count=total,
+                magnitude=float(magnitudes[context]) / total,
+                ideal_bits=ideal / total,
+                table_bits=table / total,
+            )
+        )
+    return tuple(uses)
 
 
 def bits_of_tables(pool: Pool) -> dict[int, NDArray[np.float64]]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qcompress.types import Shape
+from qcompress.types import ClassUse, Shape
 
 KEPT = "kept"
 BINS = 64
@@ -27,6 +27,7 @@ class LayerFigures:
     step              of a lattice, before the factors of rows and columns; None of other grids
     histogram_before  of the weights, histogram_after of what they decode to: counts in BINS equal bins over `range`,
                       decoded values beyond it counted in the end bins
+    classes           of a lattice that tables code: the scale classes that it uses, each with its own table
     entries           of each of its codebooks, as stored
     dead              entries of its codebooks that none of its codes names; duplicates: that repeat an earlier one
     sampled           fences, outliers, kurtosis and histograms come from a fixed subset; all else from every weight
@@ -44,6 +45,7 @@ class LayerFigures:
     levels_used: int | None = None
     entropy: float | None = None
     clipped_share: float | None = None
+    classes: tuple[ClassUse, ...] | None = None
     entries: int | None = None
     dead: int | None = None
     duplicates: int | None = None
@@ -82,6 +84,8 @@ class LayerReport:
     baseline_bytes          of the checkpoint
     tied_to                 the tensor that is stored in place of this one, which then has 0 bytes
     sensitivity             where measured: what compressing this tensor alone costs
+    bound_gap_db            by how much its error is above the least at its bits that any code could have, were its
+                            weights Gaussian of one variance; follows from bytes and SQNR where not given
     """
 
     name: str
@@ -101,7 +105,14 @@ class LayerReport:
     tied_to: str | None = None
     reason: str
     sensitivity: float | None = None
+    bound_gap_db: float | None = None
     figures: LayerFigures | None = None
+
+    def __post_init__(self) -> None:
+        bits, sqnr = self.bits_per_weight, self.sqnr_db
+        if self.bound_gap_db is None and self.compressed and bits is not None and sqnr is not None:
+            # D(R) of a Gaussian: 2**(-2 R) of its variance.
+            object.__setattr__(self, "bound_gap_db", 20 * math.log10(2) * bits - sqnr)
 
     @property
     def compressed(self) -> bool:

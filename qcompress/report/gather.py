@@ -68,7 +68,8 @@ def _stored_report(artifact: Artifact) -> Report:
         for name, entry in file.manifest.tensors.items():
             if entry.is_lattice:
                 codes, grid = file.lattices.codes(name)
-                figures[name] = replace(measure_counts(count_values(codes)), step=grid.value)
+                found = replace(measure_counts(count_values(codes)), step=grid.value)
+                figures[name] = replace(found, classes=file.lattices.class_uses(name, codes))
                 continue
             found = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
             if entry.grid == "codebook":
@@ -114,7 +115,7 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
         meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
     figures = meter.result(whole)
     if isinstance(encoded, Lattice):
-        return replace(figures, step=step_value(encoded))
+        return replace(figures, step=step_value(encoded), classes=file.lattices.class_uses(name, encoded.codes.numpy()))
     if not isinstance(encoded, Codebook):
         return figures
     return replace(figures, **codebook_figures(encoded.codes.numpy(), centroid_values(encoded).numpy()))

@@ -131,6 +131,17 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
         "step": Term(
             "step", "of a lattice: the distance of neighbouring levels, before the factors of rows and columns"
         ),
+        "bound_gap_db": Term(
+            "distance to the bound",
+            "dB of error above a Gaussian source's D(R) at the tensor's bits; no scalar code comes below 1.53 there",
+            ("bound",),
+        ),
+        "classes": Term("scale classes", "of a lattice: codes of like magnitude share a table; what they take"),
+        "context": Term("table", "its number: that of a scale class, and 32 or 64 more in states of a trellis"),
+        "count": Term("codes", "how many of the tensor's codes the table codes"),
+        "magnitude": Term("magnitude", "mean absolute code of a scale class"),
+        "ideal_bits": Term("ideal bits", "bits a code at the order-0 entropy of the tensor's codes in the class"),
+        "table_bits": Term("table bits", "bits a code under the stored table, which other tensors may share"),
         "levels_used": Term("levels used", "how many different codes occur"),
         "entries": Term("entries", "of each codebook of the tensor, as stored: no more than values differ"),
         "dead": Term("dead entries", "entries of the tensor's codebooks that none of its codes names"),

@@ -22,6 +22,7 @@ from qcompress.report.words import (
     size_words,
     width_words,
 )
+from qcompress.types import ClassUse
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Drawn:
     high: str
     used: str
     figures: tuple[Figure, ...]
+    classes: Grid | None = None
 
 
 _RULE_HEADS = (
@@ -156,6 +158,10 @@ def _book_figures(layer: LayerReport) -> list[Figure]:
     return named + ([Figure("codebook_in", name_words(layer.codebook_in))] if layer.codebook_in is not None else [])
 
 
+def _gap_words(gap: float | None) -> str:
+    return f"{gap:.1f} dB" if gap is not None and math.isfinite(gap) else NOT_MEASURED
+
+
 def drawn_layer(layer: LayerReport, anchor: str) -> Drawn:
     figures = layer.figures
     assert figures is not None
@@ -164,6 +170,7 @@ def drawn_layer(layer: LayerReport, anchor: str) -> Drawn:
     named = [
         Figure("sqnr_db", sqnr_words(figures.sqnr_db)),
         Figure("entropy", f"{number_words(figures.entropy)}{width}"),
+        Figure("bound_gap_db", _gap_words(layer.bound_gap_db)),
         Figure("step", number_words(figures.step)),
         Figure("levels_used", NOT_MEASURED if figures.levels_used is None else f"{figures.levels_used:,}"),
         *_book_figures(layer),
@@ -184,4 +191,26 @@ def drawn_layer(layer: LayerReport, anchor: str) -> Drawn:
         high=number_words(high),
         used=_bar(figures.entropy, layer.bits or 0),
         figures=tuple(one for one in named if one.value != NOT_MEASURED),
+        classes=_classes_grid(figures.classes) if figures.classes else None,
     )
+
+
+_CLASS_HEADS = (Head("context"), Head("magnitude"), Head("count"), Head("ideal_bits"), Head("table_bits"))
+
+
+def _classes_grid(classes: Sequence[ClassUse]) -> Grid:
+    """What the tables of a tensor take; bars of the codes by the most of all."""
+    most = max(one.count for one in classes)
+    rows = (
+        Row(
+            (
+                Cell(str(one.context)),
+                Cell(number_words(one.magnitude)),
+                Cell(f"{one.count:,}", _bar(one.count, most)),
+                Cell(bits_words(one.ideal_bits)),
+                Cell(bits_words(one.table_bits)),
+            )
+        )
+        for one in classes
+    )
+    return Grid(_CLASS_HEADS, tuple(rows))

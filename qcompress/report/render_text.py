@@ -83,6 +83,7 @@ def _escaped(text: str) -> str:
 _LAYER_COLUMNS = (
     "name", "shape", "dtype", "method", "bits", "dim", "granularity", "group_size", "form", "coding", "bytes",
     "side_information_bytes", "baseline_bytes", "tied_to", "codebook_in", "reason", "sensitivity",
+    "bound_gap_db",
 )  # fmt: skip
 _FIGURE_COLUMNS = (
     "relative_error", "sqnr_db", "max_error", "outlier_share", "kurtosis", "step", "levels_used", "entropy",

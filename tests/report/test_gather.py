@@ -32,7 +32,9 @@ rules:
 
 def by_name(report: Report, figures: bool) -> dict[str, LayerReport]:
     layers = {layer.name: replace(layer, reason="") for layer in report.layers}
-    return layers if figures else {name: replace(layer, figures=None) for name, layer in layers.items()}
+    if figures:
+        return layers
+    return {name: replace(layer, figures=None, bound_gap_db=None) for name, layer in layers.items()}
 
 
 @pytest.fixture

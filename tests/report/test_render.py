@@ -19,7 +19,7 @@ from qcompress.report.words import size_words
 from .examples import full_report, kept, layer, make_report, small_report
 
 # What is no single figure has no column; the range has two.
-_LISTS = ("histogram", "range", "fences", "levels")
+_LISTS = ("histogram", "range", "fences", "levels", "classes")
 GOLDEN = Path(__file__).parent / "golden"
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
