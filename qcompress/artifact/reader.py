@@ -25,8 +25,8 @@ from qcompress.artifact.manifest import (
     NewerFormatError,
     artifact_hash,
     header_crc32,
-    parse_manifest,
 )
+from qcompress.artifact.manifest_json import parse_manifest
 from qcompress.artifact.parts import check_parts, find_parts, halved_dtypes
 from qcompress.coding.packing import count_codes, unpack
 from qcompress.coding.payload import decode_payload
