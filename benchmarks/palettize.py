@@ -63,8 +63,9 @@ def relative_error(weights: dict[str, Any], decoded: dict[str, Any]) -> float:
 
 def our_checkpoint(path: Path) -> dict[str, float]:
     from qcompress.checkpoint import read_checkpoint
-    from qcompress.compress import Options, compress
+    from qcompress.compress import compress
     from qcompress.load import load_state_dict
+    from qcompress.options import Options
     from qcompress.plan import make_plan
     from qcompress.recipe import recipe_from_flags
     from qcompress.registry import METHODS

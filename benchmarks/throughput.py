@@ -170,8 +170,9 @@ def run_ours(tool: str, path: Path, with_error: bool) -> dict[str, float]:
     import torch
 
     from qcompress.checkpoint import read_checkpoint
-    from qcompress.compress import Options, compress
+    from qcompress.compress import compress
     from qcompress.load import load_state_dict
+    from qcompress.options import Options
     from qcompress.plan import make_plan
     from qcompress.recipe import recipe_from_flags
     from qcompress.registry import METHODS

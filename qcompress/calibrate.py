@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcompress.allocate import Costs, is_open, read_costs, refuse_infeasible
-from qcompress.artifact.writer import refuse_existing, refuse_own_input
+from qcompress.artifact.staging import refuse_existing, refuse_own_input, staging_folder
 from qcompress.books import Evidence
 from qcompress.checkpoint import Checkpoint
-from qcompress.compress import Options, compress_to, refuse_nonfinite, staged
+from qcompress.compress import compress_to, staged
 from qcompress.errors import BudgetError
 from qcompress.evaluate import Setting, compare, evaluate, measure_task, open_live
 from qcompress.finetune import STATE, run_identity
@@ -20,7 +20,9 @@ from qcompress.fit import fit
 from qcompress.minimize import refuse_gateless, spend
 from qcompress.model.live import LiveModel, fresh_copy
 from qcompress.model.statistics import measure_statistics, save_statistics
+from qcompress.options import Options
 from qcompress.plan import make_plan
+from qcompress.preflight import refuse_nonfinite
 from qcompress.recipe import trains
 from qcompress.report.assemble import run_figures
 from qcompress.report.document import Report
@@ -148,7 +150,7 @@ def _learn(
         measure=(lambda module: measure_task(module, setting, "after an epoch")) if _measures(setting) else None,
         say=how.say,
         log=training_path(output, "log.jsonl"),
-        state=output.parent / f".{output.name}.partial" / STATE if options.resume else None,
+        state=staging_folder(output) / STATE if options.resume else None,
         resume=options.resume,
         identity=run_identity(replace(plan.recipe, gates=Gates()), checkpoint, how.world),
     )

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompress.artifact.writer import copy_companions, refuse_own_input, reporting_resources, staged_output
+from qcompress.artifact.staging import refuse_own_input, reporting_resources, staged_output, staging_folder
+from qcompress.artifact.writer import copy_companions
 from qcompress.audit import Audit, TrialKind, Trials, audit
 from qcompress.checkpoint import INDEX_SUFFIX, Checkpoint, write_checkpoint
 from qcompress.errors import RecipeError, TrainingError
@@ -93,7 +94,7 @@ def finetune(
     staging = staged_output(output, force=options.force, folder=folder, resume=options.resume)
     with staging if world.is_first else contextlib.nullcontext(output) as staged:
         world.wait()
-        state = output.parent / f".{output.name}.partial" / STATE
+        state = staging_folder(output) / STATE
         watch = Watch(
             measure=_measure(setting, "after an epoch") if measures else None,
             say=options.say if world.is_first else lambda _: None,

@@ -8,11 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qcompress.allocate import Costs, allocate, bpw_bounds, read_costs, refuse_infeasible, with_bpw
-from qcompress.artifact.writer import refuse_existing, refuse_own_input, reporting_resources
+from qcompress.artifact.staging import refuse_existing, refuse_own_input, reporting_resources
 from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
-from qcompress.compress import Options, compress
+from qcompress.compress import compress
 from qcompress.errors import BudgetError
+from qcompress.options import Options
 from qcompress.rate import make_at_rate
 from qcompress.report.document import Report
 from qcompress.report.gates import check_gates

@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from qcompress.artifact.layout import POOL_NAME
-from qcompress.artifact.writer import refuse_existing, refuse_own_input, reporting_resources, staged_output
+from qcompress.artifact.staging import refuse_existing, refuse_own_input, reporting_resources, staged_output
 from qcompress.checkpoint import Checkpoint, tensor_view
-from qcompress.compress import Options
 from qcompress.errors import BudgetError
+from qcompress.options import Options
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
 from qcompress.shards import make_shards

@@ -27,8 +27,9 @@ from qcompress.allocate import (
 )
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint import Checkpoint, read_checkpoint
-from qcompress.compress import Options, compress
+from qcompress.compress import compress
 from qcompress.errors import BudgetError, Refusals, ReportError
+from qcompress.options import Options
 from qcompress.plan import make_plan
 from qcompress.recipe import BudgetFlag, recipe_from_flags
 from qcompress.report.document_json import write_whole

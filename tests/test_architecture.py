@@ -18,11 +18,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NOUNS = {"errors", "settings", "types"}
 KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
-ALL = SHOWN | {"recipe", "plan", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"}
+ALL = SHOWN | {
+    *("recipe", "plan", "options", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"),
+}
 VERBS = (
     *("allocate", "audit", "books", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "halves"),
-    *("journal", "load", "minimize", "probe", "rate"),
-    *("representatives", "sensitivity", "shards", "tune", "worker"),
+    *("journal", "load", "minimize", "preflight", "probe", "rate"),
+    *("representatives", "sensitivity", "shard_writer", "shards", "tune", "worker"),
 )
 
 MAY_IMPORT = {
@@ -33,6 +35,7 @@ MAY_IMPORT = {
     "container": NOUNS,
     "recipe": KNOWN,
     "plan": KNOWN,
+    "options": {"coding"},
     "coding": NOUNS,
     "checkpoint": NOUNS | {"coding", "container"},
     "artifact": NOUNS | {"coding", "container"},
@@ -149,8 +152,10 @@ TORCH_FREE = [
     "cli.report",
     "cli.verify",
     "artifact.reader",
+    "artifact.staging",
     "artifact.writer",
     "checkpoint",
+    "options",
     "plan",
     "recipe",
     "registry",

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint import read_checkpoint
-from qcompress.compress import Options, compress
+from qcompress.compress import compress
 from qcompress.exporters.safetensors import export
 from qcompress.load import load_state_dict
+from qcompress.options import Options
 from qcompress.plan import make_plan
 from qcompress.recipe import parse_recipe, recipe_yaml
 from qcompress.report.gather import gather_report

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from qcompress.artifact.layout import grid_of, make_slots
 from qcompress.checkpoint import read_checkpoint
-from qcompress.compress import Options, compress
+from qcompress.compress import compress
 from qcompress.errors import QcompressError, RecipeError, Refusals
+from qcompress.options import Options
 from qcompress.plan import make_plan
 from qcompress.registry import METHODS, RtnConfig, refuse_grid
 from qcompress.shards import make_shards

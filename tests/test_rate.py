@@ -17,10 +17,10 @@ from torch import Tensor
 
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint import read_checkpoint
-from qcompress.compress import Options
 from qcompress.errors import BudgetError
 from qcompress.load import load_state_dict
 from qcompress.minimize import compress_within
+from qcompress.options import Options
 from qcompress.rate import entropy, first_step, is_unbounded, next_step
 from qcompress.recipe import parse_recipe
 from qcompress.report.document import Report

@@ -7,7 +7,8 @@ import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qcompress.artifact.manifest import LATTICE_VALUES, METADATA_KEY, Entry, Manifest, Placement, manifest_text
+from qcompress.artifact.manifest import LATTICE_VALUES, METADATA_KEY, Entry, Manifest, Placement
+from qcompress.artifact.manifest_json import manifest_text
 from qcompress.coding.lattice_payload import bound_payload, bound_side
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.payload import Coding, CodingChoice, bound_bytes

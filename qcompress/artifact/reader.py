@@ -27,8 +27,8 @@ from qcompress.artifact.manifest import (
     NewerFormatError,
     artifact_hash,
     header_crc32,
-    parse_manifest,
 )
+from qcompress.artifact.manifest_json import parse_manifest
 from qcompress.artifact.parts import check_parts, find_parts, halved_dtypes
 from qcompress.coding.jobs import decoding_processes
 from qcompress.coding.packing import count_codes, unpack

@@ -235,7 +235,9 @@ def _compress(
 ) -> None:
     from qcompress.cli.live import say
     from qcompress.cli.streams import progress
-    from qcompress.compress import Options, compress, keep_nonfinite
+    from qcompress.compress import compress
+    from qcompress.options import Options
+    from qcompress.preflight import keep_nonfinite
 
     if request.skip_nonfinite:
         plan = keep_nonfinite(source, plan)
@@ -260,7 +262,7 @@ def _compress_live(
 ) -> None:
     from qcompress.calibrate import LiveOptions, compress_live, plan_live
     from qcompress.cli.live import say
-    from qcompress.compress import Options
+    from qcompress.options import Options
     from qcompress.representatives import with_representatives
     from qcompress.training.parallel import join_world, launched_rank
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qcompress.artifact.layout import Layout, Slot, header_room, header_text
 from qcompress.artifact.reader import Artifact, ArtifactFile
-from qcompress.artifact.writer import SlotWriter, copy_companions, refuse_own_input, staged_output, write_index
+from qcompress.artifact.staging import refuse_own_input, staged_output
+from qcompress.artifact.writer import SlotWriter, copy_companions, write_index
 from qcompress.coding.affine import decode, row_spans, take_rows
 from qcompress.errors import ArtifactError
 from qcompress.types import DTYPE_BITS

@@ -16,7 +16,8 @@ from torch import Tensor
 from artifact.educational_decoder import Dense
 from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.checkpoint import Checkpoint, read_checkpoint
-from qcompress.compress import Options, compress
+from qcompress.compress import compress
+from qcompress.options import Options
 from qcompress.plan import make_plan
 from qcompress.registry import METHODS
 from qcompress.report.document import Report

@@ -1,0 +1,208 @@
+"""One file of the artifact: kept tensors copied, weights encoded on threads, all written in the order of the slots."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qcompress.artifact.layout import PARTS, POOL_NAME, Slot, lattice_entry, part_name, pool_of, render_header
+from qcompress.artifact.manifest import input_hash
+from qcompress.artifact.staging import staging_folder
+from qcompress.artifact.writer import SlotWriter, Written
+from qcompress.books import Evidence
+from qcompress.checkpoint import tensor_bytes, tensor_view
+from qcompress.coding.lattice_payload import encode_pool
+from qcompress.coding.packing import row_bytes
+from qcompress.journal import Journal, Record, run_key
+from qcompress.options import Options
+from qcompress.shards import Shard
+from qcompress.types import Decision, Fitted, Kept, TensorInfo
+from qcompress.worker import Finished, Job, encode_tensor, survey_bytes
+
+COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all files of one run have in common."""
+
+    fitted: Fitted
+    evidence: Evidence
+    options: Options
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """One finished file, and what report and index say of it.
+
+    finished      tensor name -> how it was encoded, of those that were compressed
+    input_sha256  over the tensors of the input file, see `input_hash`
+    """
+
+    shard: Shard
+    written: Written
+    finished: Mapping[str, Finished]
+    input_sha256: str
+
+
+def write_shard(shard: Shard, path: Path, run: Run) -> WrittenShard:
+    """Write one file to `path` and say what it holds; with `resume` go on from what an earlier run finished of it.
+
+    raises  what `encode_tensor` raises, and ResourceError where the disk holds other bytes than were written
+    """
+    fitted, options, journal = run.fitted, run.options, _journal(shard, run)
+    with SlotWriter(path, shard.layout, reopen=journal is not None) as writer, journal or contextlib.nullcontext():
+        finished = _restore(shard, writer, journal, options) if journal is not None else {}
+        sharing = set(pool_of(shard.decisions))
+        crcs = _copy_kept(shard, writer, fitted, options)
+        for one in _encode_all(shard, writer, finished, run):
+            finished[one.decision.tensor.name] = one
+            # Pooled codes are nothing without what is written after the last of them.
+            if journal is not None and one.decision.tensor.name not in sharing:
+                journal.append(_record(writer, one))
+        crcs |= {name: one.input_crc32 for name, one in finished.items()}
+        manifest = replace(
+            shard.manifest,
+            input_sha256=input_hash(shard.source.tensors, crcs),
+            tensors={name: one.entry for name, one in finished.items()},
+        )
+
+        def render(slots: Sequence[Slot], sha256: str, crc32: str) -> bytes:
+            return render_header(slots, replace(manifest, sha256=sha256, header_crc32=crc32))
+
+        written = writer.finish(render)
+    return WrittenShard(shard, written, finished, manifest.input_sha256)
+
+
+def _journal(shard: Shard, run: Run) -> Journal | None:
+    """Where a run that can be resumed notes what it has finished."""
+    if not run.options.resume:
+        return None
+    key = run_key(shard.layout, shard.manifest, f"{run.options.device}{run.evidence.fingerprint}")
+    return Journal(staging_folder(run.options.output) / f"{shard.file}.journal", key)
+
+
+def _record(writer: SlotWriter, one: Finished) -> Record:
+    name = one.decision.tensor.name
+    slots = writer.filled(part_name(name, part) for part in PARTS)
+    return Record(name, one.entry, one.figures, one.input_crc32, slots, one.side_bytes)
+
+
+def _restore(shard: Shard, writer: SlotWriter, journal: Journal, options: Options) -> dict[str, Finished]:
+    """What an earlier run finished, as far as its input and its output still hold the same bytes."""
+    finished: dict[str, Finished] = {}
+    records = []
+    for record, decision in zip(journal.read(), _in_order(shard), strict=False):
+        tensor = decision.tensor
+        same = survey_bytes(shard.source.bytes_of(tensor.name), tensor.dtype).crc32 == record.input_crc32
+        if record.tensor != tensor.name or not same or not writer.restore(record.slots):
+            break
+        finished[tensor.name] = Finished(
+            decision, record.entry, record.figures, record.input_crc32, None, side_bytes=record.side_bytes
+        )
+        records.append(record)
+        _report_progress(options, tensor)
+    journal.start(records)
+    return finished
+
+
+def _in_order(shard: Shard) -> list[Decision]:
+    """The compressing decisions in the order of their codes in the file."""
+    by_codes = {part_name(d.tensor.name, "codes"): d for d in shard.decisions if d.compresses}
+    return [by_codes[slot.name] for slot in shard.layout.slots if slot.name in by_codes]
+
+
+def _copy_kept(shard: Shard, writer: SlotWriter, fitted: Fitted, options: Options) -> dict[str, int]:
+    """Copy the kept tensors, as they are or as they were adjusted; the CRC-32 of each input, dropped copies too."""
+    crcs = {}
+    for decision in shard.decisions:
+        if decision.compresses:
+            continue
+        tensor = decision.tensor
+        raw = shard.source.bytes_of(tensor.name)
+        crcs[tensor.name] = survey_bytes(raw, "bytes").crc32
+        adjusted = fitted.encoded.get(tensor.name)
+        if isinstance(adjusted, Kept):
+            raw = tensor_bytes(adjusted.value, replace(tensor, dtype=decision.stored or tensor.dtype))
+        elif decision.stored is not None:
+            raw = tensor_bytes(tensor_view(shard.source, tensor), replace(tensor, dtype=decision.stored))
+        if decision.tied_to is None:
+            for start in range(0, len(raw), COPY_BYTES):
+                writer.put(tensor.name, raw[start : start + COPY_BYTES])
+        _report_progress(options, tensor)
+    return crcs
+
+
+def _report_progress(options: Options, tensor: TensorInfo) -> None:
+    if options.progress is not None:
+        options.progress(tensor.name, tensor.n_bytes)
+
+
+def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: Run) -> Iterator[Finished]:
+    """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
+    fitted, options = run.fitted, run.options
+    waiting = [decision for decision in reversed(_in_order(shard)) if decision.tensor.name not in already]
+    sharing = set(pool_of(shard.decisions))
+    pooled: list[Finished] = []
+    stop = threading.Event()
+    running: list[Future[Finished]] = []
+    with ThreadPoolExecutor(options.threads) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) <= options.threads:
+                    decision = waiting.pop()
+                    name = decision.tensor.name
+                    ready, reference = fitted.encoded.get(name), fitted.references.get(name)
+                    job = Job(
+                        shard.source,
+                        decision,
+                        writer,
+                        options.choice,
+                        options.device,
+                        ready,
+                        reference,
+                        run.evidence,
+                        name in sharing,
+                    )
+                    running.append(pool.submit(encode_tensor, job, stop))
+                finished = running.pop(0).result()
+                if finished.lattice is not None:
+                    pooled.append(finished)
+                    continue
+                if finished.payload is not None:
+                    _put_payload(writer, finished)
+                _report_progress(options, finished.decision.tensor)
+                yield replace(finished, payload=None)
+            if pooled:
+                yield from _encode_pool(pooled, writer, options)
+        finally:
+            stop.set()
+            for future in running:
+                future.cancel()
+
+
+def _encode_pool(pooled: Sequence[Finished], writer: SlotWriter, options: Options) -> Iterator[Finished]:
+    """Code the lattices that share tables, now that all are known; write them and what they share."""
+    coded = encode_pool([one.lattice for one in pooled if one.lattice is not None], options.choice)
+    for one, coding, payload, uses in zip(pooled, coded.codings, coded.payloads, coded.uses, strict=True):
+        entry, figures = lattice_entry(one.decision, coding), replace(one.figures, classes=uses)
+        finished = replace(one, entry=entry, figures=figures, payload=payload, lattice=None)
+        _put_payload(writer, finished)
+        _report_progress(options, finished.decision.tensor)
+        yield replace(finished, payload=None)
+    writer.put_varying(POOL_NAME, coded.side, (len(coded.side),))
+
+
+def _put_payload(writer: SlotWriter, finished: Finished) -> None:
+    name = part_name(finished.decision.tensor.name, "codes")
+    data = memoryview(finished.payload or b"")
+    entry = finished.entry
+    if entry.is_lattice:
+        writer.put_varying(name, data, (data.nbytes,))
+        return
+    packed = (entry.code_rows, row_bytes(entry.columns, entry.bits))
+    writer.put_varying(name, data, packed if entry.coding == "packed" else (data.nbytes,))
