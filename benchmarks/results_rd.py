@@ -11,15 +11,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from page import put_section
+from page import average, put_section, words_beside
+from runs import ROOT, call
 
 from qcompress.checkpoint import read_checkpoint
 from qcompress.evaluate import Setting
@@ -27,7 +25,6 @@ from qcompress.load import checkpoint_state, load_state_dict
 from qcompress.model.build import load_weights
 from qcompress.recipe import read_recipe
 
-ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
 
 
@@ -75,20 +72,6 @@ NETWORKS = (
 )
 
 
-def call(words: Sequence[str], kept: Path, data: Path) -> dict[str, Any]:
-    """The JSON report of a command, read back where it was run before."""
-    if not kept.is_file():
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "QCOMPRESS_DATA": str(data)}
-        done = subprocess.run(
-            [sys.executable, "-m", "qcompress", *words], env=environment, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"{kept.stem}: exit {done.returncode}\n{done.stderr}")
-        kept.write_text(done.stdout)
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
-
-
 @torch.no_grad()
 def divergence(network: Network, artifact: Path, data: Path) -> float:
     """The mean divergence of the artifact's outputs from the checkpoint's, in nats a position, on the eval data."""
@@ -134,14 +117,12 @@ def coded(network: Network, name: str, words: Sequence[str], data: Path, work: P
         common = ["-r", str(recipe), "--allow-code", "--json", "-"]
         source = str(data / network.checkpoint)
         if "-r" in words or "free" in name:
-            call(["quantize", source, *words, "-o", str(output), "--force", "--json", "-"], work / f"{stem}.json", data)
-            found = call(["eval", str(output), *common], work / f"{stem}.eval.json", data)
+            call(["quantize", source, *words, "-o", str(output), "--force", "--json", "-"], work / f"{stem}.json")
+            found = call(["eval", str(output), *common], work / f"{stem}.eval.json")
             report = json.loads((work / f"{stem}.json").read_text())
             value = next(one["value"] for one in found["metrics"] if one["metric"] == network.metric)
         else:
-            report = call(
-                ["quantize", source, *words, "-o", str(output), "--force", *common], work / f"{stem}.json", data
-            )
+            report = call(["quantize", source, *words, "-o", str(output), "--force", *common], work / f"{stem}.json")
             value = next(one["artifact"] for one in report["accuracy"] if one["metric"] == network.metric)
         row = {
             "value": value,
@@ -175,15 +156,10 @@ def runs(network: Network) -> dict[str, list[tuple[str, list[str]]]]:
     return found
 
 
-def words_of(values: Sequence[float], digits: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
-
-
 def row_of(title: str, figures: Sequence[dict[str, float]]) -> str:
     cells = [
-        words_of([one["value"] for one in figures], 4),
-        words_of([one["divergence"] for one in figures], 4),
+        average([one["value"] for one in figures]),
+        average([one["divergence"] for one in figures]),
         f"{statistics.mean(one['bpw'] for one in figures):.3f}",
         f"{statistics.mean(one['bytes'] for one in figures):,.0f}",
         f"{statistics.mean(one['seconds'] for one in figures):.0f}",
@@ -224,8 +200,7 @@ def main() -> None:
             if figures:
                 lines.append(row_of(title, figures))
         lines.append("")
-    reading = Path(__file__).with_name("results_rd.md")
-    put_section("rd", [*lines, *(reading.read_text().splitlines() if reading.is_file() else ())])
+    put_section("rd", [*lines, *words_beside("rd")])
 
 
 if __name__ == "__main__":
