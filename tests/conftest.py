@@ -80,6 +80,17 @@ def program(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "qcompress", *map(str, arguments)]
 
 
+def refused(run: Run, folder: Path, *arguments: object, code: int = 3) -> str:
+    """The one line that a command says which leaves with this code, and changes nothing in the folder."""
+    before = files_under(folder)
+    ran = run(*arguments)
+    assert (ran.code, ran.out) == (code, ""), ran.err
+    assert ran.err.count("\n") == 1
+    assert ran.err.startswith("error: ")
+    assert files_under(folder) == before
+    return ran.err.rstrip("\n")
+
+
 def run_two_ranks(*arguments: object) -> Ran:
     """What a command leaves that torchrun runs in two processes."""
     with socket.socket() as free:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from colours import write_colours, write_learned
-from conftest import Run, files_under, small_tensors, write_checkpoint
+from conftest import Run, files_under, refused, small_tensors, write_checkpoint
 from safetensors.torch import load_file
 
 import qcompress
@@ -211,13 +211,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(run: Run, checkpoint: Path, tmp_path: Path, case: str) -> None:
     arguments, code, message = REFUSED[case]
-    before = files_under(tmp_path)
-    ran = run("quantize", checkpoint, *arguments)
-    assert ran.code == code, ran.err
-    (line,) = ran.error_lines
-    assert message in line
-    assert ran.out == ""
-    assert files_under(tmp_path) == before
+    assert message in refused(run, tmp_path, "quantize", checkpoint, *arguments, code=code)
 
 
 def test_tensors_too_small_for_the_budget_are_refused_with_what_was_reached(run: Run, tmp_path: Path) -> None:
