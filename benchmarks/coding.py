@@ -8,32 +8,16 @@ One thread, process CPU time, the median of the repeats. GB/s are of one-byte co
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from timing import render, seconds_of, show
 
 from qcompress.coding.packing import count_codes, pack, unpack
 from qcompress.coding.payload import CodingChoice, decode_payload, encode_payload, entropy_bits
 
 Codes = NDArray[np.uint8]
-
-
-def measure_seconds(call: Callable[[], object], repeats: int) -> float:
-    """The median CPU seconds of a call, after one that warms up."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        start = time.process_time()
-        call()
-        seconds.append(time.process_time() - start)
-    return max(statistics.median(seconds), 1e-9)
 
 
 def bell_codes(rows: int, columns: int, bits: int) -> Codes:
@@ -60,7 +44,7 @@ def measure_packing(count: int, columns: int, repeats: int) -> list[dict[str, An
         packed = pack(codes, bits)
         few = codes[: max(1, rows // 8)]
         speeds = {
-            name: size / measure_seconds(call, repeats) / 1e9
+            name: size / seconds_of(call, repeats, warm=True) / 1e9
             for name, size, call in (
                 ("pack", codes.size, lambda c=codes, b=bits: pack(c, b)),
                 ("unpack", codes.size, lambda p=packed, b=bits: unpack(p, b, columns)),
@@ -83,10 +67,11 @@ def measure_payloads(count: int, repeats: int) -> list[dict[str, Any]]:
         size = rows * columns
         for choice in choices:
             coding, data = encode_payload(packed, bits, columns, choice)
-            encode = measure_seconds(lambda p=packed, b=bits, c=choice: encode_payload(p, b, columns, c), repeats)
-            decode = measure_seconds(
+            encode = seconds_of(lambda p=packed, b=bits, c=choice: encode_payload(p, b, columns, c), repeats, warm=True)
+            decode = seconds_of(
                 lambda d=data, b=bits, c=coding: decode_payload(d, c, b, rows, columns),
                 repeats,
+                warm=True,
             )
             measured.append(
                 {
@@ -103,14 +88,6 @@ def measure_payloads(count: int, repeats: int) -> list[dict[str, Any]]:
     return measured
 
 
-def render(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table of aligned columns."""
-    cells = [list(rows[0])]
-    cells += [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codes", type=int, default=1 << 24, help="codes per matrix")
@@ -122,7 +99,7 @@ def main() -> None:
 
     source = np.ones(arguments.codes, np.uint8)
     target = np.empty_like(source)
-    memcpy = source.size / measure_seconds(lambda: np.copyto(target, source), arguments.repeats) / 1e9
+    memcpy = source.size / seconds_of(lambda: np.copyto(target, source), arguments.repeats, warm=True) / 1e9
     document = {
         "codes": arguments.codes,
         "repeats": arguments.repeats,
@@ -132,13 +109,9 @@ def main() -> None:
         ],
         "payloads": measure_payloads(arguments.codes // 2, arguments.repeats),
     }
-    if arguments.json == "-":
-        json.dump(document, sys.stdout, indent=1)
-        return
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
-    print(f"memcpy {memcpy:.1f} GB/s\n\nGB/s of codes\n{render(document['packing'])}")
-    print(f"\nentropy coding, million codes a second\n{render(document['payloads'])}")
+    text = f"memcpy {memcpy:.1f} GB/s\n\nGB/s of codes\n{render(document['packing'])}\n"
+    text += f"\nentropy coding, million codes a second\n{render(document['payloads'])}"
+    show(document, text, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from timing import seconds_of
 from torch import Tensor
 
 from qcompress.coding.affine import decode
@@ -53,15 +51,6 @@ def reference(weight: Tensor, hessian: Tensor, bits: int) -> Tensor:
     return found
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[1024, 2048])
@@ -85,7 +74,7 @@ def measure(size: int, bits: int, repeats: int) -> None:
     mean = x.mean(0, keepdim=True).double()
     gram = Gram(hessian.double().unsqueeze(0), None, mean, mean, len(x))
     plain = reference(weight, hessian, bits)
-    slow = seconds(lambda: reference(weight, hessian, bits), repeats)
+    slow = seconds_of(lambda: reference(weight, hessian, bits), repeats)
     configs = {
         "paper": GptqConfig(bits=bits, preset="paper"),
         "without descent": GptqConfig(bits=bits, descent=0, range="mse"),
@@ -97,7 +86,7 @@ def measure(size: int, bits: int, repeats: int) -> None:
         def run(decision: Decision = decision) -> Tensor:
             return decode(encode(weight, decision, gram, torch.Generator().manual_seed(0)))
 
-        found, fast = run(), seconds(run, repeats)
+        found, fast = run(), seconds_of(run, repeats)
         errors = [float((((v - weight) @ hessian) * (v - weight)).sum()) for v in (found, plain)]
         figures = f"{weight.numel() / fast / 1e6:.2f} | {fast / slow:.2f} | {errors[0] / errors[1]:.2f}"
         print(f"| {size}x{size} | {bits} | {name} | {figures} |", flush=True)

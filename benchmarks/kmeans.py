@@ -11,11 +11,8 @@ most.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from timing import render, seconds_of, show
 from torch import Tensor
 
 from qcompress.solvers.kmeans import Clustering, cluster_rows, cluster_scalars
@@ -41,12 +39,12 @@ def weights_of(count: int) -> Tensor:
 
 def timed(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
     """The median CPU seconds of a call and its last result."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.process_time()
-        result = call()
-        seconds.append(time.process_time() - start)
-    return statistics.median(seconds), result
+    results: list[Any] = []
+
+    def keep() -> None:
+        results[:] = [call()]
+
+    return seconds_of(keep, repeats), results[0]
 
 
 def scikit_learn(points: Tensor, clusters: int) -> tuple[float, float]:
@@ -102,17 +100,6 @@ def measure(count: int, peer_count: int, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def render(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table of aligned columns."""
-
-    def cell(value: Any) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    cells = [list(rows[0]), *([cell(value) for value in each.values()] for each in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=int, default=10_000_000)
@@ -122,12 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(options.weights, options.peer_weights, options.repeats)
-    if options.json == "-":
-        json.dump(rows, sys.stdout, indent=1)
-        return
-    if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
-    print(render(rows))
+    show(rows, render(rows), options.json)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+
+
+def words_beside(name: str) -> list[str]:
+    """The lines of `results_NAME.md`, where what is to be read in the figures is written by hand."""
+    path = Path(__file__).with_name(f"results_{name}.md")
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def average(values: Sequence[float], digits: int = 4) -> str:
+    """The mean, with its standard deviation where there are several; "-" of none."""
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def put_section(name: str, lines: Sequence[str], path: Path = PAGE) -> None:

@@ -9,19 +9,15 @@ thread, process CPU time, the median of the repeats. Where QCOMPRESS_DATA is set
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from coding import render
 from safetensors.torch import load_file
+from timing import render, seconds_of, show
 
 from qcompress.coding.lattice_payload import decode_lattice, encode_pool, join_side
 from qcompress.coding.lengths import coded_bits, make_pools
@@ -45,16 +41,6 @@ def gaussian(weights: int) -> torch.Tensor:
     rows = weights // 1024
     sizes = torch.exp2(torch.randn(rows, 1, generator=generator) / 2 + torch.randn(1, 1024, generator=generator) / 4)
     return torch.randn(rows, 1024, generator=generator) * sizes
-
-
-def seconds_of(call: Callable[[], object], repeats: int) -> float:
-    """The median CPU seconds of a call."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.process_time()
-        call()
-        seconds.append(time.process_time() - start)
-    return max(statistics.median(seconds), 1e-9)
 
 
 def write(lattices: Sequence[Lattice], choice: CodingChoice) -> list[tuple[list[int], bytes, tuple[Any, ...]]]:
@@ -124,12 +110,7 @@ def main() -> None:
             weights = [value for value in state.values() if value.ndim > 1]
             lattices = [rounded(value, 0.4 * float(value.float().std()) ** 0.5) for value in weights]
             rows += measure(name.partition("/")[2], lattices, ("ans", "zstd"), arguments.repeats)
-    if arguments.json == "-":
-        json.dump(rows, sys.stdout, indent=1)
-        return
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
-    print(render(rows))
+    show(rows, render(rows), arguments.json)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from timing import seconds_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dsmm": {"preset": "paper-dsmm"},
@@ -112,14 +113,9 @@ def measure(case: str, form: str, weights: int, calls: int) -> dict[str, float]:
 
     call = ours if form == "ours" else theirs
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call()
-    seconds = []
-    for _ in range(calls):
-        started = time.process_time()
-        call()
-        seconds.append(time.process_time() - started)
+    seconds = seconds_of(call, calls, warm=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"cpu": statistics.median(seconds), "floats": (peak - before) * 1024 / 4 / weights}
+    return {"cpu": seconds, "floats": (peak - before) * 1024 / 4 / weights}
 
 
 def step_overhead(calls: int) -> dict[str, float]:
@@ -142,16 +138,7 @@ def step_overhead(calls: int) -> dict[str, float]:
         torch.nn.functional.cross_entropy(module(images), labels).backward()
         optimizer.step()
 
-    def timed(call: Callable[[], Any]) -> float:
-        call()
-        seconds = []
-        for _ in range(calls):
-            started = time.process_time()
-            call()
-            seconds.append(time.process_time() - started)
-        return statistics.median(seconds)
-
-    found = {"step": timed(step)}
+    found = {"step": seconds_of(step, calls, warm=True)}
     for case, options in OPTIONS.items():
         name = case.split()[0]
         config = REGULARIZERS[name].config(**{**options, "start": 0.0, "ramp": 0.0})
@@ -161,7 +148,7 @@ def step_overhead(calls: int) -> dict[str, float]:
             penalties.add(0, 1)
             penalties.after(0, 1, 0.0)
 
-        found[case] = timed(add)
+        found[case] = seconds_of(add, calls, warm=True)
     return found
 
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from page import put_section
+from runs import ROOT, call, top1
 
-ROOT = Path(__file__).parents[1]
 METHODS = {
     "naive": "rtn",
     "dfq": "dfq",
@@ -85,11 +82,12 @@ class Run:
             return "not run"
         return None
 
-    def command(self, data: Path, output: Path) -> list[str]:
+    def words(self, data: Path, output: Path) -> list[str]:
+        """Of the command line."""
         method = METHODS[self.column]
         recipe = ROOT / "recipes" / f"{self.network.recipes}_{method}_w4a8.yaml"
         return [
-            *(sys.executable, "-m", "qcompress", "quantize", str(data / self.network.weights), "-r", str(recipe)),
+            *("quantize", str(data / self.network.weights), "-r", str(recipe)),
             *("--set", f"rules.0.{method}.bits={self.bits}", "--set", f"rules.0.{method}.granularity={self.grain}"),
             *(("--set", "rules.0.pdquant.iterations=20") if method == "pdquant" and self.is_large else ()),
             *("--allow-code", "--threads", "1", "--force", "-o", str(output), "--json", "-"),
@@ -106,23 +104,7 @@ def runs() -> Iterator[Run]:
 
 def measure(run: Run, data: Path, work: Path) -> dict[str, Any]:
     """The run's report, read back where it was made before."""
-    kept = work / f"{run.name}.json"
-    if kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text())
-        return found
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "QCOMPRESS_DATA": str(data)}
-    done = subprocess.run(
-        run.command(data, work / f"{run.name}.safetensors"), env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"{run.name}: exit {done.returncode}\n{done.stderr}")
-    kept.write_text(done.stdout)
-    print(f"{run.name}: {cell(json.loads(done.stdout))}", flush=True)
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
-
-
-def top1(report: dict[str, Any]) -> dict[str, Any]:
-    return next(one for one in report["accuracy"] if one["metric"] == "top1")
+    return call(run.words(data, work / f"{run.name}.safetensors"), work / f"{run.name}.json", shown=cell)
 
 
 def cell(report: dict[str, Any]) -> str:

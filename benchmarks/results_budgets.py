@@ -14,10 +14,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from page import put_section
-from results_training import call
+from page import put_section, words_beside
+from runs import ROOT, call, top1
 
-ROOT = Path(__file__).parents[1]
 CHECKPOINT = "cifar10/resnet20.safetensors"
 UNIFORM = (2, 3)
 BETWEEN = (2.5, 3.5)
@@ -44,7 +43,7 @@ def live(method: str, data: Path, work: Path, *, bits: int | None = None, bpw: f
     name = f"budget_{method}_{f'w{bits}' if bpw is None else f'{bpw}bpw'}"
     words = ["quantize", str(data / CHECKPOINT), "-r", str(recipe(method, bits, work)), "--allow-code", "--force"]
     words += ["--coding", "packed", "-o", str(work / f"{name}.safetensors"), "--json", "-"]
-    return call([*words, *([] if bpw is None else ["--bpw", str(bpw)])], work / f"{name}.json", data)
+    return call([*words, *([] if bpw is None else ["--bpw", str(bpw)])], work / f"{name}.json")
 
 
 def bare(method: str, data: Path, work: Path, bpw: float) -> tuple[float, float]:
@@ -52,18 +51,13 @@ def bare(method: str, data: Path, work: Path, bpw: float) -> tuple[float, float]
     name = f"budget_{method}_{bpw}bpw_bare"
     output = work / f"{name}.safetensors"
     words = ["quantize", str(data / CHECKPOINT), "--method", method, "--bpw", str(bpw), "--coding", "packed"]
-    report = call([*words, "--force", "-o", str(output), "--json", "-"], work / f"{name}.json", data)
+    report = call([*words, "--force", "-o", str(output), "--json", "-"], work / f"{name}.json")
     found = call(
         ["eval", str(output), "-r", str(recipe("squant", 2, work)), "--allow-code", "--json", "-"],
         work / f"{name}_eval.json",
-        data,
     )
     metrics = {one["metric"]: one["value"] for one in found["metrics"]}
     return report["size"]["bits_per_weight"], metrics["top1"]
-
-
-def top1(report: dict[str, Any]) -> float:
-    return float(next(one["artifact"] for one in report["accuracy"] if one["metric"] == "top1"))
 
 
 HEAD = """## Budgets
@@ -91,20 +85,19 @@ def main() -> None:
             report = live(method, data, work, bits=bits)
             fp32 = report["accuracy"][0]["baseline"]
             bpw = math.ceil(report["size"]["bits_per_weight"] * 1e4) / 1e4
-            rows.setdefault(bpw, {})[f"{method} w"] = top1(report)
-            print(f"{method} {bits} bits, {bpw} bpw: {top1(report):.4f}", flush=True)
+            rows.setdefault(bpw, {})[f"{method} w"] = top1(report)["artifact"]
+            print(f"{method} {bits} bits, {bpw} bpw: {top1(report)['artifact']:.4f}", flush=True)
     for bpw in sorted({*rows, *BETWEEN}):
         row = rows.setdefault(bpw, {})
         row["bare"] = bare("squant", data, work, bpw)[1]
         for method in ("squant", "gptq"):
-            row[method] = top1(live(method, data, work, bpw=bpw))
+            row[method] = top1(live(method, data, work, bpw=bpw))["artifact"]
         print(bpw, row, flush=True)
     lines = [HEAD.format(fp32=fp32)]
     for bpw, row in sorted(rows.items()):
         cells = (row.get(key) for key in ("squant w", "bare", "squant", "gptq w", "gptq"))
         lines.append(f"| {bpw:g} | " + " | ".join("-" if one is None else f"{one:.4f}" for one in cells) + " |")
-    reading = Path(__file__).with_name("results_budgets.md")
-    put_section("budgets", [*lines, "", *(reading.read_text().splitlines() if reading.is_file() else ())])
+    put_section("budgets", [*lines, "", *words_beside("budgets")])
 
 
 if __name__ == "__main__":

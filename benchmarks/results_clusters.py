@@ -9,16 +9,13 @@ in the work folder as JSON and are not repeated; --only takes a part of a run's 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from page import put_section
+from page import put_section, words_beside
+from runs import ROOT, call, top1
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))
 """Bits of a code, and weights that share one."""
 CLIPPED = ("data.train.samples=4000", "data.eval.samples=2000")
@@ -47,29 +44,14 @@ STARTS = {
 }
 
 
-def call(words: list[str], kept: Path, data: Path, *, run: bool) -> dict[str, Any] | None:
-    """The report of a command, read back where it was run before; None where it is not to be run."""
-    if not kept.is_file():
-        if not run:
-            return None
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "QCOMPRESS_DATA": str(data)}
-        command = [sys.executable, "-m", "qcompress", *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{kept.stem}: exit {done.returncode}\n{done.stderr}")
-        kept.write_text(done.stdout)
-        print(f"{kept.stem}: {_top1(json.loads(done.stdout))}", flush=True)
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
-
-
-def _top1(report: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = next(one for one in report["accuracy"] if one["metric"] == "top1")
+def figures(report: dict[str, Any]) -> dict[str, Any]:
+    """Top-1 of the checkpoint and of the artifact before and after tuning, over that of k-means."""
+    found = top1(report)
     return {name: found[name] for name in ("baseline", "untuned", "artifact", "kmeans", "kmeans_ratio", "samples")}
 
 
 def cluster(start: str, method: str, setting: tuple[int, int], options: argparse.Namespace) -> dict[str, Any] | None:
-    """The report of one run."""
+    """The report of one run; None where it is not to be made."""
     bits, dim = setting
     name, about = f"{start}_{method}_{bits}_{dim}", STARTS[start]
     data = Path(os.environ["QCOMPRESS_DATA"])
@@ -85,8 +67,9 @@ def cluster(start: str, method: str, setting: tuple[int, int], options: argparse
     words = ["cluster", str(checkpoint), "-r", str(recipe), "--allow-code", "--force", "--json", "-"]
     words += ["-o", str(options.work / f"{name}.safetensors")]
     words += [word for change in changes for word in ("--set", change)]
-    run = options.only in name and not options.page and checkpoint.is_file()
-    return call(words, options.work / f"{name}.json", data, run=run)
+    kept = options.work / f"{name}.json"
+    runs = options.only in name and not options.page and checkpoint.is_file()
+    return call(words, kept, shown=figures) if runs or kept.is_file() else None
 
 
 HEAD = """## Weight sharing
@@ -111,11 +94,11 @@ def rows(start: str, options: argparse.Namespace) -> list[str]:
         trained = cluster(start, "dkm", setting, options) if setting in STARTS[start].dkm else None
         if plain is None:
             continue
-        tuned = _top1(plain)
+        tuned = figures(plain)
         cells = [STARTS[start].title if not lines else "", f"{tuned['baseline']:.4f}" if not lines else ""]
         cells += [f"{setting[0]}/{setting[1]}", f"{plain['size']['bits_per_weight']:.2f}"]
         cells += [f"{tuned['kmeans']:.4f}", f"{tuned['artifact']:.4f}", _ratio(tuned)]
-        cells += ["-", "-"] if trained is None else [f"{_top1(trained)['artifact']:.4f}", _ratio(_top1(trained))]
+        cells += ["-", "-"] if trained is None else [f"{top1(trained)['artifact']:.4f}", _ratio(top1(trained))]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -133,8 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(exist_ok=True, parents=True)
     lines = [HEAD, *(line for start in STARTS for line in rows(start, options))]
-    reading = Path(__file__).with_name("results_clusters.md")
-    put_section("clusters", [*lines, "", *(reading.read_text().splitlines() if reading.is_file() else ())])
+    put_section("clusters", [*lines, "", *words_beside("clusters")])
 
 
 if __name__ == "__main__":

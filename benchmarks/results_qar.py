@@ -9,23 +9,14 @@ and are not repeated; --only takes a part of a run's name, --page runs nothing.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
 import os
-import statistics
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from page import average, put_section, words_beside
+from runs import ROOT, call, top1
 
-from page import put_section
-
-from qcompress.cli.app import run
-
-ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "qar"
 SMALL = (
     "data.train.samples=8000",
@@ -69,20 +60,12 @@ NETWORKS = {
 }
 
 
-def call(words: list[str], changes: tuple[str, ...], kept: Path, *, runs: bool) -> dict[str, Any] | None:
-    """The JSON of a command, read back where it was run before; None where it is not to be run."""
-    if not kept.is_file():
-        if not runs:
-            return None
-        words = [*words, *(word for change in changes for word in ("--set", change)), "--allow-code", "--force"]
-        text, errors = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(errors):
-            code = run([*words, "--json", "-"])
-        if code:
-            raise SystemExit(f"{kept.stem}: exit {code}\n{errors.getvalue()}")
-        kept.write_text(text.getvalue())
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
+def once(words: Sequence[str], changes: Sequence[str], kept: Path, *, runs: bool) -> dict[str, Any] | None:
+    """The JSON of a command with these changes of its recipe; None where it is not there and not to be made."""
+    if not runs and not kept.is_file():
+        return None
+    changed = [word for change in changes for word in ("--set", change)]
+    return call([*words, *changed, "--allow-code", "--force", "--json", "-"], kept)
 
 
 def figures(
@@ -99,7 +82,7 @@ def figures(
         key = f"finetune.regularize.0.{name.replace('_', '-')}"
         changes = (*changes, f"{key}={REGULARIZERS[name] % levels}")
     words = ["finetune-reg", "-r", str(recipe), "--seed", str(seed), "-o", str(checkpoint)]
-    if call(words, changes, options.work / f"{trained}.json", runs=runs) is None:
+    if once(words, changes, options.work / f"{trained}.json", runs=runs) is None:
         return None
     kept = tuple(f'{rule}={{match: "{about.layers[rule]}", keep: {{}}}}' for rule in SCOPES[scope])
     widths = ()
@@ -107,11 +90,11 @@ def figures(
         bits = levels.bit_length() - 1
         widths = tuple(f"{rule}.kmeans.bits={bits}" for rule in about.layers if rule not in SCOPES[scope])
     words = ["cluster", str(checkpoint), "-r", str(recipe), "-o", str(options.work / "out.safetensors")]
-    report = call(words, (*about.arguments, *CLUSTERED, *kept, *widths), options.work / f"{clustered}.json", runs=runs)
+    report = once(words, (*about.arguments, *CLUSTERED, *kept, *widths), options.work / f"{clustered}.json", runs=runs)
     if report is None:
         return None
-    top1 = next(one for one in report["accuracy"] if one["metric"] == "top1")
-    return {"FP32": top1["baseline"], "before": top1["untuned"], "after": top1["artifact"]}
+    found = top1(report)
+    return {"FP32": found["baseline"], "before": found["untuned"], "after": found["artifact"]}
 
 
 HEAD = """## Regularizers for codebooks
@@ -139,7 +122,7 @@ def table(network: str, levels: int, seeds: range, options: argparse.Namespace) 
         found = {
             (scope, seed): figures(network, name, levels, scope, seed, options) for scope in SCOPES for seed in seeds
         }
-        cells = [words([one["FP32"] for (scope, _), one in found.items() if scope == "all" and one is not None])]
+        cells = [average([one["FP32"] for (scope, _), one in found.items() if scope == "all" and one is not None], 2)]
         for scope in SCOPES:
             for when in ("before", "after"):
                 values = []
@@ -147,17 +130,10 @@ def table(network: str, levels: int, seeds: range, options: argparse.Namespace) 
                     one, base = found[scope, seed], plain[scope, seed]
                     if one is not None and base is not None:
                         values.append(one[when] if name == "none" else one[when] / base[when])
-                cells.append(words(values))
+                cells.append(average(values, 2))
         title = "none: k-means" if name == "none" else name.replace("_", "-")
         yield f"| {title} | " + " | ".join(cells) + " |"
     yield ""
-
-
-def words(values: list[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def main() -> None:
@@ -173,8 +149,7 @@ def main() -> None:
     for network in NETWORKS:
         for levels in NETWORKS[network].levels:
             lines += table(network, levels, range(options.seeds), options)
-    reading = Path(__file__).with_name("results_qar.md")
-    put_section("qar", [*lines, *(reading.read_text().splitlines() if reading.is_file() else ())])
+    put_section("qar", [*lines, *words_beside("qar")])
 
 
 if __name__ == "__main__":

@@ -10,18 +10,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import shlex
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from page import put_section
+from page import average, put_section, words_beside
+from runs import ROOT, call, top1
 
-ROOT = Path(__file__).parents[1]
 CHECKPOINT = "cifar10/resnet20.safetensors"
 METHODS = {"pact": "PACT", "lsq": "LSQ"}
 WIDTHS = (2, 4)
@@ -34,36 +29,14 @@ def run(method: str, bits: int, start: str, checkpoint: Path, seed: int, options
     """The report of a run, read back where it was run before."""
     name = f"{method}_w{bits}a{bits}_{start}_{seed}"
     kept: Path = options.work / f"{name}.json"
-    if not kept.is_file():
-        if options.only not in name:
-            return {}
-        recipe = ROOT / "recipes" / "cifar10" / f"resnet20_{method}_w{bits}a{bits}.yaml"
-        fewer = [f"finetune.epochs={EPOCHS[bits]}", f"data.train.samples={IMAGES}"]
-        words = ["quantize", str(checkpoint), "-r", str(recipe), "--seed", str(seed), "--allow-code", "--force"]
-        words += [word for one in fewer for word in ("--set", one)]
-        words += ["-o", str(options.work / f"{name}.safetensors"), "--json", "-"]
-        command = [*shlex.split(options.before), sys.executable, "-m", "qcompress", *words]
-        surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name}: exit {done.returncode}\n{done.stderr}")
-        kept.write_text(done.stdout)
-        print(f"{name}: {top1(json.loads(done.stdout))}", flush=True)
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
-
-
-def top1(report: dict[str, Any]) -> dict[str, Any]:
-    """Of checkpoint and artifact."""
-    found: dict[str, Any] = next(one for one in report["accuracy"] if one["metric"] == "top1")
-    return found
-
-
-def words(values: list[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
+    if not kept.is_file() and options.only not in name:
+        return {}
+    recipe = ROOT / "recipes" / "cifar10" / f"resnet20_{method}_w{bits}a{bits}.yaml"
+    fewer = [f"finetune.epochs={EPOCHS[bits]}", f"data.train.samples={IMAGES}"]
+    words = ["quantize", str(checkpoint), "-r", str(recipe), "--seed", str(seed), "--allow-code", "--force"]
+    words += [word for one in fewer for word in ("--set", one)]
+    words += ["-o", str(options.work / f"{name}.safetensors"), "--json", "-"]
+    return call(words, kept, before=options.before, shown=top1)
 
 
 def head() -> str:
@@ -103,10 +76,9 @@ def main() -> None:
         found = [reports.get((start, method, bits), []) for method, bits in cells]
         before = next((one[0]["baseline"] for one in found if one), None)
         full = "-" if before is None else f"{before:.4f}"
-        row = [words([one["artifact"] for one in cell]) for cell in found]
+        row = [average([one["artifact"] for one in cell]) for cell in found]
         lines.append(f"| {'the checkpoint' if start == 'fp32' else start.upper()} | {full} | {' | '.join(row)} |")
-    reading = Path(__file__).with_name("results_qat.md")
-    put_section("qat", [*lines, "", *(reading.read_text().splitlines() if reading.is_file() else ())])
+    put_section("qat", [*lines, "", *words_beside("qat")])
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from page import put_section
+from page import average, put_section, words_beside
+from runs import ROOT, call
 
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint import read_checkpoint
@@ -31,7 +30,6 @@ from qcompress.load import checkpoint_state, load_state_dict
 from qcompress.model.build import load_weights
 from qcompress.recipe import read_recipe
 
-ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
 NNCODEC_QPS = (-28, -26, -24, -22, -20, -18)
 """Quantization parameters: a step grows by a quarter with each unit, of weights relative to nothing."""
@@ -84,20 +82,6 @@ NETWORKS = (
 )
 
 
-def call(words: Sequence[str], kept: Path, data: Path) -> dict[str, Any]:
-    """The JSON report of a command, read back where it was run before."""
-    if not kept.is_file():
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "QCOMPRESS_DATA": str(data)}
-        done = subprocess.run(
-            [sys.executable, "-m", "qcompress", *words], env=environment, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"{kept.stem}: exit {done.returncode}\n{done.stderr}")
-        kept.write_text(done.stdout)
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
-
-
 @torch.no_grad()
 def against_checkpoint(network: Network, state: Mapping[str, torch.Tensor], data: Path) -> tuple[float, float, float]:
     """Of outputs against the checkpoint's on the eval data, each the mean over positions: divergence in nats, the share
@@ -147,12 +131,12 @@ def coded(network: Network, name: str, words: Sequence[str], data: Path, work: P
         command = "cluster" if name.startswith("huffman") else "quantize"
         source = str(data / network.checkpoint)
         if "-r" in words or "free" in name:
-            call(["quantize", source, *words, "-o", str(output), "--force", "--json", "-"], work / f"{stem}.json", data)
-            found = call(["eval", str(output), *common], work / f"{stem}.eval.json", data)
+            call(["quantize", source, *words, "-o", str(output), "--force", "--json", "-"], work / f"{stem}.json")
+            found = call(["eval", str(output), *common], work / f"{stem}.eval.json")
             report = json.loads((work / f"{stem}.json").read_text())
             value = next(one["value"] for one in found["metrics"] if one["metric"] == network.metric)
         else:
-            report = call([command, source, *words, "-o", str(output), "--force", *common], work / f"{stem}.json", data)
+            report = call([command, source, *words, "-o", str(output), "--force", *common], work / f"{stem}.json")
             value = next(one["artifact"] for one in report["accuracy"] if one["metric"] == network.metric)
         divergence, agreement, _ = against_checkpoint(network, load_state_dict(output), data)
         n_bytes, weights = report["size"]["artifact_bytes"], report["size"]["compressed_weights"]
@@ -234,16 +218,11 @@ def runs(network: Network) -> dict[str, list[tuple[str, list[str]]]]:
     return found
 
 
-def words_of(values: Sequence[float], digits: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
-
-
 def row_of(title: str, figures: Sequence[dict[str, float]]) -> str:
     cells = [
-        words_of([one["value"] for one in figures], 4),
-        words_of([one["divergence"] for one in figures], 4),
-        words_of([one["agreement"] for one in figures], 3),
+        average([one["value"] for one in figures]),
+        average([one["divergence"] for one in figures]),
+        average([one["agreement"] for one in figures], 3),
         f"{statistics.mean(one['bpw'] for one in figures):.3f}",
         f"{statistics.mean(one['bytes'] for one in figures):,.0f}",
         f"{statistics.mean(one['seconds'] for one in figures):.0f}",
@@ -289,8 +268,7 @@ def main() -> None:
         if network is NETWORKS[0]:
             lines += [row_of(title, [figures]) for title, figures in nncodec(network, options, data)]
         lines.append("")
-    reading = Path(__file__).with_name("results_rd.md")
-    put_section("rd", [*lines, *(reading.read_text().splitlines() if reading.is_file() else ())])
+    put_section("rd", [*lines, *words_beside("rd")])
 
 
 if __name__ == "__main__":

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from page import put_section
+from page import average, put_section, words_beside
+from runs import ROOT, call, top1
 
-ROOT = Path(__file__).parents[1]
 CHECKPOINT = "cifar10/resnet20.safetensors"
 ROWS = {
     "none": "no regularizer",
@@ -40,23 +36,6 @@ DEEP_METHODS = {"dfq": "dfq", "adaround": "adaround", "pdquant": "pdquant"}
 WIDTHS = (4, 2)
 
 
-def environment(data: Path) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "QCOMPRESS_DATA": str(data)}
-
-
-def call(words: list[str], kept: Path, data: Path) -> dict[str, Any]:
-    """The JSON of a command, read back where it was run before."""
-    if not kept.is_file():
-        done = subprocess.run(
-            [sys.executable, "-m", "qcompress", *words], env=environment(data), capture_output=True, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"{kept.stem}: exit {done.returncode}\n{done.stderr}")
-        kept.write_text(done.stdout)
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
-
-
 def train(row: str, seed: int, data: Path, work: Path) -> Path:
     """The checkpoint of a row, trained where that was not done before."""
     output = work / f"{row}_{seed}.safetensors"
@@ -64,7 +43,7 @@ def train(row: str, seed: int, data: Path, work: Path) -> Path:
     # Accuracy is measured by the runs that quantize; here a glance is enough.
     glance = ["--set", "data.eval.samples=500", "--set", "finetune.naive_bits=[]"]
     words = ["finetune-reg", str(data / CHECKPOINT), "-r", str(recipe), "--seed", str(seed), *glance]
-    call([*words, "--allow-code", "--force", "-o", str(output), "--json", "-"], work / f"{row}_{seed}.json", data)
+    call([*words, "--allow-code", "--force", "-o", str(output), "--json", "-"], work / f"{row}_{seed}.json")
     return output
 
 
@@ -73,9 +52,8 @@ def quantize(row: str, seed: int, method: str, bits: int, data: Path, work: Path
     output = work / f"{row}_{seed}_{method}_w{bits}.safetensors"
     recipe = ROOT / "recipes" / "cifar10" / f"resnet20_{method}_w{bits}a8.yaml"
     words = ["quantize", str(work / f"{row}_{seed}.safetensors"), "-r", str(recipe), "--allow-code", "--force"]
-    report = call([*words, "-o", str(output), "--json", "-"], output.with_suffix(".json"), data)
-    found: dict[str, Any] = next(one for one in report["accuracy"] if one["metric"] == "top1")
-    return found
+    report = call([*words, "-o", str(output), "--json", "-"], output.with_suffix(".json"))
+    return top1(report)
 
 
 def cells(row: str, data: Path, work: Path, chosen: str) -> Iterator[tuple[str, list[float]]]:
@@ -93,15 +71,8 @@ def cells(row: str, data: Path, work: Path, chosen: str) -> Iterator[tuple[str, 
         seeds = SEEDS[: len(full)] if not deep else SEEDS[: min(len(full), 1)] if row in DEEP_ROWS else ()
         found = [quantize(row, seed, method, bits, data, work)["artifact"] for seed in seeds]
         if found:
-            print(f"{row} {name} W{bits}A8: {words(found)}", flush=True)
+            print(f"{row} {name} W{bits}A8: {average(found)}", flush=True)
         yield f"{name} W{bits}A8", found
-
-
-def words(values: list[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
 
 
 HEAD = """## Training with regularizers
@@ -127,9 +98,8 @@ def main() -> None:
         found = dict(cells(row, data, options.work, options.only))
         if len(lines) == 1:
             lines += ["| trained with | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
-        lines.append(f"| {title} | " + " | ".join(words(values) for values in found.values()) + " |")
-    reading = Path(__file__).with_name("results_training.md")
-    put_section("training", [*lines, "", *(reading.read_text().splitlines() if reading.is_file() else ())])
+        lines.append(f"| {title} | " + " | ".join(average(values) for values in found.values()) + " |")
+    put_section("training", [*lines, "", *words_beside("training")])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -77,6 +78,28 @@ def process_environment(**changes: str) -> dict[str, str]:
 def program(*arguments: object) -> list[str]:
     """The command line of a process of its own."""
     return [sys.executable, "-m", "qcompress", *map(str, arguments)]
+
+
+def refused(run: Run, folder: Path, *arguments: object, code: int = 3) -> str:
+    """The one line that a command says which leaves with this code, and changes nothing in the folder."""
+    before = files_under(folder)
+    ran = run(*arguments)
+    assert (ran.code, ran.out) == (code, ""), ran.err
+    assert ran.err.count("\n") == 1
+    assert ran.err.startswith("error: ")
+    assert files_under(folder) == before
+    return ran.err.rstrip("\n")
+
+
+def run_two_ranks(*arguments: object) -> Ran:
+    """What a command leaves that torchrun runs in two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command = [*launch, *program(*arguments)[1:]]
+    done = subprocess.run(command, env=process_environment(), capture_output=True, text=True)
+    return Ran(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture

@@ -6,18 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from colours import anchored, write_colours, write_learned
 from conftest import Run
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 
 import qcompress
 from qcompress.artifact.reader import read_artifact
 from qcompress.coding.affine import decode
 from qcompress.methods.dkm import SoftShared
-from qcompress.model.code import find_callable
 from qcompress.registry import DkmConfig, KmeansConfig, Tune
 from qcompress.tune import _Entries, _scale_gradient
 from qcompress.types import Codebook, Decision, TensorInfo
@@ -58,30 +56,17 @@ rules:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("tune")
     (found / "net.py").write_text(NET)
-    random = np.random.default_rng(0)
-    labels = random.integers(4, size=192)
-    pixels = random.integers(0, 160, size=(192, 8, 8, 3))
-    pixels[..., 0] += 60 * (labels % 2)[:, None, None]
-    pixels[..., 1] += 60 * (labels // 2)[:, None, None]
-    np.savez(found / "data.npz", x=pixels.astype(np.uint8), y=labels)
-    torch.manual_seed(0)
-    module: nn.Module = find_callable("net.py:net", found, True, "test")()
-    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
-    y = torch.from_numpy(labels)
-    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
-    for _ in range(80):
-        loss = nn.functional.cross_entropy(module(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    save_file(module.state_dict(), found / "m.safetensors")
+    write_learned(found, write_colours(found), 80)
     return found
 
 
 def clustered(run: Run, folder: Path, output: Path, options: str, *more: str) -> dict[str, Any]:
-    recipe = folder / "cluster.yaml"
-    recipe.write_text(RECIPE.replace("OPTIONS", options))
-    words = ["cluster", str(folder / "m.safetensors"), "-r", str(recipe), "--allow-code", "-o", str(output)]
+    (folder / "cluster.yaml").write_text(RECIPE.replace("OPTIONS", options))
+    return cluster(run, folder, "cluster.yaml", output, *more)
+
+
+def cluster(run: Run, folder: Path, recipe: str, output: Path, *more: str) -> dict[str, Any]:
+    words = ["cluster", str(folder / "m.safetensors"), "-r", str(folder / recipe), "--allow-code", "-o", str(output)]
     done = run(*words, "--json", "-", *more)
     assert done.code == 0, done.err
     found: dict[str, Any] = json.loads(done.out)
@@ -154,7 +139,7 @@ def test_what_tuning_needs_is_asked_for(run: Run, folder: Path, tmp_path: Path) 
     done = run("cluster", str(folder / "m.safetensors"), "-r", str(recipe))
     assert done.code == 3 and "add `model`, `data.train`, `task`" in done.err
     text = RECIPE.replace("OPTIONS", "{bits: 4, tune: {}}") + "  - {match: x, kmeans: {bits: 2, tune: {epochs: 9}}}\n"
-    recipe.write_text(text.replace("net.py", str(folder / "net.py")).replace("data.npz", str(folder / "data.npz")))
+    recipe.write_text(anchored(text, folder))
     done = run("cluster", str(folder / "m.safetensors"), "-r", str(recipe), "--allow-code")
     assert done.code == 3 and "tune in different ways" in done.err
     recipe.write_text("version: 1\nrules:\n  - {match: a, kmeans: {bits: 4, tune: {epochs: 0}}}\n")
@@ -174,13 +159,8 @@ finetune:
 
 
 def with_dkm(run: Run, folder: Path, output: Path, options: str, *more: str) -> dict[str, Any]:
-    recipe = folder / "dkm.yaml"
-    recipe.write_text(RECIPE.replace("kmeans: OPTIONS", f"dkm: {{{options}}}") + DKM)
-    words = ["cluster", str(folder / "m.safetensors"), "-r", str(recipe), "--allow-code", "-o", str(output)]
-    done = run(*words, "--json", "-", *more)
-    assert done.code == 0, done.err
-    found: dict[str, Any] = json.loads(done.out)
-    return found
+    (folder / "dkm.yaml").write_text(RECIPE.replace("kmeans: OPTIONS", f"dkm: {{{options}}}") + DKM)
+    return cluster(run, folder, "dkm.yaml", output, *more)
 
 
 @pytest.mark.parametrize(

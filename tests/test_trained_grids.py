@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run
+from colours import anchored, write_colours, write_learned
+from conftest import Run, run_two_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qcompress
 from qcompress.artifact.reader import read_artifact
 from qcompress.coding.affine import decode
-from qcompress.model.code import find_callable
 from qcompress.registry import LsqConfig, PactConfig
 from qcompress.training import loop
 from qcompress.types import Affine
@@ -72,24 +67,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network that has learned to tell four colours apart, with its data."""
     found = tmp_path_factory.mktemp("qat")
     (found / "net.py").write_text(NET)
-    random = np.random.default_rng(0)
-    labels = random.integers(4, size=192)
-    pixels = random.integers(0, 160, size=(192, 8, 8, 3))
-    pixels[..., 0] += 60 * (labels % 2)[:, None, None]
-    pixels[..., 1] += 60 * (labels // 2)[:, None, None]
-    np.savez(found / "data.npz", x=pixels.astype(np.uint8), y=labels)
-    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
-    y = torch.from_numpy(labels)
-    for name, norm in (("m", True), ("plain", False)):
-        torch.manual_seed(0)
-        module: nn.Module = find_callable("net.py:net", found, True, "test")(norm)
-        optimizer = torch.optim.Adam(module.parameters(), 1e-2)
-        for _ in range(60):
-            loss = nn.functional.cross_entropy(module(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        save_file(module.state_dict(), found / f"{name}.safetensors")
+    samples = write_colours(found)
+    write_learned(found, samples, 60)
+    write_learned(found, samples, 60, name="plain", norm=False)
     return found
 
 
@@ -101,7 +81,7 @@ def words_of(folder: Path, output: Path, method: str, options: str, *more: str, 
         assert old in text
         text = text.replace(old, new)
     recipe = output.with_suffix(".yaml")
-    recipe.write_text(text.replace("net.py", str(folder / "net.py")).replace("data.npz", str(folder / "data.npz")))
+    recipe.write_text(anchored(text, folder))
     words = [str(folder / f"{name}.safetensors"), "-r", str(recipe), "--allow-code", "-o", str(output)]
     command = "cluster" if method == "dkm" else "quantize"
     return [command, *words, *(one for one in more if "=>" not in one)]
@@ -302,16 +282,8 @@ def test_equal_seeds_give_equal_bytes(run: Run, folder: Path, tmp_path: Path) ->
     assert data[0] == data[1] != data[2]
 
 
-def surroundings() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
 def test_two_ranks_do_what_one_process_does_with_twice_the_batch(run: Run, folder: Path, tmp_path: Path) -> None:
     """After one step: later ones would multiply the noise of sums, since a rounding falls one way or the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     changes = ["norm: true=>norm: false", "batch_size: 16, augment: [flip]=>batch_size: 16, samples: 32, augment: []"]
     # Targets that the network does not meet yet, for gradients that are worth averaging.
@@ -319,10 +291,9 @@ def test_two_ranks_do_what_one_process_does_with_twice_the_batch(run: Run, folde
     twice = [*changes, "batch_size: 16=>batch_size: 32"]
     assert run(*words_of(folder, one, "lsq", "{bits: 4}", *twice, "-q", name="plain")).code == 0
     words = words_of(folder, two, "lsq", "{bits: 4}", *changes, name="plain")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m", "qcompress"]
-    done = subprocess.run([sys.executable, *launch, *words, "-q"], env=surroundings(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(two)
+    done = run_two_ranks(*words, "-q")
+    assert done.code == 0, done.err
+    assert done.out.strip() == str(two)
     first, second = (read_artifact(path).files[0] for path in (one, two))
     for name, grid in first.manifest.activations.items():
         assert second.manifest.activations[name].scale == pytest.approx(grid.scale, rel=1e-5)

@@ -18,6 +18,7 @@ from qcompress.cli.cluster import cluster
 from qcompress.cli.eval import evaluate
 from qcompress.cli.export import export
 from qcompress.cli.finetune import finetune_reg
+from qcompress.cli.groups import spread
 from qcompress.cli.quantize import quantize
 from qcompress.cli.recipe import recipe
 from qcompress.cli.report import report
@@ -62,11 +63,11 @@ def _root(
     """Compress the weights of neural networks: a safetensors checkpoint in, a small artifact and a report out."""
 
 
-app.command()(quantize)
-app.command()(cluster)
-app.command("finetune-reg")(finetune_reg)
-app.command()(report)
-app.command("eval")(evaluate)
+app.command()(spread(quantize))
+app.command()(spread(cluster))
+app.command("finetune-reg")(spread(finetune_reg))
+app.command()(spread(report))
+app.command("eval")(spread(evaluate))
 app.command()(verify)
 app.command()(export)
 app.add_typer(recipe, name="recipe")

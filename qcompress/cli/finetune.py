@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompress.cli import options as opt
+from qcompress.cli.streams import Streams, refuse_mixed
 from qcompress.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
     from qcompress.checkpoint import Checkpoint
-    from qcompress.cli.streams import Streams
     from qcompress.report.training import TrainingReport
     from qcompress.types import Recipe
 
@@ -26,6 +26,7 @@ def finetune_reg(
             metavar="[CHECKPOINT]", help="Where training starts; without it, from scratch.", show_default=False
         ),
     ] = None,
+    *,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,
     output: opt.Output = None,
@@ -33,10 +34,7 @@ def finetune_reg(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "-n", help="Print which weights are regularized and how, and stop.")
     ] = False,
-    json_to: opt.Json = None,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    no_color: opt.NoColor = False,
+    streams: Streams,
     device: opt.DeviceOption = opt.Device.auto,
     threads: opt.Threads = None,
     seed: opt.Seed = None,
@@ -53,26 +51,26 @@ def finetune_reg(
     """
     from qcompress.checkpoint import read_checkpoint
     from qcompress.cli.gates import make_gates
+    from qcompress.cli.groups import GateFlags
     from qcompress.cli.live import make_setting, say
     from qcompress.cli.run import make_recipe
-    from qcompress.cli.streams import Streams, refuse_mixed
     from qcompress.errors import raise_all
     from qcompress.recipe import refuse_untrainable
 
-    refuse_mixed(json_to, quiet)
+    refuse_mixed(streams.json_to, streams.quiet)
     if recipe is None:
         raise UsageError("qcompress finetune-reg", "nothing says how", "add -r RECIPE with model, data, task, finetune")
     asked = make_recipe(recipe, None, {}, overrides or [], seed)
-    asked = replace(asked, gates=make_gates(asked.gates, None, None, None, min_metric or [], max_drop or []))
+    asked = replace(asked, gates=make_gates(asked.gates, GateFlags(min_metric=min_metric, max_drop=max_drop)))
     raise_all(refuse_untrainable(asked, from_scratch=checkpoint is None))
     source = read_checkpoint(checkpoint) if checkpoint is not None else None
     if dry_run:
-        _print_plan(asked, source, allow_code, Streams(json_to, quiet, verbose, no_color))
+        _print_plan(asked, source, allow_code, streams)
         return
     from qcompress.finetune import FinetuneOptions, finetune
     from qcompress.training.parallel import join_world, launched_rank
 
-    streams = Streams(json_to, quiet or launched_rank() > 0, verbose, no_color)
+    streams = replace(streams, quiet=streams.quiet or launched_rank() > 0)
     setting = make_setting(asked, device, allow_code, streams, threads)
     target = output or _default_output(checkpoint, recipe)
     with join_world(setting.device) as world:

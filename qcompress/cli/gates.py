@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from qcompress.cli.groups import GateFlags
 from qcompress.errors import UnmeasuredError, UsageError, raise_all
 from qcompress.types import Gates
 
 _METRIC_MEND = "use --max-size, --max-bpw or --min-sqnr"
 
 
-def make_gates(
-    base: Gates,
-    max_size: str | None,
-    max_bpw: float | None,
-    min_sqnr: float | None,
-    min_metric: Sequence[str],
-    max_drop: Sequence[str],
-) -> Gates:
+def make_gates(base: Gates, flags: GateFlags) -> Gates:
     """The recipe's gates with those of the command line in their place. Raises UsageError."""
     from qcompress.recipe import parse_size
 
     size = base.max_size
-    if max_size is not None:
+    if flags.max_size is not None:
         try:
-            size = parse_size(max_size)
+            size = parse_size(flags.max_size)
         except ValueError as error:
-            raise UsageError(f"--max-size {max_size}", str(error), "write it like 2MB or 4GiB") from None
+            raise UsageError(f"--max-size {flags.max_size}", str(error), "write it like 2MB or 4GiB") from None
     return Gates(
         max_size=size,
-        max_bpw=base.max_bpw if max_bpw is None else max_bpw,
-        min_sqnr=base.min_sqnr if min_sqnr is None else min_sqnr,
-        min_metric={**base.min_metric, **dict(_named("--min-metric", text) for text in min_metric)},
-        max_drop={**base.max_drop, **dict(_named("--max-drop", text) for text in max_drop)},
+        max_bpw=base.max_bpw if flags.max_bpw is None else flags.max_bpw,
+        min_sqnr=base.min_sqnr if flags.min_sqnr is None else flags.min_sqnr,
+        min_metric={**base.min_metric, **dict(_named("--min-metric", text) for text in flags.min_metric or [])},
+        max_drop={**base.max_drop, **dict(_named("--max-drop", text) for text in flags.max_drop or [])},
     )
 
 

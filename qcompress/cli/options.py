@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qcompress.registry import METHODS
+from qcompress.types import Family
 
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors file, a sharded folder, or a Hugging Face folder.")
@@ -45,6 +46,9 @@ MaxMemory = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", min=0, envvar="QCOMPRESS_SEED", help="Instead of the recipe's seed."),
+]
+SkipNonfinite = Annotated[
+    bool, typer.Option("--skip-nonfinite", help="Keep tensors that hold NaN or Inf instead of refusing them.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run with --resume stopped.")]
 AllowCode = Annotated[
@@ -111,17 +115,15 @@ MinimizeOption = Annotated[
 FormatOption = Annotated[Format, typer.Option("--format", help="How to print the report.")]
 
 
-QUANTIZERS = [name for name, method in METHODS.items() if method.family == "quantize"]
+def method_option(family: Family) -> Any:
+    """--method, which takes and completes the names of one family's methods."""
+    names = [name for name, method in METHODS.items() if method.family == family]
 
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
 
-def _complete_method(incomplete: str) -> list[str]:
-    return [name for name in QUANTIZERS if name.startswith(incomplete)]
+    return typer.Option("--method", "-m", metavar="|".join(names), autocompletion=complete, help="With --bits.")
 
-
-MethodOption = Annotated[
-    str | None,
-    typer.Option("--method", "-m", metavar="|".join(QUANTIZERS), autocompletion=_complete_method, help="With --bits."),
-]
 
 KeepDtype = Annotated[
     str | None,

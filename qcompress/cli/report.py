@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qcompress.cli import options as opt
+from qcompress.cli.groups import GateFlags
 from qcompress.errors import GateFailed, OutputError, ReportError, UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def _complete_term(incomplete: str) -> list[str]:
 
 def report(
     artifacts: opt.Artifacts,
+    *,
     baseline: Annotated[
         Path | None, typer.Option("--baseline", metavar="CHECKPOINT", help="Measure errors against the original.")
     ] = None,
@@ -95,11 +97,7 @@ def report(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
     no_color: opt.NoColor = False,
-    max_size: opt.MaxSize = None,
-    max_bpw: opt.MaxBpw = None,
-    min_sqnr: opt.MinSqnr = None,
-    min_metric: opt.MinMetric = None,
-    max_drop: opt.MaxDrop = None,
+    gates: GateFlags,
     baseline_report: Annotated[
         Path | None,
         typer.Option("--baseline-report", metavar="FILE", help="An earlier report: --max-drop is held against it."),
@@ -144,8 +142,8 @@ def report(
         _refuse_given(measuring, "takes --sensitivity", "add it, or leave this out")
     else:
         others: dict[str, object] = {"--baseline": baseline, "--junit": junit, "--baseline-report": baseline_report}
-        others |= {"--max-size": max_size, "--max-bpw": max_bpw, "--min-sqnr": min_sqnr, "--min-metric": min_metric}
-        others |= {"--max-drop": max_drop, "--max-growth": max_growth}
+        others |= {f"--{name.replace('_', '-')}": value for name, value in asdict(gates).items()}
+        others["--max-growth"] = max_growth
         _refuse_given(others, "goes with artifacts, not with --sensitivity", "leave it out")
         if len(artifacts) != 1:
             raise UsageError("--sensitivity", f"takes one checkpoint, not {len(artifacts)}", "name one")
@@ -164,14 +162,13 @@ def report(
         )
         report_sensitivity(how, Streams(json_to, quiet, verbose, no_color))
         return
-    drops = [] if baseline_report is not None else max_drop or []
-    gates = make_gates(Gates(), max_size, max_bpw, min_sqnr, min_metric or [], drops)
-    since = _baseline_gates(baseline_report, max_growth, max_drop or [])
+    limits = make_gates(Gates(), gates if baseline_report is None else replace(gates, max_drop=None))
+    since = _baseline_gates(baseline_report, max_growth, gates)
     original = read_checkpoint(baseline) if baseline is not None else None
     reports = [gather_report(path, original) for path in artifacts]
-    checked = gates != Gates() or since is not None
+    checked = limits != Gates() or since is not None
     if checked:
-        reports = _hold_gates(reports, gates, since)
+        reports = _hold_gates(reports, limits, since)
     for found in reports:
         for warning in found.warnings:
             print_note(f"warning: {warning}")
@@ -209,7 +206,7 @@ def _refuse_outputs(
         raise OutputError(str(output), "exists", "name another file, or replace it with --force")
 
 
-def _baseline_gates(path: Path | None, max_growth: str | None, max_drop: Sequence[str]) -> BaselineGates | None:
+def _baseline_gates(path: Path | None, max_growth: str | None, gates: GateFlags) -> BaselineGates | None:
     """What is held against an earlier report. Raises UsageError where nothing is, or where there is none."""
     from qcompress.cli.gates import make_gates
     from qcompress.report.document_json import read_report
@@ -221,7 +218,7 @@ def _baseline_gates(path: Path | None, max_growth: str | None, max_drop: Sequenc
         if growth is not None:
             raise UsageError(f"--max-growth {max_growth}", "since what?", "add --baseline-report FILE")
         return None
-    drops = make_gates(Gates(), None, None, None, [], max_drop).max_drop
+    drops = make_gates(Gates(), GateFlags(max_drop=gates.max_drop)).max_drop
     if growth is None and not drops:
         mend = "add --max-growth 2% or --max-drop top1=0.005"
         raise UsageError(f"--baseline-report {path}", "nothing is held against it", mend)

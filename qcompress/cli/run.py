@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,23 +13,13 @@ from qcompress.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
     from qcompress.checkpoint import Checkpoint
+    from qcompress.cli.groups import GateFlags, OutputFlags, RunFlags
     from qcompress.cli.streams import Streams
     from qcompress.coding.payload import CodingChoice
     from qcompress.evaluate import Setting
     from qcompress.recipe import BudgetFlag
     from qcompress.report.document import Report
     from qcompress.types import Family, Plan, Recipe
-
-
-@dataclass(frozen=True)
-class GateFlags:
-    """The gates of the command line."""
-
-    max_size: str | None
-    max_bpw: float | None
-    min_sqnr: float | None
-    min_metric: Sequence[str]
-    max_drop: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +30,10 @@ class Request:
     recipe: Recipe
     recipe_file: Path | None
     suffix: str
+    writing: OutputFlags
+    running: RunFlags
     gates: GateFlags
-    output: Path | None
-    coding: CodingChoice
-    force: bool
-    dry_run: bool
-    resume: bool
-    device: opt.Device
-    threads: int | None
-    max_memory: str | None
     allow_code: bool
-    skip_nonfinite: bool
     statistics: Path | None = None
     sensitivity: Path | None = None
     representatives: Path | None = None
@@ -72,18 +54,7 @@ def run(request: Request, streams: Streams) -> None:
         raise UsageError(
             "torchrun", "splitting tensors over ranks is not available in this version", "run qcompress by itself"
         )
-    gates = request.gates
-    asked = replace(
-        request.recipe,
-        gates=make_gates(
-            request.recipe.gates,
-            gates.max_size,
-            gates.max_bpw,
-            gates.min_sqnr,
-            gates.min_metric,
-            gates.max_drop,
-        ),
-    )
+    asked = replace(request.recipe, gates=make_gates(request.recipe.gates, request.gates))
     raise_all(refuse_missing(asked, statistics=request.statistics is not None))
     if asked.model is None:
         refuse_unmeasurable(asked.gates)
@@ -93,39 +64,42 @@ def run(request: Request, streams: Streams) -> None:
             )
     request = replace(request, sensitivity=_sensitivity(request, asked))
     source = read_checkpoint(request.checkpoint)
-    target = request.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
+    target = request.writing.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
+    coding: CodingChoice = request.writing.coding.value
     learned = request.representatives or representatives_path(request.checkpoint)
-    if request.dry_run:
+    if request.writing.dry_run:
         from qcompress.allocate import allocate, read_costs
         from qcompress.cli.plan import print_plan
 
         plan = with_representatives(_make_plan(source, asked), learned)
         if request.sensitivity is not None:
-            plan = allocate(source, plan, request.coding, read_costs(source, plan, request.sensitivity))
-        print_plan(source, plan, target, request.coding, streams)
+            plan = allocate(source, plan, coding, read_costs(source, plan, request.sensitivity))
+        print_plan(source, plan, target, coding, streams)
         return
     options: dict[str, Any] = {
-        "choice": request.coding,
-        "force": request.force,
-        "resume": request.resume,
-        "threads": request.threads or default_threads(),
-        "max_memory": _parse_size("--max-memory", request.max_memory),
+        "choice": coding,
+        "force": request.writing.force,
+        "resume": request.running.resume,
+        "threads": request.running.threads or default_threads(),
+        "max_memory": _parse_size("--max-memory", request.running.max_memory),
         "representatives": learned,
     }
     if asked.model is None:
-        options |= {"device": _device(request.device), "statistics": request.statistics}
+        options |= {"device": _device(request.running.device), "statistics": request.statistics}
         plan = with_representatives(_make_plan(source, asked), learned)
         _compress(source, plan, target, options, request, streams)
         return
     options["statistics"] = request.statistics
     # Codebooks that tensors have of their weights alone are weighed by statistics, live model or not.
     stands_in = request.statistics is not None and asked.family != "cluster"
-    if request.skip_nonfinite or stands_in:
-        flag = "--skip-nonfinite" if request.skip_nonfinite else "--statistics"
+    if request.running.skip_nonfinite or stands_in:
+        flag = "--skip-nonfinite" if request.running.skip_nonfinite else "--statistics"
         where = f"-r {request.recipe_file} {flag}"
         raise UsageError(where, "the recipe names a live model", "leave one of them out")
     # Threads encode tensors beside one another; only training has steps that are worth several.
-    setting = make_setting(asked, request.device, request.allow_code, streams, request.threads if training else None)
+    setting = make_setting(
+        asked, request.running.device, request.allow_code, streams, request.running.threads if training else None
+    )
     _compress_live(source, setting, target, options, request, streams)
 
 
@@ -239,7 +213,7 @@ def _compress(
     from qcompress.options import Options
     from qcompress.preflight import keep_nonfinite
 
-    if request.skip_nonfinite:
+    if request.running.skip_nonfinite:
         plan = keep_nonfinite(source, plan)
     with progress(sum(tensor.n_bytes for tensor in source.tensors), streams) as advance:
         options = Options(target, progress=advance, **run)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from qcompress.cli import options as opt
 from qcompress.errors import RecipeError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ NARROWEST = 60
 class Streams:
     """What a command was told of where its words go."""
 
-    json_to: str | None
-    quiet: bool
-    verbose: bool
-    no_color: bool
+    json_to: opt.Json = None
+    quiet: opt.Quiet = False
+    verbose: opt.Verbose = False
+    no_color: opt.NoColor = False
 
 
 def read_stdin() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Run, files_under, small_tensors, write_checkpoint
+from conftest import Run, files_under, refused, small_tensors, write_checkpoint
 
 from qcompress.report.document_json import read_report
 from qcompress.report.gather import report_path
@@ -137,13 +137,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(run: Run, checkpoint: Path, tmp_path: Path, case: str) -> None:
     arguments, code, message = REFUSED[case]
-    before = files_under(tmp_path)
-    ran = run("quantize", checkpoint, *arguments)
-    assert ran.code == code, ran.err
-    (line,) = ran.error_lines
+    line = refused(run, tmp_path, "quantize", checkpoint, *arguments, code=code)
     assert line.startswith(f"error: {message}")
-    assert ran.out == ""
-    assert files_under(tmp_path) == before
 
 
 def test_an_existing_output_is_refused_before_anything_is_measured(run: Run, checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Run, files_under, process_environment, program
+from conftest import Run, process_environment, program, refused
 
 import qcompress
 from qcompress.cli.app import run as run_arguments
@@ -62,13 +62,8 @@ COMMAND_LINE = {
 
 @pytest.mark.parametrize(("arguments", "words"), COMMAND_LINE.values(), ids=COMMAND_LINE)
 def test_a_wrong_command_line_is_2_and_one_line(run: Run, checkpoint: Path, arguments: list[str], words: str) -> None:
-    before = files_under(checkpoint.parent)
-    ran = run(*(str(checkpoint) if argument == "M" else argument for argument in arguments))
-    assert (ran.code, ran.out) == (2, "")
-    assert ran.err.count("\n") == 1
-    assert ran.err.startswith("error: ")
-    assert words in ran.err
-    assert files_under(checkpoint.parent) == before
+    given = [str(checkpoint) if argument == "M" else argument for argument in arguments]
+    assert words in refused(run, checkpoint.parent, *given, code=2)
 
 
 def test_no_command_prints_the_help_and_is_2(run: Run) -> None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run
+from colours import anchored, make_network, write_colours
+from conftest import Run, process_environment, program, run_two_ranks
 from safetensors.torch import load_file, save_file
 
-from qcompress.model.code import find_callable
 from qcompress.report.training import training_schema
 
 NET = """
@@ -67,17 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network that tells four colours apart, untrained, its data and a recipe."""
     found = tmp_path_factory.mktemp("finetune")
     (found / "net.py").write_text(NET)
-    random = np.random.default_rng(0)
-    labels = random.integers(4, size=192)
-    pixels = random.integers(0, 160, size=(192, 8, 8, 3))
-    pixels[..., 0] += 60 * (labels % 2)[:, None, None]
-    pixels[..., 1] += 60 * (labels // 2)[:, None, None]
-    np.savez(found / "data.npz", x=pixels.astype(np.uint8), y=labels)
-    make = find_callable("net.py:net", found, True, "test")
-    torch.manual_seed(0)
-    save_file(make().state_dict(), found / "m.safetensors")
-    torch.manual_seed(0)
-    save_file(make(norm=False).state_dict(), found / "plain.safetensors")
+    write_colours(found)
+    save_file(make_network(found).state_dict(), found / "m.safetensors")
+    save_file(make_network(found, norm=False).state_dict(), found / "plain.safetensors")
     (found / "reg.yaml").write_text(RECIPE)
     return found
 
@@ -120,8 +108,7 @@ def test_the_kmeans_figures_are_those_of_cluster(run: Run, folder: Path, tmp_pat
     report = json.loads(run(*words_of(folder, output, "--json", "-")).out)
     assert [one["bits"] for one in report["kmeans"]] == [1, 2]
     recipe = tmp_path / "kmeans.yaml"
-    head = RECIPE.split("finetune:")[0].replace("net.py", str(folder / "net.py"))
-    head = head.replace("data.npz", str(folder / "data.npz"))
+    head = anchored(RECIPE.split("finetune:")[0], folder)
     for one in report["kmeans"]:
         recipe.write_text(head + f'rules:\n  - {{match: "*.weight", kmeans: {{bits: {one["bits"]}}}}}\n')
         done = run("cluster", str(output), "-r", str(recipe), "--allow-code", "--force", "--json", "-")
@@ -134,10 +121,7 @@ def test_the_naive_figures_are_those_of_quantize(run: Run, folder: Path, tmp_pat
     report = json.loads(run(*words_of(folder, output, "--json", "-")).out)
     recipe = tmp_path / "rtn.yaml"
     recipe.write_text(
-        RECIPE.split("finetune:")[0]
-        .replace("net.py", str(folder / "net.py"))
-        .replace("data.npz", str(folder / "data.npz"))
-        + 'rules:\n  - {match: "*.weight", rtn: {bits: 2}}\n'
+        anchored(RECIPE.split("finetune:")[0], folder) + 'rules:\n  - {match: "*.weight", rtn: {bits: 2}}\n'
     )
     done = run("quantize", str(output), "-r", str(recipe), "--allow-code", "--json", "-")
     assert done.code == 0, done.err
@@ -190,7 +174,7 @@ def test_distillation_from_the_checkpoint(run: Run, folder: Path, tmp_path: Path
     """All of the loss at its distance to what it was, and no penalty: nothing is learned, and little moves."""
     recipe = tmp_path / "distil.yaml"
     text = RECIPE.partition("  regularize:")[0].replace("schedule:", "distil: {share: 1.0}\n  schedule:")
-    recipe.write_text(text.replace("net.py", str(folder / "net.py")).replace("data.npz", str(folder / "data.npz")))
+    recipe.write_text(anchored(text, folder))
     output = tmp_path / "d.safetensors"
     rest = ["-r", str(recipe), "--allow-code", "-o", str(output), "--json", "-", "--set", "finetune.norm_batches=4"]
     done = run("finetune-reg", str(folder / "m.safetensors"), *rest)
@@ -205,19 +189,16 @@ def test_distillation_from_the_checkpoint(run: Run, folder: Path, tmp_path: Path
 
 
 def command(folder: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "qcompress", *words_of(folder, output, *more)]
-
-
-def surroundings() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return program(*words_of(folder, output, *more))
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     more = ["--resume", "--set", "finetune.epochs=40", "--set", "finetune.save_steps=1"]
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
-    subprocess.run(command(folder, whole, *more), check=True, env=surroundings(), capture_output=True)
-    started = subprocess.Popen(command(folder, broken, *more), env=surroundings(), stderr=subprocess.PIPE, text=True)
+    subprocess.run(command(folder, whole, *more), check=True, env=process_environment(), capture_output=True)
+    started = subprocess.Popen(
+        command(folder, broken, *more), env=process_environment(), stderr=subprocess.PIPE, text=True
+    )
     assert started.stderr is not None
     # The step after this line may be half done, or its state half written.
     next(line for line in started.stderr if line.startswith("step 50 of"))
@@ -225,7 +206,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) ->
     started.communicate()
     log = tmp_path / "broken.log.jsonl"
     assert not broken.exists() and (tmp_path / ".broken.safetensors.partial").exists()
-    subprocess.run(command(folder, broken, *more), check=True, env=surroundings(), capture_output=True)
+    subprocess.run(command(folder, broken, *more), check=True, env=process_environment(), capture_output=True)
     assert broken.read_bytes() == whole.read_bytes()
     assert (tmp_path / "broken.reg.safetensors").read_bytes() == (tmp_path / "whole.reg.safetensors").read_bytes()
     assert log.read_text() == (tmp_path / "whole.log.jsonl").read_text()
@@ -233,25 +214,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) ->
 
 
 def test_two_ranks_do_what_one_process_does_with_twice_the_batch(folder: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     recipe = tmp_path / "plain.yaml"
-    recipe.write_text(
-        RECIPE.replace("net.py", str(folder / "net.py"))
-        .replace("data.npz", str(folder / "data.npz"))
-        .replace("norm: true", "norm: false")
-    )
+    recipe.write_text(anchored(RECIPE, folder).replace("norm: true", "norm: false"))
     words = ["finetune-reg", str(folder / "plain.safetensors"), "-r", str(recipe), "--allow-code", "-q"]
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    alone = [sys.executable, "-m", "qcompress", *words, "-o", str(one), "--set", "data.train.batch_size=32"]
-    subprocess.run(alone, check=True, env=surroundings(), capture_output=True)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m", "qcompress"]
-    done = subprocess.run(
-        [sys.executable, *launch, *words, "-o", str(two)], env=surroundings(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(two)
+    alone = program(*words, "-o", one, "--set", "data.train.batch_size=32")
+    subprocess.run(alone, check=True, env=process_environment(), capture_output=True)
+    done = run_two_ranks(*words, "-o", two)
+    assert done.code == 0, done.err
+    assert done.out.strip() == str(two)
     wanted = load_file(one)
     for name, value in load_file(two).items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from colours import write_colours, write_learned
 from conftest import ROOT, Run
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import qcompress
 from qcompress.model.code import find_callable
@@ -67,24 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a network that tells four colours apart, its weights, its data and a recipe a method."""
     folder = tmp_path_factory.mktemp("live")
     (folder / "net.py").write_text(NET)
-    random = np.random.default_rng(0)
-    labels = random.integers(4, size=200)
-    pixels = random.integers(0, 160, size=(200, 8, 8, 3))
-    pixels[..., 0] += 60 * (labels % 2)[:, None, None]
-    pixels[..., 1] += 60 * (labels // 2)[:, None, None]
-    np.savez(folder / "data.npz", x=pixels.astype(np.uint8), y=labels)
-    make = find_callable("net.py:net", folder, True, "test")
-    torch.manual_seed(0)
-    module: nn.Module = make()
-    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
-    y = torch.from_numpy(labels)
-    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
-    for _ in range(60):
-        loss = nn.functional.cross_entropy(module(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    save_file(module.state_dict(), folder / "m.safetensors")
+    write_learned(folder, write_colours(folder, 200), 60)
     for method in QUANTIZERS:
         (folder / f"{method}.yaml").write_text(RECIPE.replace("METHOD", method))
     return folder

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run, files_under, small_tensors, write_checkpoint
-from safetensors.torch import load_file, save_file
-from torch import nn
+from colours import write_colours, write_learned
+from conftest import Run, files_under, refused, small_tensors, write_checkpoint
+from safetensors.torch import load_file
 
 import qcompress
 from qcompress import minimize
@@ -55,23 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rd")
     (folder / "net.py").write_text(NET)
     (folder / "rd.yaml").write_text(RECIPE)
-    random = np.random.default_rng(0)
-    labels = random.integers(4, size=200)
-    pixels = random.integers(0, 160, size=(200, 8, 8, 3))
-    pixels[..., 0] += 60 * (labels % 2)[:, None, None]
-    pixels[..., 1] += 60 * (labels // 2)[:, None, None]
-    np.savez(folder / "data.npz", x=pixels.astype(np.uint8), y=labels)
-    torch.manual_seed(0)
-    module: nn.Module = find_callable("net.py:Net", folder, True, "test")()
-    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
-    y = torch.from_numpy(labels)
-    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
-    for _ in range(40):
-        loss = nn.functional.cross_entropy(module(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    save_file(module.state_dict(), folder / "m.safetensors")
+    write_learned(folder, write_colours(folder, 200), 40, "net.py:Net")
     return folder
 
 
@@ -227,13 +211,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(run: Run, checkpoint: Path, tmp_path: Path, case: str) -> None:
     arguments, code, message = REFUSED[case]
-    before = files_under(tmp_path)
-    ran = run("quantize", checkpoint, *arguments)
-    assert ran.code == code, ran.err
-    (line,) = ran.error_lines
-    assert message in line
-    assert ran.out == ""
-    assert files_under(tmp_path) == before
+    assert message in refused(run, tmp_path, "quantize", checkpoint, *arguments, code=code)
 
 
 def test_tensors_too_small_for_the_budget_are_refused_with_what_was_reached(run: Run, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from colours import write_learned
 from conftest import Run
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from qcompress.model.code import find_callable
@@ -51,15 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = random.standard_normal((120, 12)).astype(np.float32)
     y = (x[:, 0] > 0).astype(np.int64) + 2 * (x[:, 1] * x[:, 2] > 0)
     np.savez(folder / "data.npz", x=x, y=y)
-    torch.manual_seed(0)
-    module: nn.Module = find_callable("net.py:net", folder, True, "test")()
-    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
-    for _ in range(150):
-        loss = nn.functional.cross_entropy(module(torch.from_numpy(x)), torch.from_numpy(y))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    save_file(module.state_dict(), folder / "m.safetensors")
+    write_learned(folder, (torch.from_numpy(x), torch.from_numpy(y)), 150)
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "open.yaml").write_text(OPEN)
     return folder

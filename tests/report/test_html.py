@@ -75,7 +75,11 @@ class Reader(HTMLParser):
 
 def page_of(*reports: Report) -> Element:
     """The tree of the page of these reports, of which all that is true of every page has been asserted."""
-    text = render(list(reports), "html")
+    return tree_of(render(list(reports), "html"))
+
+
+def tree_of(text: str) -> Element:
+    """The tree of a page's text: well formed, closed to the outside, all of its figures defined."""
     reader = Reader()
     reader.feed(text)
     reader.close()

@@ -11,13 +11,7 @@ from qcompress.report.charts import SCATTER, curves
 from qcompress.report.render import render_sensitivity
 from qcompress.report.sensitivity import LayerCosts, Sensitivity, WidthCost
 
-from .test_html import (
-    Element,
-    Reader,
-    assert_closed_to_the_outside,
-    assert_figures_are_defined,
-    assert_links_lead_somewhere,
-)
+from .test_html import Element, tree_of
 
 
 def make_sensitivity(layers: int = 3, metric: bool = True, widths: tuple[int, ...] = (2, 3, 4)) -> Sensitivity:
@@ -50,23 +44,15 @@ def make_sensitivity(layers: int = 3, metric: bool = True, widths: tuple[int, ..
     )
 
 
-def tree_of(found: Sensitivity) -> Element:
-    text = render_sensitivity(found, "html")
-    reader = Reader()
-    reader.feed(text)
-    reader.close()
-    assert reader.open == [reader.root]
-    assert_closed_to_the_outside(text, reader.root)
-    assert_links_lead_somewhere(reader.root)
-    assert_figures_are_defined(reader.root)
-    return reader.root
+def page_of(found: Sensitivity) -> Element:
+    return tree_of(render_sensitivity(found, "html"))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("metric", [True, False])
 def test_every_layer_has_its_row_and_every_width_its_curve(layers: int, metric: bool) -> None:
     found = make_sensitivity(layers, metric)
-    root = tree_of(found)
+    root = page_of(found)
     (body,) = root.all("tbody")
     names = [row.all("th")[0].text for row in body.all("tr")]
     # The most sensitive first.
@@ -81,7 +67,7 @@ def test_every_layer_has_its_row_and_every_width_its_curve(layers: int, metric: 
 def test_nothing_above_zero_draws_no_chart() -> None:
     assert curves([("2 bits", [0.0, None])]) is None
     found = make_sensitivity(2, widths=(4,))
-    assert tree_of(found).all("svg")
+    assert page_of(found).all("svg")
 
 
 def test_curves_follow_the_logarithm_within_their_box() -> None:
