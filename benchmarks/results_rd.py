@@ -31,8 +31,10 @@ from qcompress.model.build import load_weights
 from qcompress.recipe import read_recipe
 
 SEEDS = (0, 1, 2)
-NNCODEC_QPS = (-28, -26, -24, -22, -20, -18)
-"""Quantization parameters: a step grows by a quarter with each unit, of weights relative to nothing."""
+SMALL_RATES = (1.4, 1.8)
+"""Of whole files in which what is not compressed is stored in 16 bits."""
+NNCODEC_QPS = (-24, -20, -18, -16, -14, -12)
+"""Quantization parameters: the larger, the larger the steps."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,12 @@ def runs(network: Network) -> dict[str, list[tuple[str, list[str]]]]:
         for rate in network.rates:
             words = ["--bpw", str(rate), "--effort", "high"]
             found[f"rd, trellis, {rate:.1f}"] = [(f"high_{rate}", words)]
+        for rate in SMALL_RATES:
+            words = ["--bpw", str(rate), "--keep-dtype", "f16"]
+            found[f"rd, rest as f16, {rate:.1f}"] = [(f"small_{rate}", words)]
+        for rate in SMALL_RATES:
+            words = ["--bpw", str(rate), "--keep-dtype", "f16"]
+            found[f"rd without data, rest as f16, {rate:.1f}"] = [(f"small_free_{rate}", words)]
     for rival in network.rivals:
         method, _, bits = rival.partition("_w")
         title = f"k-means, {bits} bits, Huffman" if method == "huffman" else f"{method}, {bits} bits a channel"
