@@ -31,7 +31,8 @@ from qcompress.types import Decision, Fitted
 
 @dataclass
 class Block:
-    """
+    """A block, the states that run into it, and what is learned in it.
+
     stages        the block and those after it
     decisions     layer name -> what is asked for
     clean, noisy  states of every calibration batch before the block, in full precision and from the quantized network

@@ -25,7 +25,8 @@ GRAM_START: dict[str, Any] = {"iterations": 200, "learning_rate": 3e-2, "strengt
 
 @dataclass
 class Layer:
-    """
+    """A layer with its grid and its roundings.
+
     module          of the network that is quantized
     start, nearest  codes [rows, columns]: those that learning starts from, and those of nearest rounding
     """

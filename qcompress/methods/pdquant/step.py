@@ -11,7 +11,8 @@ from qcompress.types import ActivationGrid
 
 
 class Step(nn.Module):
-    """
+    """The quantizer.
+
     keep       probability that a value passes as it is
     generator  of the coins for that
     """
