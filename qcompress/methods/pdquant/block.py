@@ -55,24 +55,28 @@ class Block:
     def fit(self) -> Fitted:
         """Learn; `live.quantized` is left with neither parametrizations nor this block's quantizers."""
         with torch.no_grad():
-            inputs = make_inputs(self.live, self.stage, self.config, self.clean, self.noisy)
-            self._prepare_layers()
-            self._prepare_steps()
-            loss = self._make_loss(inputs)
+            loss = self.prepare()
         for layer in self.layers.values():
             parametrize.register_parametrization(layer.module, "weight", layer.rounding, unsafe=True)
         try:
             with torch.enable_grad():
-                self._learn(loss)
+                self.learn(loss)
         finally:
             for layer in self.layers.values():
                 parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=False)
         with torch.no_grad():
-            codes = self._best_codes(loss)
+            codes = self.best_codes(loss)
         for handle in self.handles:
             handle.remove()
         encoded = {layer.decision.tensor.name: layer.encode(codes[name]) for name, layer in self.layers.items()}
         return Fitted(encoded, activations={name: step.grid() for name, step in self.steps.items()})
+
+    def prepare(self) -> Loss:
+        """What is to be lowered. Layers begin with the codes of their start, and inputs with their quantizers."""
+        inputs = make_inputs(self.live, self.stage, self.config, self.clean, self.noisy)
+        self._prepare_layers()
+        self._prepare_steps()
+        return self._make_loss(inputs)
 
     def _prepare_layers(self) -> None:
         """Each layer's grid and start, one after another, each from what those before it now give."""
@@ -117,7 +121,8 @@ class Block:
         channels = 1 if targets.ndim in (3, 4, 5) and convolves else -1
         return Loss(self.stage, self.live.quantized, self.config, inputs, targets, channels, prediction)
 
-    def _learn(self, loss: Loss) -> None:
+    def learn(self, loss: Loss) -> None:
+        """Lower it by the roundings, which stand in the place of the weights, and by the steps."""
         config, samples = self.config, loss.inputs.samples
         # As published, or as a share of the energy.
         unit = 1.0 if config.preset == "paper" else max(loss.energy(), 1e-30)
@@ -154,7 +159,7 @@ class Block:
         penalty = rounding.penalty(beta)
         return strength * penalty if self.config.preset == "paper" else 20 * strength * penalty / rounding.v.numel()
 
-    def _best_codes(self, loss: Loss) -> dict[str, Tensor]:
+    def best_codes(self, loss: Loss) -> dict[str, Tensor]:
         """Of the learned, the starting and the nearest codes those of least loss on the calibration data."""
         learned = {name: layer.rounding.codes() for name, layer in self.layers.items()}
         starting = {name: layer.start for name, layer in self.layers.items()}
