@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from model.networks import Mlp, Residual, Untraceable, decisions, live
+from model.networks import Mlp, Residual, Separable, Untraceable, decisions, live
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -81,16 +81,18 @@ def test_the_loss_is_the_error_of_the_outputs_and_the_divergence_of_the_answers(
 
 @torch.no_grad()
 def test_channels_are_summed_and_places_averaged() -> None:
-    found = live(Residual, "pdquant", bits=2, prediction=0.0)
-    block, _ = next(blocks(found, bits=2, prediction=0.0))
-    loss = block.prepare()
-    outputs, x = {}, samples(found)
-    for name, net in (("plain", found.module), ("found", found.quantized)):
-        outputs[name] = net.stem_bn(net.stem(x)).relu()
-    assert loss.targets.shape == outputs["plain"].shape
-    error = (outputs["found"] - outputs["plain"]).square().sum(1).mean()
-    assert loss.whole() == pytest.approx(float(error), rel=1e-4)
-    assert loss.energy() == pytest.approx(float(outputs["plain"].square().sum(1).mean()), rel=1e-4)
+    found = live(Separable, "pdquant", bits=2, prediction=0.0)
+    for block, stage in blocks(found, bits=2, prediction=0.0):
+        loss = block.prepare()
+        if stage.layers[-1] == "pw":
+            break
+    plain, quantized = (
+        net.pw_bn(net.pw(F.relu6(net.dw_bn(net.dw(F.relu6(net.bn(net.conv(samples(found))))))))).clamp(0, 6)
+        for net in (found.module, found.quantized)
+    )
+    assert loss.targets.shape == plain.shape == (48, 10, 6, 6)
+    assert loss.whole() == pytest.approx(float((quantized - plain).square().sum(1).mean()), rel=1e-4)
+    assert loss.energy() == pytest.approx(float(plain.square().sum(1).mean()), rel=1e-4)
 
 
 @torch.no_grad()
