@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from model.networks import Mlp, Residual, Separable, Untraceable, decisions, live
+from model.networks import Mlp, Residual, Untraceable, decisions, live
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -17,8 +17,9 @@ from qcompress.methods.pdquant.block import Block
 from qcompress.methods.pdquant.inputs import Inputs, make_inputs
 from qcompress.methods.pdquant.loss import Loss
 from qcompress.model.activations import attach_activations
+from qcompress.model.batches import Batch
 from qcompress.model.graph import make_blocks
-from qcompress.model.live import LiveModel, layer_name
+from qcompress.model.live import LiveModel, layer_name, make_live_model
 from qcompress.model.stages import Stage
 from qcompress.model.sweep import run_stage
 from qcompress.registry import PdquantConfig
@@ -81,16 +82,17 @@ def test_the_loss_is_the_error_of_the_outputs_and_the_divergence_of_the_answers(
 
 @torch.no_grad()
 def test_channels_are_summed_and_places_averaged() -> None:
-    found = live(Separable, "pdquant", bits=2, prediction=0.0)
-    for block, stage in blocks(found, bits=2, prediction=0.0):
-        loss = block.prepare()
-        if stage.layers[-1] == "pw":
-            break
-    plain, quantized = (
-        net.pw_bn(net.pw(F.relu6(net.dw_bn(net.dw(F.relu6(net.bn(net.conv(samples(found))))))))).clamp(0, 6)
-        for net in (found.module, found.quantized)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3)).eval()
+    data = [Batch((torch.randn(16, 3, 6, 6),)) for _ in range(3)]
+    options: dict[str, Any] = {"bits": 2, "prediction": 0.0}
+    found = make_live_model(
+        module, decisions(module, "pdquant", **options), data, data[0].first(2), device=torch.device("cpu")
     )
-    assert loss.targets.shape == plain.shape == (48, 10, 6, 6)
+    block, _ = next(blocks(found, **options))
+    loss = block.prepare()
+    plain, quantized = (net[:2](samples(found)) for net in (found.module, found.quantized))
+    assert loss.targets.shape == plain.shape == (48, 5, 4, 4)
     assert loss.whole() == pytest.approx(float((quantized - plain).square().sum(1).mean()), rel=1e-4)
     assert loss.energy() == pytest.approx(float(plain.square().sum(1).mean()), rel=1e-4)
 
