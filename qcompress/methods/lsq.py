@@ -29,13 +29,10 @@ from qcompress.solvers.learned_grids import (
     weights_on_steps,
 )
 from qcompress.training.adjusted import adjusted_tensors
-from qcompress.training.dress import dressed, keep_above, trained_weight
+from qcompress.training.grids import LEAST_SHARE, train_grids
 from qcompress.training.learn import Learn
 from qcompress.training.starts import Start, input_starts
 from qcompress.types import ActivationGrid, Affine, Decision, Fitted
-
-LEAST_SHARE = 2.0**-10
-"""A step stays above this share of where it started: one that crossed zero would never come back."""
 
 
 def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
@@ -62,15 +59,8 @@ def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
         for name, step, _ in learned
         if name in configs and configs[name].learning_rate is not None
     ]
-
-    def after_step(_: float) -> None:
-        for _layer, step, least in learned:
-            keep_above(step, least)
-
-    with dressed(live, weights, inputs) as module:
-        learn(module, after_step, groups)
-        trained = {name: trained_weight(module, name) for name in weights}
-        encoded = {name: weights[name].encode(weight) for name, weight in trained.items()}
+    trained = train_grids(live, learn, weights, inputs, [(step, least) for _, step, least in learned], groups)
+    encoded = {name: weights[name].encode(weight) for name, weight in trained.items()}
     return Fitted(
         {**encoded, **adjusted_tensors(live, set(encoded))},
         references={name: weight.cpu() for name, weight in trained.items()},

@@ -31,13 +31,10 @@ from qcompress.solvers.learned_grids import (
     weight_of_blocks,
 )
 from qcompress.training.adjusted import adjusted_tensors
-from qcompress.training.dress import dressed, keep_above, trained_weight
+from qcompress.training.grids import LEAST_SHARE, train_grids
 from qcompress.training.learn import Learn
 from qcompress.training.starts import Start, input_starts
 from qcompress.types import ActivationGrid, Affine, Decision, Fitted
-
-LEAST_SHARE = 2.0**-10
-"""A clip stays above this share of where it started."""
 
 
 def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
@@ -54,15 +51,9 @@ def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
         for name, start in input_starts(live, learn).items()
     }
     groups = [_group(one, configs.get(name, decisions[0].config), learn) for name, one in inputs.items()]
-
-    def after_step(_: float) -> None:
-        for one in inputs.values():
-            keep_above(one.clip, one.least)
-
-    with dressed(live, weights, inputs) as module:
-        learn(module, after_step, groups)
-        trained = {name: trained_weight(module, name) for name in weights}
-        encoded = {name: weights[name].encode(weight) for name, weight in trained.items()}
+    bounded = [(one.clip, one.least) for one in inputs.values()]
+    trained = train_grids(live, learn, weights, inputs, bounded, groups)
+    encoded = {name: weights[name].encode(weight) for name, weight in trained.items()}
     return Fitted(
         {**encoded, **adjusted_tensors(live, set(encoded))},
         references={name: weights[name].reference(weight).cpu() for name, weight in trained.items()},

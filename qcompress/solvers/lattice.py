@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompress.solvers.feedback import BLOCK_COLUMNS, column_order, inverse_factor, permuted, take_columns
+from qcompress.solvers.feedback import BLOCK_COLUMNS, make_feedback, sweep_columns
 from qcompress.solvers.hessian import damped, grouped
 
 
@@ -41,6 +41,36 @@ class Prices:
         at = contexts * (2 * span + 1) + span
         return self.bits.reshape(-1)[(codes.clamp(-span, span) + at).long()]
 
+    def weighed(self, classes: Tensor, units: Tensor) -> Weighed:
+        """The prices of a layer whose codes are of these classes and whose errors are counted in these units.
+
+        classes  int64 [groups, rows, columns]
+        units    step**2 times conditional energy, alike
+        """
+        return Weighed(self, classes, self.rate * units.mean(2))
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Prices in the unit of the errors that they are weighed against.
+
+    classes      int64 [groups, rows, columns]
+    multipliers  [groups, rows], what a bit costs
+    """
+
+    prices: Prices
+    classes: Tensor
+    multipliers: Tensor
+
+    def costs(self, contexts: Tensor, codes: Tensor) -> Tensor:
+        """Of codes [..., groups, rows] in contexts that broadcast over them."""
+        return self.multipliers * self.prices.of(contexts, codes)
+
+    def cheapest(self, column: int, candidates: Tensor, errors: Tensor) -> Tensor:
+        """Of candidates [candidates, groups, rows] those of least error and bits; the errors are overwritten."""
+        errors += self.costs(self.classes[:, :, column], candidates)
+        return candidates.gather(0, errors.argmin(0, keepdim=True))[0]
+
 
 def conditional_energies(hessian: Tensor, damping: float, *, act_order: bool = True) -> Tensor:
     """1 / U_jj**2 for H**-1 = U^T U, float64 [groups, columns], columns in their own order.
@@ -50,10 +80,9 @@ def conditional_energies(hessian: Tensor, damping: float, *, act_order: bool = T
 
     hessian  float64 [groups, columns, columns]
     """
-    order = column_order(hessian, act_order)
-    upper = inverse_factor(permuted(hessian, order), damping)
-    energies = upper.diagonal(dim1=1, dim2=2).square().reciprocal()
-    return energies.gather(1, order.argsort(1))
+    feedback = make_feedback(hessian, damping, hessian.dtype, act_order=act_order)
+    energies = feedback.pivots.squeeze(1).square().reciprocal()
+    return energies.gather(1, feedback.order.argsort(1))
 
 
 def feedback_lattice(
@@ -71,38 +100,23 @@ def feedback_lattice(
     steps    broadcast over the target, above 0
     hessian  float64 [groups, columns, columns]
     """
-    groups, columns = hessian.shape[:2]
-    order = column_order(hessian, True)
-    upper = inverse_factor(permuted(hessian, order), damping).to(target.dtype)
-    rest = take_columns(grouped(target, groups), order).clone()
-    scales = take_columns(grouped(steps.to(target.dtype).expand(target.shape), groups), order)
-    diagonal = upper.diagonal(dim1=1, dim2=2).unsqueeze(1)
-    classes = multipliers = None
+    feedback = make_feedback(hessian, damping, target.dtype)
+    scales = feedback.ordered(steps.to(target.dtype).expand(target.shape))
+    weighed = None
     if prices is not None and prices.rate > 0:
-        classes = take_columns(grouped(prices.classes, groups), order)
-        multipliers = prices.rate * (scales / diagonal).square().mean(2)
-    codes = torch.empty_like(rest)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        work = rest[:, :, start:stop].clone()
-        errors = torch.empty_like(work)
-        inner = upper[:, start:stop, start:stop]
-        for column in range(stop - start):
-            here = start + column
-            step, w, pivot = scales[:, :, here], work[:, :, column], diagonal[:, :, here]
-            wish = w / step
-            q = wish.round()
-            if prices is not None and classes is not None and multipliers is not None:
-                candidates = torch.stack((q, q - q.sign(), torch.zeros_like(q)))
-                cost = ((wish - candidates) * (step / pivot)).square_()
-                cost += multipliers * prices.of(classes[:, :, here], candidates)
-                q = candidates.gather(0, cost.argmin(0, keepdim=True))[0]
-            codes[:, :, here] = q
-            error = (w - q * step) / pivot
-            errors[:, :, column] = error
-            work[:, :, column:] -= error.unsqueeze(2) * inner[:, column : column + 1, column:]
-        rest[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
-    return take_columns(codes, order.argsort(1)).reshape(target.shape)
+        weighed = prices.weighed(feedback.ordered(prices.classes), (scales / feedback.pivots).square())
+    each_step, each_pivot = scales.unbind(2), feedback.pivots.unbind(2)
+
+    def cheapest(column: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        step = each_step[column]
+        wish = w / step
+        q = wish.round()
+        if weighed is not None:
+            candidates = _near(q)
+            q = weighed.cheapest(column, candidates, ((wish - candidates) * (step / each_pivot[column])).square_())
+        return q, q * step
+
+    return feedback.codes(target, cheapest, block)
 
 
 def descend_lattice(
@@ -122,40 +136,28 @@ def descend_lattice(
 
     codes  [rows, columns], integers in the target's dtype; returned alike
     """
-    groups, columns = hessian.shape[:2]
-    dtype = target.dtype
+    groups, dtype = hessian.shape[0], target.dtype
     quadratic = damped(hessian, damping).to(dtype)
     scales = grouped(steps.to(dtype).expand(target.shape), groups)
-    found = grouped(codes, groups).clone()
-    classes = multipliers = None
+    weighed = None
     if prices is not None and prices.rate > 0:
-        classes = grouped(prices.classes, groups)
         energies = conditional_energies(hessian, max(damping, 0.01)).to(dtype).unsqueeze(1)
-        multipliers = prices.rate * (scales.square() * energies).mean(2)
-    gradient = (found * scales - grouped(target, groups)) @ quadratic
-    curvature = quadratic.diagonal(dim1=1, dim2=2)
-    for _ in range(sweeps):
-        before = found.clone()
-        for start in range(0, columns, block):
-            stop = min(start + block, columns)
-            inner = quadratic[:, start:stop, start:stop]
-            slope = gradient[:, :, start:stop].clone()
-            moves = torch.zeros_like(slope)
-            for column in range(stop - start):
-                here = start + column
-                step, old, bend = scales[:, :, here], found[:, :, here], curvature[:, here].unsqueeze(1)
-                wish = old - slope[:, :, column] / (bend * step)
-                new = wish.round()
-                if prices is not None and classes is not None and multipliers is not None:
-                    candidates = torch.stack((new, new - new.sign(), torch.zeros_like(new), old))
-                    cost = ((wish - candidates) * step).square_() * bend
-                    cost += multipliers * prices.of(classes[:, :, here], candidates)
-                    new = candidates.gather(0, cost.argmin(0, keepdim=True))[0]
-                move = (new - old) * step
-                found[:, :, here] = new
-                moves[:, :, column] = move
-                slope += move.unsqueeze(2) * inner[:, column : column + 1, :]
-            gradient += moves @ quadratic[:, start:stop, :]
-        if torch.equal(before, found):
-            break
-    return found.reshape(target.shape)
+        weighed = prices.weighed(grouped(prices.classes, groups), scales.square() * energies)
+    start = grouped(codes, groups)
+    gradient = (start * scales - grouped(target, groups)) @ quadratic
+    each_step, each_bend = scales.unbind(2), quadratic.diagonal(dim1=1, dim2=2).unsqueeze(1).unbind(2)
+
+    def cheapest(column: int, wish: Tensor, old: Tensor) -> Tensor:
+        new = wish.round()
+        if weighed is None:
+            return new
+        candidates = _near(new, old)
+        errors = ((wish - candidates) * each_step[column]).square_() * each_bend[column]
+        return weighed.cheapest(column, candidates, errors)
+
+    return sweep_columns(start, scales, gradient, quadratic, cheapest, sweeps, block).reshape(target.shape)
+
+
+def _near(codes: Tensor, *others: Tensor) -> Tensor:
+    """[candidates, groups, rows]: the codes, those next to them towards zero, zero, and others."""
+    return torch.stack((codes, codes - codes.sign(), torch.zeros_like(codes), *others))

@@ -36,13 +36,12 @@ def trellis_lattice(
     upper = inverse_factor(hessian, damping).to(target.dtype)
     scales = grouped(steps.to(target.dtype).expand(target.shape), groups)
     pivots = upper.diagonal(dim1=1, dim2=2).unsqueeze(1)
-    classes = multipliers = None
     # Costs in a unit near their own: their squares must not vanish, or paths are as good as any other.
     unit = (scales / pivots).mean()
+    weighed = None
     if prices is not None and prices.rate > 0:
-        classes = grouped(prices.classes, groups)
         # Both quantizers together have half the step that a bit is weighed against.
-        multipliers = prices.rate * (scales / (2 * pivots * unit)).square().mean(2)
+        weighed = prices.weighed(grouped(prices.classes, groups), (scales / (2 * pivots * unit)).square())
     rest = grouped(target, groups).expand(STATES, -1, -1, -1).clone()
     rows = rest.shape[2]
     costs = rest.new_full((STATES, groups, rows), torch.inf)
@@ -62,8 +61,8 @@ def trellis_lattice(
             codes, values = _nearest(w / (step / 2), odd)
             error = (w - values * (step / 2)) / pivot
             cost = (error / unit).square_()
-            if prices is not None and classes is not None and multipliers is not None:
-                cost += multipliers * prices.of(classes[:, :, here] + CLASSES * (1 + odd), codes)
+            if weighed is not None:
+                cost += weighed.costs(weighed.classes[:, :, here] + CLASSES * (1 + odd), codes)
             # [2 parities, 2 magnitudes, states, groups, rows] -> the cheaper magnitude of each parity.
             cost, which = cost.min(1)
             codes, error = (one.gather(1, which.unsqueeze(1)).squeeze(1) for one in (codes, error))

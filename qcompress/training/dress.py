@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -66,9 +65,3 @@ def _places(module: nn.Module, name: str) -> list[str]:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     own = parameters[name]
     return [name, *(other for other, value in parameters.items() if value is own and other != name)]
-
-
-def keep_above(parameter: Tensor, least: Tensor) -> None:
-    """Bring what a step has led below its least value back to it."""
-    with torch.no_grad():
-        parameter.clamp_(min=least)

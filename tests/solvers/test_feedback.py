@@ -19,9 +19,11 @@ def losses(
     """GPTQ as its algorithm stands, a column at a time on one matrix: (codes, sum of squared errors)."""
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     rest, codes, total = weight.clone(), torch.zeros_like(weight), torch.zeros(())
+    steps, lowest = scale.expand_as(weight), low.expand_as(weight)
     for column in range(weight.shape[1]):
-        code = ((rest[:, column] - low[:, 0]) / scale[:, 0]).round().clamp(0, 2**bits - 1)
-        error = (rest[:, column] - (code * scale[:, 0] + low[:, 0])) / upper[column, column]
+        step, bottom = steps[:, column], lowest[:, column]
+        code = ((rest[:, column] - bottom) / step).round().clamp(0, 2**bits - 1)
+        error = (rest[:, column] - (code * step + bottom)) / upper[column, column]
         rest[:, column:] -= error.unsqueeze(1) * upper[column, column:]
         codes[:, column] = code
         total = total + error.square().sum()
@@ -69,6 +71,19 @@ def test_the_order_of_activity_is_a_permutation_of_the_problem() -> None:
     _, scale, low = fitted(weight.float(), 3)
     order = hessian[0].diagonal().argsort(descending=True)
     permuted = feedback_codes(weight[:, order], scale, low, 3, hessian[:, order][:, :, order], act_order=False)
+    assert torch.equal(feedback_codes(weight, scale, low, 3, hessian)[:, order], permuted)
+
+
+def test_grids_that_vary_along_a_row_go_with_their_columns() -> None:
+    weight, hessian = weights(6, 16).double(), moments(correlated(16))
+    _, scale, low = fitted(weight.float(), 3)
+    factors = torch.linspace(0.5, 1.5, 16, dtype=torch.float64)
+    scale, low = scale * factors, low * factors.flip(0)
+    expected, _ = losses(weight, scale, low, 3, damped(hessian, 0.01)[0])
+    assert torch.equal(feedback_codes(weight, scale, low, 3, hessian, act_order=False, block=5), expected)
+    order = hessian[0].diagonal().argsort(descending=True)
+    own = (one[:, order] for one in (weight, scale, low))
+    permuted = feedback_codes(*own, 3, hessian[:, order][:, :, order], act_order=False)
     assert torch.equal(feedback_codes(weight, scale, low, 3, hessian)[:, order], permuted)
 
 

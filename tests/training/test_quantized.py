@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from model.networks import Residual, Untraceable, batches, decisions, live
 from torch import Tensor, nn
 
+from qcompress.coding.affine import decode
+from qcompress.coding.half import from_half
 from qcompress.errors import DataError, ModelError, TrainingError
 from qcompress.methods.lsq import InputStep, LearnedStep
 from qcompress.methods.pact import InputClip
@@ -37,7 +39,7 @@ from qcompress.training.losses import distilled, make_loss
 from qcompress.training.norms import refresh_norms
 from qcompress.training.optimizers import make_optimizer
 from qcompress.training.starts import Start, input_starts
-from qcompress.types import ActivationGrid, Decision, TensorInfo
+from qcompress.types import ActivationGrid, Affine, Decision, TensorInfo
 
 
 def labelled(count: int = 6) -> Batch:
@@ -249,6 +251,35 @@ def test_too_few_samples_are_refused_before_anything_is_measured() -> None:
     found.activations = ActivationSettings(bits=3)
     with pytest.raises(DataError, match="fewer than"):
         input_starts(found, learn(Residual, size=64))
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+def test_a_rule_s_own_rate_is_that_of_its_steps(method: str) -> None:
+    moved = []
+    for rate in (1e-9, 10.0):
+        found = live(Residual, method, bits=2)
+        found.activations = ActivationSettings(bits=3, range="mse")
+        teach = learn(Residual)
+        starts = input_starts(found, teach)
+        config: dict[str, Any] = {"bits": 2, "learning_rate": rate}
+        result = METHODS[method].load()(found, decisions(found.module, method, **config), teach)
+        grids = {name: grid for name, grid in result.activations.items() if not starts[name].fixed}
+        moved.append(max(abs(grid.scale / starts[name].grid.scale - 1) for name, grid in grids.items()))
+    assert moved[0] < 1e-6 and moved[1] > 1e-3
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+def test_references_are_what_the_codes_round(method: str) -> None:
+    found = live(Residual, method, bits=4)
+    result = METHODS[method].load()(found, decisions(found.module, method, bits=4), learn(Residual))
+    assert len(result.references) == len(found.layers)
+    for name, reference in result.references.items():
+        encoded = result.encoded[name]
+        assert isinstance(encoded, Affine)
+        steps = from_half(encoded.scale, encoded.exponent).reshape(-1, *[1] * (reference.ndim - 1))
+        inside = (encoded.codes.view(reference.shape) > 0) & (encoded.codes.view(reference.shape) < 15)
+        off = ((decode(encoded) - reference).abs() / steps)[inside]
+        assert len(off) and float(off.max()) <= 0.5 + 1e-4
 
 
 @pytest.mark.parametrize("method", ["lsq", "pact"])

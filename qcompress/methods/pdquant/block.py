@@ -1,0 +1,174 @@
+"""One block while it learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from qcompress.errors import ModelError
+from qcompress.methods.pdquant.inputs import Inputs, make_inputs
+from qcompress.methods.pdquant.layer import Layer, make_layer
+from qcompress.methods.pdquant.loss import Loss
+from qcompress.methods.pdquant.prediction import Rest, make_prediction
+from qcompress.methods.pdquant.step import Step
+from qcompress.model.activations import INPUT_BITS, grids_of_inputs
+from qcompress.model.graph import inputs_of_network
+from qcompress.model.layers import matrix_layer, measure_gram
+from qcompress.model.live import LiveModel, find_tensor
+from qcompress.model.stages import Stage, State, stage_output
+from qcompress.model.sweep import layer_inputs, run_stage
+from qcompress.registry import PdquantConfig
+from qcompress.settings import ActivationSettings
+from qcompress.solvers.rounding import SoftRounding, beta_at
+from qcompress.types import Decision, Fitted
+
+
+@dataclass
+class Block:
+    """A block, the states that run into it, and what is learned in it.
+
+    stages        the block and those after it
+    decisions     layer name -> what is asked for
+    clean, noisy  states of every calibration batch before the block, in full precision and from the quantized network
+    """
+
+    live: LiveModel
+    stages: Sequence[Stage]
+    decisions: dict[str, Decision]
+    clean: Sequence[State]
+    noisy: Sequence[State]
+    layers: dict[str, Layer] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.stage = self.stages[0]
+        self.config: PdquantConfig = next(iter(self.decisions.values())).config
+        self.generator = self.live.generator(self.stage.name)
+
+    def fit(self) -> Fitted:
+        """Learn; `live.quantized` is left with neither parametrizations nor this block's quantizers."""
+        with torch.no_grad():
+            loss = self.prepare()
+        for layer in self.layers.values():
+            parametrize.register_parametrization(layer.module, "weight", layer.rounding, unsafe=True)
+        try:
+            with torch.enable_grad():
+                self.learn(loss)
+        finally:
+            for layer in self.layers.values():
+                parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=False)
+        with torch.no_grad():
+            codes = self.best_codes(loss)
+        for handle in self.handles:
+            handle.remove()
+        encoded = {layer.decision.tensor.name: layer.encode(codes[name]) for name, layer in self.layers.items()}
+        return Fitted(encoded, activations={name: step.grid() for name, step in self.steps.items()})
+
+    def prepare(self) -> Loss:
+        """What is to be lowered. Layers begin with the codes of their start, and inputs with their quantizers."""
+        inputs = make_inputs(self.live, self.stage, self.config, self.clean, self.noisy)
+        self._prepare_layers()
+        self._prepare_steps()
+        return self._make_loss(inputs)
+
+    def _prepare_layers(self) -> None:
+        """Each layer's grid and start, one after another, each from what those before it now give."""
+        for name, decision in self.decisions.items():
+            module = self.live.quantized.get_submodule(name)
+            product = matrix_layer(module)
+            if product is None:
+                what = f"{type(module).__name__} is no matrix product that calibrated methods know"
+                raise ModelError(f"layer {name}", what, "give it a rule of its own with squant, mse or rtn")
+            clean = layer_inputs(self.stage, self.live.module, self.clean, [name])[name]
+            noisy = layer_inputs(self.stage, self.live.quantized, self.noisy, [name])[name]
+            gram = measure_gram(product, noisy, clean, self.generator)
+            weight = find_tensor(self.live.module, decision.tensor.name)
+            layer = make_layer(decision, weight, module, gram, self.generator)
+            self.layers[name] = layer
+            self.live.put({decision.tensor.name: layer.encode(layer.start)})
+
+    def _prepare_steps(self) -> None:
+        settings = self.live.activations
+        if settings is None:
+            return
+        inputs = inputs_of_network(self.live)
+        bits = {name: INPUT_BITS if name in inputs else settings.bits for name in self.decisions}
+        if settings.range not in (None, "minmax", "mse", "percentile"):
+            settings = ActivationSettings(bits=settings.bits)
+
+        def run() -> None:
+            run_stage(self.stage, self.live.quantized, self.noisy)
+
+        for name, grid in grids_of_inputs(self.live.quantized, run, settings, bits).items():
+            step = Step(grid, self.live.device)
+            self.steps[name] = step
+            self.handles.append(self.live.quantized.get_submodule(name).register_forward_pre_hook(step.hook))
+
+    def _make_loss(self, inputs: Inputs) -> Loss:
+        targets = stage_output(self.stage, self.stage.run(self.live.module, inputs.corrected))
+        prediction = make_prediction(
+            Rest(self.live.module, self.stages), self.config, inputs, self.clean, self.generator
+        )
+        kinds = {type(layer.module).__name__ for layer in self.layers.values()}
+        convolves = any(kind.startswith("Conv") and kind != "Conv1D" for kind in kinds)
+        channels = 1 if targets.ndim in (3, 4, 5) and convolves else -1
+        return Loss(self.stage, self.live.quantized, self.config, inputs, targets, channels, prediction)
+
+    def learn(self, loss: Loss) -> None:
+        """Lower it by the roundings, which stand in the place of the weights, and by the steps."""
+        config, samples = self.config, loss.inputs.samples
+        # As published, or as a share of the energy.
+        unit = 1.0 if config.preset == "paper" else max(loss.energy(), 1e-30)
+        roundings = [layer.rounding for layer in self.layers.values()]
+        optimizer = torch.optim.Adam([one.v for one in roundings], lr=config.learning_rate or 1e-2)
+        scales = [step.scale for step in self.steps.values()]
+        pace = torch.optim.Adam(scales, lr=config.activation_rate) if scales else None
+        iterations = config.iterations or 1
+        cosine = None if pace is None else torch.optim.lr_scheduler.CosineAnnealingLR(pace, iterations)
+        for step in self.steps.values():
+            step.keep, step.generator = config.drop or 0.0, self.generator
+        for iteration in range(iterations):
+            chosen = torch.randint(
+                samples, (min(config.batch_size, samples),), generator=self.generator, device=self.live.device
+            )
+            total = loss.of(chosen, self.generator) / unit
+            beta = beta_at(iteration / iterations, config.warm_up, "linear")
+            if beta is not None:
+                total = total + sum(self._pull(one, beta) for one in roundings)
+            optimizer.zero_grad()
+            if pace is not None:
+                pace.zero_grad()
+            total.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if pace is not None and cosine is not None:
+                pace.step()
+                cosine.step()
+        for step in self.steps.values():
+            step.keep = 0.0
+
+    def _pull(self, rounding: SoftRounding, beta: float) -> Tensor:
+        """The rounding penalty: the sum, as published, or the mean against an error that is a share of the energy."""
+        strength = self.config.strength or 0.0
+        penalty = rounding.penalty(beta)
+        return strength * penalty if self.config.preset == "paper" else 20 * strength * penalty / rounding.v.numel()
+
+    def best_codes(self, loss: Loss) -> dict[str, Tensor]:
+        """Of the learned, the starting and the nearest codes those of least loss on the calibration data."""
+        learned = {name: layer.rounding.codes() for name, layer in self.layers.items()}
+        starting = {name: layer.start for name, layer in self.layers.items()}
+        nearest = {name: layer.nearest for name, layer in self.layers.items()}
+        best, least = learned, math.inf
+        for codes in (learned, starting, nearest):
+            for name, layer in self.layers.items():
+                find_tensor(self.live.quantized, f"{name}.weight").copy_(layer.weight(codes[name]))
+            found = loss.whole()
+            if found < least:
+                best, least = codes, found
+        return best
