@@ -189,9 +189,10 @@ def nncodec(network: Network, options: argparse.Namespace, data: Path) -> Iterat
         if not figures.is_file():
             if options.nncodec is None or options.only not in stem:
                 continue
-            script = Path(__file__).with_name("nncodec_peer.py")
+            script = Path(__file__).resolve().with_name("nncodec_peer.py")
             words = [options.nncodec, script, data / network.checkpoint, str(qp), options.work / f"{stem}.nnc", dense]
-            done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
+            # It leaves files where it runs.
+            done = subprocess.run(list(map(str, words)), cwd=options.work, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             state = checkpoint_state(read_checkpoint(dense))
             divergence, agreement, top1 = against_checkpoint(network, state, data)
@@ -253,7 +254,7 @@ weights. k-means with a codebook a tensor and Huffman codes is Deep Compression'
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("results"))
+    parser.add_argument("--work", type=lambda text: Path(text).resolve(), default=Path("results").resolve())
     parser.add_argument("--only", default="")
     parser.add_argument("--nncodec", metavar="PYTHON")
     parser.add_argument("--skip", default="nothing is called so")
