@@ -195,7 +195,7 @@ def drawn_layer(layer: LayerReport, anchor: str) -> Drawn:
     )
 
 
-_CLASS_HEADS = (Head("context"), Head("magnitude"), Head("count"), Head("ideal_bits"), Head("table_bits"))
+_CLASS_HEADS = (Head("context", right=False), Head("magnitude"), Head("count"), Head("ideal_bits"), Head("table_bits"))
 
 
 def _classes_grid(classes: Sequence[ClassUse]) -> Grid:
