@@ -39,7 +39,14 @@ STARTS = {
     "kurtosis": Start("fine-tuned with kurtosis", "kurtosis_0.safetensors"),
     "dsmm": Start("fine-tuned with DSMM", "dsmm_0.safetensors", dkm=()),
     "mobilenet": Start(
-        "MobileNetV1 0.75", "data:imagenet/mobilenet_v1_075_224.safetensors", "imagenet/mobilenet_v1_075", (), dkm=()
+        "MobileNetV1 0.75", "data:imagenet/mobilenet_v1_075_224.safetensors", "imagenet/mobilenet_v1_075", ()
+    ),
+    "mobilenet_dsmm": Start(
+        "MobileNetV1 0.75, fine-tuned with DSMM",
+        "mobilenet_dsmm.safetensors",
+        "imagenet/mobilenet_v1_075",
+        (),
+        dkm=((4, 1),),
     ),
 }
 
@@ -78,7 +85,7 @@ Written by `benchmarks/results_clusters.py`; all layers, first and last included
 the bits of a code and the weights that share one (Kundu et al. 2024, Figure 3); at 4/4 the last layer of ResNet-20,
 whose ten channels 4 does not divide, has 2/2. Reduced to a few CPU minutes a run:
 ResNet-20 on 2,000 test images, tuned and trained by DKM for one epoch on 4,000 images; MobileNet on 400 photos of
-ImageNet, tuned for one epoch on 256. So these figures compare rows and columns, and are no one's best.
+ImageNet, tuned and trained for one epoch on 256. So these figures compare rows and columns, and are no one's best.
 
     QCOMPRESS_DATA=/path/to/data python benchmarks/results_clusters.py --starts FOLDER --work results
 
