@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -319,6 +320,17 @@ def test_costs_of_all_codes_add_up_to_the_length(trellis: bool) -> None:
         used = costs[contexts.unique()]
         assert bool((used[:, -1] >= used[:, span + 40]).all())
     assert coded_bits(lattices) * 0.93 < total < coded_bits(lattices)
+
+
+def test_a_single_weight_has_costs_without_a_warning() -> None:
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ((classes, costs),) = class_costs([make(np.array([[7]], np.int32))], 8)
+    finally:
+        torch.set_warn_always(False)
+    assert classes.shape == (1, 1) and bool(costs.isfinite().all())
 
 
 def test_a_pool_holds_small_tensors_while_it_has_room() -> None:

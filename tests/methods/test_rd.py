@@ -372,6 +372,8 @@ def test_a_step_goes_with_the_root_of_the_deviation() -> None:
     weight = gaussian(8, 40)
     assert free_step(weight, 0.5) == pytest.approx(0.5 * float(weight.square().mean()) ** 0.25, rel=1e-6)
     assert free_step(16 * weight, 0.5) == pytest.approx(4 * free_step(weight, 0.5), rel=1e-6)
+    assert free_step(2.0**100 * weight, 0.5) == pytest.approx(2.0**50 * free_step(weight, 0.5), rel=1e-6)
+    assert free_step(2.0**-100 * weight, 0.5) == pytest.approx(2.0**-50 * free_step(weight, 0.5), rel=1e-6)
     assert free_step(0 * weight, 0.5) > 0
 
 
