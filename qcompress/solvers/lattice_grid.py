@@ -92,9 +92,7 @@ def with_codes(grid: Lattice, codes: Tensor) -> Lattice:
     return replace(grid, codes=codes.cpu().round().to(torch.int32))
 
 
-def bisect_rate(
-    rate_at: Callable[[float], float], wanted: float, low: float, high: float, tries: int = 40
-) -> float:
+def bisect_rate(rate_at: Callable[[float], float], wanted: float, low: float, high: float, tries: int = 40) -> float:
     """The least logarithm in [low, high] at which a falling rate is at most what is wanted."""
     for _ in range(tries):
         middle = (low + high) / 2
