@@ -1,6 +1,6 @@
 """Budgets of methods without widths: the steps of all their grids move together until the artifact takes what it may.
 
-Each attempt is a whole artifact beside the output; the first that holds the budget and uses it becomes the output.
+Each attempt is a whole artifact where the output is staged; the first that holds the budget and uses it becomes it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from qcompress.artifact.layout import POOL_NAME
-from qcompress.artifact.staging import refuse_existing, refuse_own_input, reporting_resources, staged_output
+from qcompress.artifact.staging import refuse_existing, refuse_own_input, staged_output
 from qcompress.checkpoint import Checkpoint, tensor_view
 from qcompress.errors import BudgetError
 from qcompress.options import Options
@@ -114,14 +113,13 @@ def make_at_rate(checkpoint: Checkpoint, make: Make, say: Callable[[str], None] 
         refuse_own_input(checkpoint.path, options.output)
         refuse_existing(options.output, options.force, checkpoint.is_folder)
         limit = _limit(checkpoint, plan, options)
-        folder = options.output.parent
-        with reporting_resources(folder), TemporaryDirectory(prefix=f".{options.output.name}.", dir=folder) as drafts:
-            search = _Search(checkpoint, make, plan, options, limit, Path(drafts), say)
-            report, draft = search.run()
-            with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
-                if checkpoint.is_folder:
-                    staged.rmdir()
-                draft.rename(staged)
+        with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
+            drafts = staged.parent / "attempts"
+            drafts.mkdir()
+            report, draft = _Search(checkpoint, make, plan, options, limit, drafts, say).run()
+            if checkpoint.is_folder:
+                staged.rmdir()
+            draft.rename(staged)
         return report
 
     return made

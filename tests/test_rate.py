@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompress.artifact.reader import read_artifact
+from qcompress.artifact.staging import staging_folder
 from qcompress.checkpoint import read_checkpoint
 from qcompress.errors import BudgetError
 from qcompress.load import load_state_dict
 from qcompress.minimize import compress_within
 from qcompress.options import Options
-from qcompress.rate import AIM, FARTHEST, entropy, first_step, is_unbounded, next_step
+from qcompress.rate import AIM, FARTHEST, entropy, first_step, is_unbounded, make_at_rate, next_step
 from qcompress.recipe import parse_recipe
 from qcompress.report.document import Report
 from qcompress.types import Plan
@@ -227,6 +229,26 @@ def test_resume_starts_anew_and_ends_in_the_same_bytes(source: Path, tmp_path: P
     compressed(source, tmp_path / "b.safetensors", "bpw: 2", "effort: fast", resume=True)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "m.safetensors"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_search_leaves_is_cleaned_up_by_the_next(source: Path, tmp_path: Path, resume: bool) -> None:
+    output = tmp_path / "a.safetensors"
+
+    class Killed(Exception):
+        pass
+
+    def cut_off(_: Plan, options: Options) -> Report:
+        assert staging_folder(output) in options.output.parents
+        shutil.copytree(staging_folder(output), tmp_path / "kept")
+        raise Killed
+
+    checkpoint, plan = planned(source, "bpw: 2", "effort: fast")
+    with pytest.raises(Killed):
+        make_at_rate(checkpoint, cut_off)(plan, Options(output, resume=resume))
+    (tmp_path / "kept").rename(staging_folder(output))
+    compressed(source, output, "bpw: 2", "effort: fast", resume=resume)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "m.safetensors"]
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -55,7 +55,7 @@ def _spread(energies: Tensor) -> float:
 
 def root_mean_square(weight: Tensor) -> float:
     """The deviation of weights from zero; 0 of none. In float64: squares leave the range of float32."""
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) / max(1, weight.numel()) ** 0.5
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) / math.sqrt(max(1, weight.numel()))
 
 
 def lattice_grid(
