@@ -1,6 +1,6 @@
 """Budgets of methods without widths: the steps of all their grids move together until the artifact takes what it may.
 
-Each attempt is a whole artifact beside the output; the first that holds the budget and uses it becomes the output.
+Each attempt is a whole artifact where the output is staged; the first that holds the budget and uses it becomes it.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from qcompress.artifact.layout import POOL_NAME
-from qcompress.artifact.staging import refuse_existing, refuse_own_input, reporting_resources, staged_output
+from qcompress.artifact.staging import refuse_existing, refuse_own_input, staged_output
 from qcompress.checkpoint import Checkpoint, tensor_view
 from qcompress.errors import BudgetError
 from qcompress.options import Options
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
 from qcompress.shards import make_shards
+from qcompress.solvers.lattice_grid import root_mean_square
 from qcompress.types import Decision, Plan
 
 Make = Callable[[Plan, Options], Report]
@@ -33,6 +33,8 @@ FULL = 0.98
 """The share of the budget that an attempt must use to be the last."""
 AIM = 0.997
 ATTEMPTS = 8
+FARTHEST = 4.0
+"""By how much the step grows at most from one attempt to the next, where those before tell by how much."""
 STEP_OF_RATE = 0.75
 """By how much the logarithm of all steps changes a bit a weight, about: ln 2 where rates are high."""
 SAMPLED_WEIGHTS = 1 << 16
@@ -111,14 +113,13 @@ def make_at_rate(checkpoint: Checkpoint, make: Make, say: Callable[[str], None] 
         refuse_own_input(checkpoint.path, options.output)
         refuse_existing(options.output, options.force, checkpoint.is_folder)
         limit = _limit(checkpoint, plan, options)
-        folder = options.output.parent
-        with reporting_resources(folder), TemporaryDirectory(prefix=f".{options.output.name}.", dir=folder) as drafts:
-            search = _Search(checkpoint, make, plan, options, limit, Path(drafts), say)
-            report, draft = search.run()
-            with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
-                if checkpoint.is_folder:
-                    staged.rmdir()
-                draft.rename(staged)
+        with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
+            drafts = staged.parent / "attempts"
+            drafts.mkdir()
+            report, draft = _Search(checkpoint, make, plan, options, limit, drafts, say).run()
+            if checkpoint.is_folder:
+                staged.rmdir()
+            draft.rename(staged)
         return report
 
     return made
@@ -161,13 +162,21 @@ class _Search:
             change = AIM * limit.bits - spent
             bits = max(bits + change, LEAST_BPW * weights / 2)
             if step is not None:
-                tried[step] = spent
-                step = next_step(tried, limit.bits, step * math.exp(-STEP_OF_RATE * change / weights))
+                tried[step] = spent - limit.other_bits
+                wish = step * math.exp(-STEP_OF_RATE * change / weights)
+                step = next_step(tried, limit.bits - limit.other_bits, wish)
         if best is None:
-            where = self.plan.recipe.places.get("budget", "budget")
-            what = f"{limit.bits / 8:,.0f} bytes are too few: the smallest of {ATTEMPTS} attempts took {least / 8:,.0f}"
-            raise BudgetError(where, what, "ask for more, or compress more tensors")
+            raise self._refusal(least)
         return best[1], best[2]
+
+    def _refusal(self, least: float) -> BudgetError:
+        """Of a budget in whose place no attempt took less than so many bits."""
+        where, budget, weights = self.plan.recipe.places.get("budget", "budget"), self.limit.bits, _weights(self.plan)
+        words, enough = f"{budget / 8:,.0f} bytes", f"{least / 8:.0f}"
+        if not self.limit.whole:
+            words, enough = f"{budget / weights:g} bits per weight", f"{math.ceil(1000 * least / weights) / 1000:g}"
+        what = f"{words} are too few: the smallest of {ATTEMPTS} attempts took {least / 8:,.0f} bytes"
+        return BudgetError(where, what, f"ask for at least {enough}, or compress more tensors")
 
     @property
     def _is_live(self) -> bool:
@@ -185,8 +194,14 @@ class _Search:
 def next_step(tried: Mapping[float, float], limit: float, wish: float) -> float:
     """The step to try after those that spent so many bits: the wish, or from the fourth on between the nearest two.
 
-    Bits jump with the tables that codes share, so that wishes alone may go to and fro.
+    Bits jump with the tables that codes share, so that wishes alone may go to and fro. Where rates are low a wish falls
+    short: while all have spent too much, it goes as far as the last two say, in logarithms, and at most FARTHEST times.
     """
+    if len(tried) > 1 and min(tried.values()) > limit:
+        (before, spent_before), (last, spent_last) = [*tried.items()][-2:]
+        if last > before and spent_last < spent_before:
+            slope = math.log(last / before) / math.log(spent_before / spent_last)
+            return max(wish, last * math.exp(min(slope * math.log(spent_last / (AIM * limit)), math.log(FARTHEST))))
     over = max((step for step, spent in tried.items() if spent > limit), default=math.inf)
     held = min((step for step, spent in tried.items() if spent <= limit), default=0.0)
     return math.sqrt(over * held) if len(tried) > 2 and over < held else wish
@@ -215,11 +230,12 @@ def first_step(checkpoint: Checkpoint, plan: Plan, bits: float) -> float:
     weights = [d.tensor.numel for d in plan.decisions if _has_steps(d)]
 
     def rate_at(log: float) -> float:
-        rates = (entropy((sample / math.exp(log)).round()) for sample in samples)
+        rates = (entropy((sample.double() / math.exp(log)).round()) for sample in samples)
         return sum(rate * count for rate, count in zip(rates, weights, strict=True))
 
-    low, high = -20.0, 10.0
-    for _ in range(24):
+    # Wide enough for weights of any size that float32 has.
+    low, high = -110.0, 130.0
+    for _ in range(27):
         middle = (low + high) / 2
         low, high = (middle, high) if rate_at(middle) > bits else (low, middle)
     return math.exp(high)
@@ -230,7 +246,7 @@ def _sample(checkpoint: Checkpoint, decision: Decision) -> torch.Tensor:
     tensor = decision.tensor
     flat = tensor_view(checkpoint.shard_of(tensor.name), tensor).reshape(-1)
     taken = flat[:: max(1, flat.numel() // SAMPLED_WEIGHTS)].float()
-    deviation = float(taken.square().mean().sqrt())
+    deviation = root_mean_square(taken)
     return taken / deviation**0.5 if deviation > 0 else torch.zeros_like(taken)
 
 

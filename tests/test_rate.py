@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompress.artifact.reader import read_artifact
+from qcompress.artifact.staging import staging_folder
 from qcompress.checkpoint import read_checkpoint
 from qcompress.errors import BudgetError
 from qcompress.load import load_state_dict
 from qcompress.minimize import compress_within
 from qcompress.options import Options
-from qcompress.rate import entropy, first_step, is_unbounded, next_step
+from qcompress.rate import AIM, FARTHEST, entropy, first_step, is_unbounded, make_at_rate, next_step
 from qcompress.recipe import parse_recipe
 from qcompress.report.document import Report
 from qcompress.types import Plan
@@ -190,7 +192,28 @@ def test_a_refused_budget_names_the_smallest_attempt(tmp_path: Path) -> None:
     with pytest.raises(BudgetError) as caught:
         compress_within(checkpoint, plan, Options(tmp_path / "a.safetensors"), None, said.append)
     least = min(int(line.partition(" of ")[0].replace(",", "")) for line in said)
-    assert f"took {least:,}" in str(caught.value)
+    assert f"took {least:,} bytes" in str(caught.value)
+    enough = float(str(caught.value).partition("ask for at least ")[2].partition(",")[0])
+    report = compressed(source, tmp_path / "a.safetensors", f"bpw: {enough}")
+    assert (report.size.bits_per_weight or 0) <= enough
+
+
+def test_few_bits_a_weight_are_reached(tmp_path: Path) -> None:
+    """Where nearly all codes are zero a finer step costs less than the search first takes it to."""
+    source = save(tmp_path / "m.safetensors", {f"w{seed}.weight": gaussian(128, 200, seed=seed) for seed in range(3)})
+    report = compressed(source, tmp_path / "a.safetensors", "bpw: 0.1", "effort: fast")
+    assert (report.size.bits_per_weight or 1) <= 0.1
+
+
+def test_weights_of_any_size_are_coded_alike(tmp_path: Path) -> None:
+    """Squares of these weights leave the range of float32, either way."""
+    plain = gaussian(64, 64)
+    errors = []
+    for name, unit in (("a", 1.0), ("b", 1e27), ("c", 1e-27)):
+        source, output = save(tmp_path / f"{name}.safetensors", {"w.weight": plain * unit}), tmp_path / f"{name}-out"
+        compressed(source, output, "bpw: 3")
+        errors.append(float((load_state_dict(output)["w.weight"] / unit - plain).square().mean()))
+    assert errors == pytest.approx([errors[0]] * 3, rel=0.1) and errors[0] < 0.05
 
 
 def test_a_budget_that_no_weights_need_is_not_spent(source: Path, tmp_path: Path) -> None:
@@ -206,6 +229,26 @@ def test_resume_starts_anew_and_ends_in_the_same_bytes(source: Path, tmp_path: P
     compressed(source, tmp_path / "b.safetensors", "bpw: 2", "effort: fast", resume=True)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "m.safetensors"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_search_leaves_is_cleaned_up_by_the_next(source: Path, tmp_path: Path, resume: bool) -> None:
+    output = tmp_path / "a.safetensors"
+
+    class Killed(Exception):
+        pass
+
+    def cut_off(_: Plan, options: Options) -> Report:
+        assert staging_folder(output) in options.output.parents
+        shutil.copytree(staging_folder(output), tmp_path / "kept")
+        raise Killed
+
+    checkpoint, plan = planned(source, "bpw: 2", "effort: fast")
+    with pytest.raises(Killed):
+        make_at_rate(checkpoint, cut_off)(plan, Options(output, resume=resume))
+    (tmp_path / "kept").rename(staging_folder(output))
+    compressed(source, output, "bpw: 2", "effort: fast", resume=resume)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "m.safetensors"]
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -247,6 +290,20 @@ def test_where_wishes_go_to_and_fro_the_middle_is_tried() -> None:
     assert next_step({0.25: 130.0, 0.3: 120.0, 0.4: 110.0}, 100, 0.6) == 0.6
     # Where a finer step takes less, nothing lies between.
     assert next_step({0.5: 130.0, 0.25: 90.0, 0.4: 80.0}, 100, 0.6) == 0.6
+
+
+@given(st.floats(0.1, 10), st.floats(0.05, 4), st.floats(1.01, 1.5))
+def test_while_all_have_spent_too_much_a_law_of_powers_is_followed_to_its_end(
+    before: float, power: float, growth: float
+) -> None:
+    def spent(step: float) -> float:
+        return 100 * AIM * (step / (3 * before)) ** -power
+
+    last = before * growth
+    found = next_step({before: spent(before), last: spent(last)}, 100, last)
+    assert found == pytest.approx(3 * before, rel=1e-6)
+    assert next_step({before: 1e9, last: 1e9 - 1}, 1, last) == pytest.approx(FARTHEST * last)
+    assert next_step({before: 1e9, last: 1e9}, 1, 7.0) == 7.0
 
 
 def test_entropy_is_that_of_the_frequencies() -> None:

@@ -115,7 +115,7 @@ def terminal_of(stream: TextIO, no_color: bool) -> dict[str, Any]:
 def progress(total_bytes: int, streams: Streams) -> Iterator[Any]:
     """A callable (tensor name, bytes) that shows progress on stderr: a bar on a terminal, else a line now and then.
 
-    With -v it is a line for each tensor, whatever stderr is.
+    With -v it is a line for each tensor, whatever stderr is. What is done again, for a budget, starts at nothing again.
     """
     if streams.verbose:
         yield _PlainProgress(total_bytes, every_seconds=0.0).advance
@@ -133,7 +133,13 @@ def progress(total_bytes: int, streams: Streams) -> Iterator[Any]:
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=max(total_bytes, 1))
-            yield lambda name, n_bytes: bar.update(task, advance=n_bytes, description=name)
+
+            def advance(name: str, n_bytes: int) -> None:
+                if bar.finished:
+                    bar.reset(task)
+                bar.update(task, advance=n_bytes, description=name)
+
+            yield advance
     else:
         yield _PlainProgress(total_bytes, PLAIN_LINE_SECONDS).advance
 
@@ -148,8 +154,10 @@ class _PlainProgress:
         self._started = self._said = time.monotonic()
 
     def advance(self, name: str, n_bytes: int) -> None:
-        self._done += n_bytes
         now = time.monotonic()
+        if self._done >= self._total:
+            self._done, self._started = 0, now
+        self._done += n_bytes
         if now - self._said >= self._every:
             self._said = now
             left = (now - self._started) * (self._total / max(self._done, 1) - 1)

@@ -58,7 +58,7 @@ def class_costs(lattices: Sequence[Lattice], span: int) -> list[tuple[Tensor, Te
         pool, _ = fit_pool(sources)
         costs = torch.from_numpy(_cost_rows(pool, span))
         for member, source, levels in zip(members, sources, pool.levels, strict=True):
-            classes = np.ascontiguousarray(class_matrix(levels, *source.shape))
+            classes = class_matrix(levels, *source.shape).copy()
             found[member] = (torch.from_numpy(classes), costs)
     return [one for one in found if one is not None]
 

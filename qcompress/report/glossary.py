@@ -133,7 +133,7 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
         ),
         "bound_gap_db": Term(
             "distance to the bound",
-            "dB of error above a Gaussian source's D(R) at the tensor's bits; no scalar code comes below 1.53 there",
+            "dB of error above a Gaussian source's D(R) at the tensor's bits; scalar codes come to 1.53 at high rates",
             ("bound",),
         ),
         "classes": Term("scale classes", "of a lattice: codes of like magnitude share a table; what they take"),

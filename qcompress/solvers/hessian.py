@@ -54,15 +54,18 @@ class GridOptions(Protocol):
 
 
 def damped(hessian: Tensor, share: float) -> Tensor:
-    """The Hessian with `share` of its mean diagonal added to the diagonal; 1 there where a column is never active.
+    """The Hessian with `share` of its mean diagonal added to the diagonal; the mean itself where no input is active.
 
     hessian  float64 [groups, columns, columns]
     """
     raised = hessian.clone()
     diagonal = raised.diagonal(dim1=1, dim2=2)
     dead = diagonal <= 0
-    diagonal.add_(share * diagonal.mean(1, keepdim=True))
-    diagonal[dead] = 1.0
+    mean = diagonal.mean(1, keepdim=True)
+    diagonal.add_(share * mean)
+    # In the unit of the others, since what steps and bits weigh is summed over columns and groups.
+    mean = torch.where(mean > 0, mean, mean.mean())
+    diagonal.copy_(torch.where(dead, torch.where(mean > 0, mean, 1.0), diagonal))
     return raised
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -52,6 +53,11 @@ def _spread(energies: Tensor) -> float:
     return float(energies.mean(1).log2().mean() - energies.clamp_min(1e-300).log2().mean())
 
 
+def root_mean_square(weight: Tensor) -> float:
+    """The deviation of weights from zero; 0 of none. In float64: squares leave the range of float32."""
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) / math.sqrt(max(1, weight.numel()))
+
+
 def lattice_grid(
     shape: Shape,
     axis: tuple[int, ...],
@@ -86,9 +92,8 @@ def with_codes(grid: Lattice, codes: Tensor) -> Lattice:
     return replace(grid, codes=codes.cpu().round().to(torch.int32))
 
 
-def bisect_rate(rate_at: object, wanted: float, low: float, high: float, tries: int = 40) -> float:
+def bisect_rate(rate_at: Callable[[float], float], wanted: float, low: float, high: float, tries: int = 40) -> float:
     """The least logarithm in [low, high] at which a falling rate is at most what is wanted."""
-    assert callable(rate_at)
     for _ in range(tries):
         middle = (low + high) / 2
         if rate_at(middle) > wanted:

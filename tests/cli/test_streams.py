@@ -166,6 +166,19 @@ def test_a_log_gets_a_plain_line_now_and_then(
     assert err.splitlines() == ["40% after layer4, about 18 s left", "80% after layer8, about 6 s left"]
 
 
+def test_what_is_done_again_starts_at_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("qcompress.cli.streams.time.monotonic", lambda: clock[0])
+    progress = _PlainProgress(1000, 0.0)
+    for step in range(1, 31):
+        clock[0] = 3.0 * step
+        progress.advance("layer", 100)
+    shares = [int(line.partition("%")[0]) for line in capsys.readouterr().err.splitlines()]
+    assert shares == [*range(10, 101, 10)] * 3
+
+
 def test_warnings_go_to_stderr(run: Run, artifact: Path) -> None:
     report = artifact.with_name("model-w2.report.json")
     report.write_text(re.sub(r'("sha256": ")[0-9a-f]{4}', r"\g<1>0000", report.read_text()))

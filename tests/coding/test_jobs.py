@@ -73,6 +73,17 @@ def test_packed_codes(executor: Executor) -> None:
     assert np.array_equal(decode_ans(payload, 3, ROWS, COLUMNS, executor), packed)
 
 
+_INHERITED: list[bool] = []
+
+
+def _inherited() -> list[bool]:
+    return _INHERITED
+
+
+def _process(_: int) -> int:
+    return os.getpid()
+
+
 def _end(_: int) -> None:
     os._exit(1)
 
@@ -83,6 +94,20 @@ def test_a_process_that_dies_is_an_error_of_the_machine() -> None:
         pytest.raises(ResourceError, match="--threads 1"),
     ):
         list(run_jobs(_end, [1], 2 * JOB_CHUNKS, mortal))
+
+
+def test_a_matrix_of_few_chunks_stays_in_this_process(executor: Executor) -> None:
+    assert list(run_jobs(_process, [1, 2], 2 * JOB_CHUNKS - 1, executor)) == [os.getpid()] * 2
+    assert os.getpid() not in list(run_jobs(_process, [1, 2], 2 * JOB_CHUNKS, executor))
+
+
+def test_processes_are_started_anew_where_they_pay() -> None:
+    """Forked ones would inherit locks that torch's threads hold."""
+    with decoding_processes(jobs.LEAST_CODES, 2) as executor:
+        assert executor is not None
+        _INHERITED.append(True)
+        assert executor.submit(_inherited).result() == []
+        _INHERITED.clear()
 
 
 def test_no_processes_where_they_do_not_pay() -> None:

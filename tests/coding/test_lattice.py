@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -18,7 +19,7 @@ from qcompress.coding.lattice import FACTORS, steps, trellis_values
 from qcompress.coding.lattice_payload import decode_lattice, encode_pool, join_side, split_side
 from qcompress.coding.lengths import class_costs, coded_bits, make_pools
 from qcompress.coding.payload import entropy_bits
-from qcompress.coding.pool import fit_pool, make_source, pooled
+from qcompress.coding.pool import class_uses, fit_pool, make_source, pooled
 from qcompress.coding.side import Matrix, grid_of_lattice, parse_side
 from qcompress.coding.smooth import PRECISION, fit_slopes, table_from_slopes
 from qcompress.coding.streams import decode_streams, encode_streams
@@ -319,6 +320,34 @@ def test_costs_of_all_codes_add_up_to_the_length(trellis: bool) -> None:
         used = costs[contexts.unique()]
         assert bool((used[:, -1] >= used[:, span + 40]).all())
     assert coded_bits(lattices) * 0.93 < total < coded_bits(lattices)
+
+
+def test_uses_of_tables_count_the_bits_that_large_codes_leave_open() -> None:
+    source = make_source(make(drawn(17, 64, 200, 40.0)))
+    pool, _ = fit_pool([source])
+    contexts = source.contexts(pool.levels[0])
+    uses = class_uses(source, pool.levels[0], pool)
+    assert max(use.magnitude for use in uses) > 32
+    for use in uses:
+        own = source.codes[contexts == use.context]
+        sizes = np.abs(own.astype(np.int64))
+        # A magnitude of 16 and more keeps its three leading bits and its sign.
+        still_open = np.where(sizes < 16, 0, np.floor(np.log2(np.maximum(sizes, 1))) - 2).astype(np.int64)
+        _, counts = np.unique(np.stack([own < 0, sizes >> still_open, still_open]), axis=1, return_counts=True)
+        ideal = float((counts * np.log2(len(own) / counts)).sum() + still_open.sum()) / len(own)
+        assert (use.count, use.magnitude) == (len(own), pytest.approx(float(sizes.mean())))
+        assert use.ideal_bits == pytest.approx(ideal)
+
+
+def test_a_single_weight_has_costs_without_a_warning() -> None:
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ((classes, costs),) = class_costs([make(np.array([[7]], np.int32))], 8)
+    finally:
+        torch.set_warn_always(False)
+    assert classes.shape == (1, 1) and bool(costs.isfinite().all())
 
 
 def test_a_pool_holds_small_tensors_while_it_has_room() -> None:

@@ -210,9 +210,10 @@ def test_a_budget_below_all_side_information_leaves_zeros_and_finite_outputs(bit
 
 
 def kill_input(module: nn.Module) -> None:
-    """The fourth channel of the stem gives zero, for ever."""
-    module.stem_bn.weight[3] = 0
-    module.stem_bn.bias[3] = -1
+    """The fourth channels of the stem and of the depthwise layer give zero, for ever."""
+    for norm in (module.stem_bn, module.depthwise_bn):
+        norm.weight[3] = 0
+        norm.bias[3] = -1
 
 
 def kill_output(module: nn.Module) -> None:
@@ -237,6 +238,10 @@ def test_dead_inputs_and_outputs_take_no_bits_and_do_no_harm(change: Any, effort
     codes = {name: lattice.codes for name, lattice in lattices(found).items()}
     if change is kill_output:
         assert not codes["grouped.weight"][5].any() and not codes["stem.weight"][7].any()
+    if change is kill_input:
+        assert not codes["depthwise.weight"][3].any() and codes["depthwise.weight"][2].any()
+        grouped = codes["grouped.weight"].reshape(32, 8, 9)
+        assert not grouped[:8, 3].any() and grouped[:8, 2].any() and grouped[8:, 3].any()
     if change is kill_layer:
         assert not codes["conv.weight"].any()
     else:
@@ -372,6 +377,8 @@ def test_a_step_goes_with_the_root_of_the_deviation() -> None:
     weight = gaussian(8, 40)
     assert free_step(weight, 0.5) == pytest.approx(0.5 * float(weight.square().mean()) ** 0.25, rel=1e-6)
     assert free_step(16 * weight, 0.5) == pytest.approx(4 * free_step(weight, 0.5), rel=1e-6)
+    assert free_step(2.0**100 * weight, 0.5) == pytest.approx(2.0**50 * free_step(weight, 0.5), rel=1e-6)
+    assert free_step(2.0**-100 * weight, 0.5) == pytest.approx(2.0**-50 * free_step(weight, 0.5), rel=1e-6)
     assert free_step(0 * weight, 0.5) > 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,34 @@ def test_classes_add_up_to_the_payload(artifact: Path) -> None:
     scaled = next(one for one in report.compressed if one.name == "scaled.weight").figures
     assert scaled is not None
     assert len(scaled.classes or ()) > 1
+
+
+def test_magnitudes_and_ideal_bits_are_those_of_the_codes(artifact: Path) -> None:
+    """Of a matrix whose codes share one class: counted one by one. A code of 16 and more has its raw bits besides."""
+    file = read_artifact(artifact).files[0]
+    alone = 0
+    for name in file.manifest.tensors:
+        codes, _ = file.lattices.codes(name)
+        uses = file.lattices.class_uses(name, codes)
+        assert uses is not None
+        sizes = sum(use.count * use.magnitude for use in uses)
+        assert sizes == pytest.approx(float(abs(codes.astype(float)).sum()), rel=1e-9)
+        if len(uses) == 1:
+            bits = 0.0
+            for token, count in Counter(map(_token, codes.reshape(-1).tolist())).items():
+                bits += count * (math.log2(codes.size / count) + token[2])
+            assert uses[0].ideal_bits == pytest.approx(bits / codes.size, rel=1e-9)
+            assert uses[0].ideal_bits < uses[0].table_bits
+            alone += 1
+    # On a trellis there are two tables at least.
+    assert (alone > 0) == (artifact.stem == "normal")
+
+
+def _token(code: int) -> tuple[bool, int, int]:
+    """The sign, the leading bits and the number of open bits of a code: a quarter of an octave from 16 on."""
+    size = abs(code)
+    n_open = 0 if size < 16 else size.bit_length() - 3
+    return code < 0, size >> n_open, n_open
 
 
 def test_the_same_is_read_from_the_bytes(artifact: Path, source: Path) -> None:

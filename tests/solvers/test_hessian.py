@@ -110,7 +110,7 @@ def test_columns_that_are_never_active_do_no_harm() -> None:
     x = correlated(12)
     x[:, :, 5] = 0
     factor, raised = cholesky(moments(x), 0.01)
-    assert bool(factor.isfinite().all()) and float(raised[0, 5, 5]) == 1.0
+    assert bool(factor.isfinite().all()) and raised[0, 5, 5] == moments(x)[0].diagonal().mean()
     grid = choose_grid(weights(4, 12), Options(3), "hessian", EXPONENT, moments(x), seeded(0))
     assert bool(grid.scale.isfinite().all())
 

@@ -118,9 +118,13 @@ def test_codes_are_those_of_gptq_where_it_clips_nothing(groups: int) -> None:
     assert torch.equal(codes, bounded - 128)
 
 
+@pytest.mark.parametrize("dead", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.05])
-def test_the_order_of_columns_and_the_unit_of_weights_and_inputs_change_nothing(rate: float) -> None:
-    target, hessian, steps = weights(6, 24).double(), moments(correlated(24)), 0.4 * uneven(6, 24)
+def test_the_order_of_columns_and_the_unit_of_weights_and_inputs_change_nothing(rate: float, dead: bool) -> None:
+    inputs = correlated(24)
+    if dead:
+        inputs[:, :, 5] = 0
+    target, hessian, steps = weights(6, 24).double(), moments(inputs), 0.4 * uneven(6, 24)
     prices = laplace(rate, 6, 24)
     codes = feedback_lattice(target, steps, hessian, prices)
     order = torch.randperm(24, generator=seeded(3))
@@ -129,6 +133,10 @@ def test_the_order_of_columns_and_the_unit_of_weights_and_inputs_change_nothing(
     assert torch.equal(again, codes[:, order])
     assert torch.equal(codes, feedback_lattice(8 * target, 8 * steps, hessian, prices))
     assert torch.equal(codes, feedback_lattice(target, steps, 1024 * hessian, prices))
+    descended = descend_lattice(codes, target, steps, hessian, prices)
+    assert torch.equal(descended, descend_lattice(codes, target, steps, 1024 * hessian, prices))
+    energies = conditional_energies(hessian, DAMPING)
+    torch.testing.assert_close(conditional_energies(1024 * hessian, DAMPING), 1024 * energies)
     assert torch.equal(-codes, feedback_lattice(-target, steps, hessian, prices))
 
 

@@ -13,7 +13,7 @@ from qcompress.coding.trellis import STATES
 from qcompress.registry import RdConfig
 from qcompress.solvers.flips import flip_lattice
 from qcompress.solvers.lattice import Prices, descend_lattice, feedback_lattice
-from qcompress.solvers.lattice_grid import grid_steps, lattice_grid, with_codes, with_step
+from qcompress.solvers.lattice_grid import grid_steps, lattice_grid, root_mean_square, with_codes, with_step
 from qcompress.solvers.lattice_trellis import trellis_lattice
 from qcompress.solvers.priors import prior_hessian, split_channels
 from qcompress.types import Lattice, Shape
@@ -35,8 +35,7 @@ def free_step(weight: Tensor, factor: float) -> float:
     Between equal steps for all tensors and steps in proportion to the weights: a tensor of large weights stands in
     front of more of the same, but its errors also weigh more (measured, docs/methods.md).
     """
-    flat = weight.float()
-    deviation = float(flat.square().mean().sqrt()) if flat.numel() else 0.0
+    deviation = root_mean_square(weight)
     return factor * deviation**0.5 if deviation > 0 else 1.0
 
 

@@ -249,7 +249,7 @@ class Session:
         if gram.cross is not None:
             skip = measure_skip(self.live, step)
             target = least_squares_target(layer.rows, gram.hessian, gram.cross, HOLD, skip)
-        target = _without_dead(target, layer.response)
+        target = _without_dead(target, layer.response, gram.hessian)
         steps, config = grid_steps(grid, target.device), layer.config
         if config.trellis:
             codes = trellis_lattice(target, steps, gram.hessian, prices, damping=config.damping)
@@ -272,11 +272,13 @@ def _code_each(rows: Tensor, grid: Lattice, prices: Prices | None) -> Lattice:
     return with_codes(grid, feedback_lattice(rows.reshape(-1, 1), steps, alone, own).reshape(rows.shape))
 
 
-def _without_dead(target: Tensor, response: Response) -> Tensor:
+def _without_dead(target: Tensor, response: Response, hessian: Tensor) -> Tensor:
     """The target without what never matters: inputs that stay at zero, outputs that hardly reach the batch norm."""
     normed = response.power * response.gains.square()
-    dead = normed <= 1e-9 * normed.mean()
-    return torch.where(dead.to(target.device).unsqueeze(1), torch.zeros_like(target), target)
+    outputs = normed <= 1e-9 * normed.mean()
+    energies = hessian.diagonal(dim1=1, dim2=2)
+    inputs = (energies <= 1e-12 * energies.amax()).repeat_interleave(len(target) // len(hessian), 0)
+    return torch.where(outputs.to(target.device).unsqueeze(1) | inputs, torch.zeros_like(target), target)
 
 
 @torch.no_grad()
