@@ -27,6 +27,7 @@ from qcompress.model.live import LiveModel, layer_name
 from qcompress.model.tasks import Measurement
 from qcompress.registry import KmeansConfig, Tune
 from qcompress.settings import Cosine, Sgd, Training, TrainingOptions
+from qcompress.training.dress import places_of
 from qcompress.training.learn import Learn
 from qcompress.training.loop import Watch, train
 from qcompress.training.losses import make_loss
@@ -172,6 +173,7 @@ def _entries(
     found: dict[str, tuple[Decision, _Entries]] = {}
     books: dict[BookKey | str, nn.Parameter] = {}
     counts: dict[BookKey | str, Tensor] = {}
+    dressed: list[tuple[nn.Module, str]] = []
     try:
         for decision in decisions:
             name = decision.tensor.name
@@ -181,9 +183,12 @@ def _entries(
             entries = _Entries(encoded, live.device, books.get(key))
             books[key] = entries.values
             counts[key] = entries.counts + counts.get(key, 0)
-            owner, leaf = module.get_submodule(layer_name(name)), name.rpartition(".")[2]
-            parametrize.register_parametrization(owner, leaf, entries, unsafe=True)
             found[name] = (decision, entries)
+            # Tied copies follow, and their gradients count.
+            for place in places_of(module, name):
+                owner, leaf = module.get_submodule(layer_name(place)), place.rpartition(".")[2]
+                parametrize.register_parametrization(owner, leaf, entries, unsafe=True)
+                dressed.append((owner, leaf))
         for decision, entries in found.values():
             tune, key = _tune_of(decision), book_key(decision) or decision.tensor.name
             if tune is not None and key in counts:
@@ -191,7 +196,6 @@ def _entries(
                 _scale_gradient(entries.values, counts.pop(key), tune.gradient, keep_zero=keep_zero)
         yield found
     finally:
-        for name in found:
-            owner, leaf = module.get_submodule(layer_name(name)), name.rpartition(".")[2]
+        for owner, leaf in dressed:
             parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
         module.requires_grad_(False).eval()

@@ -11,14 +11,17 @@ import torch
 from colours import anchored, write_colours, write_learned
 from conftest import Run
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import qcompress
 from qcompress.artifact.reader import read_artifact
-from qcompress.coding.affine import decode
+from qcompress.coding.affine import TORCH_DTYPES, decode
 from qcompress.methods.dkm import SoftShared
+from qcompress.model.batches import Batch
+from qcompress.model.live import make_live_model
 from qcompress.registry import DkmConfig, KmeansConfig, Tune
-from qcompress.tune import _Entries, _scale_gradient
-from qcompress.types import Codebook, Decision, TensorInfo
+from qcompress.tune import _Entries, _entries, _scale_gradient
+from qcompress.types import Codebook, Decision, Fitted, TensorInfo
 
 NET = """
 from torch import nn
@@ -251,6 +254,38 @@ def test_a_shared_entrys_gradient_is_that_of_all_its_weights() -> None:
     assert first.values.grad.flatten().tolist() == pytest.approx([(1 + 4 + 5) / 3, (2 + 3 + 6) / 3])
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.first(x))
+        return found
+
+
+def test_tied_copies_are_tuned_with_the_weight_that_they_copy() -> None:
+    """Both places take the entries while they are trained, both gradients count, and the tie is there afterwards."""
+    torch.manual_seed(0)
+    config = KmeansConfig(bits=1, tune=Tune(gradient="sum"))
+    decision = Decision(TensorInfo("first.weight", (6, 6), "F32"), "kmeans", config, "test")
+    x = torch.randn(8, 6)
+    live = make_live_model(Tied(), [decision], [], Batch((x,)), device=torch.device("cpu"))
+    codes = torch.randint(0, 2, (6, 6), dtype=torch.uint8)
+    encoded = Codebook(codes, 1, torch.tensor([[[-0.5], [0.75]]]), 0, (6, 6))
+    with _entries(live, [decision], Fitted({"first.weight": encoded})) as entries:
+        live.quantized(x).square().sum().backward()
+        values = entries["first.weight"][1].values
+        by_hand = torch.tensor([-0.5, 0.75], requires_grad=True)
+        weight = by_hand[codes.long()]
+        (x @ weight.T @ weight.T).square().sum().backward()
+        assert values.grad is not None and by_hand.grad is not None
+        torch.testing.assert_close(values.grad.flatten(), by_hand.grad)
+    module: Any = live.quantized
+    assert module.second.weight is module.first.weight and set(module.state_dict()) == {"first.weight", "second.weight"}
+
+
 def test_a_temperature_that_merges_all_centroids_is_held(run: Run, folder: Path, tmp_path: Path) -> None:
     report = with_dkm(run, folder, tmp_path / "a.safetensors", "bits: 2, temperature: 1000.0")
     held = [line for line in report["warnings"] if "held below where its centroids merge" in line]
@@ -292,4 +327,22 @@ def test_soft_weights_near_no_temperature_are_the_nearest_entries() -> None:
     # One step of Lloyd's from an optimum stays there.
     torch.testing.assert_close(shared.centroids, first, atol=1e-4, rtol=0)
     shared.eval()
-    torch.testing.assert_close(shared(weight), soft.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(shared(weight), soft.detach(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 3}, {"bits": 3, "codebook": "int8"}, {"bits": 4, "dim": 2}, {"bits": 1, "granularity": "channel"}],
+)
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_what_is_measured_while_training_is_what_is_stored(options: dict[str, Any], dtype: str) -> None:
+    """In eval mode a weight is, to the last bit, what its codes and entries will give, in the checkpoint's dtype."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(8, 30, generator=generator) * 0.07
+    weight = weight.bfloat16().float() if dtype == "BF16" else weight
+    decision = Decision(TensorInfo("w", (8, 30), dtype), "dkm", DkmConfig(**options), "")
+    shared = SoftShared(weight, decision, generator)
+    shared.train()
+    shared(weight)
+    shared.eval()
+    assert torch.equal(shared(weight), decode(shared.encode(weight)).to(TORCH_DTYPES[dtype]).float())
