@@ -107,7 +107,7 @@ def compress_live(
             fitted = fit(fresh, plan, how.say, evidence=evidence, rate=options.rate, learn=learn, tune=tuner)
             if not world.is_first:
                 return None
-            kmeans = measure_kmeans(fresh, plan, setting, tuner.untuned) if measures else ()
+            kmeans = measure_kmeans(fresh, plan, setting, tuner.untuned, evidence) if measures else ()
             report = compress_to(place, checkpoint, plan, options, fitted)
         accuracy = compare(before, evaluate(options.output, setting), tuner.untuned, kmeans) if measures else None
         return replace(report, accuracy=accuracy, warnings=report.warnings + fitted.notes)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qcompress.books import Evidence
 from qcompress.coding.codebook import centroid_values, store_centroids
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import weight_from_rows
@@ -74,12 +75,13 @@ class Tuner:
 
 
 def measure_kmeans(
-    live: LiveModel, plan: Plan, setting: Setting, untuned: Sequence[Measurement]
+    live: LiveModel, plan: Plan, setting: Setting, untuned: Sequence[Measurement], evidence: Evidence
 ) -> Sequence[Measurement]:
     """The task's metrics with codebooks of the same settings by k-means of the live model's weights, and no training;
     nothing where the plan is just that.
 
-    untuned  the plan's own before tuning: where all its methods are k-means, that is what is asked for
+    untuned   the plan's own before tuning: where all its methods are k-means, that is what is asked for
+    evidence  that the plan's own codebooks had: statistics weigh these alike
     """
     decisions = [one for one in plan.decisions if one.compresses and one.config.form == "codebook"]
     alone = all(one.method == "kmeans" for one in decisions)
@@ -90,7 +92,7 @@ def measure_kmeans(
         return untuned
     plain = replace(plan, decisions=tuple(_plain_kmeans(one) for one in plan.decisions))
     bare = replace(live, quantized=copy.deepcopy(live.module))
-    found = fit(bare, plain)
+    found = fit(bare, plain, evidence=evidence)
     attach_activations(bare.quantized, found.activations)
     return measure_task(bare.quantized, setting, "k-means")
 

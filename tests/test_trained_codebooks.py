@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 import qcompress
 from qcompress.artifact.reader import read_artifact
 from qcompress.coding.affine import TORCH_DTYPES, decode
+from qcompress.evaluate import Setting, measure_task
 from qcompress.methods.dkm import SoftShared
 from qcompress.model.batches import Batch
 from qcompress.model.live import make_live_model
+from qcompress.model.tasks import Measurement
 from qcompress.registry import DkmConfig, KmeansConfig, Tune
 from qcompress.tune import _Entries, _entries, _scale_gradient
 from qcompress.types import Codebook, Decision, Fitted, TensorInfo
@@ -150,7 +153,7 @@ def test_what_tuning_needs_is_asked_for(run: Run, folder: Path, tmp_path: Path) 
 
 
 def test_defaults() -> None:
-    assert KmeansConfig(bits=4, tune=Tune()).tune == Tune(epochs=3, learning_rate=1e-3, gradient="rms")
+    assert KmeansConfig(bits=4, tune=Tune()).tune == Tune(epochs=3, learning_rate=1e-4, gradient="rms")
 
 
 DKM = """
@@ -225,6 +228,35 @@ def test_statistics_weigh_codebooks_with_and_without_a_live_model(run: Run, fold
     plain, one, other = (qcompress.load_state_dict(path) for path in (tmp_path / "plain.safetensors", live, alone))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(plain["conv.weight"], one["conv.weight"])
+
+
+def test_what_tuning_is_held_against_is_weighed_by_statistics_too(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network that `kmeans` is measured on has the weights of the same recipe without tuning."""
+    saved, output = tmp_path / "s.safetensors", tmp_path / "a.safetensors"
+    text = (
+        RECIPE.replace("data:\n", "data:\n  calibration: {npz: data.npz, samples: 64}\n") + "activations: {bits: 8}\n"
+    )
+    recipe = folder / "held.yaml"
+    words = ["cluster", str(folder / "m.safetensors"), "-r", str(recipe), "--allow-code", "--force", "-o", str(output)]
+    recipe.write_text(text.replace("OPTIONS", "{bits: 2}"))
+    assert run(*words, "--save-statistics", str(saved)).code == 0
+    assert run(*words, "--statistics", str(saved)).code == 0
+    plain = qcompress.load_state_dict(output)
+    measured: list[dict[str, Tensor]] = []
+
+    def measure(module: nn.Module, setting: Setting, what: str) -> Sequence[Measurement]:
+        if what == "k-means":
+            measured.append(module.state_dict())
+        return measure_task(module, setting, what)
+
+    monkeypatch.setattr("qcompress.tune.measure_task", measure)
+    recipe.write_text(text.replace("OPTIONS", "{bits: 2, tune: {epochs: 1}}"))
+    done = run(*words, "--statistics", str(saved))
+    assert done.code == 0, done.err
+    assert len(measured) == 1
+    assert all(torch.equal(measured[0][name], value) for name, value in plain.items())
 
 
 def test_a_shared_codebook_is_tuned_as_one(run: Run, folder: Path, tmp_path: Path) -> None:
