@@ -61,7 +61,7 @@ def with_representatives(plan: Plan, path: Path) -> Plan:
             values = found.get(decision.tensor.name)
             because = _unfit(values, decision)
             if because is not None:
-                mend = "give it a rule of its own with kmeans, or keep: {}"
+                mend = "give it a rule of its own with kmeans, more bits, or keep: {}"
                 errors.append(DataError(f"{path}: tensor {decision.tensor.name!r}", because, mend))
             elif values is not None:
                 entries = len(torch.unique(values.float()))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from colours import anchored, write_colours, write_learned
 from conftest import Run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qcompress
@@ -332,6 +332,18 @@ def test_equal_seeds_give_equal_bytes(run: Run, folder: Path, tmp_path: Path) ->
         with_dkm(run, folder, output, "bits: 2", "--seed", seed)
     data = [output.read_bytes() for output in outputs]
     assert data[0] == data[1] != data[2]
+
+
+def test_statistics_are_looked_at_before_training_and_said_to_be_of_no_use(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    output, saved = tmp_path / "a.safetensors", tmp_path / "s.safetensors"
+    save_file({"other": torch.zeros(2)}, saved)
+    said = with_dkm(run, folder, output, "bits: 2", "--statistics", str(saved))["warnings"]
+    assert said == ["dkm draws on no statistics: unweighed"]
+    words = ["cluster", str(folder / "m.safetensors"), "-r", str(folder / "dkm.yaml"), "--allow-code", "--force"]
+    done = run(*words, "-o", str(output), "--statistics", str(tmp_path / "none.safetensors"))
+    assert done.code == 3 and "none.safetensors: no such file" in done.err and "epoch" not in done.err
 
 
 def test_what_differentiable_kmeans_needs_is_asked_for(run: Run, folder: Path, tmp_path: Path) -> None:
