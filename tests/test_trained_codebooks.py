@@ -23,8 +23,9 @@ from qcompress.model.batches import Batch
 from qcompress.model.live import make_live_model
 from qcompress.model.tasks import Measurement
 from qcompress.registry import DkmConfig, KmeansConfig, Tune
+from qcompress.solvers.dkm_temperature import share_at
 from qcompress.tune import _Entries, _entries, _scale_gradient
-from qcompress.types import Codebook, Decision, Fitted, TensorInfo
+from qcompress.types import Book, Codebook, Decision, Fitted, TensorInfo
 
 NET = """
 from torch import nn
@@ -316,6 +317,67 @@ def test_tied_copies_are_tuned_with_the_weight_that_they_copy() -> None:
         torch.testing.assert_close(values.grad.flatten(), by_hand.grad)
     module: Any = live.quantized
     assert module.second.weight is module.first.weight and set(module.state_dict()) == {"first.weight", "second.weight"}
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.first(x))
+        return found
+
+
+def test_entries_that_layers_share_are_divided_by_the_codes_of_all_of_them() -> None:
+    config = KmeansConfig(bits=1, share="model", tune=Tune(gradient="mean"))
+    shapes = {"first.weight": (6, 6), "second.weight": (3, 6)}
+    own = [
+        Decision(TensorInfo(name, shape, "F32"), "kmeans", config, "test", book=Book(shared="model"))
+        for name, shape in shapes.items()
+    ]
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    live = make_live_model(Pair(), own, [], Batch((x,)), device=torch.device("cpu"))
+    table = torch.tensor([[[-0.5], [0.75]]])
+    codes = {name: torch.eye(6, dtype=torch.uint8)[: shape[0]] for name, shape in shapes.items()}
+    fitted = Fitted({name: Codebook(codes[name], 1, table, 0, shape) for name, shape in shapes.items()})
+    with _entries(live, own, fitted) as entries:
+        live.quantized(x).square().sum().backward()
+        values = entries["first.weight"][1].values
+        assert entries["second.weight"][1].values is values
+        by_hand = table.flatten().requires_grad_(True)
+        first, second = (by_hand[codes[name].long()] for name in shapes)
+        (x @ first.T @ second.T).square().sum().backward()
+        assert values.grad is not None and by_hand.grad is not None
+        # Nine ones on the diagonals; 54 - 9 zeros.
+        torch.testing.assert_close(values.grad.flatten(), by_hand.grad / torch.tensor([45.0, 9.0]))
+
+
+def test_the_temperature_falls_from_the_first_step_to_the_last(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, float]] = []
+
+    def watched(progress: float, start: float, end: float) -> float:
+        seen.append((progress, share_at(progress, start, end)))
+        return seen[-1][1]
+
+    monkeypatch.setattr("qcompress.methods.dkm.share_at", watched)
+    with_dkm(run, folder, tmp_path / "a.safetensors", "bits: 2, temperature_share: [0.4, 0.1]")
+    places = sorted({place for place, _ in seen})
+    assert [place for place, _ in seen] == sorted(place for place, _ in seen)
+    # 192 samples by 16, three epochs.
+    assert places == pytest.approx([step / 36 for step in range(36)])
+    assert seen[0][1] == 0.4 and 0.1 < seen[-1][1] < 0.11
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    decision = Decision(TensorInfo("w", (6, 10), "F32"), "dkm", DkmConfig(bits=2), "")
+    gaps = []
+    for progress in (0.0, 1.0):
+        shared = SoftShared(weight, decision, torch.Generator().manual_seed(0))
+        shared.progress = progress
+        soft = shared.train()(weight)
+        gaps.append(float((soft - shared.eval()(weight)).abs().mean()))
+    assert gaps[1] < gaps[0] / 5
 
 
 def test_a_temperature_that_merges_all_centroids_is_held(run: Run, folder: Path, tmp_path: Path) -> None:
