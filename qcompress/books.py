@@ -136,17 +136,21 @@ def _sensitivities(group: Sequence[Decision], evidence: Evidence) -> Callable[[D
 
 
 def unweighed(plan: Plan, statistics: Path | None) -> list[str]:
-    """A line for the codebooks that statistics could have weighed and hold nothing of."""
+    """A line for the codebooks that statistics hold nothing of, and one for methods that draw on none.
+
+    raises  DataError where the file is missing, or does not fit
+    """
     if statistics is None:
         return []
     known = read_statistics(statistics)
-    lacking = sorted(
-        d.tensor.name
-        for d in plan.decisions
-        if d.compresses and METHODS[d.method or ""].family == "cluster" and sensitivity_of(d, known) is None
-    )
+    clustered = [d for d in plan.decisions if d.compresses and METHODS[d.method or ""].family == "cluster"]
+    deaf = sorted({d.method or "" for d in clustered if not METHODS[d.method or ""].statistics})
+    lacking = sorted(d.tensor.name for d in clustered if d.method not in deaf and sensitivity_of(d, known) is None)
     more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-    return [f"{statistics.name} knows nothing of {', '.join(lacking[:3])}{more}: unweighed"] if lacking else []
+    lines = [f"{method} draws on no statistics: unweighed" for method in deaf]
+    return lines + (
+        [f"{statistics.name} knows nothing of {', '.join(lacking[:3])}{more}: unweighed"] if lacking else []
+    )
 
 
 def _matrix(decision: Decision, weight: Tensor) -> Tensor:

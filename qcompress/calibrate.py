@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qcompress.allocate import Costs, is_open, read_costs, refuse_infeasible
 from qcompress.artifact.staging import refuse_existing, refuse_own_input, staging_folder
-from qcompress.books import Evidence
+from qcompress.books import Evidence, unweighed
 from qcompress.checkpoint import Checkpoint
 from qcompress.compress import compress_to, staged
 from qcompress.errors import BudgetError
@@ -89,6 +89,8 @@ def compress_live(
     refuse_gateless(plan)
     refuse_infeasible(checkpoint, plan, options.choice)
     refuse_nonfinite(checkpoint, plan)
+    # Statistics that are missing or do not fit are refused before anything is trained.
+    unweighed(plan, options.statistics)
     live = open_live(checkpoint, plan, setting)
     measures = world.is_first and _measures(setting)
     before = measure_task(live.module, setting, "before") if measures else []
@@ -107,7 +109,7 @@ def compress_live(
             fitted = fit(fresh, plan, how.say, evidence=evidence, rate=options.rate, learn=learn, tune=tuner)
             if not world.is_first:
                 return None
-            kmeans = measure_kmeans(fresh, plan, setting, tuner.untuned) if measures else ()
+            kmeans = measure_kmeans(fresh, plan, setting, tuner.untuned, evidence) if measures else ()
             report = compress_to(place, checkpoint, plan, options, fitted)
         accuracy = compare(before, evaluate(options.output, setting), tuner.untuned, kmeans) if measures else None
         return replace(report, accuracy=accuracy, warnings=report.warnings + fitted.notes)

@@ -17,6 +17,7 @@ from qcompress.model.graph import inputs_of_network
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.model.moments import batch_norm_grids
 from qcompress.registry import METHODS
+from qcompress.settings import ActivationSettings
 from qcompress.training.learn import Learn
 from qcompress.types import ActivationGrid, Decision, Encoded, Fitted, Kept, Plan
 from qcompress.worker import encode_rows
@@ -67,9 +68,10 @@ def fit(
         say(", ".join(plan.recipe.companions))
         corrected = run_companions(live, plan.recipe.companions)
         done = _joined(done, Fitted(_kept(corrected.tensors), notes=corrected.notes))
-    if live.activations is not None:
+    bare = [name for name in live.layers if name not in done.activations]
+    if live.activations is not None and bare:
         say("activation ranges")
-        done = _joined(done, Fitted({}, activations=_activation_grids(live, done)))
+        done = _joined(done, Fitted({}, activations=_activation_grids(live, live.activations, bare)))
     return done
 
 
@@ -127,13 +129,8 @@ def _kept(tensors: Mapping[str, Tensor]) -> dict[str, Encoded]:
     return {name: Kept(value) for name, value in tensors.items()}
 
 
-def _activation_grids(live: LiveModel, done: Fitted) -> dict[str, ActivationGrid]:
-    """The quantizers of every compressed layer that has none yet."""
-    assert live.activations is not None
-    names = [name for name in live.layers if name not in done.activations]
-    if not names:
-        return {}
-    settings = live.activations
+def _activation_grids(live: LiveModel, settings: ActivationSettings, names: Sequence[str]) -> dict[str, ActivationGrid]:
+    """The quantizers of these layers' inputs."""
     inputs = inputs_of_network(live)
     if settings.range == "batch-norm" or (settings.range is None and not live.calibration):
         return batch_norm_grids(live, settings.bits, inputs, names)

@@ -13,8 +13,9 @@ from itertools import groupby
 from typing import Any
 
 from qcompress.errors import InputError, RecipeError, raise_all
-from qcompress.registry import METHODS, refuse_shared
+from qcompress.registry import METHODS, refuse_cost
 from qcompress.types import (
+    COMMAND_LINE,
     WEIGHT_DTYPES,
     Axis,
     Book,
@@ -116,14 +117,23 @@ def _decide(tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis
 
 def _accepted(tensor: TensorInfo, rule: Rule, axis: tuple[int, ...]) -> Any:
     """The rule's config; of open widths those that the weight can have. Raises RecipeError where it can have none."""
-    method = METHODS[rule.method or ""]
     widths = rule.config.configs if isinstance(rule.config, Widths) else {0: rule.config}
-    refusals = {width: method.refuse(config, row_shape(tensor.shape, axis)) for width, config in widths.items()}
+    refusals = {width: refuse(tensor, rule.method or "", config, axis) for width, config in widths.items()}
     accepted = {width: config for width, config in widths.items() if refusals[width] is None}
     if not accepted:
         what = f"{tensor.name} {list(tensor.shape)}: {refusals[max(widths)]}"
-        raise RecipeError(rule.where, what, "change the rule or add one")
+        mend = "use -r RECIPE with a rule of its own for it, or keep: {}"
+        raise RecipeError(rule.where, what, mend if rule.where == COMMAND_LINE else "change the rule or add one")
     return Widths(accepted) if isinstance(rule.config, Widths) else rule.config
+
+
+def refuse(tensor: TensorInfo, method: str, config: Any, axis: tuple[int, ...]) -> str | None:
+    """Why a tensor cannot follow a method's config, or None; of a codebook that several share, they answer together."""
+    rows = row_shape(tensor.shape, axis)
+    refusal = METHODS[method].refuse(config, rows)
+    if refusal is None and config.form == "codebook" and getattr(config, "share", None) is None:
+        refusal = refuse_cost(config, [rows], tensor.n_bytes)
+    return refusal
 
 
 def _stored(decision: Decision, rule: Rule | None, every: KeepDtype | None) -> Decision:
@@ -156,7 +166,8 @@ def _unshareable(decisions: Sequence[Decision]) -> list[InputError]:
     errors: list[InputError] = []
     for group in shared_groups(decisions).values():
         first = group[0]
-        refusal = refuse_shared(first.config, [row_shape(d.tensor.shape, d.axis) for d in group])
+        shapes = [row_shape(d.tensor.shape, d.axis) for d in group]
+        refusal = refuse_cost(first.config, shapes, sum(d.tensor.n_bytes for d in group))
         if refusal is not None:
             what = f"{first.book.shared}: {refusal}"
             errors.append(RecipeError(first.reason.partition("; ")[0], what, "fewer bits, a smaller dim, or no share"))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompress.errors import DataError, InputError, UsageError, raise_all
+from qcompress.errors import DataError, InputError, raise_all
 from qcompress.registry import METHODS
 from qcompress.types import Decision, Plan
 
@@ -43,14 +43,14 @@ def read_representatives(path: Path) -> Mapping[str, Tensor]:
 def with_representatives(plan: Plan, path: Path) -> Plan:
     """The plan whose learned codebooks have the bits that their representatives need.
 
-    raises  UsageError where the file is missing; DataError (Refusals where several) for a tensor that has none, too
-            many for its bits, or a set of them for each channel
+    raises  DataError (Refusals where several) where the file is missing, and for a tensor that has none, too many for
+            its bits, or a set of them for each channel
     """
     if not any(takes_representatives(decision) for decision in plan.decisions):
         return plan
     if not path.is_file():
         mend = "train with min-squared, exponential, sine or cosine, or name their file with --representatives"
-        raise UsageError(str(path), "there are no learned representatives", mend)
+        raise DataError(str(path), "there are no learned representatives", mend)
     import torch
 
     found = read_representatives(path)
@@ -61,7 +61,7 @@ def with_representatives(plan: Plan, path: Path) -> Plan:
             values = found.get(decision.tensor.name)
             because = _unfit(values, decision)
             if because is not None:
-                mend = "give it a rule of its own with kmeans, or keep: {}"
+                mend = "give it a rule of its own with kmeans, more bits, or keep: {}"
                 errors.append(DataError(f"{path}: tensor {decision.tensor.name!r}", because, mend))
             elif values is not None:
                 entries = len(torch.unique(values.float()))

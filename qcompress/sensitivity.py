@@ -31,6 +31,7 @@ from qcompress.evaluate import Setting
 from qcompress.model.batches import Batches
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.tasks import measure
+from qcompress.plan import refuse
 from qcompress.probe import make_probe
 from qcompress.recipe import recipe_json
 from qcompress.registry import METHODS, MseConfig, RtnConfig
@@ -154,8 +155,7 @@ def _at_widths(decision: Decision) -> dict[int, Any]:
             config = replace(decision.config, bits=bits)
         except ValueError:
             continue
-        rows = rows_from_weight(torch.empty(decision.tensor.shape, device="meta"), decision.axis)
-        if METHODS[decision.method or ""].refuse(config, tuple(rows.shape)) is None:
+        if refuse(decision.tensor, decision.method or "", config, decision.axis) is None:
             found[bits] = config
     return found
 

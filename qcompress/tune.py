@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qcompress.books import Evidence
 from qcompress.coding.codebook import centroid_values, store_centroids
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import weight_from_rows
@@ -27,6 +28,7 @@ from qcompress.model.live import LiveModel, layer_name
 from qcompress.model.tasks import Measurement
 from qcompress.registry import KmeansConfig, Tune
 from qcompress.settings import Cosine, Sgd, Training, TrainingOptions
+from qcompress.training.dress import places_of
 from qcompress.training.learn import Learn
 from qcompress.training.loop import Watch, train
 from qcompress.training.losses import make_loss
@@ -73,12 +75,13 @@ class Tuner:
 
 
 def measure_kmeans(
-    live: LiveModel, plan: Plan, setting: Setting, untuned: Sequence[Measurement]
+    live: LiveModel, plan: Plan, setting: Setting, untuned: Sequence[Measurement], evidence: Evidence
 ) -> Sequence[Measurement]:
     """The task's metrics with codebooks of the same settings by k-means of the live model's weights, and no training;
     nothing where the plan is just that.
 
-    untuned  the plan's own before tuning: where all its methods are k-means, that is what is asked for
+    untuned   the plan's own before tuning: where all its methods are k-means, that is what is asked for
+    evidence  that the plan's own codebooks had: statistics weigh these alike
     """
     decisions = [one for one in plan.decisions if one.compresses and one.config.form == "codebook"]
     alone = all(one.method == "kmeans" for one in decisions)
@@ -89,7 +92,7 @@ def measure_kmeans(
         return untuned
     plain = replace(plan, decisions=tuple(_plain_kmeans(one) for one in plan.decisions))
     bare = replace(live, quantized=copy.deepcopy(live.module))
-    found = fit(bare, plain)
+    found = fit(bare, plain, evidence=evidence)
     attach_activations(bare.quantized, found.activations)
     return measure_task(bare.quantized, setting, "k-means")
 
@@ -172,6 +175,7 @@ def _entries(
     found: dict[str, tuple[Decision, _Entries]] = {}
     books: dict[BookKey | str, nn.Parameter] = {}
     counts: dict[BookKey | str, Tensor] = {}
+    dressed: list[tuple[nn.Module, str]] = []
     try:
         for decision in decisions:
             name = decision.tensor.name
@@ -181,9 +185,12 @@ def _entries(
             entries = _Entries(encoded, live.device, books.get(key))
             books[key] = entries.values
             counts[key] = entries.counts + counts.get(key, 0)
-            owner, leaf = module.get_submodule(layer_name(name)), name.rpartition(".")[2]
-            parametrize.register_parametrization(owner, leaf, entries, unsafe=True)
             found[name] = (decision, entries)
+            # Tied copies follow, and their gradients count.
+            for place in places_of(module, name):
+                owner, leaf = module.get_submodule(layer_name(place)), place.rpartition(".")[2]
+                parametrize.register_parametrization(owner, leaf, entries, unsafe=True)
+                dressed.append((owner, leaf))
         for decision, entries in found.values():
             tune, key = _tune_of(decision), book_key(decision) or decision.tensor.name
             if tune is not None and key in counts:
@@ -191,7 +198,6 @@ def _entries(
                 _scale_gradient(entries.values, counts.pop(key), tune.gradient, keep_zero=keep_zero)
         yield found
     finally:
-        for name in found:
-            owner, leaf = module.get_submodule(layer_name(name)), name.rpartition(".")[2]
+        for owner, leaf in dressed:
             parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
         module.requires_grad_(False).eval()

@@ -27,6 +27,9 @@ DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 """Bits per element of every dtype that a safetensors header may name."""
 
+COMMAND_LINE = "command line"
+"""Where a rule is that no file holds."""
+
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """The dtypes whose tensors can be compressed; all others are kept."""
 
@@ -182,7 +185,7 @@ class Recipe:
     budget: Budget | None = None
     finetune: Finetune | None = None
     keep_dtype: KeepDtype | None = None
-    source: str = "command line"
+    source: str = COMMAND_LINE
     places: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,21 @@ import pytest
 import torch
 from colours import anchored, write_colours, write_learned
 from conftest import Run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import qcompress
 from qcompress.artifact.reader import read_artifact
-from qcompress.coding.affine import decode
+from qcompress.coding.affine import TORCH_DTYPES, decode
+from qcompress.evaluate import Setting, measure_task
 from qcompress.methods.dkm import SoftShared
+from qcompress.model.batches import Batch
+from qcompress.model.live import make_live_model
+from qcompress.model.tasks import Measurement
 from qcompress.registry import DkmConfig, KmeansConfig, Tune
-from qcompress.tune import _Entries, _scale_gradient
-from qcompress.types import Codebook, Decision, TensorInfo
+from qcompress.solvers.dkm_temperature import share_at
+from qcompress.tune import _Entries, _entries, _scale_gradient
+from qcompress.types import Book, Codebook, Decision, Fitted, TensorInfo
 
 NET = """
 from torch import nn
@@ -147,7 +154,7 @@ def test_what_tuning_needs_is_asked_for(run: Run, folder: Path, tmp_path: Path) 
 
 
 def test_defaults() -> None:
-    assert KmeansConfig(bits=4, tune=Tune()).tune == Tune(epochs=3, learning_rate=1e-3, gradient="rms")
+    assert KmeansConfig(bits=4, tune=Tune()).tune == Tune(epochs=3, learning_rate=1e-4, gradient="rms")
 
 
 DKM = """
@@ -224,6 +231,35 @@ def test_statistics_weigh_codebooks_with_and_without_a_live_model(run: Run, fold
     assert not torch.equal(plain["conv.weight"], one["conv.weight"])
 
 
+def test_what_tuning_is_held_against_is_weighed_by_statistics_too(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network that `kmeans` is measured on has the weights of the same recipe without tuning."""
+    saved, output = tmp_path / "s.safetensors", tmp_path / "a.safetensors"
+    text = (
+        RECIPE.replace("data:\n", "data:\n  calibration: {npz: data.npz, samples: 64}\n") + "activations: {bits: 8}\n"
+    )
+    recipe = folder / "held.yaml"
+    words = ["cluster", str(folder / "m.safetensors"), "-r", str(recipe), "--allow-code", "--force", "-o", str(output)]
+    recipe.write_text(text.replace("OPTIONS", "{bits: 2}"))
+    assert run(*words, "--save-statistics", str(saved)).code == 0
+    assert run(*words, "--statistics", str(saved)).code == 0
+    plain = qcompress.load_state_dict(output)
+    measured: list[dict[str, Tensor]] = []
+
+    def measure(module: nn.Module, setting: Setting, what: str) -> Sequence[Measurement]:
+        if what == "k-means":
+            measured.append(module.state_dict())
+        return measure_task(module, setting, what)
+
+    monkeypatch.setattr("qcompress.tune.measure_task", measure)
+    recipe.write_text(text.replace("OPTIONS", "{bits: 2, tune: {epochs: 1}}"))
+    done = run(*words, "--statistics", str(saved))
+    assert done.code == 0, done.err
+    assert len(measured) == 1
+    assert all(torch.equal(measured[0][name], value) for name, value in plain.items())
+
+
 def test_a_shared_codebook_is_tuned_as_one(run: Run, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.safetensors"
     report = clustered(run, folder, output, "{bits: 3, share: model, tune: {epochs: 3, learning_rate: 0.01}}")
@@ -251,6 +287,99 @@ def test_a_shared_entrys_gradient_is_that_of_all_its_weights() -> None:
     assert first.values.grad.flatten().tolist() == pytest.approx([(1 + 4 + 5) / 3, (2 + 3 + 6) / 3])
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.first(x))
+        return found
+
+
+def test_tied_copies_are_tuned_with_the_weight_that_they_copy() -> None:
+    """Both places take the entries while they are trained, both gradients count, and the tie is there afterwards."""
+    torch.manual_seed(0)
+    config = KmeansConfig(bits=1, tune=Tune(gradient="sum"))
+    decision = Decision(TensorInfo("first.weight", (6, 6), "F32"), "kmeans", config, "test")
+    x = torch.randn(8, 6)
+    live = make_live_model(Tied(), [decision], [], Batch((x,)), device=torch.device("cpu"))
+    codes = torch.randint(0, 2, (6, 6), dtype=torch.uint8)
+    encoded = Codebook(codes, 1, torch.tensor([[[-0.5], [0.75]]]), 0, (6, 6))
+    with _entries(live, [decision], Fitted({"first.weight": encoded})) as entries:
+        live.quantized(x).square().sum().backward()
+        values = entries["first.weight"][1].values
+        by_hand = torch.tensor([-0.5, 0.75], requires_grad=True)
+        weight = by_hand[codes.long()]
+        (x @ weight.T @ weight.T).square().sum().backward()
+        assert values.grad is not None and by_hand.grad is not None
+        torch.testing.assert_close(values.grad.flatten(), by_hand.grad)
+    module: Any = live.quantized
+    assert module.second.weight is module.first.weight and set(module.state_dict()) == {"first.weight", "second.weight"}
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.first(x))
+        return found
+
+
+def test_entries_that_layers_share_are_divided_by_the_codes_of_all_of_them() -> None:
+    config = KmeansConfig(bits=1, share="model", tune=Tune(gradient="mean"))
+    shapes = {"first.weight": (6, 6), "second.weight": (3, 6)}
+    own = [
+        Decision(TensorInfo(name, shape, "F32"), "kmeans", config, "test", book=Book(shared="model"))
+        for name, shape in shapes.items()
+    ]
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    live = make_live_model(Pair(), own, [], Batch((x,)), device=torch.device("cpu"))
+    table = torch.tensor([[[-0.5], [0.75]]])
+    codes = {name: torch.eye(6, dtype=torch.uint8)[: shape[0]] for name, shape in shapes.items()}
+    fitted = Fitted({name: Codebook(codes[name], 1, table, 0, shape) for name, shape in shapes.items()})
+    with _entries(live, own, fitted) as entries:
+        live.quantized(x).square().sum().backward()
+        values = entries["first.weight"][1].values
+        assert entries["second.weight"][1].values is values
+        by_hand = table.flatten().requires_grad_(True)
+        first, second = (by_hand[codes[name].long()] for name in shapes)
+        (x @ first.T @ second.T).square().sum().backward()
+        assert values.grad is not None and by_hand.grad is not None
+        # Nine ones on the diagonals; 54 - 9 zeros.
+        torch.testing.assert_close(values.grad.flatten(), by_hand.grad / torch.tensor([45.0, 9.0]))
+
+
+def test_the_temperature_falls_from_the_first_step_to_the_last(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, float]] = []
+
+    def watched(progress: float, start: float, end: float) -> float:
+        seen.append((progress, share_at(progress, start, end)))
+        return seen[-1][1]
+
+    monkeypatch.setattr("qcompress.methods.dkm.share_at", watched)
+    with_dkm(run, folder, tmp_path / "a.safetensors", "bits: 2, temperature_share: [0.4, 0.1]")
+    places = sorted({place for place, _ in seen})
+    assert [place for place, _ in seen] == sorted(place for place, _ in seen)
+    # 192 samples by 16, three epochs.
+    assert places == pytest.approx([step / 36 for step in range(36)])
+    assert seen[0][1] == 0.4 and 0.1 < seen[-1][1] < 0.11
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    decision = Decision(TensorInfo("w", (6, 10), "F32"), "dkm", DkmConfig(bits=2), "")
+    gaps = []
+    for progress in (0.0, 1.0):
+        shared = SoftShared(weight, decision, torch.Generator().manual_seed(0))
+        shared.progress = progress
+        soft = shared.train()(weight)
+        gaps.append(float((soft - shared.eval()(weight)).abs().mean()))
+    assert gaps[1] < gaps[0] / 5
+
+
 def test_a_temperature_that_merges_all_centroids_is_held(run: Run, folder: Path, tmp_path: Path) -> None:
     report = with_dkm(run, folder, tmp_path / "a.safetensors", "bits: 2, temperature: 1000.0")
     held = [line for line in report["warnings"] if "held below where its centroids merge" in line]
@@ -265,6 +394,18 @@ def test_equal_seeds_give_equal_bytes(run: Run, folder: Path, tmp_path: Path) ->
         with_dkm(run, folder, output, "bits: 2", "--seed", seed)
     data = [output.read_bytes() for output in outputs]
     assert data[0] == data[1] != data[2]
+
+
+def test_statistics_are_looked_at_before_training_and_said_to_be_of_no_use(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    output, saved = tmp_path / "a.safetensors", tmp_path / "s.safetensors"
+    save_file({"other": torch.zeros(2)}, saved)
+    said = with_dkm(run, folder, output, "bits: 2", "--statistics", str(saved))["warnings"]
+    assert said == ["dkm draws on no statistics: unweighed"]
+    words = ["cluster", str(folder / "m.safetensors"), "-r", str(folder / "dkm.yaml"), "--allow-code", "--force"]
+    done = run(*words, "-o", str(output), "--statistics", str(tmp_path / "none.safetensors"))
+    assert done.code == 3 and "none.safetensors: no such file" in done.err and "epoch" not in done.err
 
 
 def test_what_differentiable_kmeans_needs_is_asked_for(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -292,4 +433,22 @@ def test_soft_weights_near_no_temperature_are_the_nearest_entries() -> None:
     # One step of Lloyd's from an optimum stays there.
     torch.testing.assert_close(shared.centroids, first, atol=1e-4, rtol=0)
     shared.eval()
-    torch.testing.assert_close(shared(weight), soft.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(shared(weight), soft.detach(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 3}, {"bits": 3, "codebook": "int8"}, {"bits": 4, "dim": 2}, {"bits": 1, "granularity": "channel"}],
+)
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_what_is_measured_while_training_is_what_is_stored(options: dict[str, Any], dtype: str) -> None:
+    """In eval mode a weight is, to the last bit, what its codes and entries will give, in the checkpoint's dtype."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(8, 30, generator=generator) * 0.07
+    weight = weight.bfloat16().float() if dtype == "BF16" else weight
+    decision = Decision(TensorInfo("w", (8, 30), dtype), "dkm", DkmConfig(**options), "")
+    shared = SoftShared(weight, decision, generator)
+    shared.train()
+    shared(weight)
+    shared.eval()
+    assert torch.equal(shared(weight), decode(shared.encode(weight)).to(TORCH_DTYPES[dtype]).float())

@@ -34,10 +34,15 @@ def store_centroids(values: Tensor, dtype: CentroidDtype, exponent: int) -> tupl
 
 def centroid_values(encoded: Codebook) -> Tensor:
     """The centroids as float32 [tables, entries, dim]."""
-    values = encoded.centroids.float()
-    if encoded.scale is not None:
-        values = values * encoded.scale.float().unsqueeze(2)
-    return values * 2.0**encoded.exponent
+    return stored_values(encoded.centroids, encoded.scale, encoded.exponent)
+
+
+def stored_values(centroids: Tensor, scale: Tensor | None, exponent: int) -> Tensor:
+    """What `store_centroids` gave, as float32 [tables, entries, dim]."""
+    values = centroids.float()
+    if scale is not None:
+        values = values * scale.float().unsqueeze(2)
+    return values * 2.0**exponent
 
 
 def decode_codebook_rows(encoded: Codebook) -> Tensor:

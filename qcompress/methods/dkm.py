@@ -10,10 +10,13 @@ one is lowered, and the report says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from qcompress.coding.affine import TORCH_DTYPES
+from qcompress.coding.codebook import store_centroids, stored_values
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.model.live import LiveModel, find_tensor
@@ -63,7 +66,8 @@ def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
 
 
 class SoftShared(nn.Module):
-    """A weight as soft means of its centroids while it is trained, as the nearest ones in eval mode.
+    """A weight as soft means of its centroids while it is trained; in eval mode as the nearest ones, which is what the
+    artifact will give.
 
     centroids  float32 [tables, entries, dim], those of the last step
     progress   share of training that is done
@@ -73,7 +77,8 @@ class SoftShared(nn.Module):
     def __init__(self, weight: Tensor, decision: Decision, generator: torch.Generator) -> None:
         super().__init__()
         self.config: DkmConfig = decision.config
-        self.axis = decision.axis
+        self.tensor, self.axis = decision.tensor, decision.axis
+        self.dtype = TORCH_DTYPES[decision.tensor.dtype]
         matrix = rows_from_weight(weight.detach(), self.axis).flatten(1)
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())
         found = first_codebooks(matrix.cpu(), self.config, "optimal", BookEvidence(on_cpu))
@@ -86,16 +91,14 @@ class SoftShared(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         matrix = rows_from_weight(weight, self.axis).flatten(1)
-        parts = table_parts(matrix, self.config)
-        found, moved = [], []
-        for part, centroids in zip(parts, self.centroids, strict=True):
-            points = vectors_from_rows(part, self.config.dim)
-            soft, after = self._soft(points, centroids) if self.training else (_nearest(points, centroids), centroids)
-            found.append(rows_from_vectors(soft, matrix.shape[1]))
-            moved.append(after.detach())
+        parts = [vectors_from_rows(part, self.config.dim) for part in table_parts(matrix, self.config)]
         if self.training:
-            self.centroids = torch.stack(moved)
-        return weight_from_rows(torch.cat(found), tuple(weight.shape), self.axis)
+            found, moved = zip(*map(self._soft, parts, self.centroids), strict=True)
+            self.centroids = torch.stack([one.detach() for one in moved])
+        else:
+            found = tuple(map(self._hard, parts, self._stored()))
+        rows = torch.cat([rows_from_vectors(one, matrix.shape[1]) for one in found])
+        return weight_from_rows(rows, tuple(weight.shape), self.axis)
 
     def _soft(self, points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -112,18 +115,23 @@ class SoftShared(nn.Module):
         kind = LEVELS[config.levels]
         return soft_cluster_table(points, centroids, temperature, config.iterations, config.metric, levels=kind)
 
+    def _hard(self, points: Tensor, centroids: Tensor) -> Tensor:
+        """Every point as the nearest of these in the checkpoint's dtype."""
+        return centroids.to(self.dtype).float()[hard_codes(points, centroids)]
+
+    def _stored(self) -> Tensor:
+        """The centroids as the disk will hold them, like `centroids`: what is measured is what will be loaded."""
+        centroids, scale, exponent = store_centroids(self.centroids, self.config.codebook, self._exponent())
+        return stored_values(centroids, scale, exponent)
+
+    def _exponent(self) -> int:
+        return exponent_for(float(self.centroids.abs().max()))
+
     def encode(self, weight: Tensor) -> Codebook:
         """Every trained weight in the nearest of the last centroids as they are stored."""
         matrix = rows_from_weight(weight.cpu(), self.axis).flatten(1)
         values = self.centroids.cpu()
         if self.config.dim == 1:
             values = values.sort(1).values
-        exponent = exponent_for(float(values.abs().max()))
-        encoded = encode_nearest(matrix, values, self.config, exponent, tuple(weight.shape))
-        return Codebook(
-            encoded.codes, encoded.bits, encoded.centroids, encoded.exponent, encoded.shape, encoded.scale, self.axis
-        )
-
-
-def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
-    return centroids[hard_codes(points, centroids)]
+        encoded = encode_nearest(matrix, values, self.config, self._exponent(), tuple(weight.shape))
+        return replace(encoded, axis=self.axis, dtype=self.tensor.dtype)

@@ -14,9 +14,7 @@ from qcompress.recipe.expect import expected
 from qcompress.recipe.hints import listed, quoted, suggest
 from qcompress.recipe.tree import Node, Place, Problems
 from qcompress.registry import BUDGET_METHOD
-from qcompress.types import Family, Recipe, Rule, Widths
-
-SOURCE = "command line"
+from qcompress.types import COMMAND_LINE, Family, Recipe, Rule, Widths
 
 FLAGS = ("bits", "dim", "granularity", "group_size", "share", "symmetric")
 """The options that have a flag of their own; the others are set in a recipe."""
@@ -53,7 +51,7 @@ def recipe_from_flags(
     for name in schema.get("required", ()):
         if name not in given and not (is_open and name == "bits"):
             mend = f"add {_flag_name(name)}, {expected(schema['properties'][name])}"
-            raise UsageError(" ".join(words) or SOURCE, f"{_flag_name(name)} is missing", mend)
+            raise UsageError(" ".join(words) or COMMAND_LINE, f"{_flag_name(name)} is missing", mend)
     problems = Problems()
     children = {name: Node(_value(value), typed[name], "") for name, value in given.items()}
     make = make_widths if is_open else make_config
@@ -64,7 +62,9 @@ def recipe_from_flags(
         _, error = min(problems.found, key=lambda problem: problem[0])
         raise UsageError(error.where, error.what, error.mend)
     places = {} if node is None else {"budget": node.where}
-    return Recipe(family, (Rule("*", chosen.name, config, SOURCE),), budget=limit, source=SOURCE, places=places)
+    return Recipe(
+        family, (Rule("*", chosen.name, config, COMMAND_LINE),), budget=limit, source=COMMAND_LINE, places=places
+    )
 
 
 def _method(name: str | None, family: Family) -> registry.Method:
@@ -73,7 +73,7 @@ def _method(name: str | None, family: Family) -> registry.Method:
     if name is None:
         name = registry.DEFAULT_METHOD if registry.DEFAULT_METHOD in of_family else next(iter(of_family), None)
     if name is None:
-        raise UsageError(SOURCE, f"no {family} method is available in this version", "use `qcompress quantize`")
+        raise UsageError(COMMAND_LINE, f"no {family} method is available in this version", "use `qcompress quantize`")
     if name not in methods:
         raise UsageError(f"--method {name}", f"unknown method {quoted(name)}", suggest(name, of_family))
     if methods[name].family != family:

@@ -18,7 +18,7 @@ from qcompress.registry.clusters import (
     LearnedConfig,
     Tune,
     refuse_codebook,
-    refuse_shared,
+    refuse_cost,
 )
 from qcompress.registry.grids import GridConfig, HqqConfig, MseConfig, RtnConfig, SquantConfig, refuse_grid
 from qcompress.registry.rd import RdConfig, refuse_lattice
@@ -50,9 +50,9 @@ __all__ = [
     "SquantConfig",
     "Tune",
     "refuse_codebook",
+    "refuse_cost",
     "refuse_grid",
     "refuse_lattice",
-    "refuse_shared",
 ]
 
 

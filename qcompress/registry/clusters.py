@@ -12,7 +12,6 @@ from annotated_types import Ge, Gt, Interval
 from qcompress.types import Granularity, Shape
 
 CENTROID_BYTES = {"f16": 2, "f32": 4, "int8": 1}
-WEIGHT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +19,13 @@ class Tune:
     """Centroid tuning: entries are trained, codes stay.
 
     epochs         passes over data.train
-    learning_rate  of SGD with momentum 0.9
+    learning_rate  of SGD with momentum 0.9, falling along half a cosine; `mean` wants some 30 times as much
     gradient       the sum of an entry's weights' gradients, as it is (`sum`), or divided by their number (`mean`) or
-                   its root (`rms`), which is stable on layers of any size
+                   its root (`rms`): the raw sum diverges on layers of any size
     """
 
     epochs: Annotated[int, Ge(1)] = 3
-    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    learning_rate: Annotated[float, Gt(0)] = 1e-4
     gradient: Literal["rms", "sum", "mean"] = "rms"
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
@@ -140,8 +139,8 @@ class DkmConfig(ClusterConfig):
 
 
 def refuse_codebook(config: ClusterConfig, shape: Shape) -> str | None:
-    """Why a weight [rows, ...] cannot have such a codebook, or None."""
-    rows, columns = shape[0], math.prod(shape[1:])
+    """Why a weight [rows, ...] cannot have such a codebook, or None; whether it pays, `refuse_cost` tells."""
+    rows = shape[0]
     if isinstance(config, LearnedConfig):
         return None
     if rows % config.dim:
@@ -151,27 +150,23 @@ def refuse_codebook(config: ClusterConfig, shape: Shape) -> str | None:
         return f"group_size {unit} does not divide its {rows} channels"
     if unit % config.dim:
         return f"dim {config.dim} does not divide the {unit} channels of a codebook"
-    entries = min(2**config.bits, unit // config.dim * columns)
-    table = rows // unit * entries * config.dim * CENTROID_BYTES[config.codebook]
-    if isinstance(config, KmeansConfig) and config.share is not None:
-        # Other tensors pay for it too: refuse_shared holds it against all of them.
-        return None
-    codes = rows // config.dim * -(-columns * config.bits // 8)
-    whole = rows * columns * WEIGHT_BYTES
-    if table + codes >= whole and columns * rows > 1:
-        books = f"{rows // unit} x {entries} entries of {config.dim}"
-        return f"{codes} bytes of codes and {table} of codebook ({books}) are no less than its {whole} as float32"
     return None
 
 
-def refuse_shared(config: ClusterConfig, shapes: Sequence[Shape]) -> str | None:
-    """Why weights [rows, ...] cannot share one such codebook, or None."""
-    codes = sum(shape[0] // config.dim * -(-math.prod(shape[1:]) * config.bits // 8) for shape in shapes)
-    vectors = sum(math.prod(shape) for shape in shapes) // config.dim
-    entries = min(2**config.bits, vectors)
-    table = entries * config.dim * CENTROID_BYTES[config.codebook]
-    whole = sum(math.prod(shape) for shape in shapes) * WEIGHT_BYTES
-    if table + codes < whole or vectors * config.dim == 1:
+def refuse_cost(config: ClusterConfig, shapes: Sequence[Shape], stored_bytes: int) -> str | None:
+    """Why weights [rows, ...], one or all that share a codebook, would not be smaller with it, or None.
+
+    stored_bytes  what all of them take in the checkpoint
+    """
+    numbers = sum(math.prod(shape) for shape in shapes)
+    if isinstance(config, LearnedConfig) or numbers == 1:
         return None
-    books = f"{entries} entries of {config.dim}"
-    return f"{codes} bytes of codes and {table} of codebook ({books}) are no less than their {whole} as float32"
+    rows = shapes[0][0]
+    tables = {"tensor": 1, "channel": rows, "group": rows // (config.group_size or 1)}[config.granularity or "tensor"]
+    entries = min(2**config.bits, numbers // tables // config.dim)
+    table = tables * entries * config.dim * CENTROID_BYTES[config.codebook]
+    codes = sum(shape[0] // config.dim * -(-math.prod(shape[1:]) * config.bits // 8) for shape in shapes)
+    if table + codes < stored_bytes:
+        return None
+    books = f"{tables} x {entries} entries of {config.dim}"
+    return f"{codes} bytes of codes and {table} of codebook ({books}) are no less than the {stored_bytes} of now"

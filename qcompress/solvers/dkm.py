@@ -243,14 +243,3 @@ def check(weights: Tensor, centroids: Tensor, temperature: float, iterations: in
         raise ValueError(f"temperature {temperature} is not a positive number")
     if iterations < 1:
         raise ValueError(f"{iterations} iterations; at least 1")
-
-
-def points_from_values(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Points [n // dim, dim] of neighbours in `values`, [n], and the last n % dim, which make no point; views."""
-    whole = len(values) // dim * dim
-    return values[:whole].reshape(-1, dim), values[whole:]
-
-
-def values_from_points(points: Tensor, rest: Tensor) -> Tensor:
-    """The inverse of `points_from_values`, differentiable in both."""
-    return torch.cat([points.reshape(-1), rest])

@@ -42,11 +42,6 @@ def critical_temperature(points: Tensor, metric: Metric = "squared") -> float:
     return float(torch.linalg.eigvalsh(moment / len(points))[-1])
 
 
-def collapses(points: Tensor, temperature: float, metric: Metric = "squared") -> bool:
-    """Whether all centroids end in the points' mean at this temperature."""
-    return temperature > critical_temperature(points, metric)
-
-
 def relative_temperature(centroids: Tensor, share: float, metric: Metric = "squared") -> float:
     """share * g**2, or share * g for the plain metric, g being the mean gap between neighbouring centroids, [k, d].
 

@@ -39,7 +39,7 @@ def dressed(
             stack.callback(layer.__delattr__, INPUT)
             stack.callback(attach_quantizer(layer, quantizer).remove)
         for name, quantizer in weights.items():
-            for place in _places(module, name):
+            for place in places_of(module, name):
                 owner, leaf = module.get_submodule(layer_name(place)), place.rpartition(".")[2]
                 parametrize.register_parametrization(owner, leaf, quantizer, unsafe=True)
                 stack.callback(parametrize.remove_parametrizations, owner, leaf, leave_parametrized=False)
@@ -57,10 +57,10 @@ def trained_weight(module: nn.Module, name: str) -> Tensor:
 
 def shared_names(module: nn.Module, names: Collection[str]) -> set[str]:
     """The names of all parameters that are these: their own, and those of tied copies."""
-    return {place for name in names for place in _places(module, name)}
+    return {place for name in names for place in places_of(module, name)}
 
 
-def _places(module: nn.Module, name: str) -> list[str]:
+def places_of(module: nn.Module, name: str) -> list[str]:
     """Every name of the parameter that is called `name`, that one first."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     own = parameters[name]

@@ -20,7 +20,7 @@ def checkpoint(tmp_path: Path) -> Path:
     tensors = {
         "conv.weight": torch.randn(16, 8, 3, 3, generator=generator) * 0.1,
         "conv.bias": torch.randn(16, generator=generator),
-        "fc.weight": (torch.randn(12, 40, generator=generator) * 0.05).to(torch.bfloat16),
+        "fc.weight": (torch.randn(12, 400, generator=generator) * 0.05).to(torch.bfloat16),
     }
     save_file(tensors, tmp_path / "m.safetensors")
     return tmp_path / "m.safetensors"
@@ -138,7 +138,7 @@ def test_learned_representatives(run: Run, checkpoint: Path, tmp_path: Path) -> 
     output = tmp_path / "a.safetensors"
     words = ["cluster", str(checkpoint), "--method", "learned", "-o", str(output), "--json", "-"]
     missing = run(*words)
-    assert missing.code == 2 and "m.reg.safetensors: there are no learned representatives" in missing.err
+    assert missing.code == 3 and "m.reg.safetensors: there are no learned representatives" in missing.err
     save_file(learned, tmp_path / "m.reg.safetensors")
     done = run(*words)
     assert done.code == 0, done.err
@@ -153,7 +153,11 @@ def test_learned_representatives(run: Run, checkpoint: Path, tmp_path: Path) -> 
 
 
 WRONG: dict[str, tuple[list[str], int, str]] = {
-    "dim": (["--bits", "4", "--dim", "8"], 3, "dim 8 does not divide its 12 channels"),
+    "dim": (
+        ["--bits", "4", "--dim", "8"],
+        3,
+        "dim 8 does not divide its 12 channels; use -r RECIPE with a rule of its own",
+    ),
     "bits": (["--bits", "13"], 2, "must be between 1 and 12"),
     "method": (["--bits", "4", "--method", "rtn"], 2, "is a quantize method"),
     "training": (["--bits", "4", "--method", "dkm"], 3, "dkm trains a live model; add `model`, `data.train`"),
@@ -166,6 +170,7 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(run: Run, checkpoint: Path
     more, code, error = WRONG[case]
     done = run("cluster", str(checkpoint), *more)
     assert done.code == code and error in done.err and "Traceback" not in done.err
+    assert "change the rule" not in done.err, "there is no rule to change without a recipe"
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["m.safetensors"]
 
 
@@ -176,7 +181,19 @@ def test_a_codebook_that_does_not_pay_is_refused_with_the_arithmetic(
     recipe.write_text("version: 1\nrules:\n  - {match: fc.weight, kmeans: {bits: 12, dim: 4, codebook: f32}}\n")
     done = run("cluster", str(checkpoint), "-r", str(recipe))
     assert done.code == 3
-    assert "180 bytes of codes and 1920 of codebook (1 x 120 entries of 4) are no less than its 1920" in done.err
+    assert (
+        "1800 bytes of codes and 19200 of codebook (1 x 1200 entries of 4) are no less than the 9600 of now" in done.err
+    )
+
+
+def test_16_bit_weights_are_never_made_larger(run: Run, tmp_path: Path) -> None:
+    """12 bits for 4096 values of bfloat16: less than float32 would take, more than they take."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for dtype, code in ((torch.float32, 0), (torch.bfloat16, 3)):
+        save_file({"w": weight.to(dtype)}, tmp_path / "m.safetensors")
+        done = run("cluster", str(tmp_path / "m.safetensors"), "--bits", "12", "-o", str(tmp_path / "a.safetensors"))
+        assert done.code == code, done.err
+    assert "6144 bytes of codes and 8192 of codebook (1 x 4096 entries of 1) are no less than the 8192" in done.err
 
 
 def test_nan_and_recipes_of_the_other_family(run: Run, checkpoint: Path, tmp_path: Path) -> None:

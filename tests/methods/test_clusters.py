@@ -15,7 +15,7 @@ from qcompress.coding.codebook import centroid_values
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import codebook_shape
 from qcompress.methods import kmeans, learned
-from qcompress.registry import KmeansConfig, LearnedConfig, refuse_codebook
+from qcompress.registry import KmeansConfig, LearnedConfig, refuse_codebook, refuse_cost
 from qcompress.solvers.codebooks import BookEvidence
 from qcompress.types import Codebook
 
@@ -146,15 +146,34 @@ REFUSED = [
     ({"bits": 4, "dim": 4}, (10, 64), "dim 4 does not divide its 10 channels"),
     ({"bits": 4, "group_size": 3}, (10, 64), "group_size 3 does not divide its 10 channels"),
     ({"bits": 4, "dim": 4, "group_size": 2}, (8, 64), "dim 4 does not divide the 2 channels of a codebook"),
-    ({"bits": 12, "dim": 8, "codebook": "f32"}, (16, 100), "are no less than its 6400 as float32"),
 ]
 
 
 @pytest.mark.parametrize(("options", "shape", "words"), REFUSED)
-def test_codebooks_that_cannot_be_or_cannot_pay_are_refused(
-    options: dict[str, Any], shape: tuple[int, ...], words: str
-) -> None:
+def test_codebooks_that_cannot_be_are_refused(options: dict[str, Any], shape: tuple[int, ...], words: str) -> None:
     assert words in str(refuse_codebook(KmeansConfig(**options), shape))
+
+
+COSTS = [
+    # 2 x 150 bytes of codes, 200 vectors of 8 in float32.
+    ({"bits": 12, "dim": 8, "codebook": "f32"}, [(16, 100)], 300 + 6400),
+    # 8 x 64 bytes of codes, 256 entries of float16.
+    ({"bits": 8}, [(8, 64)], 512 + 512),
+    # 8 channels of 64 entries in 8 bits and a code of 6 for each.
+    ({"bits": 6, "granularity": "channel", "codebook": "int8"}, [(8, 64)], 8 * 48 + 8 * 64),
+    ({"bits": 2, "group_size": 4}, [(8, 64)], 8 * 16 + 2 * 4 * 2),
+    # Together they have one codebook: 2 x 8 x 64 codes, 256 entries once.
+    ({"bits": 8, "share": "model"}, [(8, 64), (8, 64)], 1024 + 512),
+]
+
+
+@pytest.mark.parametrize(("options", "shapes", "needed"), COSTS)
+def test_codebooks_that_cannot_pay_are_refused_at_just_their_price(
+    options: dict[str, Any], shapes: list[tuple[int, ...]], needed: int
+) -> None:
+    config = KmeansConfig(**options)
+    assert refuse_cost(config, shapes, needed + 1) is None
+    assert f"are no less than the {needed} of now" in str(refuse_cost(config, shapes, needed))
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qcompress.solvers.dkm import SoftKMeans, points_from_values, soft_cluster, values_from_points
+from qcompress.solvers.dkm import SoftKMeans, soft_cluster
 from qcompress.solvers.dkm_table import soft_cluster_table
 from qcompress.solvers.dkm_temperature import (
-    collapses,
     critical_temperature,
     hard_codes,
     relative_temperature,
@@ -191,7 +190,6 @@ def test_centroids_meet_above_the_critical_temperature_and_part_below(dim: int, 
     critical = critical_temperature(points, metric)
     start = points.mean(0) + 1e-3 * normal(4, dim, seed=1)
     for factor, meets in ((1.1, True), (0.9, False)):
-        assert collapses(points, factor * critical, metric) is meets
         _, moved = soft_cluster(points, start, factor * critical, 150, metric)
         spread = float((moved - moved.mean(0)).norm())
         assert spread < 1e-8 if meets else spread > 0.1
@@ -411,17 +409,6 @@ def test_hard_codes_break_ties_to_the_lower_and_use_one_of_equal_centroids() -> 
     centroids = torch.tensor([[2.0], [0.0], [2.0], [1.0]])
     points = torch.tensor([[0.5], [1.5], [1.75], [2.0], [9.0], [-9.0]])
     assert hard_codes(points, centroids).tolist() == [1, 3, 0, 0, 0, 1]
-
-
-@given(length=st.integers(0, 40), dim=st.integers(1, 8))
-def test_values_that_make_no_point_are_left_over(length: int, dim: int) -> None:
-    values = torch.arange(length, dtype=torch.float64, requires_grad=True)
-    points, rest = points_from_values(values, dim)
-    assert points.shape == (length // dim, dim) and len(rest) == length % dim
-    back = values_from_points(points, rest)
-    assert torch.equal(back, values)
-    weights = torch.arange(1.0, length + 1, dtype=torch.float64)
-    assert torch.equal(torch.autograd.grad(back, values, weights)[0], weights)
 
 
 @pytest.mark.parametrize(
