@@ -95,14 +95,17 @@ def _short(entry: Mapping[str, Any]) -> Any:
 
 
 def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The most frequent value of each field that is known before any data; the first of equals."""
+    """The most frequent value of each field that is known before any data; of equals the first as text.
+
+    So the order in which tensors were finished says nothing, and the header keeps to the room that was foretold.
+    """
     if not entries:
         return {}
     common = {}
     for key in ("axis", "bits", "codebook", "dtype", "grid"):
         counts = Counter(json.dumps(entry[key]) for entry in entries if key in entry)
         if counts:
-            common[key] = json.loads(counts.most_common(1)[0][0])
+            common[key] = json.loads(min(counts, key=lambda text: (-counts[text], text)))
     # Not the most frequent coding: that is known only when all is written, and the header's room is needed before.
     common["coding"] = "ans" if all(entry["grid"] == "lattice" for entry in entries) else "packed"
     return common

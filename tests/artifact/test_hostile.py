@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from artifact.examples import (
     verify,
 )
 from qcompress.artifact.layout import INDEX_NAME
+from qcompress.artifact.manifest_json import manifest_text
 from qcompress.artifact.reader import read_artifact
 from qcompress.errors import ArtifactError
 from qcompress.load import load_into, load_state_dict
@@ -434,6 +436,18 @@ def test_the_library_opens_what_it_should_and_nothing_is_added(tmp_path: Path) -
         assert set(library.keys()) == parts
         assert torch.equal(library.get_tensor("b"), gaussian(3, seed=2))
         assert library.get_tensor("w.qc.codes").shape == (6, 4)
+
+
+def test_the_manifest_says_nothing_of_the_order_in_which_tensors_were_finished(tmp_path: Path) -> None:
+    # Two grids, each the most frequent one, whose names differ in length.
+    tensors = {"a": gaussian(4, 8), "b": gaussian(4, 8, seed=1)}
+    asked = recipe(rule("a", "rtn", bits=2, symmetric=False), rule("b", "mse", bits=3, symmetric=True))
+    run(save(tmp_path / "m.safetensors", tensors), tmp_path / "out.safetensors", asked)
+    manifest = read_artifact(tmp_path / "out.safetensors").files[0].manifest
+    assert len({len(entry.grid) for entry in manifest.tensors.values()}) == 2
+    turned = replace(manifest, tensors=dict(reversed(manifest.tensors.items())))
+    assert list(turned.tensors) != list(manifest.tensors)
+    assert manifest_text(turned) == manifest_text(manifest)
 
 
 def test_the_manifest_is_short_sorted_and_silent_about_the_machine(tmp_path: Path) -> None:
