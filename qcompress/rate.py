@@ -5,6 +5,7 @@ Each attempt is a whole artifact where the output is staged; the first that hold
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import torch
 from qcompress.artifact.layout import POOL_NAME
 from qcompress.artifact.staging import refuse_existing, refuse_own_input, staged_output
 from qcompress.checkpoint import Checkpoint, tensor_view
+from qcompress.coding.payload import CodingChoice
 from qcompress.errors import BudgetError
 from qcompress.options import Options
 from qcompress.registry import METHODS
@@ -63,7 +65,21 @@ class _Limit:
         return size.artifact_bytes * 8.0 if self.whole else 8.0 * (size.parts.codes + size.parts.side_information)
 
 
-def _limit(checkpoint: Checkpoint, plan: Plan, options: Options) -> _Limit:
+def most_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> int:
+    """The most that the artifact may take under the plan's budget, in bits a weight or in bytes, which decides steps.
+
+    raises  BudgetError where the budget is less than next to nothing takes
+    """
+    limit = _limit(checkpoint, plan, choice)
+    if limit.whole:
+        return int(limit.bits // 8)
+    # A live model's methods may adjust what is kept, and headers name it, as JSON in JSON.
+    kept = [d.tensor.name for d in plan.decisions if not d.compresses] if plan.recipe.model is not None else []
+    names = len(json.dumps(json.dumps({"adjusted": kept}, ensure_ascii=False), ensure_ascii=False).encode()) + 8
+    return _other_bytes(checkpoint, plan, choice) + names * len(checkpoint.shards) + int(limit.bits // 8)
+
+
+def _limit(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> _Limit:
     """Raises BudgetError where the budget is less than next to nothing takes."""
     budget = plan.recipe.budget
     assert budget is not None
@@ -75,12 +91,12 @@ def _limit(checkpoint: Checkpoint, plan: Plan, options: Options) -> _Limit:
             raise BudgetError(where, what, f"ask for at least {LEAST_BPW}")
         return _Limit(budget.bpw * weights, 0.0, whole=False)
     assert budget.size is not None
-    other = _other_bytes(checkpoint, plan, options)
+    other = _other_bytes(checkpoint, plan, choice)
     rest = math.ceil(LEAST_BPW * weights / 8)
     if budget.size < other + rest:
         # The header holds the budget: a larger number may be longer.
         larger = replace(plan.recipe, budget=replace(budget, size=other + rest))
-        least = _other_bytes(checkpoint, replace(plan, recipe=larger), options) + rest
+        least = _other_bytes(checkpoint, replace(plan, recipe=larger), choice) + rest
         what = (
             f"{budget.size:,} bytes are too few: what is kept, names and next to nothing for the codes take {least:,}"
         )
@@ -88,10 +104,10 @@ def _limit(checkpoint: Checkpoint, plan: Plan, options: Options) -> _Limit:
     return _Limit(budget.size * 8.0, other * 8.0, whole=True)
 
 
-def _other_bytes(checkpoint: Checkpoint, plan: Plan, options: Options) -> int:
+def _other_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> int:
     """The bytes of all files but for codes and side information, at most."""
     compressed = {decision.tensor.name for decision in plan.decisions if decision.compresses}
-    layouts = [shard.layout for shard in make_shards(checkpoint, plan, options.choice)]
+    layouts = [shard.layout for shard in make_shards(checkpoint, plan, choice)]
     # Of the slots only those of kept tensors are known; what several compressed ones share belongs to none.
     codes = sum(slot.n_bytes for one in layouts for slot in one.slots if slot.tensor in {POOL_NAME, *compressed})
     return sum(one.file_bytes for one in layouts) - codes
@@ -112,7 +128,7 @@ def make_at_rate(checkpoint: Checkpoint, make: Make, say: Callable[[str], None] 
             return make(plan, options)
         refuse_own_input(checkpoint.path, options.output)
         refuse_existing(options.output, options.force, checkpoint.is_folder)
-        limit = _limit(checkpoint, plan, options)
+        limit = _limit(checkpoint, plan, options.choice)
         with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
             drafts = staged.parent / "attempts"
             drafts.mkdir()

@@ -46,10 +46,12 @@ def print_plan(
 def plan_json(source: Checkpoint, plan: Plan, target: Path, choice: CodingChoice) -> dict[str, Any]:
     """The plan as JSON data. `exact` false: sizes are the most that entropy coding can need.
 
-    While a budget has yet to choose widths, sizes are those of the narrowest, and `artifact_bytes` is null.
+    While a budget has yet to choose widths, sizes are those of the narrowest, and `artifact_bytes` is null. Where it
+    decides steps, the whole is what it allows, and a tensor's bytes are the most that any codes could take.
     """
     from qcompress.allocate import is_open, narrowest, refuse_infeasible
     from qcompress.artifact.layout import make_slots
+    from qcompress.rate import is_unbounded, most_bytes
     from qcompress.recipe import recipe_hash
     from qcompress.shards import planned_files
 
@@ -58,6 +60,10 @@ def plan_json(source: Checkpoint, plan: Plan, target: Path, choice: CodingChoice
     sizes = {d.tensor.name: sum(slot.n_bytes for slot in make_slots(d, choice)) for d in least.decisions}
     files = planned_files(source, least, choice)
     total = sum(files.values())
+    budget = plan.recipe.budget
+    if budget is not None and is_unbounded(plan) and (budget.bpw is not None or budget.size is not None):
+        total = min(total, most_bytes(source, plan, choice))
+        files = {name: min(size, total) for name, size in files.items()}
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "input": str(source.path),
@@ -69,8 +75,8 @@ def plan_json(source: Checkpoint, plan: Plan, target: Path, choice: CodingChoice
         "recipe_hash": recipe_hash(plan.recipe),
         "tensors": [_tensor_json(decision, sizes[decision.tensor.name]) for decision in plan.decisions],
     }
-    if plan.recipe.budget is not None:
-        limits = asdict(plan.recipe.budget)
+    if budget is not None:
+        limits = asdict(budget)
         document["budget"] = {name: limit for name, limit in limits.items() if limit is not None}
         document["least_bytes"] = total if is_open(plan) else None
     return document

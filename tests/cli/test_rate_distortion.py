@@ -177,6 +177,24 @@ def test_a_dry_run_tells_the_budget_and_writes_nothing(run: Run, checkpoint: Pat
     document = json.loads(ran.out)
     assert document["budget"] == {"bpw": 2.0} and not document["exact"]
     assert files_under(tmp_path) == before
+    made = run("quantize", checkpoint, "--bpw", 2, "--json", "-")
+    size = json.loads(made.out)["size"]["artifact_bytes"]
+    assert size <= document["artifact_bytes"] < 1.1 * size
+
+
+def test_a_dry_run_bounds_what_calibration_adjusts_too(run: Run, trained: Path, tmp_path: Path) -> None:
+    words = ["quantize", trained / "m.safetensors", "-r", trained / "rd.yaml", "--allow-code", "--bpw", 2]
+    bound = json.loads(run(*words, "-n", "--json", "-").out)["artifact_bytes"]
+    made = json.loads(run(*words, "-o", tmp_path / "a.safetensors", "--json", "-").out)
+    assert any(layer["reason"].endswith("values adjusted") for layer in made["layers"])
+    assert made["size"]["artifact_bytes"] <= bound
+
+
+@pytest.mark.parametrize("flag", [("--bpw", "0.05"), ("--target-size", "1KB")])
+def test_a_dry_run_refuses_what_the_run_would(run: Run, checkpoint: Path, flag: tuple[str, str]) -> None:
+    planned, ran = (run("quantize", checkpoint, *flag, *more) for more in (["-n"], []))
+    assert planned.code == ran.code == 3
+    assert planned.err == ran.err
 
 
 def test_the_least_size_that_is_named_can_be_had(run: Run, checkpoint: Path) -> None:
