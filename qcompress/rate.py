@@ -5,7 +5,6 @@ Each attempt is a whole artifact where the output is staged; the first that hold
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,23 +13,18 @@ from pathlib import Path
 
 import torch
 
-from qcompress.artifact.layout import POOL_NAME
 from qcompress.artifact.staging import refuse_existing, refuse_own_input, staged_output
 from qcompress.checkpoint import Checkpoint, tensor_view
-from qcompress.coding.payload import CodingChoice
 from qcompress.errors import BudgetError
+from qcompress.limit import LEAST_BPW, Limit, coded_weights, has_steps, is_unbounded, limit_of
 from qcompress.options import Options
-from qcompress.registry import METHODS
 from qcompress.report.document import Report
-from qcompress.shards import make_shards
 from qcompress.solvers.lattice_grid import root_mean_square
 from qcompress.types import Decision, Plan
 
 Make = Callable[[Plan, Options], Report]
 """Writes the artifact of a plan and gives its report."""
 
-LEAST_BPW = 0.1
-"""Bits a weight below which nothing is promised: zeros cost something too."""
 FULL = 0.98
 """The share of the budget that an attempt must use to be the last."""
 AIM = 0.997
@@ -40,81 +34,6 @@ FARTHEST = 4.0
 STEP_OF_RATE = 0.75
 """By how much the logarithm of all steps changes a bit a weight, about: ln 2 where rates are high."""
 SAMPLED_WEIGHTS = 1 << 16
-
-
-def is_unbounded(plan: Plan) -> bool:
-    """Whether a budget of the plan decides steps, not widths."""
-    return plan.recipe.budget is not None and any(_has_steps(decision) for decision in plan.decisions)
-
-
-def _has_steps(decision: Decision) -> bool:
-    return decision.compresses and METHODS[decision.method or ""].live is not None
-
-
-@dataclass(frozen=True)
-class _Limit:
-    """A budget in bits: of codes and side information, or of all files, whose other parts take `other_bits`."""
-
-    bits: float
-    other_bits: float
-    whole: bool
-
-    def spent(self, report: Report) -> float:
-        """What an artifact takes of it."""
-        size = report.size
-        return size.artifact_bytes * 8.0 if self.whole else 8.0 * (size.parts.codes + size.parts.side_information)
-
-
-def most_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> int:
-    """The most that the artifact may take under the plan's budget, in bits a weight or in bytes, which decides steps.
-
-    raises  BudgetError where the budget is less than next to nothing takes
-    """
-    limit = _limit(checkpoint, plan, choice)
-    if limit.whole:
-        return int(limit.bits // 8)
-    # A live model's methods may adjust what is kept, and headers name it, as JSON in JSON.
-    kept = [d.tensor.name for d in plan.decisions if not d.compresses] if plan.recipe.model is not None else []
-    names = len(json.dumps(json.dumps({"adjusted": kept}, ensure_ascii=False), ensure_ascii=False).encode()) + 8
-    return _other_bytes(checkpoint, plan, choice) + names * len(checkpoint.shards) + int(limit.bits // 8)
-
-
-def _limit(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> _Limit:
-    """Raises BudgetError where the budget is less than next to nothing takes."""
-    budget = plan.recipe.budget
-    assert budget is not None
-    weights = _weights(plan)
-    where = plan.recipe.places.get("budget", "budget")
-    if budget.bpw is not None:
-        if budget.bpw < LEAST_BPW:
-            what = f"{budget.bpw:g} bits per weight are too few"
-            raise BudgetError(where, what, f"ask for at least {LEAST_BPW}")
-        return _Limit(budget.bpw * weights, 0.0, whole=False)
-    assert budget.size is not None
-    other = _other_bytes(checkpoint, plan, choice)
-    rest = math.ceil(LEAST_BPW * weights / 8)
-    if budget.size < other + rest:
-        # The header holds the budget: a larger number may be longer.
-        larger = replace(plan.recipe, budget=replace(budget, size=other + rest))
-        least = _other_bytes(checkpoint, replace(plan, recipe=larger), choice) + rest
-        what = (
-            f"{budget.size:,} bytes are too few: what is kept, names and next to nothing for the codes take {least:,}"
-        )
-        raise BudgetError(where, what, f"ask for at least {least}, compress more tensors, or keep them as f16")
-    return _Limit(budget.size * 8.0, other * 8.0, whole=True)
-
-
-def _other_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> int:
-    """The bytes of all files but for codes and side information, at most."""
-    compressed = {decision.tensor.name for decision in plan.decisions if decision.compresses}
-    layouts = [shard.layout for shard in make_shards(checkpoint, plan, choice)]
-    # Of the slots only those of kept tensors are known; what several compressed ones share belongs to none.
-    codes = sum(slot.n_bytes for one in layouts for slot in one.slots if slot.tensor in {POOL_NAME, *compressed})
-    return sum(one.file_bytes for one in layouts) - codes
-
-
-def _weights(plan: Plan) -> int:
-    return sum(decision.tensor.numel for decision in plan.decisions if decision.compresses)
 
 
 def make_at_rate(checkpoint: Checkpoint, make: Make, say: Callable[[str], None] = lambda _: None) -> Make:
@@ -128,7 +47,7 @@ def make_at_rate(checkpoint: Checkpoint, make: Make, say: Callable[[str], None] 
             return make(plan, options)
         refuse_own_input(checkpoint.path, options.output)
         refuse_existing(options.output, options.force, checkpoint.is_folder)
-        limit = _limit(checkpoint, plan, options.choice)
+        limit = limit_of(checkpoint, plan, options.choice)
         with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
             drafts = staged.parent / "attempts"
             drafts.mkdir()
@@ -149,13 +68,13 @@ class _Search:
     make: Make
     plan: Plan
     options: Options
-    limit: _Limit
+    limit: Limit
     drafts: Path
     say: Callable[[str], None]
 
     def run(self) -> tuple[Report, Path]:
         """The report and the place of the best attempt. Raises BudgetError."""
-        limit, weights = self.limit, _weights(self.plan)
+        limit, weights = self.limit, coded_weights(self.plan)
         bits = AIM * (limit.bits - limit.other_bits)
         step = None if self._is_live else first_step(self.checkpoint, self.plan, bits)
         best: tuple[float, Report, Path] | None = None
@@ -187,7 +106,11 @@ class _Search:
 
     def _refusal(self, least: float) -> BudgetError:
         """Of a budget in whose place no attempt took less than so many bits."""
-        where, budget, weights = self.plan.recipe.places.get("budget", "budget"), self.limit.bits, _weights(self.plan)
+        where, budget, weights = (
+            self.plan.recipe.places.get("budget", "budget"),
+            self.limit.bits,
+            coded_weights(self.plan),
+        )
         words, enough = f"{budget / 8:,.0f} bytes", f"{least / 8:.0f}"
         if not self.limit.whole:
             words, enough = f"{budget / weights:g} bits per weight", f"{math.ceil(1000 * least / weights) / 1000:g}"
@@ -230,7 +153,7 @@ def _has_calibration(plan: Plan) -> bool:
 
 def _with_step(plan: Plan, step: float) -> Plan:
     def stepped(decision: Decision) -> Decision:
-        if not _has_steps(decision):
+        if not has_steps(decision):
             return decision
         return replace(decision, config=replace(decision.config, step=step))
 
@@ -242,8 +165,8 @@ def first_step(checkpoint: Checkpoint, plan: Plan, bits: float) -> float:
 
     From a sample of each tensor's weights.
     """
-    samples = [_sample(checkpoint, d) for d in plan.decisions if _has_steps(d)]
-    weights = [d.tensor.numel for d in plan.decisions if _has_steps(d)]
+    samples = [_sample(checkpoint, d) for d in plan.decisions if has_steps(d)]
+    weights = [d.tensor.numel for d in plan.decisions if has_steps(d)]
 
     def rate_at(log: float) -> float:
         rates = (entropy((sample.double() / math.exp(log)).round()) for sample in samples)

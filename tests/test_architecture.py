@@ -23,7 +23,7 @@ ALL = SHOWN | {
 }
 VERBS = (
     *("allocate", "audit", "books", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "halves"),
-    *("journal", "load", "minimize", "preflight", "probe", "rate"),
+    *("journal", "limit", "load", "minimize", "preflight", "probe", "rate"),
     *("representatives", "sensitivity", "shard_writer", "shards", "tune", "worker"),
 )
 
@@ -159,6 +159,7 @@ TORCH_FREE = [
     "artifact.staging",
     "artifact.writer",
     "checkpoint",
+    "limit",
     "options",
     "plan",
     "recipe",

@@ -20,10 +20,11 @@ from qcompress.artifact.reader import read_artifact
 from qcompress.artifact.staging import staging_folder
 from qcompress.checkpoint import read_checkpoint
 from qcompress.errors import BudgetError
+from qcompress.limit import is_unbounded
 from qcompress.load import load_state_dict
 from qcompress.minimize import compress_within
 from qcompress.options import Options
-from qcompress.rate import AIM, FARTHEST, entropy, first_step, is_unbounded, make_at_rate, next_step
+from qcompress.rate import AIM, FARTHEST, entropy, first_step, make_at_rate, next_step
 from qcompress.recipe import parse_recipe
 from qcompress.report.document import Report
 from qcompress.types import Plan

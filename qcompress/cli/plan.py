@@ -51,7 +51,7 @@ def plan_json(source: Checkpoint, plan: Plan, target: Path, choice: CodingChoice
     """
     from qcompress.allocate import is_open, narrowest, refuse_infeasible
     from qcompress.artifact.layout import make_slots
-    from qcompress.rate import is_unbounded, most_bytes
+    from qcompress.limit import is_unbounded, most_bytes
     from qcompress.recipe import recipe_hash
     from qcompress.shards import planned_files
 
