@@ -33,7 +33,7 @@ from qcompress.recipe import read_recipe
 SEEDS = (0, 1, 2)
 SMALL_RATES = (1.4, 1.8)
 """Of whole files in which what is not compressed is stored in 16 bits."""
-NNCODEC_QPS = (-24, -20, -18, -16, -14, -12)
+NNCODEC_QPS = (-24, -22, -20, -18, -16, -14, -12)
 """Quantization parameters: the larger, the larger the steps."""
 
 
