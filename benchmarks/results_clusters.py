@@ -31,6 +31,7 @@ class Start(NamedTuple):
     reduced: tuple[str, ...] = CLIPPED
     settings: tuple[tuple[int, int], ...] = SETTINGS
     dkm: tuple[tuple[int, int], ...] = SETTINGS
+    changes: tuple[str, ...] = ()
 
 
 STARTS = {
@@ -40,6 +41,15 @@ STARTS = {
     "dsmm": Start("fine-tuned with DSMM", "dsmm_0.safetensors", dkm=()),
     "mobilenet": Start(
         "MobileNetV1 0.75", "data:imagenet/mobilenet_v1_075_224.safetensors", "imagenet/mobilenet_v1_075", ()
+    ),
+    "mobilenet_channel": Start(
+        "MobileNetV1 0.75, a codebook a channel",
+        "data:imagenet/mobilenet_v1_075_224.safetensors",
+        "imagenet/mobilenet_v1_075",
+        (),
+        ((2, 1), (4, 1)),
+        (),
+        ("rules.0.kmeans.granularity=channel",),
     ),
     "mobilenet_dsmm": Start(
         "MobileNetV1 0.75, fine-tuned with DSMM",
@@ -66,7 +76,7 @@ def cluster(start: str, method: str, setting: tuple[int, int], options: argparse
     recipe = ROOT / "recipes" / f"{about.recipe}_{method}.yaml"
     # The ten channels of ResNet-20's last layer, which has the first rule, make no vectors of four.
     widths = {1: setting, 0: (2, 2) if dim == 4 else setting} if "resnet20" in about.recipe else {0: setting}
-    changes = list(about.reduced)
+    changes = [*about.reduced, *about.changes]
     for index, (width, length) in widths.items():
         changes += [f"rules.{index}.{method}.bits={width}", f"rules.{index}.{method}.dim={length}"]
     if method == "dkm":
@@ -81,11 +91,11 @@ def cluster(start: str, method: str, setting: tuple[int, int], options: argparse
 
 HEAD = """## Weight sharing
 
-Written by `benchmarks/results_clusters.py`; all layers, first and last included, one codebook a layer. `bits/dim` are
-the bits of a code and the weights that share one (Kundu et al. 2024, Figure 3); at 4/4 the last layer of ResNet-20,
-whose ten channels 4 does not divide, has 2/2. Reduced to a few CPU minutes a run:
-ResNet-20 on 2,000 test images, tuned and trained by DKM for one epoch on 4,000 images; MobileNet on 400 photos of
-ImageNet, tuned and trained for one epoch on 256. So these figures compare rows and columns, and are no one's best.
+Written by `benchmarks/results_clusters.py`; all layers, first and last included, one codebook a layer if nothing else is
+said. `bits/dim` are the bits of a code and the weights that share one (Kundu et al. 2024, Figure 3); at 4/4 the last
+layer of ResNet-20, whose ten channels 4 does not divide, has 2/2. Reduced to a few CPU minutes a run: ResNet-20 on 2,000
+test images, tuned and trained by DKM for one epoch on 4,000 images; MobileNet on 400 photos of ImageNet, tuned and
+trained for one epoch on 256. So these figures compare rows and columns, and are no one's best.
 
     QCOMPRESS_DATA=/path/to/data python benchmarks/results_clusters.py --starts FOLDER --work results
 
