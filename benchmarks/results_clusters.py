@@ -91,11 +91,11 @@ def cluster(start: str, method: str, setting: tuple[int, int], options: argparse
 
 HEAD = """## Weight sharing
 
-Written by `benchmarks/results_clusters.py`; all layers, first and last included, one codebook a layer if nothing else is
-said. `bits/dim` are the bits of a code and the weights that share one (Kundu et al. 2024, Figure 3); at 4/4 the last
-layer of ResNet-20, whose ten channels 4 does not divide, has 2/2. Reduced to a few CPU minutes a run: ResNet-20 on 2,000
-test images, tuned and trained by DKM for one epoch on 4,000 images; MobileNet on 400 photos of ImageNet, tuned and
-trained for one epoch on 256. So these figures compare rows and columns, and are no one's best.
+Written by `benchmarks/results_clusters.py`; all layers, first and last included, one codebook a layer if nothing else
+is said. `bits/dim` are the bits of a code and the weights that share one (Kundu et al. 2024, Figure 3); at 4/4 the
+last layer of ResNet-20, whose ten channels 4 does not divide, has 2/2. Reduced to a few CPU minutes a run: ResNet-20
+on 2,000 test images, tuned and trained by DKM for one epoch on 4,000 images; MobileNet on 400 photos of ImageNet,
+tuned and trained for one epoch on 256. So these figures compare rows and columns, and are no one's best.
 
     QCOMPRESS_DATA=/path/to/data python benchmarks/results_clusters.py --starts FOLDER --work results
 
