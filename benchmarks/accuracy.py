@@ -27,8 +27,8 @@ from torch import Tensor
 from qcompress.coding.affine import decode
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight
+from qcompress.encoded import Affine
 from qcompress.registry import METHODS
-from qcompress.types import Affine
 
 VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),

@@ -23,8 +23,8 @@ from qcompress.coding.lattice_payload import decode_lattice, encode_pool, join_s
 from qcompress.coding.lengths import coded_bits, make_pools
 from qcompress.coding.payload import CodingChoice, entropy_bits
 from qcompress.coding.side import Matrix, parse_side
+from qcompress.encoded import Lattice
 from qcompress.report.counts import count_values
-from qcompress.types import Lattice
 
 NETWORKS = ("cifar10/resnet20", "imagenet/mobilenet_v1_075_224")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qcompress.coding.affine import decode
 from qcompress.coding.rows import rows_from_weight
+from qcompress.encoded import Affine
 from qcompress.methods import kmeans, rtn
 from qcompress.model.build import channel_axes
 from qcompress.model.live import put_tensors
@@ -22,7 +23,6 @@ from qcompress.report.figures import LayerMeter
 from qcompress.report.training import WeightFigures
 from qcompress.solvers.codebooks import BookEvidence
 from qcompress.solvers.hessian import grid_exponent
-from qcompress.types import Affine
 
 Measure = Callable[[nn.Module], Sequence[Measurement]]
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight
+from qcompress.encoded import Codebook, Encoded
 from qcompress.model.live import seeded_generator
 from qcompress.model.statistics import Statistics, read_statistics
 from qcompress.registry import METHODS
 from qcompress.solvers.codebooks import BookEvidence, count_entries, spread_sensitivity, vectors_from_rows
 from qcompress.solvers.kmeans_shared import ScalarCounts, VectorSample
-from qcompress.types import BookKey, Codebook, Decision, Encoded, Plan, book_key, row_shape, shared_groups
+from qcompress.types import BookKey, Decision, Plan, book_key, row_shape, shared_groups
 
 WeightOf: TypeAlias = Callable[[Decision], Tensor]
 """The weight of a decision, on the CPU, in its own dtype and shape."""

@@ -17,6 +17,7 @@ from qcompress.artifact.staging import refuse_own_input, staged_output
 from qcompress.artifact.writer import copy_companions, write_index
 from qcompress.books import Evidence, make_shared_books, unweighed, with_entries_counted
 from qcompress.checkpoint import Checkpoint, tensor_view
+from qcompress.encoded import Fitted, Kept
 from qcompress.halves import halve_what_bears_it
 from qcompress.options import Options
 from qcompress.preflight import fitting_threads, refuse_full_disk, refuse_nonfinite, refuse_untrue_ties
@@ -25,7 +26,7 @@ from qcompress.report.assemble import compressed_layer, kept_layer, run_figures
 from qcompress.report.document import ArtifactFile, LayerReport, Report, RunFigures, make_size
 from qcompress.shard_writer import Run, WrittenShard, write_shard
 from qcompress.shards import make_shards
-from qcompress.types import Decision, Fitted, Kept, Plan
+from qcompress.types import Decision, Plan
 
 
 def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitted | None = None) -> Report:

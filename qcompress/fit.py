@@ -10,6 +10,7 @@ from torch import Tensor
 from qcompress.books import Evidence, make_shared_books
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight
+from qcompress.encoded import ActivationGrid, Encoded, Fitted, Kept
 from qcompress.errors import InputError, ModelError, raise_all
 from qcompress.model.activations import measure_activations
 from qcompress.model.companions import run_companions
@@ -19,7 +20,7 @@ from qcompress.model.moments import batch_norm_grids
 from qcompress.registry import METHODS
 from qcompress.settings import ActivationSettings
 from qcompress.training.learn import Learn
-from qcompress.types import ActivationGrid, Decision, Encoded, Fitted, Kept, Plan
+from qcompress.types import Decision, Plan
 from qcompress.worker import encode_rows
 
 Say = Callable[[str], None]

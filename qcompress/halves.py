@@ -7,8 +7,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from qcompress.checkpoint import Checkpoint, tensor_view
+from qcompress.encoded import Fitted, Kept
 from qcompress.plan import STORED_AS_F16
-from qcompress.types import Fitted, Kept, Plan
+from qcompress.types import Plan
 
 HALF_ERROR = 2.0**-9
 """The most that a tensor may change, relative to its size, to be stored as float16 on request."""

@@ -17,8 +17,8 @@ from typing import IO, Any, Self
 from qcompress.artifact.layout import Layout, render_header
 from qcompress.artifact.manifest import Entry, Manifest
 from qcompress.artifact.writer import Filled
+from qcompress.encoded import ClassUse
 from qcompress.report.document import LayerFigures
-from qcompress.types import ClassUse
 
 
 @dataclass(frozen=True)

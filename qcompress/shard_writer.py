@@ -17,10 +17,11 @@ from qcompress.books import Evidence
 from qcompress.checkpoint import tensor_bytes, tensor_view
 from qcompress.coding.lattice_payload import encode_pool
 from qcompress.coding.packing import row_bytes
+from qcompress.encoded import Fitted, Kept
 from qcompress.journal import Journal, Record, run_key
 from qcompress.options import Options
 from qcompress.shards import Shard
-from qcompress.types import Decision, Fitted, Kept, TensorInfo
+from qcompress.types import Decision, TensorInfo
 from qcompress.worker import Finished, Job, encode_tensor, survey_bytes
 
 COPY_BYTES = 1 << 22

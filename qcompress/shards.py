@@ -15,8 +15,9 @@ from qcompress.artifact.manifest import Manifest, make_halved
 from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
 from qcompress.container import Container
+from qcompress.encoded import Fitted, Kept
 from qcompress.recipe import recipe_hash, recipe_json
-from qcompress.types import Decision, Fitted, Kept, Plan, book_key, shared_groups
+from qcompress.types import Decision, Plan, book_key, shared_groups
 
 Value = TypeVar("Value")
 

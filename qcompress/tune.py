@@ -20,6 +20,7 @@ from qcompress.books import Evidence
 from qcompress.coding.codebook import centroid_values, store_centroids
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import weight_from_rows
+from qcompress.encoded import Codebook, Encoded, Fitted
 from qcompress.evaluate import Setting, measure_task
 from qcompress.finetune import train_data, training_loss
 from qcompress.fit import fit
@@ -34,7 +35,7 @@ from qcompress.training.loop import Watch, train
 from qcompress.training.losses import make_loss
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
-from qcompress.types import BookKey, Codebook, Decision, Encoded, Fitted, Plan, book_key
+from qcompress.types import BookKey, Decision, Plan, book_key
 
 
 @dataclass

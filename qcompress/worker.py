@@ -28,6 +28,7 @@ from qcompress.coding.packing import pack, row_bytes
 from qcompress.coding.payload import Coding, CodingChoice, encode_payload
 from qcompress.coding.rows import dim_of, rows_from_weight, stored_codebook_shape
 from qcompress.container import Container
+from qcompress.encoded import Affine, Codebook, Encoded, Lattice
 from qcompress.errors import CheckpointError
 from qcompress.model.live import seeded_generator
 from qcompress.model.statistics import read_statistics, refuse_misfit
@@ -37,7 +38,7 @@ from qcompress.report.counts import count_values
 from qcompress.report.document import LayerFigures
 from qcompress.report.figures import LayerMeter, unclipped_range
 from qcompress.representatives import read_representatives
-from qcompress.types import Affine, Codebook, Decision, Encoded, Lattice, TensorInfo, row_shape
+from qcompress.types import Decision, TensorInfo, row_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

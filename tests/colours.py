@@ -14,6 +14,17 @@ from qcompress.model.code import find_callable
 
 Samples: TypeAlias = tuple[Tensor, Tensor]
 
+TRAINED_RECIPE = """
+version: 1
+model: {factory: net.py:net, args: {norm: true}}
+data:
+  train: {npz: data.npz, batch_size: 16, augment: [flip]}
+  eval: {npz: data.npz}
+  normalize: {mean: [0.5], std: [0.25]}
+task: classification
+"""
+"""How a recipe that trains the network of `net.py` on the images begins."""
+
 
 def write_colours(folder: Path, count: int = 192) -> Samples:
     """The images as a network is fed them, float32 [count, 3, 8, 8], and their labels; both are in `data.npz`.

@@ -15,7 +15,7 @@ from qcompress.registry import EXPORTERS, METHODS
 PACKAGE = Path(__file__).parent.parent / "qcompress"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-NOUNS = {"errors", "settings", "types"}
+NOUNS = {"encoded", "errors", "settings", "types"}
 KNOWN = NOUNS | {"registry"}
 SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
 ALL = SHOWN | {
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "errors": set(),
     "settings": set(),
     "types": {"settings"},
+    "encoded": {"types"},
     "registry": NOUNS,
     "container": NOUNS,
     "recipe": KNOWN,
@@ -159,6 +160,7 @@ TORCH_FREE = [
     "artifact.staging",
     "artifact.writer",
     "checkpoint",
+    "encoded",
     "limit",
     "options",
     "plan",

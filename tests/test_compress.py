@@ -39,13 +39,14 @@ from qcompress.coding.affine import decode, take_rows
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.compress import compress
+from qcompress.encoded import Affine
 from qcompress.errors import CheckpointError, OutputError, ResourceError
 from qcompress.load import load_state_dict
 from qcompress.options import Options
 from qcompress.preflight import keep_nonfinite
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
-from qcompress.types import Affine, Recipe
+from qcompress.types import Recipe
 
 QUANTIZERS = [
     name for name, one in METHODS.items() if one.family == "quantize" and one.needs == "weights" and one.has_widths

@@ -18,13 +18,14 @@ from torch import Tensor
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint import read_checkpoint
 from qcompress.compress import compress
+from qcompress.encoded import Fitted, Kept
 from qcompress.exporters.safetensors import export
 from qcompress.load import load_state_dict
 from qcompress.options import Options
 from qcompress.plan import make_plan
 from qcompress.recipe import parse_recipe, recipe_yaml
 from qcompress.report.gather import gather_report
-from qcompress.types import Fitted, Keep, Kept, Recipe
+from qcompress.types import Keep, Recipe
 
 
 def network() -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ from artifact.examples import gaussian, plan_for, recipe, rtn, rule, run, save, 
 
 from qcompress.checkpoint import read_checkpoint
 from qcompress.coding.payload import CodingChoice
+from qcompress.encoded import Affine
 from qcompress.journal import Journal, run_key
 from qcompress.methods import rtn as rtn_method
 from qcompress.shards import make_shards
-from qcompress.types import Affine, Recipe
+from qcompress.types import Recipe
 
 NAMES = [f"layer{index}.weight" for index in range(6)]
 

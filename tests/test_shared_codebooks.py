@@ -16,10 +16,10 @@ from torch import Tensor
 import qcompress
 from qcompress.artifact.reader import read_artifact
 from qcompress.coding.codebook import centroid_values
+from qcompress.encoded import Codebook
 from qcompress.methods import kmeans
 from qcompress.plan import shared_by
 from qcompress.solvers.kmeans import assign_scalars, cluster_scalars
-from qcompress.types import Codebook
 
 NAMES = [f"blocks.{block}.{kind}.weight" for block in range(2) for kind in ("q", "k")]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import qcompress
 from qcompress.artifact.reader import read_artifact
 from qcompress.coding.affine import TORCH_DTYPES, decode
+from qcompress.encoded import Codebook, Fitted
 from qcompress.evaluate import Setting, measure_task
 from qcompress.methods.dkm import SoftShared
 from qcompress.model.batches import Batch
@@ -25,7 +26,7 @@ from qcompress.model.tasks import Measurement
 from qcompress.registry import DkmConfig, KmeansConfig, Tune
 from qcompress.solvers.dkm_temperature import share_at
 from qcompress.tune import _Entries, _entries, _scale_gradient
-from qcompress.types import Book, Codebook, Decision, Fitted, TensorInfo
+from qcompress.types import Book, Decision, TensorInfo
 
 NET = """
 from torch import nn

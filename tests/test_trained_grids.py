@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from colours import anchored, write_colours, write_learned
+from colours import TRAINED_RECIPE, anchored, write_colours, write_learned
 from conftest import Run, run_two_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,9 +16,9 @@ from torch import nn
 import qcompress
 from qcompress.artifact.reader import read_artifact
 from qcompress.coding.affine import decode
+from qcompress.encoded import Affine
 from qcompress.registry import LsqConfig, PactConfig
 from qcompress.training import loop
-from qcompress.types import Affine
 
 NET = """
 from torch import nn
@@ -41,14 +41,9 @@ def net(norm=True):
     return Net(norm)
 """
 
-RECIPE = """
-version: 1
-model: {factory: net.py:net, args: {norm: true}}
-data:
-  train: {npz: data.npz, batch_size: 16, augment: [flip]}
-  eval: {npz: data.npz}
-  normalize: {mean: [0.5], std: [0.25]}
-task: classification
+RECIPE = (
+    TRAINED_RECIPE
+    + """\
 rules:
   - {match: "*.weight", METHOD: OPTIONS}
 activations: {bits: 4}
@@ -59,6 +54,7 @@ finetune:
   norm_batches: 4
   log_steps: 5
 """
+)
 WEIGHTS = ("conv.weight", "up.weight", "mix.weight", "fc.weight")
 
 

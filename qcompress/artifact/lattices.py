@@ -17,8 +17,8 @@ from qcompress.coding.pool import Pool, class_uses, source_of_codes
 from qcompress.coding.rows import tap_count
 from qcompress.coding.side import Grid, Matrix, lattice_crc32, parse_side
 from qcompress.container import Container
+from qcompress.encoded import ClassUse
 from qcompress.errors import ArtifactError
-from qcompress.types import ClassUse
 
 REFETCH = "the file is damaged: fetch or make it again"
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from qcompress.coding.payload import Coding
-from qcompress.types import ActivationGrid, Convention, Shape, TensorInfo, row_shape
+from qcompress.encoded import ActivationGrid
+from qcompress.types import Convention, Shape, TensorInfo, row_shape
 
 METADATA_KEY = "qcompress"
 

@@ -23,7 +23,8 @@ from qcompress.artifact.manifest import (
 )
 from qcompress.coding.payload import Coding
 from qcompress.container import RESERVED, parse_json
-from qcompress.types import WEIGHT_DTYPES, ActivationGrid, Convention
+from qcompress.encoded import ActivationGrid
+from qcompress.types import WEIGHT_DTYPES, Convention
 
 FORMAT = 1
 

@@ -34,13 +34,14 @@ from qcompress.coding.jobs import decoding_processes
 from qcompress.coding.packing import count_codes, unpack
 from qcompress.coding.payload import decode_payload
 from qcompress.container import Container, parse_json, read_container
+from qcompress.encoded import ActivationGrid
 from qcompress.errors import ArtifactError
-from qcompress.types import ActivationGrid, TensorInfo
+from qcompress.types import TensorInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qcompress.types import Affine, Codebook, Lattice
+    from qcompress.encoded import Affine, Codebook, Lattice
 
 NUMPY_DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
 
@@ -152,7 +153,7 @@ class ArtifactFile:
         import torch
 
         from qcompress.coding.lattice import lattice_of_grid
-        from qcompress.types import Affine, Codebook
+        from qcompress.encoded import Affine, Codebook
 
         entry = self.manifest.tensors[name]
         if entry.is_lattice:

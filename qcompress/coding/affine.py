@@ -13,7 +13,8 @@ from qcompress.coding.codebook import decode_codebook_rows, row_unit, take_codeb
 from qcompress.coding.half import from_half
 from qcompress.coding.lattice import decode_lattice_rows, take_lattice_rows
 from qcompress.coding.rows import weight_from_rows
-from qcompress.types import Affine, Codebook, Convention, Encoded, Kept, Lattice
+from qcompress.encoded import Affine, Codebook, Encoded, Kept, Lattice
+from qcompress.types import Convention
 
 Coded: TypeAlias = Affine | Codebook | Lattice
 """A weight that stands in codes."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompress.coding.half import HALF_MAX, round_scale
-from qcompress.types import Codebook
+from qcompress.encoded import Codebook
 
 CentroidDtype: TypeAlias = Literal["f16", "f32", "int8"]
 INT8_MOST = 127

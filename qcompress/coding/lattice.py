@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qcompress.coding.side import Grid
 from qcompress.coding.trellis import trellis_states
-from qcompress.types import Lattice, Shape
+from qcompress.encoded import Lattice
+from qcompress.types import Shape
 
 FACTORS: NDArray[np.float32] = np.array(
     [float.fromhex(text) for text in (

@@ -24,7 +24,7 @@ from qcompress.coding.side import grid_of_lattice, side_bytes
 from qcompress.coding.streams import decode_streams, encode_streams
 from qcompress.coding.tokens import TOKENS, Codes, Tokens, codes_from_tokens, raw_bits
 from qcompress.coding.zstd import bound_frame, compress_frame, expand_frame
-from qcompress.types import ClassUse, Lattice
+from qcompress.encoded import ClassUse, Lattice
 
 LANES = (2, 3, 4, 5, 6, 7, 8)
 ZSTD_LANES = (2, 4, 8)

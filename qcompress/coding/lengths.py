@@ -15,7 +15,7 @@ from qcompress.coding.pool import Pool, bits_of_tables, fit_pool, make_source, p
 from qcompress.coding.side import grid_of_lattice, side_bytes
 from qcompress.coding.streams import overhead_bits
 from qcompress.coding.tokens import TOKEN_BITS, TOKENS, tokens_from_codes
-from qcompress.types import Lattice
+from qcompress.encoded import Lattice
 
 _BEYOND = 2.0
 """Bits by which each token beyond those of a table is taken to cost more than the one before."""

@@ -18,7 +18,7 @@ from qcompress.coding.rows import tap_count
 from qcompress.coding.smooth import Slopes, fit_slopes, table_from_slopes
 from qcompress.coding.tokens import TOKEN_BITS, TOKENS, Codes, Tokens, tokens_from_codes
 from qcompress.coding.trellis import trellis_states
-from qcompress.types import ClassUse, Lattice
+from qcompress.encoded import ClassUse, Lattice
 
 POOLED_WEIGHTS = 1 << 18
 """A tensor of more weights has tables of its own."""

@@ -19,7 +19,7 @@ from qcompress.coding.classes import CLASSES, CONTEXTS, Levels
 from qcompress.coding.pool import Pool
 from qcompress.coding.smooth import STEEPEST, fit_slopes, table_from_slopes
 from qcompress.coding.tokens import BIN_BITS, TOKENS, Codes, codes_from_tokens, raw_bits, tokens_from_codes
-from qcompress.types import Lattice
+from qcompress.encoded import Lattice
 
 Integers = NDArray[np.int32]
 
@@ -43,7 +43,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Grid:
-    """What places the codes of one tensor: see types.Lattice.
+    """What places the codes of one tensor: see encoded.Lattice.
 
     step     the bits of a float16
     factors  integers: of rows [rows], of channels [columns / taps, or columns without factors of taps], of taps [taps]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
+from qcompress.encoded import Affine, Encoded, Fitted
 from qcompress.model.fold import fold_batch_norms
 from qcompress.model.graph import BatchNorm, activation_after, batch_norm_of
 from qcompress.model.layers import Gram
@@ -23,7 +24,7 @@ from qcompress.model.sweep import LayerStep, sweep
 from qcompress.registry import AdaroundConfig
 from qcompress.solvers.hessian import choose_grid, encoded_weight, grid_exponent, row_levels
 from qcompress.solvers.rounding import SoftRounding, make_lattice, round_by_gram, round_by_samples
-from qcompress.types import Affine, Decision, Encoded, Fitted
+from qcompress.types import Decision
 
 Activation = Callable[[Tensor], Tensor]
 

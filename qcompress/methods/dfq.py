@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qcompress.coding.affine import TORCH_DTYPES
 from qcompress.coding.rows import grid_shape, rows_from_weight
+from qcompress.encoded import Affine, Encoded, Fitted, Kept
 from qcompress.errors import DataError
 from qcompress.model.activations import attach_caps
 from qcompress.model.biases import correct_by_data, mean_errors
@@ -30,7 +31,7 @@ from qcompress.registry import DfqConfig
 from qcompress.solvers.equalize import ABSORBED_DEVIATIONS, DEAD, Chain, Peaks, absorbable, equalize
 from qcompress.solvers.grids import affine_from_grid
 from qcompress.solvers.hessian import choose_grid, grid_exponent
-from qcompress.types import Affine, Decision, Encoded, Fitted, Kept
+from qcompress.types import Decision
 
 SWEEPS = 40
 

@@ -19,6 +19,7 @@ from qcompress.coding.affine import TORCH_DTYPES
 from qcompress.coding.codebook import store_centroids, stored_values
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
+from qcompress.encoded import Codebook, Encoded, Fitted
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.registry import DkmConfig
 from qcompress.solvers.codebooks import (
@@ -35,7 +36,7 @@ from qcompress.solvers.dkm_temperature import critical_temperature, hard_codes, 
 from qcompress.training.adjusted import adjusted_tensors
 from qcompress.training.dress import dressed, trained_weight
 from qcompress.training.learn import Learn
-from qcompress.types import Codebook, Decision, Encoded, Fitted
+from qcompress.types import Decision
 
 GUARD = 0.9
 """Share of the critical temperature that is not passed."""

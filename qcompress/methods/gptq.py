@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompress.coding.rows import rows_from_weight
+from qcompress.encoded import Affine, Encoded, Fitted
 from qcompress.model.layers import Gram
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.model.sweep import sweep
@@ -26,7 +27,7 @@ from qcompress.solvers.hessian import (
     least_squares_target,
     row_levels,
 )
-from qcompress.types import Affine, Decision, Encoded, Fitted
+from qcompress.types import Decision
 
 HOLD = 0.01
 """How firmly the least squares target is held at the weights, as a share of the Hessian's mean diagonal."""

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from qcompress.coding.half import from_half, round_offset
 from qcompress.coding.rows import blocks_from_rows, grid_shape
+from qcompress.encoded import Affine
 from qcompress.registry import HqqConfig
 from qcompress.solvers.blocks import Chunk, walk
 from qcompress.solvers.grids import Grid, affine_from_grid, joined_grid, offset_grid
 from qcompress.solvers.ranges import power
-from qcompress.types import Affine
 
 LEAST_ERROR = 2.0**-60
 """Errors count as no smaller than this, in units of 2**exponent, where a negative power is taken of them."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompress.encoded import Codebook
 from qcompress.registry import KmeansConfig
 from qcompress.solvers.codebooks import BookEvidence, encode_nearest, first_codebooks
-from qcompress.types import Codebook
 
 
 def encode(weight: Tensor, config: KmeansConfig, exponent: int, evidence: BookEvidence) -> Codebook:

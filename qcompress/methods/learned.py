@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qcompress.coding.codebook import store_centroids
+from qcompress.encoded import Codebook
 from qcompress.registry import LearnedConfig
 from qcompress.solvers.codebooks import BookEvidence, spread_sensitivity
 from qcompress.solvers.kmeans import assign_scalars, recentre
-from qcompress.types import Codebook
 
 
 def encode(

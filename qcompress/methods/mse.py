@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from qcompress.coding.rows import blocks_from_rows, grid_shape
+from qcompress.encoded import Affine
 from qcompress.registry import MseConfig
 from qcompress.solvers.grids import affine_from_grid
 from qcompress.solvers.least_squares import HIGH, NORMAL
 from qcompress.solvers.ranges import least_squares_grid, shrunken_grid
-from qcompress.types import Affine
 
 
 def encode(weight: Tensor, config: MseConfig, exponent: int) -> Affine:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.coding.half import exponent_for, from_half, round_scale
+from qcompress.encoded import ActivationGrid, Affine, Fitted
 from qcompress.errors import ModelError
 from qcompress.model.activations import LEAST_SCALE
 from qcompress.model.live import LiveModel, find_tensor, layer_name
@@ -34,7 +35,7 @@ from qcompress.training.adjusted import adjusted_tensors
 from qcompress.training.grids import LEAST_SHARE, train_grids
 from qcompress.training.learn import Learn
 from qcompress.training.starts import Start, input_starts
-from qcompress.types import ActivationGrid, Affine, Decision, Fitted
+from qcompress.types import Decision
 
 
 def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:

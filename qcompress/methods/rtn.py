@@ -7,10 +7,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from qcompress.coding.rows import blocks_from_rows, grid_shape
+from qcompress.encoded import Affine
 from qcompress.registry import RtnConfig
 from qcompress.solvers.blocks import extremes
 from qcompress.solvers.grids import Grid, affine_from_grid, symmetric_grid, zero_point_grid
-from qcompress.types import Affine
 
 
 def encode(weight: Tensor, config: RtnConfig, exponent: int) -> Affine:

@@ -12,11 +12,11 @@ from torch import Tensor
 from qcompress.coding.affine import middle
 from qcompress.coding.half import from_half, round_offset, round_scale
 from qcompress.coding.rows import blocks_from_rows, grid_shape
+from qcompress.encoded import Affine
 from qcompress.registry import SquantConfig
 from qcompress.solvers.blocks import extremes, fold
 from qcompress.solvers.grids import Grid, minmax_grid, symmetric_grid
 from qcompress.solvers.ranges import least_squares_grid
-from qcompress.types import Affine
 
 # A position is an integer number of 2**-16 steps: sums are exact in any order and for any cut into rows.
 FRACTION_BITS = 16

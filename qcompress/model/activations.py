@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qcompress.encoded import ActivationGrid
 from qcompress.errors import DataError
 from qcompress.model.live import LiveModel
 from qcompress.settings import ActivationSettings
-from qcompress.types import ActivationGrid
 
 INPUT_BITS = 8
 """The network's own input has 8 bits, whatever the others have."""

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.coding.affine import TORCH_DTYPES
+from qcompress.encoded import Encoded, Fitted, Kept
 from qcompress.model.graph import BatchNorm, batch_norm_of, layer_call, read_once
 from qcompress.model.layers import CONVOLUTIONS, TRANSPOSED
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
-from qcompress.types import Decision, Encoded, Fitted, Kept
+from qcompress.types import Decision
 
 _PLAIN = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompress.coding.affine import decode
+from qcompress.encoded import Encoded
 from qcompress.errors import ModelError
 from qcompress.model.batches import Batch, run_model
 from qcompress.model.trace import Untraceable, trace
 from qcompress.settings import ActivationSettings
-from qcompress.types import Decision, Encoded
+from qcompress.types import Decision
 
 if TYPE_CHECKING:
     from qcompress.model.stages import Stage

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from qcompress.encoded import ActivationGrid
 from qcompress.model.activations import INPUT_BITS, activation_grid, watched_inputs
 from qcompress.model.chains import keeps_channels
 from qcompress.model.graph import node_numbers, node_shapes
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.normals import ClippedNormal, normal
 from qcompress.model.operations import BatchNorm, batch_norm_at, clip_bounds, inputs_of, kind_of, option, padding_at
-from qcompress.types import ActivationGrid
 
 
 def input_moments(

@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qcompress.types import ClassUse, Shape
+from qcompress.encoded import ClassUse
+from qcompress.types import Shape
 
 KEPT = "kept"
 BINS = 64

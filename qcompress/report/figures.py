@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qcompress.coding.affine import Coded, middle
 from qcompress.coding.half import from_half
+from qcompress.encoded import Affine
 from qcompress.report.counts import Counts, measure_counts
 from qcompress.report.document import BINS, LayerFigures
-from qcompress.types import Affine
 
 Sample: TypeAlias = NDArray[Any]
 

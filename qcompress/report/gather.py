@@ -99,10 +99,10 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
     from qcompress.coding.codebook import centroid_values
     from qcompress.coding.lattice import step_value
     from qcompress.coding.rows import rows_from_weight
+    from qcompress.encoded import Codebook, Lattice
     from qcompress.report.codebooks import codebook_figures
     from qcompress.report.counts import count_values
     from qcompress.report.figures import LayerMeter, unclipped_range
-    from qcompress.types import Codebook, Lattice
 
     entry, encoded = file.manifest.tensors[name], file.read_encoded(name)
     rows = rows_from_weight(weight, entry.axis)

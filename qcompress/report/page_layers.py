@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qcompress.encoded import ClassUse
 from qcompress.report.charts import Histogram, histogram
 from qcompress.report.document import LayerReport, Report, badness
 from qcompress.report.page_nouns import Cell, Figure, Grid, Head, Row, percent, sqnr_words
@@ -22,7 +23,6 @@ from qcompress.report.words import (
     size_words,
     width_words,
 )
-from qcompress.types import ClassUse
 
 
 @dataclass(frozen=True)

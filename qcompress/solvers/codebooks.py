@@ -10,9 +10,10 @@ from torch import Tensor
 
 from qcompress.coding.codebook import centroid_values, store_centroids
 from qcompress.coding.rows import codebook_shape
+from qcompress.encoded import Codebook
 from qcompress.solvers.kmeans import Start, assign_scalars, cluster_rows, cluster_scalars
 from qcompress.solvers.kmeans_vectors import assign_vectors, cluster_vectors
-from qcompress.types import Codebook, Shape
+from qcompress.types import Shape
 
 FIRST_LOOK = 4
 """Times as many vectors as there are entries that are looked at first, and so many times as many each time after."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from qcompress.coding.affine import middle
 from qcompress.coding.half import HALF_TINY, from_half, round_offset, round_scale
+from qcompress.encoded import Affine
 from qcompress.solvers.blocks import CHUNK_VALUES, extremes, spans
-from qcompress.types import Affine, Convention
+from qcompress.types import Convention
 
 ROUND_TO_INTEGER = 1.5 * 2.0**23
 """Added to a small float32 it rounds it half to even, and leaves the integer in the low bits."""

@@ -21,11 +21,12 @@ from torch import Tensor
 from qcompress.coding.affine import middle
 from qcompress.coding.half import exponent_for, from_half, round_offset, round_scale
 from qcompress.coding.rows import grid_shape
+from qcompress.encoded import Affine
 from qcompress.solvers.blocks import extremes
 from qcompress.solvers.grids import Grid, affine_from_codes, minmax_grid, symmetric_grid, zero_point_grid
 from qcompress.solvers.ranges import least_squares_grid, shrunken_grid
 from qcompress.solvers.ranges_tf import tf_enhanced_grid
-from qcompress.types import Affine, Convention, Decision, Granularity, GridForm
+from qcompress.types import Convention, Decision, Granularity, GridForm
 
 SKETCH_COLUMNS = 384
 """Wider Hessians are searched through so many random projections, which tell one range from another as well."""

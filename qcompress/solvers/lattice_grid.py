@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qcompress.coding.half import exponent_for, round_scale
 from qcompress.coding.lattice import steps
-from qcompress.types import Lattice, Shape
+from qcompress.encoded import Lattice
+from qcompress.types import Shape
 
 OCTAVE = 8
 """Factors are powers of two in eighths of an octave."""

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from qcompress.coding.affine import TORCH_DTYPES
 from qcompress.coding.half import from_half, round_scale
 from qcompress.coding.rows import blocks_from_rows, grid_shape, rows_from_weight, weight_from_rows
-from qcompress.types import Affine, Decision, row_shape
+from qcompress.encoded import Affine
+from qcompress.types import Decision, row_shape
 
 COARSE = tuple(-eighths / 8 for eighths in range(48))
 FINE = tuple(places / 40 for places in (-4, -3, -2, -1, 1, 2, 3, 4))

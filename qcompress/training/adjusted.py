@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 import torch
 
+from qcompress.encoded import Encoded, Kept
 from qcompress.model.live import LiveModel
 from qcompress.training.dress import shared_names
-from qcompress.types import Encoded, Kept
 
 
 def adjusted_tensors(live: LiveModel, encoded: Collection[str]) -> dict[str, Encoded]:

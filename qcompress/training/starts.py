@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qcompress.encoded import ActivationGrid
 from qcompress.model.activations import INPUT_BITS, grids_of_inputs, watched_inputs
 from qcompress.model.graph import inputs_of_network
 from qcompress.model.live import LiveModel
 from qcompress.settings import ActivationSettings
 from qcompress.training.learn import Learn
-from qcompress.types import ActivationGrid
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcompress.encoded import Lattice
 from qcompress.registry import METHODS, Method
-from qcompress.types import Lattice
 
 
 @dataclass(frozen=True, kw_only=True)

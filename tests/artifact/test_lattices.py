@@ -16,10 +16,11 @@ from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint import read_checkpoint
 from qcompress.coding.lattice import steps
 from qcompress.coding.lengths import coded_bits
+from qcompress.encoded import Lattice
 from qcompress.exporters.safetensors import export
 from qcompress.load import load_state_dict
 from qcompress.report.gather import gather_report
-from qcompress.types import Lattice, Recipe
+from qcompress.types import Recipe
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from colours import anchored, make_network, write_colours
+from colours import TRAINED_RECIPE, anchored, make_network, write_colours
 from conftest import Run, process_environment, program, run_two_ranks
 from safetensors.torch import load_file, save_file
 
@@ -37,14 +37,9 @@ def net(norm=True, width=8):
     return Net(norm, width)
 """
 
-RECIPE = """
-version: 1
-model: {factory: net.py:net, args: {norm: true}}
-data:
-  train: {npz: data.npz, batch_size: 16, augment: [flip]}
-  eval: {npz: data.npz}
-  normalize: {mean: [0.5], std: [0.25]}
-task: classification
+RECIPE = (
+    TRAINED_RECIPE
+    + """\
 finetune:
   epochs: 2
   optimizer: {sgd: {lr: 0.05, momentum: 0.9, nesterov: true, weight_decay: 1.0e-4}}
@@ -56,6 +51,7 @@ finetune:
     - {match: fc.weight, min-squared: {levels: 4}}
     - {match: "*.weight", dsmm: {preset: paper-dsmm}}
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from qcompress.coding.affine import TORCH_DTYPES, decode, decode_rows, middle, take_rows
 from qcompress.coding.half import HALF_MAX, HALF_TINY, exponent_for, from_half, round_offset, round_scale
 from qcompress.coding.rows import grid_shape, row_shape
-from qcompress.types import Affine, Convention, Kept
+from qcompress.encoded import Affine, Kept
+from qcompress.types import Convention
 
 EXPONENTS = [-100, -12, 0, 3, 100]
 CONVENTIONS: list[Convention] = ["narrow", "full", "mid-rise"]

@@ -21,9 +21,9 @@ from qcompress.coding.jobs import JOB_CHUNKS, decoding_processes, run_jobs
 from qcompress.coding.packing import count_codes, pack, row_bytes
 from qcompress.coding.pool import fit_pool, make_source
 from qcompress.coding.streams import decode_streams, encode_streams
+from qcompress.encoded import Lattice
 from qcompress.errors import ResourceError
 from qcompress.load import load_state_dict
-from qcompress.types import Lattice
 
 ROWS, COLUMNS = 4200, 1024
 CHUNKS = -(-ROWS // (CHUNK_CODES // COLUMNS))

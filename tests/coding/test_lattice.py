@@ -32,7 +32,7 @@ from qcompress.coding.tokens import (
     tokens_from_codes,
 )
 from qcompress.coding.trellis import NEXT_STATE, trellis_states
-from qcompress.types import Lattice
+from qcompress.encoded import Lattice
 
 CODINGS = ["ans", "zstd", "packed", "auto"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcompress.coding.affine import decode
 from qcompress.coding.half import exponent_for
-from qcompress.types import Affine
+from qcompress.encoded import Affine
 
 
 def gaussian(rows: int = 6, columns: int = 192, seed: int = 0) -> Tensor:

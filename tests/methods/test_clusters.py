@@ -14,10 +14,10 @@ from qcompress.coding.affine import decode, decode_rows, row_spans, take_rows
 from qcompress.coding.codebook import centroid_values
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import codebook_shape
+from qcompress.encoded import Codebook
 from qcompress.methods import kmeans, learned
 from qcompress.registry import KmeansConfig, LearnedConfig, refuse_codebook, refuse_cost
 from qcompress.solvers.codebooks import BookEvidence
-from qcompress.types import Codebook
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

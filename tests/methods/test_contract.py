@@ -14,8 +14,8 @@ from torch import Tensor
 from qcompress.coding.affine import decode
 from qcompress.coding.half import exponent_for
 from qcompress.coding.rows import grid_shape
+from qcompress.encoded import Affine
 from qcompress.registry import METHODS, Method
-from qcompress.types import Affine
 
 WEIGHT_METHODS = [
     method

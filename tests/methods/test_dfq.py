@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from qcompress.coding.affine import decode
 from qcompress.coding.rows import grid_shape
+from qcompress.encoded import Affine, Fitted, Kept
 from qcompress.errors import DataError, ModelError
 from qcompress.methods.dfq import fit
 from qcompress.model.activations import attach_caps
@@ -39,7 +40,7 @@ from qcompress.model.live import LiveModel, find_tensor, put_tensors
 from qcompress.model.sweep import layer_inputs, run_stage
 from qcompress.registry import METHODS, DfqConfig
 from qcompress.solvers.equalize import DEAD
-from qcompress.types import Affine, Fitted, Kept, row_shape
+from qcompress.types import row_shape
 
 EVERY = [Basic, Inverted, InvertedRelu, Functional, Plumbing, Joined, Forked, Unfolded]
 

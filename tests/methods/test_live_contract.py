@@ -13,11 +13,11 @@ from torch import nn
 
 from qcompress.artifact.layout import grid_of, make_slots
 from qcompress.coding.affine import decode
+from qcompress.encoded import Affine, Fitted, Kept
 from qcompress.errors import ModelError
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.registry import METHODS
 from qcompress.settings import ActivationSettings
-from qcompress.types import Affine, Fitted, Kept
 
 LIVE_METHODS = [name for name, method in METHODS.items() if method.needs in ("graph", "calibration")]
 QUICK: dict[str, dict[str, Any]] = {

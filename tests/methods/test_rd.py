@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from qcompress.coding.affine import decode
 from qcompress.coding.lengths import coded_bits
+from qcompress.encoded import Fitted, Kept, Lattice
 from qcompress.methods.rd import encode, fit, free, free_step
 from qcompress.model.batches import Batch
 from qcompress.model.live import LiveModel, make_live_model
 from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import output_error
 from qcompress.solvers.priors import MOST_COLUMNS, prior_hessian
-from qcompress.types import Fitted, Kept, Lattice
 
 CPU = torch.device("cpu")
 

@@ -12,6 +12,7 @@ from model.networks import decisions
 from torch import Tensor, nn
 
 from qcompress.coding.lengths import coded_bits
+from qcompress.encoded import Lattice
 from qcompress.methods.rd import fit
 from qcompress.methods.rd.responses import Response, measure_responses
 from qcompress.model.batches import Batch
@@ -21,7 +22,6 @@ from qcompress.model.sweep import matrix_layer_of
 from qcompress.solvers.hessian import output_error
 from qcompress.solvers.lattice import feedback_lattice
 from qcompress.solvers.lattice_grid import grid_steps, with_codes, with_step
-from qcompress.types import Lattice
 
 LAYERS = ("stem", "depthwise", "grouped", "conv", "fc")
 HIGH_RATE = 6.0

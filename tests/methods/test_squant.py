@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qcompress.coding.affine import decode
 from qcompress.coding.half import exponent_for, from_half
+from qcompress.encoded import Affine
 from qcompress.methods import squant
 from qcompress.methods.squant import Cut, encode, flipped_codes
 from qcompress.registry import SquantConfig
-from qcompress.types import Affine
 
 SHAPES = {
     "conv": (6, 5, 3, 3),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcompress.encoded import ActivationGrid
 from qcompress.errors import DataError
 from qcompress.model.activations import (
     BINS,
@@ -22,7 +23,6 @@ from qcompress.model.activations import (
 )
 from qcompress.model.batches import Batch
 from qcompress.settings import ActivationSettings
-from qcompress.types import ActivationGrid
 
 from .networks import Mlp, Residual, inputs, live
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qcompress.encoded import Fitted, Kept
 from qcompress.model.fold import fold_batch_norms, fold_layer, is_free, is_plain, kernels, read_layer
 from qcompress.model.graph import batch_norm_of
 from qcompress.model.live import LiveModel, find_tensor, put_tensors
-from qcompress.types import Decision, Fitted, Kept, TensorInfo
+from qcompress.types import Decision, TensorInfo
 
 from .graph_networks import (
     SHAPES,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qcompress.coding.affine import decode_rows, take_rows
+from qcompress.encoded import Affine
 from qcompress.report.counts import Counts, measure_counts
 from qcompress.report.document import LayerFigures
 from qcompress.report.figures import (
@@ -19,7 +20,6 @@ from qcompress.report.figures import (
     sample_stride,
     unclipped_range,
 )
-from qcompress.types import Affine
 
 torch.set_num_threads(1)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompress.coding.affine import decode
+from qcompress.encoded import Lattice
 from qcompress.solvers.lattice_grid import (
     OCTAVE,
     SIDE_BITS,
@@ -23,7 +24,6 @@ from qcompress.solvers.lattice_grid import (
     with_codes,
     with_step,
 )
-from qcompress.types import Lattice
 
 from .second_order import seeded
 

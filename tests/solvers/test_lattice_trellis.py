@@ -14,11 +14,11 @@ from qcompress.coding.classes import CLASSES, CONTEXTS
 from qcompress.coding.lattice import trellis_values
 from qcompress.coding.lengths import class_costs, coded_bits
 from qcompress.coding.trellis import NEXT_STATE, trellis_states
+from qcompress.encoded import Lattice
 from qcompress.solvers.hessian import damped, output_error
 from qcompress.solvers.lattice import Prices, conditional_energies, feedback_lattice
 from qcompress.solvers.lattice_grid import lattice_grid, with_codes, with_step
 from qcompress.solvers.lattice_trellis import trellis_lattice
-from qcompress.types import Lattice
 
 from .second_order import correlated, moments, seeded, weights
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompress.coding.half import exponent_for, from_half, round_scale
+from qcompress.encoded import ActivationGrid
 from qcompress.model.activations import quantize_activation
 from qcompress.solvers.learned_grids import (
     gradient_share,
@@ -25,7 +26,6 @@ from qcompress.solvers.learned_grids import (
     step_start,
     weights_on_steps,
 )
-from qcompress.types import ActivationGrid
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qcompress.coding.affine import decode
 from qcompress.coding.half import from_half
+from qcompress.encoded import ActivationGrid, Affine
 from qcompress.errors import DataError, ModelError, TrainingError
 from qcompress.methods.lsq import InputStep, LearnedStep
 from qcompress.methods.pact import InputClip
@@ -39,7 +40,7 @@ from qcompress.training.losses import distilled, make_loss
 from qcompress.training.norms import refresh_norms
 from qcompress.training.optimizers import make_optimizer
 from qcompress.training.starts import Start, input_starts
-from qcompress.types import ActivationGrid, Affine, Decision, TensorInfo
+from qcompress.types import Decision, TensorInfo
 
 
 def labelled(count: int = 6) -> Batch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qcompress.encoded import ActivationGrid, Encoded, Fitted
 from qcompress.errors import ModelError
 from qcompress.methods.pdquant.block import Block
 from qcompress.model.activations import attach_activations
@@ -17,7 +18,7 @@ from qcompress.model.graph import make_blocks
 from qcompress.model.live import LiveModel, layer_name
 from qcompress.model.stages import Stage
 from qcompress.model.sweep import run_stage
-from qcompress.types import ActivationGrid, Decision, Encoded, Fitted
+from qcompress.types import Decision
 
 __all__ = ["fit"]
 

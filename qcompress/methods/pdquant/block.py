@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from qcompress.encoded import Fitted
 from qcompress.errors import ModelError
 from qcompress.methods.pdquant.inputs import Inputs, make_inputs
 from qcompress.methods.pdquant.layer import Layer, make_layer
@@ -26,7 +27,7 @@ from qcompress.model.sweep import layer_inputs, run_stage
 from qcompress.registry import PdquantConfig
 from qcompress.settings import ActivationSettings
 from qcompress.solvers.rounding import SoftRounding, beta_at
-from qcompress.types import Decision, Fitted
+from qcompress.types import Decision
 
 
 @dataclass

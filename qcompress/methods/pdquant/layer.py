@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
+from qcompress.encoded import Encoded
 from qcompress.model.layers import Gram
 from qcompress.registry import PdquantConfig
 from qcompress.solvers.grids import Grid
 from qcompress.solvers.hessian import choose_grid, encoded_weight, grid_exponent, least_squares_target, row_levels
 from qcompress.solvers.rounding import SoftRounding, make_lattice, round_by_gram
-from qcompress.types import Decision, Encoded
+from qcompress.types import Decision
 
 HOLD = 0.01
 """How firmly weights that make up for drift are held at what they were, see solvers.hessian."""

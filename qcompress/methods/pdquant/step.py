@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompress.types import ActivationGrid
+from qcompress.encoded import ActivationGrid
 
 
 class Step(nn.Module):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qcompress.encoded import Fitted
 from qcompress.methods.rd.free import encode, free_step
 from qcompress.methods.rd.session import Session
 from qcompress.model.live import LiveModel
-from qcompress.types import Decision, Fitted
+from qcompress.types import Decision
 
 __all__ = ["encode", "fit", "free_step"]
 

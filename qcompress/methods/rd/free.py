@@ -10,13 +10,14 @@ from torch import Tensor
 
 from qcompress.coding.lengths import class_costs
 from qcompress.coding.trellis import STATES
+from qcompress.encoded import Lattice
 from qcompress.registry import RdConfig
 from qcompress.solvers.flips import flip_lattice
 from qcompress.solvers.lattice import Prices, descend_lattice, feedback_lattice
 from qcompress.solvers.lattice_grid import grid_steps, lattice_grid, root_mean_square, with_codes, with_step
 from qcompress.solvers.lattice_trellis import trellis_lattice
 from qcompress.solvers.priors import prior_hessian, split_channels
-from qcompress.types import Lattice, Shape
+from qcompress.types import Shape
 
 PRICED_CODES = 64
 ROWS_AT_ONCE = 1 << 22

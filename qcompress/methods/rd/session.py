@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qcompress.coding.lengths import class_costs, coded_bits
 from qcompress.coding.rows import rows_from_weight
+from qcompress.encoded import Fitted, Kept, Lattice
 from qcompress.methods.rd.responses import Response, is_lookup, measure_responses
 from qcompress.model.companions import match_outputs
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
@@ -30,7 +31,7 @@ from qcompress.solvers.lattice_grid import (
     with_step,
 )
 from qcompress.solvers.lattice_trellis import trellis_lattice
-from qcompress.types import Decision, Fitted, Kept, Lattice
+from qcompress.types import Decision
 
 HOLD = 0.01
 """How firmly the least squares target is held at the weights, as a share of the Hessian's mean diagonal."""
