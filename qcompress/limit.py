@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from qcompress.artifact.layout import POOL_NAME
 from qcompress.checkpoint import Checkpoint
 from qcompress.coding.payload import CodingChoice
+from qcompress.encoded import ActivationGrid
 from qcompress.errors import BudgetError
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
@@ -51,10 +52,20 @@ def most_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> int:
     limit = limit_of(checkpoint, plan, choice)
     if limit.whole:
         return int(limit.bits // 8)
-    # A live model's methods may adjust what is kept, and headers name it, as JSON in JSON.
-    kept = [d.tensor.name for d in plan.decisions if not d.compresses] if plan.recipe.model is not None else []
-    names = len(json.dumps(json.dumps({"adjusted": kept}, ensure_ascii=False), ensure_ascii=False).encode()) + 8
-    return _other_bytes(checkpoint, plan, choice) + names * len(checkpoint.shards) + int(limit.bits // 8)
+    other = _other_bytes(checkpoint, plan, choice) + len(checkpoint.shards) * _most_header_growth(plan)
+    return other + int(limit.bits // 8)
+
+
+def _most_header_growth(plan: Plan) -> int:
+    """The most bytes by which a header grows once a live model's methods are done: by what is named in it."""
+    if plan.recipe.model is None:
+        return 0
+    found: dict[str, object] = {"adjusted": [d.tensor.name for d in plan.decisions if not d.compresses]}
+    if plan.recipe.activations is not None:
+        grid = asdict(ActivationGrid(8, 1.2345678901234567e-100, 255))
+        found["activations"] = {d.tensor.name: grid for d in plan.decisions if d.compresses}
+    # JSON in JSON, and padding.
+    return len(json.dumps(json.dumps(found, ensure_ascii=False), ensure_ascii=False).encode()) + 8
 
 
 def limit_of(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> Limit:

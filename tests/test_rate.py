@@ -19,14 +19,16 @@ from torch import Tensor
 from qcompress.artifact.reader import read_artifact
 from qcompress.artifact.staging import staging_folder
 from qcompress.checkpoint import read_checkpoint
+from qcompress.encoded import ActivationGrid, Fitted, Kept
 from qcompress.errors import BudgetError
-from qcompress.limit import is_unbounded
+from qcompress.limit import is_unbounded, most_bytes
 from qcompress.load import load_state_dict
 from qcompress.minimize import compress_within
 from qcompress.options import Options
 from qcompress.rate import AIM, FARTHEST, entropy, first_step, make_at_rate, next_step
 from qcompress.recipe import parse_recipe
 from qcompress.report.document import Report
+from qcompress.shards import make_shards
 from qcompress.types import Plan
 
 RECIPE = 'version: 1\nbudget: {%s}\nrules:\n  - {match: "*.weight", %s: {%s}}\n'
@@ -51,6 +53,21 @@ def tensors(seed: int, rows: int, columns: int, tails: float) -> dict[str, Tenso
         "small.weight": gaussian(10, 24, seed=seed + 3) * 3,
         "small.bias": gaussian(10, seed=seed + 4),
     }
+
+
+@pytest.mark.parametrize("activations", ["", "activations: {bits: 8}\n"])
+def test_what_a_budget_allows_holds_all_that_a_live_model_may_name(tmp_path: Path, activations: str) -> None:
+    layers = {f"features.{index}.weight": gaussian(8, 8, seed=index) for index in range(40)}
+    biases = {f"features.{index}.bias": gaussian(8, seed=index) for index in range(40)}
+    checkpoint = read_checkpoint(save(tmp_path / "m.safetensors", layers | biases))
+    recipe = RECIPE % ("bpw: 2", "rd", "") + "model: {factory: net.py:net}\n" + activations
+    plan = plan_for(checkpoint, parse_recipe(recipe, "r.yaml"))
+    grids = {name.removesuffix(".weight"): ActivationGrid(8, 1.2345678e-30, 128) for name in layers}
+    fitted = Fitted({name: Kept(value) for name, value in biases.items()}, activations=grids if activations else {})
+    layout = make_shards(checkpoint, plan, "ans", fitted)[0].layout
+    rest = layout.file_bytes - sum(slot.n_bytes for slot in layout.slots if slot.varies)
+    weights = 40 * 64
+    assert rest + weights * 2 // 8 <= most_bytes(checkpoint, plan, "ans") < 1.5 * (rest + weights * 2 // 8)
 
 
 # In files of two kilobytes and less a change of tables may cost more than two per cent.
