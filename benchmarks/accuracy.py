@@ -24,11 +24,11 @@ import torch
 from networks import CASES, Case, compressible
 from torch import Tensor
 
-from qcompress.coding.affine import decode
-from qcompress.coding.half import exponent_for
+from qcompress.coding.grids import decode, exponent_for
 from qcompress.coding.rows import rows_from_weight
-from qcompress.encoded import Affine
 from qcompress.registry import METHODS
+from qcompress.types.encoded import Affine
+from qcompress.types.run import EncodeContext, seeded_generator
 
 VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
@@ -69,7 +69,7 @@ def stored_bits(encoded: Affine) -> int:
 
 def compress(state: dict[str, Tensor], method: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], float, float]:
     """The weights as they decode, their relative squared error and their bits per weight."""
-    encode, config_class = METHODS[method].load(), METHODS[method].config
+    encode, config_class = METHODS[method].load_encode(), METHODS[method].config
     decoded: dict[str, Tensor] = {}
     error = power = bits = count = 0.0
     for name, weight in compressible(state):
@@ -78,7 +78,8 @@ def compress(state: dict[str, Tensor], method: str, options: dict[str, Any]) -> 
         if rows[0].numel() % wanted.get("group_size", 1):
             # Where the group does not divide a channel, as in depthwise kernels, the channel is the group.
             del wanted["group_size"]
-        encoded = encode(rows, config_class(**wanted), exponent_for(float(weight.abs().max())))
+        context = EncodeContext(exponent_for(float(weight.abs().max())), seeded_generator(0, name, "cpu"))
+        encoded = encode(rows, config_class(**wanted), context)
         decoded[name] = decode(encoded)
         error += float((decoded[name] - weight).double().square().sum())
         power += float(weight.double().square().sum())

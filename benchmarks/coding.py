@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from timing import render, seconds_of, show
 
 from qcompress.coding.packing import count_codes, pack, unpack
-from qcompress.coding.payload import CodingChoice, decode_payload, encode_payload, entropy_bits
+from qcompress.coding.payload import decode_payload, encode_payload, entropy_bits
+from qcompress.types.config import CodingChoice
 
 Codes = NDArray[np.uint8]
 

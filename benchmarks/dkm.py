@@ -58,9 +58,8 @@ def run_form(form: str, bits: int, dim: int, options: argparse.Namespace) -> dic
     """CPU seconds a step, bytes it takes, and the error of its gradient."""
     import torch
 
-    from qcompress.solvers.dkm import soft_cluster
-    from qcompress.solvers.dkm_table import soft_cluster_table
-    from qcompress.solvers.dkm_temperature import relative_temperature
+    from qcompress.clustering.dkm import relative_temperature, soft_cluster
+    from qcompress.clustering.dkm_table import soft_cluster_table
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

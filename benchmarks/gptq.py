@@ -20,11 +20,11 @@ import torch
 from timing import seconds_of
 from torch import Tensor
 
-from qcompress.coding.affine import decode
+from qcompress.coding.grids import decode
 from qcompress.methods.gptq import encode
-from qcompress.model.layers import Gram
 from qcompress.registry import GptqConfig
-from qcompress.types import Decision, TensorInfo
+from qcompress.solvers.hessian import grid_exponent
+from qcompress.types.run import EncodeContext, Gram
 
 
 def reference(weight: Tensor, hessian: Tensor, bits: int) -> Tensor:
@@ -81,10 +81,10 @@ def measure(size: int, bits: int, repeats: int) -> None:
         "default": GptqConfig(bits=bits),
     }
     for name, config in configs.items():
-        decision = Decision(TensorInfo("w", (size, size), "F32"), "gptq", config, "")
 
-        def run(decision: Decision = decision) -> Tensor:
-            return decode(encode(weight, decision, gram, torch.Generator().manual_seed(0)))
+        def run(config: GptqConfig = config) -> Tensor:
+            context = EncodeContext(grid_exponent(weight), torch.Generator().manual_seed(0), gram)
+            return decode(encode(weight, config, context))
 
         found, fast = run(), seconds_of(run, repeats)
         errors = [float((((v - weight) @ hessian) * (v - weight)).sum()) for v in (found, plain)]

@@ -24,8 +24,8 @@ import torch
 from timing import render, seconds_of, show
 from torch import Tensor
 
-from qcompress.solvers.kmeans import Clustering, cluster_rows, cluster_scalars
-from qcompress.solvers.kmeans_vectors import cluster_vectors
+from qcompress.clustering.kmeans import Clustering, cluster_rows, cluster_scalars
+from qcompress.clustering.kmeans_vectors import cluster_vectors
 
 DEVIATION = 0.05
 

@@ -62,15 +62,15 @@ def relative_error(weights: dict[str, Any], decoded: dict[str, Any]) -> float:
 
 
 def our_checkpoint(path: Path) -> dict[str, float]:
-    from qcompress.checkpoint import read_checkpoint
-    from qcompress.compress import compress
-    from qcompress.load import load_state_dict
-    from qcompress.options import Options
-    from qcompress.plan import make_plan
+    from qcompress.checkpoint.checkpoint import read_checkpoint
+    from qcompress.compress.compress import compress
+    from qcompress.compress.load import load_state_dict
+    from qcompress.plan.plan import make_plan
     from qcompress.recipe import recipe_from_flags
     from qcompress.registry import METHODS
+    from qcompress.types.run import Options
 
-    METHODS["kmeans"].load()
+    METHODS["kmeans"].load_encode()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output, memory, started = Path(folder) / "out.safetensors", resident(), cpu_seconds()
         source = read_checkpoint(path)
@@ -110,7 +110,7 @@ def our_step(shape: tuple[int, ...], bits: int, dim: int) -> dict[str, float]:
 
     from qcompress.methods.dkm import SoftShared
     from qcompress.registry import DkmConfig
-    from qcompress.types import Decision, TensorInfo
+    from qcompress.types.plan import Decision, TensorInfo
 
     weight = torch.nn.Parameter(0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     decision = Decision(TensorInfo("w", shape, "F32"), "dkm", DkmConfig(bits=bits, dim=dim), "")

@@ -33,14 +33,13 @@ def make_steps(options: argparse.Namespace, stack: ExitStack) -> dict[str, Calla
     import torch.nn.functional as F
     from cifar_resnet import resnet20
 
+    from qcompress.data.batches import Batch
     from qcompress.methods import lsq, pact
-    from qcompress.model.batches import Batch
     from qcompress.model.live import find_tensor, make_live_model
     from qcompress.registry import METHODS
-    from qcompress.settings import ActivationSettings
-    from qcompress.training.dress import dressed
-    from qcompress.training.starts import input_starts
-    from qcompress.types import Decision, TensorInfo
+    from qcompress.training.fake_quantize import activation_inits, fake_quantized
+    from qcompress.types.plan import Decision, TensorInfo
+    from qcompress.types.settings import ActivationSettings
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -66,16 +65,16 @@ def make_steps(options: argparse.Namespace, stack: ExitStack) -> dict[str, Calla
             live = make_live_model(
                 module, decisions, [], Batch((x[:2],)), device=torch.device("cpu"), activations=settings
             )
-            starts = input_starts(live, Show())
+            inits = activation_inits(live, Show())
             weights: dict[str, Any] = {}
             inputs: dict[str, Any] = {}
             for decision in decisions:
                 name = decision.tensor.name
                 kind = lsq.LearnedStep if form == "lsq" else pact.SquashedWeight
                 weights[name] = kind(find_tensor(live.quantized, name), decision)
-            for name, start in starts.items():
-                inputs[name] = lsq.InputStep(start, False) if form == "lsq" else pact.InputClip(name, start, config)
-            module = stack.enter_context(dressed(live, weights, inputs))
+            for name, init in inits.items():
+                inputs[name] = lsq.InputStep(init, False) if form == "lsq" else pact.InputClip(name, init, config)
+            module = stack.enter_context(fake_quantized(live, weights, inputs))
         module.train()
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9)
 

@@ -19,20 +19,21 @@ import torch
 from safetensors.torch import load_file
 from timing import render, seconds_of, show
 
-from qcompress.coding.lattice_payload import decode_lattice, encode_pool, join_side
-from qcompress.coding.lengths import coded_bits, make_pools
-from qcompress.coding.payload import CodingChoice, entropy_bits
-from qcompress.coding.side import Matrix, parse_side
-from qcompress.encoded import Lattice
+from qcompress.coding.payload import entropy_bits
+from qcompress.coding.unbounded.lengths import coded_bits, make_pools
+from qcompress.coding.unbounded.payload import decode_codes, encode_pool, join_side
+from qcompress.coding.unbounded.side import Matrix, parse_side
 from qcompress.report.counts import count_values
+from qcompress.types.config import CodingChoice
+from qcompress.types.encoded import Unbounded
 
 NETWORKS = ("cifar10/resnet20", "imagenet/mobilenet_v1_075_224")
 
 
-def rounded(weight: torch.Tensor, step: float, *, trellis: bool = False) -> Lattice:
+def rounded(weight: torch.Tensor, step: float, *, trellis: bool = False) -> Unbounded:
     rows = weight.reshape(len(weight), -1).float()
     codes = torch.round(rows / step).int()
-    return Lattice(codes, torch.tensor(step).half(), 0, tuple(weight.shape), trellis=trellis)
+    return Unbounded(codes, torch.tensor(step).half(), 0, tuple(weight.shape), trellis=trellis)
 
 
 def gaussian(weights: int) -> torch.Tensor:
@@ -43,38 +44,44 @@ def gaussian(weights: int) -> torch.Tensor:
     return torch.randn(rows, 1024, generator=generator) * sizes
 
 
-def write(lattices: Sequence[Lattice], choice: CodingChoice) -> list[tuple[list[int], bytes, tuple[Any, ...]]]:
+def write(
+    unbounded_tensors: Sequence[Unbounded], choice: CodingChoice
+) -> list[tuple[list[int], bytes, tuple[Any, ...]]]:
     """Of every pool its members, its side information, and (codings, payloads)."""
     found = []
-    for members, own in make_pools(lattices):
-        coded = encode_pool([lattices[member] for member in members], choice)
+    for members, own in make_pools(unbounded_tensors):
+        coded = encode_pool([unbounded_tensors[member] for member in members], choice)
         side = join_side(coded.side, b"") if own else coded.side
         found.append((members, side, (coded.side, coded.codings, coded.payloads)))
     return found
 
 
-def read(lattices: Sequence[Lattice], written: list[tuple[list[int], bytes, tuple[Any, ...]]]) -> None:
+def read(unbounded_tensors: Sequence[Unbounded], written: list[tuple[list[int], bytes, tuple[Any, ...]]]) -> None:
     for members, _, (side, codings, payloads) in written:
-        sources = [matrix_of(lattices[member]) for member in members]
+        sources = [matrix_of(unbounded_tensors[member]) for member in members]
         grids, pool = parse_side(memoryview(side), sources)
         for place, (grid, matrix) in enumerate(zip(grids, sources, strict=True)):
             shape = (matrix.rows, matrix.columns)
-            decode_lattice(memoryview(payloads[place]), codings[place], pool, place, grid.trellis, shape)
+            decode_codes(memoryview(payloads[place]), codings[place], pool, place, grid.trellis, shape)
 
 
-def matrix_of(lattice: Lattice) -> Matrix:
-    rows, columns = lattice.codes.shape
-    taps = int(np.prod(lattice.shape[2:])) if len(lattice.shape) > 2 else 1
+def matrix_of(unbounded: Unbounded) -> Matrix:
+    rows, columns = unbounded.codes.shape
+    taps = int(np.prod(unbounded.shape[2:])) if len(unbounded.shape) > 2 else 1
     return Matrix(rows, columns, taps)
 
 
-def measure(name: str, lattices: Sequence[Lattice], choices: Sequence[CodingChoice], repeats: int) -> list[Any]:
-    weights = sum(lattice.codes.numel() for lattice in lattices)
-    entropy = sum(entropy_bits(count_values(one.codes.numpy())) * one.codes.numel() for one in lattices) / weights
-    model_seconds = seconds_of(lambda: coded_bits(lattices), repeats)
+def measure(
+    name: str, unbounded_tensors: Sequence[Unbounded], choices: Sequence[CodingChoice], repeats: int
+) -> list[Any]:
+    weights = sum(unbounded.codes.numel() for unbounded in unbounded_tensors)
+    entropy = (
+        sum(entropy_bits(count_values(one.codes.numpy())) * one.codes.numel() for one in unbounded_tensors) / weights
+    )
+    model_seconds = seconds_of(lambda: coded_bits(unbounded_tensors), repeats)
     rows = []
     for choice in choices:
-        written = write(lattices, choice)
+        written = write(unbounded_tensors, choice)
         n_bytes = sum(len(side) + sum(map(len, parts[2])) for _, side, parts in written)
         row = {
             "source": name,
@@ -83,10 +90,12 @@ def measure(name: str, lattices: Sequence[Lattice], choices: Sequence[CodingChoi
             "bits": 8 * n_bytes / weights,
             "over_percent": 100 * (8 * n_bytes / weights / entropy - 1),
             "side_bits": 8 * sum(len(side) for _, side, _ in written) / weights,
-            "model_percent": 100 * (coded_bits(lattices) / 8 / n_bytes - 1) if choice == "ans" else float("nan"),
+            "model_percent": 100 * (coded_bits(unbounded_tensors) / 8 / n_bytes - 1)
+            if choice == "ans"
+            else float("nan"),
             "model_ms": 1000 * model_seconds,
-            "encode_m": weights / seconds_of(lambda c=choice: write(lattices, c), repeats) / 1e6,
-            "decode_m": weights / seconds_of(lambda w=written: read(lattices, w), repeats) / 1e6,
+            "encode_m": weights / seconds_of(lambda c=choice: write(unbounded_tensors, c), repeats) / 1e6,
+            "decode_m": weights / seconds_of(lambda w=written: read(unbounded_tensors, w), repeats) / 1e6,
         }
         rows.append(row)
     return rows
@@ -108,8 +117,8 @@ def main() -> None:
         for name in NETWORKS:
             state = load_file(Path(os.environ["QCOMPRESS_DATA"]) / f"{name}.safetensors")
             weights = [value for value in state.values() if value.ndim > 1]
-            lattices = [rounded(value, 0.4 * float(value.float().std()) ** 0.5) for value in weights]
-            rows += measure(name.partition("/")[2], lattices, ("ans", "zstd"), arguments.repeats)
+            unbounded_tensors = [rounded(value, 0.4 * float(value.float().std()) ** 0.5) for value in weights]
+            rows += measure(name.partition("/")[2], unbounded_tensors, ("ans", "zstd"), arguments.repeats)
     show(rows, render(rows), arguments.json)
 
 

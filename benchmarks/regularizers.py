@@ -122,10 +122,10 @@ def step_overhead(calls: int) -> dict[str, float]:
     """Processor seconds of a ResNet-20 training step of 128 images, and of each regularizer's share in it."""
     import torch
 
-    from qcompress.model.code import find_callable
+    from qcompress.data.user_code import find_callable
     from qcompress.registry.regularizers import REGULARIZERS
-    from qcompress.training.attach import attach_penalties
-    from qcompress.types import Rule
+    from qcompress.training.penalties import attach_penalties
+    from qcompress.types.plan import Rule
 
     torch.set_num_threads(1)
     nets = Path(__file__).parents[1] / "recipes" / "nets"

@@ -23,12 +23,13 @@ from page import average, put_section, words_beside
 from runs import ROOT, call
 
 from qcompress.artifact.reader import read_artifact
-from qcompress.checkpoint import read_checkpoint
+from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.coding.packing import count_codes
-from qcompress.evaluate import Setting
-from qcompress.load import checkpoint_state, load_state_dict
-from qcompress.model.build import load_weights
+from qcompress.compress.load import checkpoint_state, load_state_dict
+from qcompress.data.sources import open_batches
+from qcompress.model.build import build_network, load_weights
 from qcompress.recipe import read_recipe
+from qcompress.types.run import ModelRun
 
 SEEDS = (0, 1, 2)
 SMALL_RATES = (1.4, 1.8)
@@ -89,13 +90,13 @@ def against_checkpoint(network: Network, state: Mapping[str, torch.Tensor], data
     """Of outputs against the checkpoint's on the eval data, each the mean over positions: divergence in nats, the share
     of the same largest output, and the top-1 accuracy, which is none of a language model's."""
     recipe = read_recipe(ROOT / "recipes" / f"{network.stem}_rd.yaml")
-    setting = Setting(recipe, torch.device("cpu"), allow_code=True)
-    whole, coded = setting.build().float(), setting.build().float()
+    model_run = ModelRun(recipe, torch.device("cpu"), allow_code=True)
+    whole, coded = build_network(model_run).float(), build_network(model_run).float()
     source = data / network.checkpoint
     load_weights(whole, checkpoint_state(read_checkpoint(source)), str(source))
     load_weights(coded, dict(state), "the artifact")
     total, agreed, right, count = 0.0, 0, 0, 0
-    for batch in setting.batches("eval"):
+    for batch in open_batches(model_run, "eval"):
         one, other = (module(*batch.args, **batch.kwargs).log_softmax(-1) for module in (whole, coded))
         each, same = (one.exp() * (one - other)).sum(-1), one.argmax(-1) == other.argmax(-1)
         if batch.lengths is not None:

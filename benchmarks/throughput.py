@@ -169,17 +169,17 @@ def run_peer(tool: str, path: Path, with_error: bool) -> dict[str, float]:
 def run_ours(tool: str, path: Path, with_error: bool) -> dict[str, float]:
     import torch
 
-    from qcompress.checkpoint import read_checkpoint
-    from qcompress.compress import compress
-    from qcompress.load import load_state_dict
-    from qcompress.options import Options
-    from qcompress.plan import make_plan
+    from qcompress.checkpoint.checkpoint import read_checkpoint
+    from qcompress.compress.compress import compress
+    from qcompress.compress.load import load_state_dict
+    from qcompress.plan.plan import make_plan
     from qcompress.recipe import recipe_from_flags
     from qcompress.registry import METHODS
+    from qcompress.types.run import Options
 
     torch.set_num_threads(1)
     method, bits, coding, grid = OURS[tool]
-    METHODS[method].load()
+    METHODS[method].load_encode()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output = Path(folder) / "out.safetensors"
         watch, started = PeakWatch(), time.process_time()

@@ -19,16 +19,14 @@ import torch
 from networks import CASES, Batches
 from torch import Tensor, nn
 
-from qcompress.allocate import Costs, allocate, close, make_units, with_bpw
 from qcompress.artifact.layout import make_slots
-from qcompress.checkpoint import read_checkpoint
-from qcompress.coding.affine import decode
-from qcompress.coding.half import exponent_for
-from qcompress.coding.rows import rows_from_weight
-from qcompress.plan import make_plan
+from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.coding.grids import decode
+from qcompress.encode.encode_weight import ContextSources, encode_weight
+from qcompress.plan.allocate import Costs, allocate, close, make_units, with_bpw
+from qcompress.plan.plan import make_plan
 from qcompress.recipe import BudgetFlag, recipe_from_flags
-from qcompress.types import Plan
-from qcompress.worker import encode_rows
+from qcompress.types.plan import Plan
 
 POWERS = {"relative": 1.0, "over the norm": 0.5, "absolute": 0.0}
 SAMPLES = {"stories": 50, "mobilenet": 100}
@@ -64,10 +62,9 @@ def measure(name: str, widths: list[int], folder: Path) -> None:
     errors: dict[str, dict[int, float]] = {}
     for decision in (decision for decision in plan.decisions if decision.is_open):
         info, weight = decision.tensor, state[decision.tensor.name].float()
-        rows, exponent = rows_from_weight(weight, decision.axis).contiguous(), exponent_for(float(weight.abs().max()))
-        for bits in decision.config.configs:
-            found = encode_rows(rows, replace(decision, config=decision.config.at(bits)), exponent, 0, None)
-            decoded[info.name, bits] = decode(replace(found, shape=info.shape, axis=decision.axis))
+        for bits, config in decision.widths.configs.items():
+            found = encode_weight(weight, replace(decision, config=config), ContextSources(), "cpu")
+            decoded[info.name, bits] = decode(found)
             error = float((decoded[info.name, bits] - weight).double().square().sum())
             errors.setdefault(info.name, {})[bits] = error
 

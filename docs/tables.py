@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qcompress.recipe.expect import limits
+from qcompress.recipe.configs import limits
 from qcompress.recipe.schema import recipe_schema
 from qcompress.registry.regularizers import REGULARIZERS, RegularizerConfig
-from qcompress.settings import TrainingOptions
+from qcompress.types.settings import TrainingOptions
 
 PAGE = Path(__file__).with_name("training.md")
 SHARED = [one.name for one in dataclasses.fields(RegularizerConfig)]

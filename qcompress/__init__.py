@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from qcompress.load import load_into, load_state_dict
+from qcompress.types import VERSION as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from qcompress.compress.load import load_into, load_state_dict
+
 __all__ = ["__version__", "load_into", "load_state_dict"]
 
 
 def __getattr__(name: str) -> Any:
     # The command line imports this package, and must not import torch for --help.
     if name in ("load_into", "load_state_dict"):
-        from qcompress import load
+        from qcompress.compress import load
 
         return getattr(load, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,41 +1,41 @@
-"""What a user can do wrong, or run out of, and the exit code that says so.
+"""Everything that a user can do wrong, or run out of, has an error here, and the exit code that says so.
 
     QcompressError
-    ├── UsageError        2   the command line itself
-    ├── InputError        3   anything read, and an output that is in the way
-    │   ├── CheckpointError      a checkpoint that is missing, damaged or not a safetensors file
-    │   ├── RecipeError          a recipe's text, or a rule that a tensor cannot follow
-    │   ├── ArtifactError        an artifact that is damaged or foreign
-    │   ├── ReportError          a report file that is damaged, foreign or newer
-    │   ├── BudgetError          a budget that cannot be met
-    │   ├── ModelError           a model that cannot be built, traced or run
-    │   ├── TrainingError        training that cannot go on, or whose saved state does not fit
-    │   ├── DataError            data that is missing, damaged or does not fit the model
-    │   ├── OutputError          an output that exists, or that is its own input
-    │   ├── UnmeasuredError      a gate on something that was not measured
-    │   └── Refusals             several of these at once
-    ├── GateFailed        4   a gate that did not hold; artifact and report are written all the same
-    └── ResourceError     5   disk, folder, memory or device
+    ├── UsageError        2
+    ├── InputError        3
+    │   ├── CheckpointError
+    │   ├── RecipeError
+    │   ├── ArtifactError
+    │   ├── ReportError
+    │   ├── BudgetError
+    │   ├── ModelError
+    │   ├── TrainingError
+    │   ├── DataError
+    │   ├── OutputError
+    │   ├── UnmeasuredError
+    │   └── Refusals
+    ├── GateFailed        4
+    └── ResourceError     5
 
-Anything else that escapes is a bug and exits with 1. Every error says where, what, and how to mend it, on one line.
+Anything else that escapes is a bug and exits with 1. Every error says where, what, and a hint, on one line.
 """
 
 from collections.abc import Sequence
 
 
 class QcompressError(Exception):
-    """An error with its place, its cause and its mend; `str()` is one line, of Refusals one for each."""
+    """An error with its place, its cause and a hint; `str()` is one line, of Refusals one for each."""
 
     exit_code = 1
 
-    def __init__(self, where: str, what: str, mend: str) -> None:
-        super().__init__(where, what, mend)
+    def __init__(self, where: str, what: str, hint: str) -> None:
+        super().__init__(where, what, hint)
         self.where = where
         self.what = what
-        self.mend = mend
+        self.hint = hint
 
     def __str__(self) -> str:
-        return " ".join(f"{self.where}: {self.what}; {self.mend}".split())
+        return " ".join(f"{self.where}: {self.what}; {self.hint}".split())
 
     def lines(self) -> list[str]:
         """One line for each thing that is wrong."""
@@ -43,59 +43,63 @@ class QcompressError(Exception):
 
 
 class UsageError(QcompressError):
+    """The command line itself is wrong."""
+
     exit_code = 2
 
 
 class InputError(QcompressError):
+    """Something that was read is wrong, or an output is in the way."""
+
     exit_code = 3
 
 
 class CheckpointError(InputError):
-    pass
+    """A checkpoint is missing, damaged or not a safetensors file."""
 
 
 class RecipeError(InputError):
-    pass
+    """A recipe's text is wrong, or a tensor cannot follow one of its rules."""
 
 
 class ArtifactError(InputError):
-    pass
+    """An artifact is damaged or foreign."""
 
 
 class ReportError(InputError):
-    pass
+    """A report file is damaged, foreign or newer."""
 
 
 class BudgetError(InputError):
-    pass
+    """A budget cannot be met."""
 
 
 class ModelError(InputError):
-    pass
+    """A model cannot be built, traced or run."""
 
 
 class TrainingError(InputError):
-    pass
+    """Training cannot go on, or its saved state does not fit."""
 
 
 class DataError(InputError):
-    pass
+    """Data are missing, damaged or do not fit the model."""
 
 
 class OutputError(InputError):
-    pass
+    """An output exists, or is its own input."""
 
 
 class UnmeasuredError(InputError):
-    pass
+    """A gate is on something that was not measured."""
 
 
 class Refusals(InputError):
-    """Every reason at once, so that one run shows all there is to mend."""
+    """Every reason at once, so that one run shows everything at once."""
 
     def __init__(self, errors: Sequence[InputError]) -> None:
         first = errors[0]
-        super().__init__(first.where, first.what, first.mend)
+        super().__init__(first.where, first.what, first.hint)
         self.errors = tuple(errors)
 
     def __str__(self) -> str:
@@ -114,8 +118,12 @@ def raise_all(errors: Sequence[InputError]) -> None:
 
 
 class GateFailed(QcompressError):
+    """A gate did not hold; artifact and report are written all the same."""
+
     exit_code = 4
 
 
 class ResourceError(QcompressError):
+    """Disk, folder, memory or device do not suffice."""
+
     exit_code = 5

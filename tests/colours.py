@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qcompress.model.code import find_callable
+from qcompress.data.user_code import find_callable
 
 Samples: TypeAlias = tuple[Tensor, Tensor]
 
@@ -48,7 +48,7 @@ def make_network(folder: Path, factory: str = "net.py:net", **arguments: object)
     return module
 
 
-def learn(module: nn.Module, samples: Samples, steps: int) -> nn.Module:
+def trainer(module: nn.Module, samples: Samples, steps: int) -> nn.Module:
     """The module, trained on all samples at once in every step."""
     inputs, labels = samples
     optimizer = torch.optim.Adam(module.parameters(), 1e-2)
@@ -65,7 +65,7 @@ def write_learned(
 ) -> Path:
     """`m.safetensors`: the folder's network after some steps of `learn`."""
     path = folder / f"{name}.safetensors"
-    save_file(learn(make_network(folder, factory, **arguments), samples, steps).state_dict(), path)
+    save_file(trainer(make_network(folder, factory, **arguments), samples, steps).state_dict(), path)
     return path
 
 

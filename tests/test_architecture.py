@@ -1,4 +1,4 @@
-"""Who imports whom, and what no module does: DESIGN's table, walked."""
+"""These tests walk the imports: which room uses which, in one direction, and what no module does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,64 +16,82 @@ from qcompress.registry import EXPORTERS, METHODS
 PACKAGE = Path(__file__).parent.parent / "qcompress"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-NOUNS = {"encoded", "errors", "settings", "types"}
-KNOWN = NOUNS | {"registry"}
-SHOWN = KNOWN | {"coding", "artifact", "checkpoint", "container"}
-ALL = SHOWN | {
-    *("recipe", "plan", "options", "solvers", "methods", "exporters", "report", "model", "training", "regularizers"),
-}
-VERBS = (
-    *("allocate", "audit", "books", "calibrate", "compress", "demo", "evaluate", "finetune", "fit", "halves"),
-    *("journal", "limit", "load", "minimize", "preflight", "probe", "rate"),
-    *("representatives", "sensitivity", "shard_writer", "shards", "tune", "worker"),
-)
-
-MAY_IMPORT = {
+MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "settings": set(),
-    "types": {"settings"},
-    "encoded": {"types"},
-    "registry": NOUNS,
-    "container": NOUNS,
-    "recipe": KNOWN,
-    "plan": KNOWN,
-    "options": {"coding"},
-    "coding": NOUNS,
-    "checkpoint": NOUNS | {"coding", "container"},
-    "artifact": NOUNS | {"coding", "container"},
-    "regularizers": KNOWN,
-    "model": KNOWN | {"coding", "checkpoint", "container", "regularizers"},
-    "training": KNOWN | {"coding", "checkpoint", "model", "regularizers"},
-    "solvers": NOUNS | {"coding"},
-    "methods": KNOWN | {"coding", "solvers", "model", "training"},
-    "exporters": SHOWN,
-    "report": SHOWN,
-    **{verb: ALL | set(VERBS) for verb in VERBS},
-    "cli": ALL | set(VERBS),
-    "__init__": {"load"},
+    "types": set(),
+    "registry": {"types"},
+    "recipe": {"errors", "types", "registry"},
+    "coding": {"errors", "types"},
+    "coding.unbounded": {"types", "coding"},
+    "checkpoint": {"errors", "types", "coding"},
+    "artifact": {"errors", "types", "coding", "coding.unbounded", "checkpoint"},
+    "plan": {"errors", "types", "registry", "recipe", "checkpoint", "artifact"},
+    "data": {"errors", "types"},
+    "model": {"errors", "types", "coding", "data"},
+    "solvers": {"types", "coding", "coding.unbounded"},
+    "clustering": {"types", "registry", "coding"},
+    "calibration": {"errors", "types", "checkpoint", "model"},
+    "regularizers": {"errors", "registry", "coding"},
+    "training": {"errors", "types", "registry", "checkpoint", "plan", "data", "model", "calibration", "regularizers"},
+    "methods": {"errors", "types", "registry", "coding", "model", "solvers", "clustering", "calibration", "training"},
+    "methods.rd": {"types", "registry", "coding", "coding.unbounded", "data", "model", "solvers", "calibration"},
+    "methods.pdquant": {"errors", "types", "registry", "coding", "model", "solvers", "calibration"},
+    "exporters": {"errors", "types", "coding", "artifact"},
+    "report": {"errors", "types", "coding", "checkpoint", "artifact", "plan"},
+    "report.html": {"types", "plan", "report"},
+    "encode": {
+        *("errors", "types", "registry", "coding", "coding.unbounded", "checkpoint", "artifact", "plan"),
+        *("clustering", "report"),
+    },
+    "budget": {
+        *("errors", "types", "registry", "recipe", "coding", "checkpoint", "artifact", "plan", "data", "model"),
+        *("solvers", "report", "encode"),
+    },
+    "compress": {
+        *("errors", "types", "registry", "recipe", "coding", "checkpoint", "artifact", "plan", "data", "model"),
+        *("solvers", "calibration", "training", "methods", "report", "encode", "budget"),
+    },
+    "__init__": {"types", "compress"},
+    "demo": {"errors", "checkpoint", "report", "compress"},
+    "cli": {
+        *("errors", "types", "registry", "recipe", "checkpoint", "artifact", "plan", "data", "training"),
+        *("report", "report.html", "budget", "compress", "demo"),
+    },
     "__main__": {"cli"},
 }
+"""Every room from the bottom of the house to the top, and the rooms below it that it uses."""
 
 ONLY_IN = {
     "yaml": ("recipe",),
-    "rich": ("cli", "report/render_table.py"),
+    "rich": ("cli", "report/render.py"),
     "typer": ("cli",),
     "click": ("cli",),
-    "safetensors": ("checkpoint.py", "artifact", "exporters"),
+    "safetensors": ("checkpoint", "artifact", "exporters"),
     "constriction": ("coding/ans.py",),
-    "zstandard": ("coding/zstd.py",),
+    "zstandard": ("coding/payload.py",),
     "pickle": (),
     "marshal": (),
     "shelve": (),
-    "jinja2": ("report/render_html.py",),
+    "jinja2": ("report/html/render_html.py",),
 }
 
 FORBIDDEN_CALLS = {"eval", "exec", "print", "compile", "__import__", "breakpoint", "input"}
 
 
-def part_of(path: Path) -> str:
-    """The folder or the module that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room_of(path: Path) -> str:
+    """The folder of a file, dotted; of the few modules at the top, their own name."""
+    folder = path.relative_to(PACKAGE).parent
+    return ".".join(folder.parts) or path.stem
+
+
+def room_of_module(name: str) -> str:
+    """The room of a module, or of a name that a module holds, as an import spells it."""
+    path = PACKAGE.joinpath(*name.split(".")[1:])
+    while not (path.is_dir() or path.with_suffix(".py").is_file()):
+        path = path.parent
+    if path == PACKAGE:
+        return "__init__"
+    return room_of(path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -94,19 +113,50 @@ def relative(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
+def test_every_room_has_a_row_and_uses_only_rooms_below_it() -> None:
+    """The table is the order: so there is no circle, and no room that uses everything without saying so."""
+    assert {room_of(path) for path in FILES} == set(MAY_IMPORT)
+    assert len(MAY_IMPORT) <= 30
+    order = list(MAY_IMPORT)
+    for index, (room, used) in enumerate(MAY_IMPORT.items()):
+        assert used <= set(order[:index]), f"{room} uses rooms above it"
+
+
+def test_nothing_lies_loose_at_the_top() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "errors"}
+
+
+def test_rooms_import_what_the_table_says() -> None:
+    found: dict[str, set[str]] = {room: set() for room in MAY_IMPORT}
+    for path in FILES:
+        room = room_of(path)
+        for name, line in imports(parse(path)):
+            if name.split(".")[0] == "qcompress":
+                other = room_of_module(name)
+                assert other in MAY_IMPORT[room] | {room}, f"{relative(path)}:{line}: {room} imports {other}"
+                found[room].add(other)
+    assert {room: used - {room} for room, used in found.items()} == MAY_IMPORT, "the table names what nothing imports"
+
+
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_imports_follow_the_table(path: Path) -> None:
-    part = part_of(path)
-    assert part in MAY_IMPORT, f"{part} is not in the table"
-    allowed = MAY_IMPORT[part] | {part}
+def test_libraries_are_imported_where_they_belong(path: Path) -> None:
     for name, line in imports(parse(path)):
-        top, *rest = name.split(".")
-        ours = rest[0] if top == "qcompress" and rest else ""
-        if ours and not (ours.startswith("__") or ours in ("load_state_dict", "load_into")):
-            assert ours in allowed, f"{relative(path)}:{line}: {part} imports {ours}"
-        homes = ONLY_IN.get(top)
-        at_home = homes is None or any(relative(path) == home or part == home for home in homes)
-        assert at_home, f"{relative(path)}:{line}: imports {top}"
+        homes = ONLY_IN.get(name.split(".")[0])
+        at_home = homes is None or any(
+            relative(path) == home or relative(path).startswith(f"{home}/") for home in homes
+        )
+        assert at_home, f"{relative(path)}:{line}: imports {name}"
+
+
+def test_modules_import_one_another_in_one_direction() -> None:
+    names = {".".join(("qcompress", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    graph = {
+        module: {
+            other for name, _ in imports(parse(path)) for other in (name, name.rpartition(".")[0]) if other in names
+        }
+        for module, path in names.items()
+    }
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "methods").rglob("*.py")), ids=relative)
@@ -134,10 +184,12 @@ def test_the_registry_and_the_folder_of_methods_agree() -> None:
     folder = PACKAGE / "methods"
     files = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
     files -= {"__init__"}
-    assert {method.target.split(":")[0].rsplit(".", 1)[1] for method in METHODS.values()} == files
+    assert {(method.module or name).rpartition(".")[2] for name, method in METHODS.items()} == files
     for name, method in METHODS.items():
         assert method.name == name
-        assert callable(method.load())
+        assert method.encodes or method.fits
+        assert not method.encodes or callable(method.load_encode())
+        assert not method.fits or callable(method.load_fit())
 
 
 def test_the_registry_and_the_folder_of_exporters_agree() -> None:
@@ -153,22 +205,23 @@ def test_the_registry_and_the_folder_of_exporters_agree() -> None:
 TORCH_FREE = [
     "cli",
     "cli.app",
-    "cli.plan",
     "cli.report",
+    "cli.run",
     "cli.verify",
     "artifact.reader",
-    "artifact.staging",
     "artifact.writer",
-    "checkpoint",
-    "encoded",
-    "limit",
-    "options",
-    "plan",
+    "checkpoint.checkpoint",
+    "plan.allocate",
+    "plan.files",
+    "plan.plan",
+    "plan.plan_json",
     "recipe",
     "registry",
     "report.gather",
+    "report.html.render_html",
     "report.render",
-    "shards",
+    "types.encoded",
+    "types.run",
 ]
 
 
@@ -176,5 +229,18 @@ def test_what_torch_free_commands_import_leaves_torch_out() -> None:
     lines = [f"import qcompress.{name}\nassert 'torch' not in sys.modules, 'qcompress.{name}'" for name in TORCH_FREE]
     names = "import qcompress.recipe as r\n[getattr(r, name) for name in r.__all__]\nassert 'torch' not in sys.modules"
     program = "\n".join(["import sys", *lines, names])
+    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_way_without_data_loads_no_model() -> None:
+    """What compresses a bare checkpoint imports no live model, data or training, nor what torch.fx traces with."""
+    program = (
+        "import sys, qcompress.compress.compress\n"
+        "rooms = ('model', 'data', 'training')\n"
+        "loaded = [n for n in sys.modules if n.startswith(tuple(f'qcompress.{room}' for room in rooms))]\n"
+        "assert not loaded, loaded\n"
+        "assert 'sympy' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,11 @@
-"""The documents against the program: sessions run, options and methods are all there, links lead somewhere."""
+"""These tests hold the documents against the program: sessions run, options and methods are there, links lead on."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
+import pkgutil
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -145,6 +147,7 @@ def test_sessions_run_as_shown(
     run_session(path.read_text(), folder, run, shell, figures=False)
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_readme(
     tmp_path: Path, run: Run, shell: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,10 +210,37 @@ def test_every_method_and_format_is_mentioned() -> None:
     assert {name for name in EXPORTERS if f"`{name}`" not in CLI} == set()
 
 
+def anchor_of(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
-    assert {link for link in links if "://" not in link and not (path.parent / link.split("#")[0]).exists()} == set()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()) if "://" not in link]
+    assert {link for link in links if not (path.parent / link.split("#")[0]).exists()} == set()
+    for link in links:
+        name, _, anchor = link.partition("#")
+        if anchor:
+            page = (path.parent / name).read_text() if name else path.read_text()
+            assert anchor in map(anchor_of, re.findall(r"^#+ (.*)$", page, re.MULTILINE)), link
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_files_and_python_names_that_are_mentioned_exist(path: Path) -> None:
+    mentioned = re.findall(r"`((?:qcompress|benchmarks|tests|docs)(?:/[\w.-]+)+|qcompress(?:\.\w+)+)", path.read_text())
+    assert {name for name in mentioned if "/" in name and not (ROOT / name).exists()} == set()
+    for name in mentioned:
+        if "/" not in name:
+            pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_import_what_there_is(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qcompress":
+            for alias in node.names:
+                pkgutil.resolve_name(f"{node.module}.{alias.name}")
 
 
 def github_steps() -> list[dict[str, Any]]:
@@ -263,6 +293,7 @@ def test_the_github_job(shell: Callable[..., Ran], network: Path, tmp_path: Path
     assert codes == {"Check the recipe": 3, "Report": 0}
 
 
+@pytest.mark.slow
 def test_the_shell_of_any_other_ci(shell: Callable[..., Ran], network: Path, tmp_path: Path) -> None:
     (script,) = [block for block in blocks(CI, "bash") if block.startswith("code=0")]
     (tmp_path / "model.safetensors").symlink_to(network)

@@ -1,4 +1,4 @@
-"""Where each byte of an artifact goes, from the plan alone: slots in file order, and the header's room."""
+"""Each byte of an artifact gets its place here, from the plan alone: slots in file order, and the header's room."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qcompress.artifact.manifest import LATTICE_VALUES, METADATA_KEY, Entry, Manifest, Placement
-from qcompress.artifact.manifest_json import manifest_text
-from qcompress.coding.lattice_payload import bound_payload, bound_side
+from qcompress.artifact.manifest import METADATA_KEY, UNBOUNDED_VALUES, Entry, Manifest, Placement, manifest_text
+from qcompress.checkpoint.safetensors_file import RESERVED
 from qcompress.coding.packing import row_bytes
-from qcompress.coding.payload import Coding, CodingChoice, bound_bytes
-from qcompress.coding.pool import pooled
+from qcompress.coding.payload import bound_bytes
 from qcompress.coding.rows import dim_of, grid_shape, stored_codebook_shape
-from qcompress.container import RESERVED
-from qcompress.types import DTYPE_BITS, Decision, Shape, row_shape
+from qcompress.coding.unbounded.payload import bound_payload, bound_side
+from qcompress.coding.unbounded.tables import pooled
+from qcompress.types.config import Coding, CodingChoice, Shape
+from qcompress.types.plan import DTYPE_BITS, Decision, row_shape
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -73,12 +73,9 @@ class Layout:
 
 def grid_of(decision: Decision) -> Placement:
     """What places the grid that a compressing decision will store."""
-    config = decision.config
-    if config.form != "symmetric":
-        placement: Placement = config.form
-        return placement
-    convention: Placement = config.stored_convention
-    return convention
+    form = decision.config.form
+    assert form != "kept"
+    return decision.config.stored_convention if form == "symmetric" else form
 
 
 def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
@@ -97,9 +94,9 @@ def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
         return [Slot(part_name(tensor.name, "codes"), "U8", (most,), most, tensor.name, varies=True)]
     if config.form == "codebook":
         return _codebook_slots(decision, rows[0], columns, choice)
-    grids = grid_shape(rows, config.granularity, config.group_size)
-    packed: Shape = (rows[0], row_bytes(columns, config.bits))
-    most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(rows[0], columns, config.bits, choice)
+    grids, bits = grid_shape(rows, config.unit, config.group_size), config.code_bits
+    packed: Shape = (rows[0], row_bytes(columns, bits))
+    most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(rows[0], columns, bits, choice)
     shape = packed if choice in ("packed", "auto") else (most,)
     name = tensor.name
     slots = [
@@ -115,12 +112,12 @@ def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
 
 def _codebook_slots(decision: Decision, rows: int, columns: int, choice: CodingChoice) -> list[Slot]:
     config, name = decision.config, decision.tensor.name
-    code_rows = rows // config.dim
-    packed: Shape = (code_rows, row_bytes(columns, config.bits))
-    most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(code_rows, columns, config.bits, choice)
+    code_rows, bits = rows // config.dim, config.code_bits
+    packed: Shape = (code_rows, row_bytes(columns, bits))
+    most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(code_rows, columns, bits, choice)
     shape = packed if choice in ("packed", "auto") else (most,)
     slots = [Slot(part_name(name, "codes"), "U8", shape, most, name, varies=choice != "packed")]
-    if decision.book.stored_in is not None:
+    if decision.codebook.stored_in is not None:
         return slots
     tables = stored_codebook_shape(decision)
     dtype, size = {"f16": ("F16", 2), "f32": ("F32", 4), "int8": ("I8", 1)}[config.codebook]
@@ -152,13 +149,15 @@ def header_room(header: bytes) -> int:
 
 def pool_of(decisions: Iterable[Decision]) -> list[str]:
     """The lattices of a file that share tables, by name: they are coded together, when all are known."""
-    lattices = (d.tensor for d in decisions if d.compresses and d.config.form == "lattice")
-    return pooled_names({tensor.name: tensor.numel for tensor in lattices})
+    unbounded_tensors = (d.tensor for d in decisions if d.compresses and d.config.form == "lattice")
+    return pooled_names({tensor.name: tensor.numel for tensor in unbounded_tensors})
 
 
 def pooled_names(sizes: Mapping[str, int]) -> list[str]:
-    """Which lattices of a file share its pool, in the order of their names; `sizes` are their weights by name."""
+    """Which unbounded tensors of a file share its pool, in the order of their names; `sizes` are weights by name."""
     names = sorted(sizes)
+    if not names:
+        return []
     return [name for name, shared in zip(names, pooled([sizes[name] for name in names]), strict=True) if shared]
 
 
@@ -171,26 +170,26 @@ def _file_order(slot: Slot, pool: Container[str]) -> tuple[bool, bool, bool, int
 def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:
     """The entry of a compressing decision with every number still unknown at its widest."""
     if decision.config.form == "lattice":
-        return lattice_entry(decision, "packed" if choice == "packed" else "zstd")
+        return unbounded_entry(decision, "packed" if choice == "packed" else "zstd")
     return Entry(
         shape=decision.tensor.shape,
         dtype=decision.tensor.dtype,
         axis=decision.axis,
-        bits=decision.config.bits,
+        bits=decision.config.code_bits,
         grid=grid_of(decision),
         coding="zstd" if choice == "auto" else choice,
         exponent=-126,
         crc32=2**32 - 1,
         dim=dim_of(decision),
-        codebook=decision.book.stored_in,
+        codebook=decision.codebook.stored_in,
     )
 
 
-def lattice_entry(decision: Decision, coding: Coding) -> Entry:
+def unbounded_entry(decision: Decision, coding: Coding) -> Entry:
     """The entry of a lattice, of which the manifest says little."""
     tensor = decision.tensor
     shape, dtype, axis = tensor.shape, tensor.dtype, decision.axis
-    return Entry(shape, dtype, axis, grid="lattice", coding=coding, codebook=None, **LATTICE_VALUES)
+    return Entry(shape, dtype, axis, grid="lattice", coding=coding, codebook=None, **UNBOUNDED_VALUES)
 
 
 def render_header(slots: Sequence[Slot], manifest: Manifest) -> bytes:

@@ -1,16 +1,33 @@
-"""Header against manifest: each compressed tensor has its parts, of dtypes and shapes that fit. Imports no torch."""
+"""A header is held against its manifest here: each compressed tensor has its parts, of fitting dtypes and shapes.
+
+The unbounded codes of a file are read here too, as their grids lie in side information that many tensors share.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import cached_property
 
-from qcompress.artifact.lattices import pool_names
-from qcompress.artifact.layout import PARTS, POOL_NAME, part_name
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompress.artifact.layout import PARTS, POOL_NAME, part_name, pooled_names
 from qcompress.artifact.manifest import EVERY, Entry, Manifest, ManifestError
+from qcompress.checkpoint.safetensors_file import RESERVED, Container
 from qcompress.coding.packing import row_bytes
-from qcompress.container import RESERVED, Container
-from qcompress.types import TensorInfo
+from qcompress.coding.rows import kernel_positions
+from qcompress.coding.unbounded.payload import decode_codes, split_side
+from qcompress.coding.unbounded.side import Grid, Matrix, parse_side, unbounded_crc32
+from qcompress.coding.unbounded.tables import Pool, class_uses, source_of_codes
+from qcompress.errors import ArtifactError
+from qcompress.types.encoded import ClassUse
+from qcompress.types.plan import TensorInfo
+
+REFETCH = "the file is damaged: fetch or make it again"
 
 MAX_EXPANSION = 1 << 18
 """Weights that one stored byte of codes may stand for at most: a chunk that `ans` codes takes a byte of index."""
@@ -62,6 +79,11 @@ def check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, .
     return kept
 
 
+def find_parts(container: Container, name: str) -> dict[str, TensorInfo]:
+    stored = {part: container.by_name.get(part_name(name, part)) for part in PARTS}
+    return {part: info for part, info in stored.items() if info is not None}
+
+
 def halved_dtypes(kept: Sequence[TensorInfo], manifest: Manifest) -> dict[str, str]:
     """Kept tensor that is stored as F16 -> its dtype in the checkpoint. Raises ManifestError where it is not."""
     halves = {info.name for info in kept if info.dtype == "F16"}
@@ -71,11 +93,6 @@ def halved_dtypes(kept: Sequence[TensorInfo], manifest: Manifest) -> dict[str, s
         raise ManifestError(f"tensor {odd[0]!r} is in 'halved', and is not kept as F16")
     every = next((dtype for dtype, names in manifest.halved.items() if names == EVERY), None)
     return named if every is None else {name: named.get(name, every) for name in halves}
-
-
-def find_parts(container: Container, name: str) -> dict[str, TensorInfo]:
-    stored = {part: container.by_name.get(part_name(name, part)) for part in PARTS}
-    return {part: info for part, info in stored.items() if info is not None}
 
 
 def _shared_codebook(container: Container, manifest: Manifest, name: str, owner: str) -> TensorInfo:
@@ -94,15 +111,15 @@ def _shared_codebook(container: Container, manifest: Manifest, name: str, owner:
 def _check_shapes(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> None:
     rows, columns, codes = entry.code_rows, entry.columns, found["codes"]
     packed = (rows, row_bytes(columns, entry.bits))
-    if entry.coding == "packed" and not entry.is_lattice and codes.shape != packed:
+    if entry.coding == "packed" and not entry.is_unbounded and codes.shape != packed:
         raise ManifestError(f"tensor {name!r} has codes of shape {list(codes.shape)}, not {list(packed)}")
-    if (entry.coding != "packed" or entry.is_lattice) and len(codes.shape) != 1:
+    if (entry.coding != "packed" or entry.is_unbounded) and len(codes.shape) != 1:
         raise ManifestError(f"tensor {name!r} has coded bytes of {len(codes.shape)} dimensions, not 1")
     if math.prod(entry.shape) > MAX_EXPANSION * max(codes.n_bytes, 1):
         raise ManifestError(
             f"tensor {name!r} declares {math.prod(entry.shape)} weights in {codes.n_bytes} bytes of codes"
         )
-    if entry.is_lattice:
+    if entry.is_unbounded:
         return
     if entry.grid == "codebook":
         _check_codebook(name, entry, found)
@@ -129,3 +146,83 @@ def _check_codebook(name: str, entry: Entry, found: Mapping[str, TensorInfo]) ->
         raise ManifestError(f"tensor {name!r} has {shape[0]} codebooks for {entry.code_rows} rows of codes")
     if "scale" in found and found["scale"].shape != (shape[0], 1):
         raise ManifestError(f"tensor {name!r} has a scale of another shape than one for each codebook")
+
+
+def pool_names(manifest: Manifest) -> list[str]:
+    """The tensors whose side information a file pools, in the order in which it has them."""
+    return pooled_names(
+        {name: math.prod(entry.shape) for name, entry in manifest.tensors.items() if entry.is_unbounded}
+    )
+
+
+@dataclass(frozen=True)
+class UnboundedFile:
+    """One file whose header and manifest were checked; its side information is read when it is first asked for."""
+
+    container: Container
+    manifest: Manifest
+    executor: Executor | None = None
+
+    @cached_property
+    def _pool(self) -> tuple[dict[str, int], list[Grid], Pool]:
+        """The place of each tensor in the file's pool, their grids, and the pool."""
+        names = pool_names(self.manifest)
+        if not names:
+            return {}, [], Pool((), {})
+        try:
+            found = parse_side(self.container.bytes_of(POOL_NAME), [self._matrix(name) for name in names])
+        except ValueError as error:
+            raise self._damaged(POOL_NAME, str(error)) from None
+        return {name: place for place, name in enumerate(names)}, *found
+
+    def _matrix(self, name: str) -> Matrix:
+        entry = self.manifest.tensors[name]
+        return Matrix(entry.rows, entry.columns, kernel_positions(entry.shape, entry.axis))
+
+    def codes(self, name: str) -> tuple[NDArray[np.int32], Grid]:
+        """The codes [rows, columns] of an unbounded quantizer, checked, and its grid. Raises ArtifactError."""
+        entry = self.manifest.tensors[name]
+        grid, pool, place, data = self._found(name)
+        try:
+            shape = (entry.rows, entry.columns)
+            codes = decode_codes(data, entry.coding, pool, place, grid.trellis, shape, self.executor)
+        except ValueError as error:
+            raise self._damaged(name, str(error)) from None
+        if unbounded_crc32(codes, grid) != grid.crc32:
+            raise self._damaged(name, "its checksum does not hold")
+        return codes, grid
+
+    def _found(self, name: str) -> tuple[Grid, Pool, int, memoryview]:
+        """The grid of unbounded codes, its pool, its place there, and its payload. Raises ArtifactError."""
+        data = self.container.bytes_of(part_name(name, "codes"))
+        places, grids, pool = self._pool
+        place = places.get(name, 0)
+        if name not in places:
+            try:
+                side, data = split_side(data)
+                grids, pool = parse_side(side, [self._matrix(name)])
+            except ValueError as error:
+                raise self._damaged(name, str(error)) from None
+        return grids[place], pool, place, data
+
+    def class_uses(self, name: str, codes: NDArray[np.int32]) -> tuple[ClassUse, ...] | None:
+        """What unbounded codes [rows, columns], as read, take under each table; None where no table codes them."""
+        entry = self.manifest.tensors[name]
+        if entry.coding != "ans":
+            return None
+        grid, pool, place, _ = self._found(name)
+        source = source_of_codes(codes, kernel_positions(entry.shape, entry.axis), trellis=grid.trellis)
+        return class_uses(source, pool.levels[place], pool)
+
+    def side_bytes(self, name: str) -> int:
+        """The side information among a tensor's codes: none where the file pools it. Raises ArtifactError."""
+        data = self.container.bytes_of(part_name(name, "codes"))
+        if name in self._pool[0]:
+            return 0
+        try:
+            return len(data) - len(split_side(data)[1])
+        except ValueError as error:
+            raise self._damaged(name, str(error)) from None
+
+    def _damaged(self, name: str, what: str) -> ArtifactError:
+        return ArtifactError(f"{self.container.path}: tensor {name!r}", what, REFETCH)

@@ -1,4 +1,4 @@
-"""Read an artifact: everything is checked against everything else before anything is allocated.
+"""An artifact is read here: everything is checked against everything else before anything is allocated.
 
 A tensor is decoded from its codes only after their length, their CRC-32 and their grid are known to be right.
 """
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.artifact.lattices import REFETCH, LatticeFile
 from qcompress.artifact.layout import INDEX_NAME, PARTS, POOL_NAME, Slot, part_name
 from qcompress.artifact.manifest import (
     METADATA_KEY,
@@ -27,21 +26,21 @@ from qcompress.artifact.manifest import (
     NewerFormatError,
     artifact_hash,
     header_crc32,
+    parse_manifest,
 )
-from qcompress.artifact.manifest_json import parse_manifest
-from qcompress.artifact.parts import check_parts, find_parts, halved_dtypes
-from qcompress.coding.jobs import decoding_processes
+from qcompress.artifact.parts import REFETCH, UnboundedFile, check_parts, find_parts, halved_dtypes
+from qcompress.checkpoint.safetensors_file import Container, parse_json, read_container
+from qcompress.coding.ans import decoding_processes
 from qcompress.coding.packing import count_codes, unpack
 from qcompress.coding.payload import decode_payload
-from qcompress.container import Container, parse_json, read_container
-from qcompress.encoded import ActivationGrid
 from qcompress.errors import ArtifactError
-from qcompress.types import TensorInfo
+from qcompress.types.encoded import ActivationGrid
+from qcompress.types.plan import TensorInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qcompress.encoded import Affine, Codebook, Lattice
+    from qcompress.types.encoded import Affine, Codebook, Unbounded
 
 NUMPY_DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
 
@@ -107,14 +106,14 @@ class ArtifactFile:
         return info.n_bytes if info is not None else 0
 
     @cached_property
-    def lattices(self) -> LatticeFile:
-        """The lattices of this file."""
-        return LatticeFile(self.container, self.manifest, self.executor)
+    def unbounded_tensors(self) -> UnboundedFile:
+        """The tensors of this file whose codes are unbounded."""
+        return UnboundedFile(self.container, self.manifest, self.executor)
 
     def check_codes(self, name: str) -> None:
         """Decode a compressed tensor, to see that it can be. Raises ArtifactError."""
-        if self.manifest.tensors[name].is_lattice:
-            self.lattices.codes(name)
+        if self.manifest.tensors[name].is_unbounded:
+            self.unbounded_tensors.codes(name)
         else:
             self.packed_codes(name)
 
@@ -148,16 +147,16 @@ class ArtifactFile:
             for part, info in self.grid_of(name).items()
         }
 
-    def read_encoded(self, name: str) -> Affine | Codebook | Lattice:
+    def read_encoded(self, name: str) -> Affine | Codebook | Unbounded:
         """A compressed tensor's codes and grid or codebook. Raises ArtifactError."""
         import torch
 
-        from qcompress.coding.lattice import lattice_of_grid
-        from qcompress.encoded import Affine, Codebook
+        from qcompress.coding.unbounded.side import unbounded_of_grid
+        from qcompress.types.encoded import Affine, Codebook
 
         entry = self.manifest.tensors[name]
-        if entry.is_lattice:
-            return lattice_of_grid(*self.lattices.codes(name), entry.shape, entry.axis, entry.dtype)
+        if entry.is_unbounded:
+            return unbounded_of_grid(*self.unbounded_tensors.codes(name), entry.shape, entry.axis, entry.dtype)
         codes = unpack(self.packed_codes(name), entry.bits, entry.columns)
         grids = {part: torch.from_numpy(values.copy()) for part, values in self.grids(name).items()}
         if entry.grid == "codebook":
@@ -279,9 +278,12 @@ def read_artifact(path: Path) -> Artifact:
 def _read_index(index: Path) -> dict[str, str]:
     """Stored tensor -> the file that holds it. Raises ArtifactError."""
     try:
-        weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
-        names = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        document = parse_json(index.read_text(encoding="utf-8"))
+        weight_map = document.get("weight_map") if isinstance(document, dict) else None
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else None
+    except (OSError, ValueError, TypeError):
+        weight_map = names = None
+    if weight_map is None or names is None:
         raise ArtifactError(str(index), "has no weight_map from tensor to file", REFETCH) from None
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ArtifactError(str(index), "names files outside its folder, or none", REFETCH)
@@ -312,6 +314,6 @@ def read_artifact_file(path: Path) -> ArtifactFile:
         manifest = parse_manifest(text)
         kept = check_parts(container, manifest)
     except ManifestError as error:
-        mend = "update qcompress" if isinstance(error, NewerFormatError) else REFETCH
-        raise ArtifactError(str(path), str(error), mend) from None
+        hint = "update qcompress" if isinstance(error, NewerFormatError) else REFETCH
+        raise ArtifactError(str(path), str(error), hint) from None
     return ArtifactFile(container, manifest, kept)

@@ -1,4 +1,4 @@
-"""The command line: words in, one library call, words out. Importing it imports neither torch nor pydantic."""
+"""The command line is words in, one library call, words out. Importing it imports neither torch nor pydantic."""
 
 from __future__ import annotations
 

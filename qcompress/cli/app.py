@@ -1,4 +1,4 @@
-"""The program: its commands, and how errors and signals become exit codes."""
+"""The program has its commands here, and turns errors and signals into exit codes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qcompress import __version__
 from qcompress.cli import options as opt
 from qcompress.cli.cluster import cluster
 from qcompress.cli.eval import evaluate
 from qcompress.cli.export import export
 from qcompress.cli.finetune import finetune_reg
-from qcompress.cli.groups import spread
+from qcompress.cli.options import spread
+from qcompress.cli.output import print_note, print_result
 from qcompress.cli.quantize import quantize
 from qcompress.cli.recipe import recipe
 from qcompress.cli.report import report
-from qcompress.cli.streams import print_note
 from qcompress.cli.verify import verify
 from qcompress.errors import QcompressError
+from qcompress.types import VERSION
 
 INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
 OUT_OF_RESOURCE = 5
@@ -50,7 +50,7 @@ class Terminated(BaseException):
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"qcompress {__version__}")
+        typer.echo(f"qcompress {VERSION}")
         raise typer.Exit
 
 
@@ -82,7 +82,6 @@ def demo(
     verbose: opt.Verbose = False,
 ) -> None:
     """Train a small network on scikit-learn's digits, then compress it with the real commands."""
-    from qcompress.cli.streams import print_result
     from qcompress.demo import run_demo
 
     def say(text: str) -> None:

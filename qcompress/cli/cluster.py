@@ -1,4 +1,4 @@
-"""`qcompress cluster`."""
+"""`qcompress cluster` asks for a run by its recipe, or by one rule from flags."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.groups import GateFlags, OutputFlags, RunFlags
-from qcompress.cli.streams import Streams, refuse_mixed
+from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
+from qcompress.cli.output import Streams, refuse_mixed
+from qcompress.cli.recipe import make_recipe
 
 
 def cluster(
@@ -49,14 +50,14 @@ def cluster(
 
     qcompress cluster model.safetensors --bits 8 --dim 4 --min-sqnr 12
     """
-    from qcompress.cli.run import Request, make_recipe, run
+    from qcompress.cli.run import Request, run
 
     refuse_mixed(streams.json_to, streams.quiet)
     flags = {"bits": bits, "dim": dim, "granularity": granularity, "group_size": group_size, "share": share}
     run(
         Request(
             checkpoint=checkpoint,
-            recipe=make_recipe(recipe, method, flags, overrides or [], running.seed, "cluster"),
+            recipe=make_recipe(recipe, method, flags, overrides, running.seed, "cluster"),
             recipe_file=recipe,
             suffix=_suffix(bits, dim, method),
             writing=writing,

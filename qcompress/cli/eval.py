@@ -1,18 +1,22 @@
-"""`qcompress eval`."""
+"""`qcompress eval` measures a checkpoint or an artifact on the task of a recipe."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.streams import Streams, refuse_mixed
-from qcompress.errors import GateFailed, UsageError
+from qcompress.cli.options import GateFlags, make_gates
+from qcompress.cli.output import Streams, json_document, print_result, refuse_mixed, write_text
+from qcompress.cli.recipe import read_given
+from qcompress.errors import UsageError, raise_all
 
 if TYPE_CHECKING:
-    from qcompress.model.tasks import Measurement
+    from qcompress.data.measurement import Measurement
+    from qcompress.types.run import Json
 
 
 def evaluate(
@@ -32,48 +36,34 @@ def evaluate(
 
     qcompress eval model.safetensors -r recipe.yaml --min-metric top1=0.9 --json -
     """
-    from qcompress.cli.gates import make_gates
-    from qcompress.cli.groups import GateFlags
-    from qcompress.cli.live import make_setting
-    from qcompress.cli.run import make_recipe
-    from qcompress.cli.streams import print_result, write_json
-    from qcompress.errors import raise_all
-    from qcompress.evaluate import evaluate as measure
+    from qcompress.cli.run import make_model_run
+    from qcompress.compress.evaluate import evaluate as measure
     from qcompress.recipe import refuse_missing
-    from qcompress.report.gates import check_metrics, gate_error
+    from qcompress.report.gates import check_metrics, raise_failed
 
     refuse_mixed(streams.json_to, streams.quiet)
     if recipe is None:
         raise UsageError("qcompress eval", "nothing says how to measure", "add -r RECIPE with model, data and task")
-    asked = make_recipe(recipe, None, {}, overrides or [], seed)
+    asked = read_given(recipe, overrides, seed=seed)
     raise_all(refuse_missing(asked, measures=True))
     gates = make_gates(asked.gates, GateFlags(min_metric=min_metric))
-    setting = make_setting(asked, device, allow_code, streams)
-    measured = measure(path, setting)
+    model_run = make_model_run(asked, device, allow_code, streams)
+    measured = measure(path, model_run)
     results = check_metrics(gates.min_metric, {one.metric: one.value for one in measured})
     if streams.json_to is not None:
         document = {
             "file": path.name,
             "metrics": [_as_json(one) for one in measured],
-            "gates": [
-                {"name": one.name, "limit": one.limit, "value": one.value, "passed": one.passed} for one in results
-            ],
+            "gates": [asdict(one) for one in results],
         }
-        write_json(document, streams.json_to)
+        write_text(json_document(document), streams.json_to)
     if streams.json_to != "-":
         print_result("\n".join(_words(one) for one in measured))
-    failed: GateFailed | None = gate_error(results)
-    if failed is not None:
-        raise failed
+    raise_failed(results)
 
 
-def _as_json(one: Measurement) -> dict[str, Any]:
-    return {
-        "metric": one.metric,
-        "value": one.value,
-        "interval": [one.low, one.high],
-        "samples": one.samples,
-    }
+def _as_json(one: Measurement) -> dict[str, Json]:
+    return {"metric": one.metric, "value": one.value, "interval": [one.low, one.high], "samples": one.samples}
 
 
 def _words(one: Measurement) -> str:

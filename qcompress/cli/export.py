@@ -1,4 +1,4 @@
-"""`qcompress export`."""
+"""`qcompress export` writes an artifact in the format of another tool."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from qcompress.cli import options as opt
+from qcompress.cli.output import print_result
+from qcompress.errors import UsageError
 from qcompress.registry import EXPORTERS
 
 
@@ -33,9 +35,6 @@ def export(
     qcompress export model-w2.safetensors --to safetensors
     """
     from qcompress.artifact.reader import read_artifact
-    from qcompress.cli.machine import default_threads
-    from qcompress.cli.streams import print_result
-    from qcompress.errors import UsageError
     from qcompress.recipe import suggest
 
     exporter = EXPORTERS.get(to)
@@ -47,6 +46,6 @@ def export(
     found = read_artifact(artifact)
     stem = artifact.name.removesuffix(".safetensors")
     target = output or artifact.with_name(f"{stem}-{to}" if artifact.is_dir() else f"{stem}-dense{exporter.suffix}")
-    with found.decoding_with(threads or default_threads()) as shared:
+    with found.decoding_with(threads or opt.default_threads()) as shared:
         written = exporter.load()(shared, target, force=force)
     print_result(str(target) if quiet else f"{target}: {written:,} bytes")

@@ -1,14 +1,20 @@
-"""`qcompress quantize`."""
+"""`qcompress quantize` asks for a run by its recipe, or by one rule from flags, with or without a budget."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.groups import GateFlags, OutputFlags, RunFlags
-from qcompress.cli.streams import Streams, refuse_mixed
+from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
+from qcompress.cli.output import Streams, refuse_mixed
+from qcompress.cli.recipe import make_recipe
+from qcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    from qcompress.types.plan import Recipe
 
 
 def quantize(
@@ -47,20 +53,18 @@ def quantize(
 
     qcompress quantize model.safetensors -r recipe.yaml --min-sqnr 12 --json -
     """
-    from qcompress.cli.budget import budget_suffix, make_budget_flag
-    from qcompress.cli.run import Request, make_recipe, run
-    from qcompress.recipe import with_effort
+    from qcompress.cli.run import Request, run
 
     refuse_mixed(streams.json_to, streams.quiet)
-    budget = make_budget_flag(bpw, target_size, minimize)
+    budget = opt.make_budget_flag(bpw, target_size, minimize)
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
-    asked = make_recipe(recipe, method, flags, overrides or [], running.seed, "quantize", budget, keep_dtype)
+    asked = make_recipe(recipe, method, flags, overrides, running.seed, "quantize", budget)
     run(
         Request(
             checkpoint=checkpoint,
-            recipe=asked if effort is None else with_effort(asked, effort.value),
+            recipe=_with_flags(asked, effort, keep_dtype),
             recipe_file=recipe,
-            suffix=f"w{bits}" if budget is None else budget_suffix(budget),
+            suffix=f"w{bits}" if budget is None else opt.budget_suffix(budget),
             writing=writing,
             running=running,
             gates=gates,
@@ -71,3 +75,14 @@ def quantize(
         ),
         streams,
     )
+
+
+def _with_flags(recipe: Recipe, effort: opt.Effort | None, keep_dtype: str | None) -> Recipe:
+    """The recipe with what goes with flags and with a file alike. Raises UsageError."""
+    from qcompress.recipe import with_effort
+
+    if keep_dtype not in (None, "f16"):
+        raise UsageError(f"--keep-dtype {keep_dtype}", "not a dtype to keep tensors in", "use --keep-dtype f16")
+    if keep_dtype is not None:
+        recipe = replace(recipe, keep_dtype="f16")
+    return recipe if effort is None else with_effort(recipe, effort.value)

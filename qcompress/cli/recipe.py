@@ -1,28 +1,25 @@
-"""`qcompress recipe`."""
+"""`qcompress recipe`, and how the other commands come to their recipe: from a file, or from flags."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qcompress.cli import options as opt
+from qcompress.cli.output import json_document, print_result, read_stdin, refuse_mixed, write_text
+from qcompress.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcompress.types import Recipe
+    from qcompress.recipe import BudgetFlag
+    from qcompress.types.plan import Family, Recipe
 
 recipe = typer.Typer(help="Check and show recipes.", no_args_is_help=True, rich_markup_mode=None)
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; - reads standard input.")]
-
-
-def _read(path: Path, overrides: list[str] | None) -> Recipe:
-    from qcompress.cli.streams import read_stdin
-    from qcompress.recipe import read_recipe
-
-    text = read_stdin() if str(path) == "-" else None
-    return read_recipe(None if text is not None else path, overrides or [], text=text)
 
 
 @recipe.command()
@@ -35,16 +32,15 @@ def check(
     quiet: opt.Quiet = False,
 ) -> None:
     """Say all that is wrong with a recipe, by itself or for a checkpoint."""
-    from qcompress.cli.streams import print_result
-    from qcompress.report.words import count_words
+    from qcompress.report.view import count_words
 
-    checked = _read(path, overrides)
+    checked = read_given(path, overrides)
     # A rule with a list of globs is one rule to its writer.
     words = count_words(len({rule.where for rule in checked.rules}), "rule")
     if checkpoint is not None:
-        from qcompress.allocate import refuse_infeasible
-        from qcompress.checkpoint import read_checkpoint
-        from qcompress.plan import make_plan
+        from qcompress.checkpoint.checkpoint import read_checkpoint
+        from qcompress.plan.allocate import refuse_infeasible
+        from qcompress.plan.plan import make_plan
 
         source = read_checkpoint(checkpoint)
         plan = make_plan(checked, source.tensors, source.tied, source.axes)
@@ -58,13 +54,12 @@ def check(
 @recipe.command()
 def show(path: RecipeArgument, overrides: opt.Overrides = None, json_to: opt.Json = None) -> None:
     """Print a recipe as it will run: every default filled in."""
-    from qcompress.cli.streams import print_result, refuse_mixed, write_json
     from qcompress.recipe import recipe_json, recipe_yaml
 
     refuse_mixed(json_to, quiet=False)
-    resolved = _read(path, overrides)
+    resolved = read_given(path, overrides)
     if json_to is not None:
-        write_json(recipe_json(resolved), json_to)
+        write_text(json_document(recipe_json(resolved)), json_to)
     if json_to != "-":
         print_result(recipe_yaml(resolved))
 
@@ -72,7 +67,61 @@ def show(path: RecipeArgument, overrides: opt.Overrides = None, json_to: opt.Jso
 @recipe.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors and checks."""
-    from qcompress.cli.streams import print_result
     from qcompress.recipe import schema_text
 
     print_result(schema_text())
+
+
+def read_given(
+    path: Path,
+    overrides: list[str] | None,
+    *,
+    seed: int | None = None,
+    family: Family = "quantize",
+    budget: BudgetFlag | None = None,
+) -> Recipe:
+    """The recipe in a file, or in standard input for "-". Raises RecipeError.
+
+    seed, budget  in place of the recipe's
+    family        of a recipe whose rules do not tell
+    """
+    from qcompress.recipe import read_recipe
+
+    text = read_stdin() if str(path) == "-" else None
+    found = read_recipe(path if text is None else None, overrides or [], text=text, family=family, budget=budget)
+    return found if seed is None else replace(found, seed=seed)
+
+
+def make_recipe(
+    path: Path | None,
+    method: str | None,
+    flags: Mapping[str, int | str | bool | None],
+    overrides: list[str] | None,
+    seed: int | None,
+    family: Family,
+    budget: BudgetFlag | None = None,
+) -> Recipe:
+    """The one visible recipe: from the file, or of one rule from the flags. Raises UsageError, RecipeError.
+
+    flags   option of a rule -> its value
+    family  that its methods must be of
+    budget  in place of the recipe's
+    """
+    from qcompress.recipe import recipe_from_flags
+
+    given = [f"--{name.replace('_', '-')}" for name, value in {"method": method, **flags}.items() if value is not None]
+    if path is None:
+        if overrides:
+            raise UsageError(f"--set {overrides[0]}", "there is no recipe to change", "add -r RECIPE")
+        if not given and budget is None:
+            raise UsageError(f"qcompress {family}", "nothing says how", "add --bits N, or -r RECIPE")
+        made = recipe_from_flags(method, flags, family, budget)
+        return made if seed is None else replace(made, seed=seed)
+    if given:
+        key = given[0].removeprefix("--").replace("-", "_")
+        hint = f"say it in the recipe, or with --set rules.0.METHOD.{key}=VALUE"
+        raise UsageError(f"-r {path} {given[0]}", "the recipe decides this", hint)
+    made = read_given(path, overrides, seed=seed, family=family, budget=budget)
+    if made.family != family:
+        raise UsageError(f"-r {path}", f"its methods are of family {made.family}", f"use `qcompress {made.family}`")
+    return made

@@ -1,25 +1,45 @@
-"""What `quantize` and `cluster` do alike: a recipe, a plan, an artifact, its report and gates."""
+"""`quantize` and `cluster` run here: a recipe and a checkpoint become an artifact, its report and gates, or a plan."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from qcompress.checkpoint.side_files import representatives_path
 from qcompress.cli import options as opt
-from qcompress.cli.machine import default_threads
-from qcompress.errors import GateFailed, UsageError
+from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
+from qcompress.cli.output import Streams, json_document, print_output, print_report, progress, sample_progress
+from qcompress.compress.plan_checkpoint import plan_checkpoint
+from qcompress.errors import ResourceError, UsageError, raise_all
+from qcompress.plan.allocate import allocate, read_costs, sensitivity_file
+from qcompress.plan.plan_json import PlanJson, TensorJson, plan_json
+from qcompress.recipe import refuse_missing, trains
+from qcompress.registry import METHODS
+from qcompress.report.document import Report
+from qcompress.report.document_json import report_path, write_report
+from qcompress.report.gates import check_gates, raise_failed
+from qcompress.report.view import Column, Table, View, name_words, shape_words, size_words
+from qcompress.types.config import CodingChoice
+from qcompress.types.plan import Gates, Plan, Recipe
+from qcompress.types.run import ModelRun, Options
 
 if TYPE_CHECKING:
-    from qcompress.checkpoint import Checkpoint
-    from qcompress.cli.groups import GateFlags, OutputFlags, RunFlags
-    from qcompress.cli.streams import Streams
-    from qcompress.coding.payload import CodingChoice
-    from qcompress.evaluate import Setting
-    from qcompress.recipe import BudgetFlag
-    from qcompress.report.document import Report
-    from qcompress.types import Family, Plan, Recipe
+    from qcompress.types.config import CodingChoice
+
+COLUMNS = (
+    Column("tensor", right=False),
+    Column("shape", right=False, spare=2),
+    Column("dtype", right=False, spare=3),
+    Column("method", right=False),
+    Column("bits"),
+    Column("grid", right=False),
+    Column("axis", right=False, spare=1),
+    Column("bytes"),
+    Column("why", right=False),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,128 +61,69 @@ class Request:
 
 
 def run(request: Request, streams: Streams) -> None:
-    """Make the artifact, or print its plan."""
-    from qcompress.checkpoint import read_checkpoint
-    from qcompress.cli.gates import make_gates, refuse_unmeasurable
-    from qcompress.cli.live import make_setting
-    from qcompress.errors import raise_all
-    from qcompress.recipe import refuse_missing, trains
-    from qcompress.representatives import representatives_path, with_representatives
-
-    training = trains(request.recipe)
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1") and not training:
-        raise UsageError(
-            "torchrun", "splitting tensors over ranks is not available in this version", "run qcompress by itself"
-        )
-    asked = replace(request.recipe, gates=make_gates(request.recipe.gates, request.gates))
-    raise_all(refuse_missing(asked, statistics=request.statistics is not None))
-    if asked.model is None:
-        refuse_unmeasurable(asked.gates)
-        if request.save_statistics is not None:
-            raise UsageError(
-                "--save-statistics", "there is no model to gather from", "add -r RECIPE with model and data"
-            )
-    request = replace(request, sensitivity=_sensitivity(request, asked))
-    source = read_checkpoint(request.checkpoint)
+    """Make the artifact, or print its plan. Raises GateFailed once artifact and report are written."""
+    request = _checked(request)
+    recipe, source = request.recipe, read_checkpoint(request.checkpoint)
     target = request.writing.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
     coding: CodingChoice = request.writing.coding.value
-    learned = request.representatives or representatives_path(request.checkpoint)
     if request.writing.dry_run:
-        from qcompress.allocate import allocate, read_costs
-        from qcompress.cli.plan import print_plan
-
-        plan = with_representatives(_make_plan(source, asked), learned)
+        plan, _ = _make_plan(source, request, None)
         if request.sensitivity is not None:
             plan = allocate(source, plan, coding, read_costs(source, plan, request.sensitivity))
         print_plan(source, plan, target, coding, streams)
         return
-    options: dict[str, Any] = {
-        "choice": coding,
-        "force": request.writing.force,
-        "resume": request.running.resume,
-        "threads": request.running.threads or default_threads(),
-        "max_memory": _parse_size("--max-memory", request.running.max_memory),
-        "representatives": learned,
-    }
-    if asked.model is None:
-        options |= {"device": _device(request.running.device), "statistics": request.statistics}
-        plan = with_representatives(_make_plan(source, asked), learned)
-        _compress(source, plan, target, options, request, streams)
-        return
-    options["statistics"] = request.statistics
+    options = _make_options(request, target, coding)
+    model_run = None
+    if recipe.model is not None:
+        _refuse_weights_only(request)
+        # Threads encode tensors beside one another; only training has steps that are worth several.
+        threads = request.running.threads if trains(recipe) else None
+        model_run = make_model_run(recipe, request.running.device, request.allow_code, streams, threads)
+    plan, learned = _make_plan(source, request, model_run)
+    options = replace(options, representatives=learned)
+    if model_run is None:
+        report: Report | None = _compress(source, plan, options, request, streams)
+    else:
+        report = _compress_live(source, plan, options, model_run, request, streams)
+    # Of several ranks only the first has a report.
+    if report is not None:
+        _finish(report, recipe.gates, target, streams)
+
+
+def _checked(request: Request) -> Request:
+    """The request with every gate and file of sensitivities in its place, from flags or from the recipe.
+
+    raises  UsageError, UnmeasuredError and RecipeError (Refusals where several) for what cannot be run
+    """
+    recipe, ranks = request.recipe, os.environ.get("WORLD_SIZE", "1")
+    if ranks not in ("", "0", "1") and not trains(recipe):
+        raise UsageError(
+            "torchrun", "splitting tensors over ranks is not available in this version", "run qcompress by itself"
+        )
+    recipe = replace(recipe, gates=opt.make_gates(recipe.gates, request.gates))
+    raise_all(refuse_missing(recipe, statistics=request.statistics is not None))
+    if recipe.model is None:
+        opt.refuse_unmeasurable(recipe.gates)
+        if request.save_statistics is not None:
+            hint = "add -r RECIPE with model and data"
+            raise UsageError("--save-statistics", "there is no model to gather from", hint)
+    if request.sensitivity is not None and recipe.budget is None:
+        where = f"--sensitivity {request.sensitivity}"
+        raise UsageError(where, "there is no budget to spend by it", "add --bpw X or --target-size SIZE")
+    sensitivity = request.sensitivity
+    if sensitivity is None and recipe.budget is not None:
+        sensitivity = sensitivity_file(recipe)
+    return replace(request, recipe=recipe, sensitivity=sensitivity)
+
+
+def _refuse_weights_only(request: Request) -> None:
+    """Raise UsageError for a flag that stands in for the model that the recipe names."""
     # Codebooks that tensors have of their weights alone are weighed by statistics, live model or not.
-    stands_in = request.statistics is not None and asked.family != "cluster"
+    stands_in = request.statistics is not None and request.recipe.family != "cluster"
     if request.running.skip_nonfinite or stands_in:
         flag = "--skip-nonfinite" if request.running.skip_nonfinite else "--statistics"
         where = f"-r {request.recipe_file} {flag}"
         raise UsageError(where, "the recipe names a live model", "leave one of them out")
-    # Threads encode tensors beside one another; only training has steps that are worth several.
-    setting = make_setting(
-        asked, request.running.device, request.allow_code, streams, request.running.threads if training else None
-    )
-    _compress_live(source, setting, target, options, request, streams)
-
-
-def _sensitivity(request: Request, recipe: Recipe) -> Path | None:
-    """The file of sensitivities, of the command line or of the recipe. Raises UsageError where nothing spends by it."""
-    from qcompress.allocate import sensitivity_file
-
-    if request.sensitivity is not None and recipe.budget is None:
-        where = f"--sensitivity {request.sensitivity}"
-        raise UsageError(where, "there is no budget to spend by it", "add --bpw X or --target-size SIZE")
-    return request.sensitivity or sensitivity_file(recipe)
-
-
-def make_recipe(
-    recipe: Path | None,
-    method: str | None,
-    flags: dict[str, Any],
-    overrides: list[str],
-    seed: int | None,
-    family: Family | None = None,
-    budget: BudgetFlag | None = None,
-    keep_dtype: str | None = None,
-) -> Recipe:
-    """The one visible recipe: from the file, or of one rule from the flags. Raises UsageError, RecipeError.
-
-    family  that its methods must be of; None: any
-    budget  in place of the recipe's
-    """
-    from qcompress.cli.streams import read_stdin
-    from qcompress.recipe import read_recipe, recipe_from_flags
-
-    given = [f"--{name.replace('_', '-')}" for name, value in {"method": method, **flags}.items() if value is not None]
-    if recipe is None:
-        if overrides:
-            raise UsageError(f"--set {overrides[0]}", "there is no recipe to change", "add -r RECIPE")
-        if not given and budget is None:
-            raise UsageError(f"qcompress {family}", "nothing says how", "add --bits N, or -r RECIPE")
-        made = recipe_from_flags(method, flags, family or "quantize", budget)
-    else:
-        if given:
-            key = given[0].removeprefix("--").replace("-", "_")
-            mend = f"say it in the recipe, or with --set rules.0.METHOD.{key}=VALUE"
-            raise UsageError(f"-r {recipe} {given[0]}", "the recipe decides this", mend)
-        text = read_stdin() if str(recipe) == "-" else None
-        path, kind = None if text is not None else recipe, family or "quantize"
-        made = read_recipe(path, overrides, text=text, family=kind, budget=budget)
-        if family is not None and made.family != family:
-            raise UsageError(
-                f"-r {recipe}", f"its methods are of family {made.family}", f"use `qcompress {made.family}`"
-            )
-    if keep_dtype not in (None, "f16"):
-        raise UsageError(f"--keep-dtype {keep_dtype}", "not a dtype to keep tensors in", "use --keep-dtype f16")
-    if keep_dtype is not None:
-        made = replace(made, keep_dtype="f16")
-    if seed is not None:
-        made = replace(made, seed=seed)
-    return made
-
-
-def _make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
-    from qcompress.plan import make_plan
-
-    return make_plan(recipe, source.tensors, source.tied, source.axes)
 
 
 def default_output(checkpoint: Path, recipe: Path | None, suffix: str) -> Path:
@@ -175,92 +136,131 @@ def default_output(checkpoint: Path, recipe: Path | None, suffix: str) -> Path:
     return real.with_name(f"{real.name.removesuffix('.safetensors')}-{suffix}.safetensors")
 
 
-def _device(device: opt.Device) -> str:
-    """auto is the CPU: methods that need only weights wait for memory, not for arithmetic."""
-    if device is not opt.Device.cuda:
+def _make_options(request: Request, target: Path, coding: CodingChoice) -> Options:
+    running = request.running
+    max_memory = None if running.max_memory is None else opt.parse_size_flag("--max-memory", running.max_memory)
+    return Options(
+        target,
+        choice=coding,
+        force=request.writing.force,
+        threads=running.threads or opt.default_threads(),
+        device=find_device(running.device, live=False) if request.recipe.model is None else "cpu",
+        max_memory=max_memory,
+        resume=running.resume,
+        statistics=request.statistics,
+    )
+
+
+def make_model_run(
+    recipe: Recipe, device: opt.Device, allow_code: bool, streams: Streams, threads: int | None = None
+) -> ModelRun:
+    """Where a recipe's live parts run, on one thread unless told otherwise. Raises ResourceError for no such device."""
+    import torch
+
+    torch.set_num_threads(threads or 1)
+    return ModelRun(recipe, torch.device(find_device(device, live=True)), allow_code, sample_progress(streams))
+
+
+def find_device(asked: opt.Device, *, live: bool) -> str:
+    """ "cpu" or "cuda"; auto is CUDA for a live model where there is one. Raises ResourceError where there is none.
+
+    Methods that need only weights wait for memory, not for arithmetic: for them auto is the CPU.
+    """
+    if asked is opt.Device.cpu or (asked is opt.Device.auto and not live):
         return "cpu"
     import torch
 
-    if not torch.cuda.is_available():
-        from qcompress.errors import ResourceError
-
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked is opt.Device.cuda:
         raise ResourceError("--device cuda", "this machine or this torch has no CUDA device", "use --device cpu")
-    return "cuda"
+    return "cpu"
 
 
-def _parse_size(flag: str, text: str | None) -> int | None:
-    from qcompress.recipe import parse_size
+def _make_plan(source: Checkpoint, request: Request, model_run: ModelRun | None) -> tuple[Plan, Path | None]:
+    """The plan, and the file of learned representatives where a method takes it up.
 
-    if text is None:
-        return None
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise UsageError(f"{flag} {text}", str(error), "write it like 2MB or 4GiB") from None
+    raises  Refusals, and what building a model and reading the file raise
+    """
+    learned = None
+    if any(rule.method is not None and METHODS[rule.method].representatives for rule in request.recipe.rules):
+        learned = request.representatives or representatives_path(request.checkpoint)
+    skip = request.running.skip_nonfinite and not request.writing.dry_run
+    return plan_checkpoint(source, request.recipe, model_run, learned, skip_nonfinite=skip), learned
 
 
-def _compress(
-    source: Checkpoint,
-    plan: Plan,
-    target: Path,
-    run: dict[str, Any],
-    request: Request,
-    streams: Streams,
-) -> None:
-    from qcompress.cli.live import say
-    from qcompress.cli.streams import progress
-    from qcompress.compress import compress
-    from qcompress.options import Options
-    from qcompress.preflight import keep_nonfinite
+def _compress(source: Checkpoint, plan: Plan, options: Options, request: Request, streams: Streams) -> Report:
+    from qcompress.compress.compress import compress
 
-    if request.running.skip_nonfinite:
-        plan = keep_nonfinite(source, plan)
     with progress(sum(tensor.n_bytes for tensor in source.tensors), streams) as advance:
-        options = Options(target, progress=advance, **run)
+        options = replace(options, progress=advance)
         if plan.recipe.budget is None:
-            report = compress(source, plan, options)
-        else:
-            from qcompress.minimize import compress_within
+            return compress(source, plan, options)
+        from qcompress.compress.compress import compress_within
 
-            report = compress_within(source, plan, options, request.sensitivity, lambda text: say(streams, text))
-    _finish(report, plan, target, streams)
+        return compress_within(source, plan, options, request.sensitivity, streams.say)
 
 
 def _compress_live(
-    source: Checkpoint,
-    setting: Setting,
-    target: Path,
-    run: dict[str, Any],
-    request: Request,
-    streams: Streams,
-) -> None:
-    from qcompress.calibrate import LiveOptions, compress_live, plan_live
-    from qcompress.cli.live import say
-    from qcompress.options import Options
-    from qcompress.representatives import with_representatives
+    source: Checkpoint, plan: Plan, options: Options, model_run: ModelRun, request: Request, streams: Streams
+) -> Report | None:
+    from qcompress.compress.compress_model import LiveOptions, compress_live
     from qcompress.training.parallel import join_world, launched_rank
 
     streams = replace(streams, quiet=streams.quiet or launched_rank() > 0)
-    plan = with_representatives(plan_live(source, setting.recipe, setting), run["representatives"])
-    with join_world(setting.device) as world:
-        how = LiveOptions(request.save_statistics, request.sensitivity, lambda text: say(streams, text), world)
-        report = compress_live(source, plan, Options(target, **run), setting, how)
-    if report is not None:
-        _finish(report, plan, target, streams)
+    with join_world(model_run.device) as world:
+        how = LiveOptions(request.save_statistics, request.sensitivity, streams.say, world)
+        return compress_live(source, plan, options, model_run, how)
 
 
-def _finish(report: Report, plan: Plan, target: Path, streams: Streams) -> None:
+def _finish(report: Report, gates: Gates, target: Path, streams: Streams) -> None:
     """Hold the gates, write the report beside the artifact, and print it. Raises GateFailed."""
-    from qcompress.cli.streams import print_report
-    from qcompress.report.document_json import write_report
-    from qcompress.report.gates import check_gates, gate_error
-    from qcompress.report.gather import report_path
-
     try:
-        report = replace(report, gates=check_gates(plan.recipe.gates, report))
+        report = replace(report, gates=check_gates(gates, report))
     finally:
         write_report(report, report_path(target))
     print_report(report, target, streams)
-    failed: GateFailed | None = gate_error(report.gates)
-    if failed is not None:
-        raise failed
+    raise_failed(report.gates)
+
+
+def print_plan(source: Checkpoint, plan: Plan, target: Path, choice: CodingChoice, streams: Streams) -> None:
+    """The plan as a table or as JSON; with -q the output's path."""
+    document = plan_json(source, plan, target, choice)
+    print_output(target, json_document(document), _view(document), streams)
+
+
+def _view(document: PlanJson) -> View:
+    baseline, size = document["baseline_bytes"], document["artifact_bytes"]
+    bound = "" if document["exact"] else "at most "
+    if size is None:
+        size, bound = document["least_bytes"] or 0, "at least "
+    facts = [("size", f"{size_words(baseline)} -> {bound}{size_words(size)}, {size:,} bytes")]
+    if "budget" in document:
+        facts.append(("budget", _budget_words(document)))
+    rows = tuple(map(_cells, document["tensors"]))
+    kept = frozenset(index for index, row in enumerate(document["tensors"]) if row["method"] == "kept")
+    return View(f"plan of {document['output']}", tuple(facts), (Table(COLUMNS, rows, kept),), ())
+
+
+def _budget_words(document: PlanJson) -> str:
+    name, limit = next((name, limit) for name, limit in document["budget"].items() if name != "sensitivity")
+    match name:
+        case "bpw":
+            words = f"{limit:g} bits per compressed weight"
+        case "size":
+            words = f"{limit:,} bytes"
+        case _:
+            words = "the smallest artifact that holds the gates"
+    return words if document["artifact_bytes"] is not None else f"{words}; widths are chosen once weights are read"
+
+
+def _cells(row: TensorJson) -> tuple[str, ...]:
+    grid = row.get("granularity", "")
+    if row.get("group_size"):
+        grid = f"{grid} {row['group_size']}"
+    axis = ",".join(map(str, row.get("axis", [])))
+    name, shape, size = name_words(row["name"]), shape_words(tuple(row["shape"])), f"{row['bytes']:,}"
+    bits = str(row.get("bits") or "")
+    if "widths" in row:
+        bits, size = f"{row['widths'][0]}-{row['widths'][-1]}", f"{size}+"
+    return (name, shape, row["dtype"], row["method"], bits, grid, axis, size, row["reason"])

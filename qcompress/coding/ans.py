@@ -1,29 +1,41 @@
-"""Codes to streams of asymmetric numeral systems and back, under a static table of integer frequencies.
+"""Codes become streams of an asymmetric numeral system and back, under a static table of integer frequencies.
 
-artifact/SPEC.md describes the bytes, "Codes on disk"; the coder is constriction's.
+artifact/SPEC.md describes the bytes, "Codes on disk"; the coder is constriction's. Chunks decode by themselves, so that
+processes can share them: the coder holds the interpreter's lock, and threads would gain nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import Executor
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompress.coding.jobs import JOB_CHUNKS, run_jobs
-from qcompress.coding.packing import Bytes, blocks, byte_span, pack, row_bytes, unpack
+from qcompress.coding.packing import Bytes, byte_span, pack, row_bytes, unpack
+from qcompress.coding.rows import tiles
+from qcompress.errors import ResourceError
+
+Job = TypeVar("Job")
+Done = TypeVar("Done")
+Model: TypeAlias = Any
+"""What constriction codes under; the library names no types."""
 
 CHUNK_CODES = 1 << 18
 """Codes of one stream; part of the format."""
-
 MAX_PRECISION = 20
 """Frequencies sum to at most 2**20; part of the format."""
-
+JOB_CHUNKS = 8
+"""Chunks that are handed to a process together: some 50 ms of work."""
+LEAST_CODES = 1 << 28
+"""An artifact of fewer codes is decoded in some six seconds, and a process takes one or two to start."""
 _MODEL_BITS = 24
 
 
@@ -41,26 +53,11 @@ class Table:
     frequencies: NDArray[np.int64]
     expected_bytes: int = 0
 
-    def model(self) -> Any | None:
+    def model(self) -> Model | None:
         """The coder's model, exact on both sides because these quotients are; None where one code needs no stream."""
         if len(self.codes) == 1:
             return None
         return constriction.stream.model.Categorical(self.frequencies * 2.0**-self.precision, perfect=False)
-
-
-def bound_ans(rows: int, columns: int, bits: int) -> int:
-    """The most bytes of a payload of any codes of this shape, which is not empty."""
-    used = min(1 << bits, rows * columns)
-    # A table of 2**16, each frequency at least 1 + floor(p * (2**16 - used)), is among those that are tried.
-    table_loss = -math.log2(1 - used / 2**16) - math.log2(1 - used / 2**_MODEL_BITS)
-    # A stream's state keeps at least 8 bits more than the model, so a step rounds up by at most 1 + 2**-8.
-    code_bits = math.log2(used) + table_loss + math.log2(1 + 2**-8)
-    table_bytes = 1 + used * (3 + 3)
-    return table_bytes + chunk_count(rows, columns) * (3 + 16) + math.ceil(rows * columns * code_bits / 8)
-
-
-def chunk_count(rows: int, columns: int) -> int:
-    return -(-rows // max(1, CHUNK_CODES // columns)) * -(-columns // CHUNK_CODES)
 
 
 def fit_table(counts: NDArray[np.int64]) -> Table:
@@ -159,77 +156,13 @@ def encode_ans(packed: Bytes, bits: int, columns: int, table: Table) -> bytes:
     packed  uint8 [rows, row_bytes(columns, bits)], not empty
     table   of all the codes that occur
     """
-    model = table.model()
-    index_of = np.zeros(1 << bits, np.int32)
-    index_of[table.codes] = np.arange(len(table.codes))
     streams = []
-    for row_span, column_span in blocks(len(packed), columns, CHUNK_CODES):
+    for row_span, column_span in tiles(len(packed), columns, CHUNK_CODES):
         width = column_span.stop - column_span.start
         codes = unpack(packed[row_span, byte_span(column_span, bits)], bits, width).reshape(-1)
-        streams.append(b"" if model is None else _encode_chunk(index_of.take(codes, mode="clip"), model))
+        streams.append(encode_runs([(codes, table)]))
     index = b"".join(varint(len(stream)) for stream in streams[:-1])
     return b"".join([table_bytes(table), index, *streams])
-
-
-def _encode_chunk(indices: NDArray[np.int32], model: Any) -> bytes:
-    """The stream of one chunk under one table."""
-    coder = constriction.stream.stack.AnsCoder()
-    coder.encode_reverse(indices, model)
-    return _stream(coder)
-
-
-def _stream(coder: Any) -> bytes:
-    """The coder's words, little-endian, less the zero bytes at the end."""
-    words: NDArray[np.uint32] = coder.get_compressed()
-    return words.astype("<u4").tobytes().rstrip(b"\0")
-
-
-def encode_runs(runs: Sequence[tuple[Bytes, Table]]) -> bytes:
-    """One stream of several runs of codes, each under a table that has all of its codes."""
-    coder = constriction.stream.stack.AnsCoder()
-    for codes, table in reversed(runs):
-        model = table.model()
-        if model is not None and codes.size:
-            index_of = np.zeros(256, np.int32)
-            index_of[table.codes] = np.arange(len(table.codes))
-            coder.encode_reverse(index_of.take(codes), model)
-    return _stream(coder)
-
-
-class RunReader:
-    """The runs of a stream that `encode_runs` made, in the same order. Raises ValueError where it was not."""
-
-    def __init__(self, stream: memoryview) -> None:
-        if len(stream) and stream[-1] == 0:
-            raise ValueError("a stream has bytes that no code needs")
-        self._coder = constriction.stream.stack.AnsCoder(_words(stream))
-
-    def read(self, table: Table, model: Any | None, count: int) -> Bytes:
-        """The codes of the next run, uint8 [count]; `model` is the table's."""
-        if model is None or not count:
-            return np.full(count, table.codes[0])
-        indices: NDArray[np.int32] = self._coder.decode(model, count)
-        return table.codes.take(indices, mode="clip")
-
-    def finish(self) -> None:
-        """Check that nothing is left."""
-        if not self._coder.is_empty():
-            raise ValueError("a stream does not end where its codes do")
-
-
-def _words(stream: memoryview) -> NDArray[np.uint32]:
-    words = np.zeros(-(-len(stream) // 4), "<u4")
-    words.view(np.uint8)[: len(stream)] = stream
-    return words.astype(np.uint32)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Some chunks of a payload, each (its stream, rows, columns), and what they are decoded with."""
-
-    chunks: tuple[tuple[bytes, int, int], ...]
-    table: Table
-    bits: int
 
 
 def decode_ans(data: memoryview, bits: int, rows: int, columns: int, executor: Executor | None = None) -> Bytes:
@@ -244,7 +177,7 @@ def decode_ans(data: memoryview, bits: int, rows: int, columns: int, executor: E
     # One byte of index a chunk: what bounds how far a small payload can expand.
     if len(data) - at < chunks - 1:
         raise ValueError(f"{len(data)} bytes of payload cannot hold {chunks} chunks")
-    spans = list(blocks(rows, columns, CHUNK_CODES))
+    spans = list(tiles(rows, columns, CHUNK_CODES))
     parts = [
         (bytes(stream), tall.stop - tall.start, wide.stop - wide.start)
         for (tall, wide), stream in zip(spans, parse_streams(data, at, chunks), strict=True)
@@ -255,6 +188,15 @@ def decode_ans(data: memoryview, bits: int, rows: int, columns: int, executor: E
     for (row_span, column_span), part in zip(spans, (part for done in found for part in done), strict=True):
         packed[row_span, byte_span(column_span, bits)] = part
     return packed
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Some chunks of a payload, each (its stream, rows, columns), and what they are decoded with."""
+
+    chunks: tuple[tuple[bytes, int, int], ...]
+    table: Table
+    bits: int
 
 
 def _decode_job(job: _Job) -> list[Bytes]:
@@ -282,7 +224,7 @@ def parse_streams(data: memoryview, at: int, chunks: int) -> list[memoryview]:
     return streams
 
 
-def decode_chunk(stream: memoryview, table: Table, model: Any | None, count: int) -> Bytes:
+def decode_chunk(stream: memoryview, table: Table, model: Model | None, count: int) -> Bytes:
     """The codes of one chunk, uint8 [count]; an empty stream is the lowest code throughout.
 
     Raises ValueError where the stream does not end with its codes.
@@ -296,6 +238,89 @@ def decode_chunk(stream: memoryview, table: Table, model: Any | None, count: int
     if not coder.is_empty():
         raise ValueError("a chunk does not end where its codes do")
     return table.codes.take(indices, mode="clip")
+
+
+def _words(stream: memoryview) -> NDArray[np.uint32]:
+    words = np.zeros(-(-len(stream) // 4), "<u4")
+    words.view(np.uint8)[: len(stream)] = stream
+    return words.astype(np.uint32)
+
+
+def encode_runs(runs: Sequence[tuple[Bytes, Table]]) -> bytes:
+    """One stream of several runs of codes, each under a table that has all of its codes."""
+    coder = constriction.stream.stack.AnsCoder()
+    for codes, table in reversed(runs):
+        model = table.model()
+        if model is not None and codes.size:
+            index_of = np.zeros(256, np.int32)
+            index_of[table.codes] = np.arange(len(table.codes))
+            coder.encode_reverse(index_of.take(codes, mode="clip"), model)
+    words: NDArray[np.uint32] = coder.get_compressed()
+    # The zero bytes at the end need not be stored.
+    return words.astype("<u4").tobytes().rstrip(b"\0")
+
+
+class RunReader:
+    """The runs of a stream that `encode_runs` made, in the same order. Raises ValueError where it was not."""
+
+    def __init__(self, stream: memoryview) -> None:
+        if len(stream) and stream[-1] == 0:
+            raise ValueError("a stream has bytes that no code needs")
+        self._coder = constriction.stream.stack.AnsCoder(_words(stream))
+
+    def read(self, table: Table, model: Model | None, count: int) -> Bytes:
+        """The codes of the next run, uint8 [count]; `model` is the table's."""
+        if model is None or not count:
+            return np.full(count, table.codes[0])
+        indices: NDArray[np.int32] = self._coder.decode(model, count)
+        return table.codes.take(indices, mode="clip")
+
+    def finish(self) -> None:
+        """Check that nothing is left."""
+        if not self._coder.is_empty():
+            raise ValueError("a stream does not end where its codes do")
+
+
+def bound_ans(rows: int, columns: int, bits: int) -> int:
+    """The most bytes of a payload of any codes of this shape, which is not empty."""
+    used = min(1 << bits, rows * columns)
+    # A table of 2**16, each frequency at least 1 + floor(p * (2**16 - used)), is among those that are tried.
+    table_loss = -math.log2(1 - used / 2**16) - math.log2(1 - used / 2**_MODEL_BITS)
+    # A stream's state keeps at least 8 bits more than the model, so a step rounds up by at most 1 + 2**-8.
+    code_bits = math.log2(used) + table_loss + math.log2(1 + 2**-8)
+    table_bytes = 1 + used * (3 + 3)
+    return table_bytes + chunk_count(rows, columns) * (3 + 16) + math.ceil(rows * columns * code_bits / 8)
+
+
+def chunk_count(rows: int, columns: int) -> int:
+    return -(-rows // max(1, CHUNK_CODES // columns)) * -(-columns // CHUNK_CODES)
+
+
+@contextmanager
+def decoding_processes(codes: int, workers: int) -> Iterator[Executor | None]:
+    """An executor for an artifact of so many entropy-coded codes; None where it would not pay.
+
+    Its processes start with the first job that is large enough.
+    """
+    if workers < 2 or codes < LEAST_CODES:
+        yield None
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
+def run_jobs(do: Callable[[Job], Done], jobs: Iterable[Job], chunks: int, executor: Executor | None) -> Iterator[Done]:
+    """What `do` makes of every job, in their order; in this process where the matrix has too few chunks to share.
+
+    raises  what `do` raises; ResourceError where a process has died
+    """
+    if executor is None or chunks < 2 * JOB_CHUNKS:
+        yield from map(do, jobs)
+        return
+    try:
+        yield from executor.map(do, jobs)
+    except BrokenProcessPool:
+        raise ResourceError("memory", "a decoding process was ended", "use --threads 1") from None
 
 
 def varint(value: int) -> bytes:

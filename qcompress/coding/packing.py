@@ -1,4 +1,4 @@
-"""Codes to dense bits and back: least significant bit first, every row padded to a whole byte.
+"""Codes are packed into dense bits and back, least significant bit first, every row padded to a whole byte.
 
 1 bit    codes 1 0 1 1 0 0 0 0 | 1   ->  0d 01
 4 bits   codes 1 2 | 3               ->  21 03
@@ -13,12 +13,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompress.coding.rows import spans, tiles
+
 Bytes: TypeAlias = NDArray[np.uint8]
 Codes: TypeAlias = NDArray[Any]
 """uint8, or 16-bit integers where codes have more than 8 bits."""
 
 BLOCK_CODES = 1 << 18
-"""Codes worked on at once: the few words of scratch that they need stay in a core's cache."""
+"""Codes worked on at once: the few words of scratch that they need stay in a core's cache. A multiple of 8, so that
+every piece of a row begins on a byte."""
 
 # Words of 8 // bits codes, one a byte: the product brings all of them, side by side, into the topmost byte.
 _GATHER: Mapping[int, tuple[str, int]] = {1: ("<u8", 0x0102040810204080), 2: ("<u4", 0x01041040), 4: ("<u2", 0x0110)}
@@ -37,20 +40,6 @@ def byte_span(columns: slice, bits: int) -> slice:
     return slice(columns.start * bits // 8, row_bytes(columns.stop, bits))
 
 
-def blocks(rows: int, columns: int, limit: int) -> Iterator[tuple[slice, slice]]:
-    """Row and column slices that cut a matrix into pieces of at most `limit` values, in row-major order.
-
-    A piece is as many whole rows as fit, or, of a row longer than `limit`, as many columns; `limit` is a multiple of 8,
-    so that every piece starts on a byte.
-    """
-    if not rows * columns:
-        return
-    tall, wide = max(1, limit // columns), min(columns, limit)
-    for row in range(0, rows, tall):
-        for column in range(0, columns, wide):
-            yield slice(row, min(row + tall, rows)), slice(column, min(column + wide, columns))
-
-
 def pack(codes: Codes, bits: int) -> Bytes:
     """The codes as dense bits: uint8 [rows, row_bytes(columns, bits)], padding bits zero.
 
@@ -67,7 +56,7 @@ def pack(codes: Codes, bits: int) -> Bytes:
     if columns * bits % 8 == 0 and codes.flags.c_contiguous:
         source, target = codes.reshape(1, -1), packed.reshape(1, -1)
     group = _group(bits)
-    for row_span, column_span in _cache_blocks(*source.shape):
+    for row_span, column_span in _cache_tiles(*source.shape):
         piece = source[row_span, column_span]
         if piece.max() >> bits:
             raise ValueError(f"a code of {piece.max()} needs more than {bits} bits")
@@ -100,7 +89,7 @@ def unpack(packed: Bytes, bits: int, columns: int) -> Codes:
     if columns * bits % 8 == 0 and packed.flags.c_contiguous:
         source, target = packed.reshape(1, -1), codes.reshape(1, -1)
     group = _group(bits)
-    for row_span, column_span in _cache_blocks(*target.shape):
+    for row_span, column_span in _cache_tiles(*target.shape):
         into = target[row_span, column_span]
         width = _round_up(into.shape[1], group)
         padded = _copy_rows(source[row_span, byte_span(column_span, bits)], width * bits // 8)
@@ -124,7 +113,7 @@ def count_codes(packed: Bytes, bits: int, columns: int) -> NDArray[np.int64]:
     rows = len(packed)
     if bits > 8:
         counts = np.zeros(1 << bits, np.int64)
-        for row_span, column_span in _cache_blocks(rows, columns):
+        for row_span, column_span in _cache_tiles(rows, columns):
             width = column_span.stop - column_span.start
             codes = _unpack_wide(packed[row_span, byte_span(column_span, bits)], bits, width)
             counts += np.bincount(codes.reshape(-1), minlength=1 << bits)
@@ -137,7 +126,7 @@ def count_codes(packed: Bytes, bits: int, columns: int) -> NDArray[np.int64]:
         symbol_bits = bits * (4 if bits == 3 else 2)
         histogram = np.zeros(1 << symbol_bits, np.int64)
         padding = 0
-        for row_span, column_span in _cache_blocks(rows, columns):
+        for row_span, column_span in _cache_tiles(rows, columns):
             width = _round_up(column_span.stop - column_span.start, 8)
             padded = _copy_rows(packed[row_span, byte_span(column_span, bits)], width * bits // 8)
             words = np.empty(padded.size // bits, "<u8")
@@ -157,7 +146,7 @@ def _pack_wide(codes: Codes, bits: int) -> Bytes:
     """`pack` for codes that take more than a byte: bit by bit."""
     rows, columns = codes.shape
     packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
-    for row_span, column_span in _cache_blocks(rows, columns):
+    for row_span, column_span in _cache_tiles(rows, columns):
         piece = np.ascontiguousarray(codes[row_span, column_span]).astype("<u2")
         if int(piece.max()) >> bits:
             raise ValueError(f"a code of {piece.max()} needs more than {bits} bits")
@@ -169,7 +158,7 @@ def _pack_wide(codes: Codes, bits: int) -> Bytes:
 
 def _unpack_wide(packed: Bytes, bits: int, columns: int) -> NDArray[np.uint16]:
     codes = np.empty((len(packed), columns), "<u2")
-    for row_span, column_span in _cache_blocks(len(packed), columns):
+    for row_span, column_span in _cache_tiles(len(packed), columns):
         into = codes[row_span, column_span]
         dense = np.ascontiguousarray(packed[row_span, byte_span(column_span, bits)])
         places = np.zeros((*into.shape, 16), np.uint8)
@@ -185,13 +174,13 @@ def _count_bytes(flat: Bytes) -> NDArray[np.int64]:
     if flat.size >= 4 * BLOCK_CODES:
         pairs = np.zeros(1 << 16, np.int64)
         words = flat[: flat.size // 2 * 2].view(np.uint16)
-        for start in range(0, words.size, BLOCK_CODES):
-            pairs += np.bincount(words[start : start + BLOCK_CODES], minlength=1 << 16)
+        for span in spans(words.size, BLOCK_CODES):
+            pairs += np.bincount(words[span], minlength=1 << 16)
         square = pairs.reshape(256, 256)
         histogram += square.sum(axis=0) + square.sum(axis=1)
         flat = flat[words.size * 2 :]
-    for start in range(0, flat.size, BLOCK_CODES):
-        histogram += np.bincount(flat[start : start + BLOCK_CODES], minlength=256)
+    for span in spans(flat.size, BLOCK_CODES):
+        histogram += np.bincount(flat[span], minlength=256)
     return histogram
 
 
@@ -281,9 +270,9 @@ def _assign_rows(into: Bytes, rows: Bytes) -> None:
         into[:] = rows
 
 
-def _cache_blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks whose codes, rows padded to whole groups of eight, stay within a small multiple of BLOCK_CODES."""
-    return blocks(rows, columns, BLOCK_CODES if columns >= 8 else BLOCK_CODES // 8)
+def _cache_tiles(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles whose codes, rows padded to whole groups of eight, stay within a small multiple of BLOCK_CODES."""
+    return tiles(rows, columns, BLOCK_CODES if columns >= 8 else BLOCK_CODES // 8)
 
 
 def _group(bits: int) -> int:

@@ -1,4 +1,4 @@
-"""Packed codes to the bytes that the disk holds and back, one payload a tensor.
+"""Packed codes become the bytes that the disk holds and back, one payload a tensor.
 
     packed   the packed rows as they are
     zstd     one byte, the lane width; one zstd frame of the codes packed at that width
@@ -9,23 +9,24 @@ artifact/SPEC.md describes all three to the byte, "Codes on disk". The payload o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Executor
-from typing import Literal, TypeAlias, assert_never
+from typing import assert_never
 
 import numpy as np
+import zstandard
 from numpy.typing import NDArray
 
 from qcompress.coding.ans import CHUNK_CODES, bound_ans, decode_ans, encode_ans, fit_table
-from qcompress.coding.packing import Bytes, blocks, byte_span, count_codes, pack, row_bytes, unpack
-from qcompress.coding.zstd import bound_frame, compress_frame, expand_frame
-
-Coding: TypeAlias = Literal["packed", "zstd", "ans"]
-CodingChoice: TypeAlias = Literal["auto", "packed", "zstd", "ans"]
+from qcompress.coding.packing import Bytes, byte_span, count_codes, pack, row_bytes, unpack
+from qcompress.coding.rows import tiles
+from qcompress.types.config import Coding, CodingChoice
 
 MOST_BITS = 12
 ANS_BITS = 8
 """Codes of more bits have no table of frequencies: what they take is left to zstd."""
-
+_LEVEL = 1
+_BLOCK = 1 << 17
 _SAVING_PERCENT = 2
 _STRIPE_CODES = 1 << 17
 _STRIPES = 4
@@ -145,7 +146,7 @@ def _zstd_lanes(bits: int) -> tuple[int, ...]:
 def _foretell_zstd(packed: Bytes, bits: int, columns: int) -> dict[int, float]:
     """The payload's bytes at each lane width: of a few stripes, scaled up, or of all the codes where they are few."""
     rows = len(packed)
-    stripes = list(blocks(rows, columns, _STRIPE_CODES))
+    stripes = list(tiles(rows, columns, _STRIPE_CODES))
     if len(stripes) <= 2 * _STRIPES:
         return {lane: 1.0 + len(_zstd_frame(packed, bits, columns, lane)) for lane in _zstd_lanes(bits)}
     sampled = 0
@@ -169,7 +170,7 @@ def _encode_zstd(packed: Bytes, bits: int, columns: int, foretold: dict[int, flo
 def _zstd_frame(packed: Bytes, bits: int, columns: int, lane: int) -> bytes:
     if lane == bits:
         return compress_frame([packed.reshape(-1).data], packed.size)
-    spans = blocks(len(packed), columns, CHUNK_CODES)
+    spans = tiles(len(packed), columns, CHUNK_CODES)
     lanes = (_repack(packed[rows, byte_span(span, bits)], bits, span.stop - span.start, lane) for rows, span in spans)
     return compress_frame(lanes, len(packed) * row_bytes(columns, lane))
 
@@ -191,7 +192,7 @@ def _decode_zstd(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
     if lane == bits:
         return lanes
     packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
-    for row_span, column_span in blocks(rows, columns, CHUNK_CODES):
+    for row_span, column_span in tiles(rows, columns, CHUNK_CODES):
         codes = unpack(lanes[row_span, byte_span(column_span, lane)], lane, column_span.stop - column_span.start)
         packed[row_span, byte_span(column_span, bits)] = pack(codes, bits)
     return packed
@@ -206,3 +207,39 @@ def _check_padding(packed: Bytes, bits: int, columns: int) -> None:
     used = columns * bits % 8
     if used and (packed[:, -1] >> used).any():
         raise ValueError("the bits that fill up a row are not zero")
+
+
+def bound_frame(size: int) -> int:
+    """The most bytes of a frame of `size` bytes (ZSTD_COMPRESSBOUND in zstd.h)."""
+    return size + (size >> 8) + (max(0, _BLOCK - size) >> 11)
+
+
+def compress_frame(parts: Iterable[bytes | memoryview], size: int) -> bytes:
+    """One frame of all parts together, `size` bytes."""
+    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False, write_content_size=True)
+    stream = compressor.compressobj(size=size)
+    return b"".join([*[stream.compress(part) for part in parts], stream.flush()])
+
+
+def expand_frame(frame: memoryview, least: int, most: int) -> bytes:
+    """What the frame, which is all of `frame`, holds: `least` to `most` bytes.
+
+    Raises ValueError, before anything is allocated, where it declares other sizes or cannot hold what it declares.
+    """
+    # A block takes at least 4 bytes, whatever it expands to.
+    room = (len(frame) // 4) * _BLOCK
+    if least > room:
+        raise ValueError(f"a zstd frame of {len(frame)} bytes cannot hold {least}")
+    try:
+        declared = zstandard.get_frame_parameters(frame).content_size
+        if not least <= declared <= most:
+            wanted = least if least == most else f"{least} to {most}"
+            raise ValueError(f"the zstd frame declares {declared} bytes, not {wanted}")
+        if declared > room:
+            raise ValueError(f"a zstd frame of {len(frame)} bytes cannot hold {declared}")
+        content: bytes = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"the zstd frame is damaged: {error}") from error
+    if len(content) != declared:
+        raise ValueError(f"the zstd frame holds {len(content)} bytes, not {declared}")
+    return content

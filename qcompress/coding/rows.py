@@ -1,11 +1,13 @@
-"""A weight seen as rows, one a channel, and rows seen as blocks, one a grid."""
+"""A weight is seen as rows here, one a channel, rows as blocks, one a grid, and arrays as pieces that fit in cache."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from qcompress.types import Decision, Granularity, Shape, row_shape
+from qcompress.types.config import Granularity, Shape
+from qcompress.types.plan import Decision, row_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +21,7 @@ def rows_from_weight(weight: Tensor, axis: tuple[int, ...]) -> Tensor:
     return weight.permute(order).reshape(row_shape(tuple(weight.shape), axis))
 
 
-def tap_count(shape: Shape, axis: tuple[int, ...]) -> int:
+def kernel_positions(shape: Shape, axis: tuple[int, ...]) -> int:
     """Columns of one input channel: the sizes behind the first one that is no channel axis; 1 of a plain matrix."""
     if len(shape) < 2:
         return 1
@@ -72,12 +74,32 @@ def stored_codebook_shape(decision: Decision) -> tuple[int, int, int]:
     """(tables, entries, dim) as a decision's codebook will be stored; by its header alone the most it can be."""
     shape = row_shape(decision.tensor.shape, decision.axis)
     tables, entries, dim = codebook_shape(decision.config, shape[0], math.prod(shape[1:]))
-    if decision.book.shared is not None:
+    if decision.codebook.shared is not None:
         # Other tensors have vectors for it too.
-        entries = int(2**decision.config.bits)
-    return (tables, entries if decision.book.entries is None else decision.book.entries, dim)
+        entries = 2**decision.config.code_bits
+    return (tables, entries if decision.codebook.entries is None else decision.codebook.entries, dim)
 
 
 def dim_of(decision: Decision) -> int:
     """Rows that have one code together."""
-    return int(getattr(decision.config, "dim", 1))
+    return int(decision.config.dim) if decision.config.form == "codebook" else 1
+
+
+def spans(total: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step` that cover range(total)."""
+    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def row_slices(rows: int, columns: int, limit: int, unit: int = 1) -> Iterator[slice]:
+    """Slices of whole rows of about `limit` values, in order: of at least one row, and of multiples of `unit` rows."""
+    return spans(rows, unit * max(1, limit // max(columns * unit, 1)))
+
+
+def tiles(rows: int, columns: int, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Row and column slices that cut a matrix into pieces of at most `limit` values, in row-major order.
+
+    A piece is as many whole rows as fit, or, of a row longer than `limit`, as many columns. None where there are none.
+    """
+    for row_span in row_slices(rows if columns else 0, columns, limit):
+        for column_span in spans(columns, limit):
+            yield row_span, column_span

@@ -1,4 +1,4 @@
-"""The trellis that drives some lattices: eight states, and which of two unions of quantizers each of them uses.
+"""A trellis of eight states says which of two union quantizers each code of a row uses.
 
 Marcellin and Fischer 1990; the unions as in JPEG 2000, part 2. A half-step is half the stored step. In even states a
 code k stands for 2k half-steps, in odd states for 2k - sgn(k); both hold zero. The parity of k moves a feedback shift

@@ -1,4 +1,4 @@
-"""An artifact as an ordinary checkpoint: every tensor dense again, in its original name, shape and dtype, streamed."""
+"""An artifact becomes an ordinary checkpoint: every tensor dense, in its original name, shape and dtype, streamed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from qcompress.artifact.layout import Layout, Slot, header_room, header_text
 from qcompress.artifact.reader import Artifact, ArtifactFile
-from qcompress.artifact.staging import refuse_own_input, staged_output
-from qcompress.artifact.writer import SlotWriter, copy_companions, write_index
-from qcompress.coding.affine import decode, row_spans, take_rows
+from qcompress.artifact.writer import SlotWriter, copy_companions, refuse_own_input, staged_output, write_index
+from qcompress.coding.grids import decode, row_spans, take_rows
 from qcompress.errors import ArtifactError
-from qcompress.types import DTYPE_BITS
+from qcompress.types.plan import DTYPE_BITS
 
 BLOCK_WEIGHTS = 1 << 20
 

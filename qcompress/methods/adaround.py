@@ -1,4 +1,4 @@
-"""AdaRound: every weight learns whether to round up or down, layer by layer, against the layer's output.
+"""AdaRound learns for every weight whether to round up or down, layer by layer, against the layer's output.
 
 Nagel et al. 2020, arXiv 2004.10568. `preset: paper` follows AIMET, which the compared figures come from: batch norms
 folded, a symmetric grid a tensor, random batches through the layer and the activation after it. Ours minimises the same
@@ -8,6 +8,7 @@ error in closed form over all positions (solvers.rounding), on a grid that is ch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,21 +16,22 @@ from torch import Tensor
 from torch.func import functional_call
 
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
-from qcompress.encoded import Affine, Encoded, Fitted
 from qcompress.model.fold import fold_batch_norms
-from qcompress.model.graph import BatchNorm, activation_after, batch_norm_of
-from qcompress.model.layers import Gram
+from qcompress.model.graph import activation_after, batch_norm_of
 from qcompress.model.live import LiveModel, find_tensor, layer_name
+from qcompress.model.operations import BatchNorm
 from qcompress.model.sweep import LayerStep, sweep
 from qcompress.registry import AdaroundConfig
-from qcompress.solvers.hessian import choose_grid, encoded_weight, grid_exponent, row_levels
-from qcompress.solvers.rounding import SoftRounding, make_lattice, round_by_gram, round_by_samples
-from qcompress.types import Decision
+from qcompress.solvers.hessian import choose_grid, encoded_rows, grid_exponent, row_levels
+from qcompress.solvers.rounding import SoftRounding, make_neighbours, round_by_gram, round_by_samples
+from qcompress.types.encoded import Affine, Encoded, Fitted, for_tensor
+from qcompress.types.plan import Decision
+from qcompress.types.run import EncodeContext, FitContext
 
 Activation = Callable[[Tensor], Tensor]
 
 
-def fit(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
+def fit(live: LiveModel, decisions: Sequence[Decision[AdaroundConfig]], context: FitContext) -> Fitted:
     """Codes layer by layer, each from the inputs that the layers before it now give.
 
     Where `fold` is on, batch norms become identities first; those and biases are then adjusted too.
@@ -43,33 +45,32 @@ def fit(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
             decision = wanted[step.name]
             name = decision.tensor.name
             weight = folded.references.get(name, find_tensor(live.module, name))
+            rows = rows_from_weight(weight, decision.axis)
             if decision.config.objective == "gram":
-                found = encode(weight, decision, step.gram(), step.generator)
+                own = EncodeContext(grid_exponent(rows), step.generator, step.gram())
+                found = encode(rows, decision.config, own)
             else:
                 found = _encode_by_samples(live, step, weight, decision)
-            encoded[name] = found
+            found = encoded[name] = for_tensor(found, decision)
             live.put({name: found})
     return Fitted({**folded.encoded, **encoded}, references=folded.references, notes=folded.notes)
 
 
-def encode(weight: Tensor, decision: Decision, gram: Gram, generator: torch.Generator) -> Affine:
-    """The codes of one weight from the second moments of its layer's inputs.
-
-    weight  float32, in its own shape
-    """
-    config: AdaroundConfig = decision.config
-    rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
-    exponent = grid_exponent(rows)
-    grid = choose_grid(rows, config, config.range or "minmax", exponent, gram.hessian, generator)
+def encode(weight: Tensor, config: AdaroundConfig, context: EncodeContext) -> Affine:
+    """The codes of one weight, float32 [rows, ...], from the second moments of its layer's inputs."""
+    gram = context.gram
+    assert gram is not None
+    rows, exponent = weight.flatten(1).contiguous(), context.exponent
+    grid = choose_grid(rows, config, config.range or "minmax", exponent, gram.hessian, context.generator)
     scale, low = row_levels(grid, config.bits, exponent, rows)
     codes = round_by_gram(
         rows,
-        make_lattice(rows, scale, low, config.bits),
+        make_neighbours(rows, scale, low, config.bits),
         gram.hessian,
         gram.cross if config.asymmetric else None,
         **_schedule(config),
     )
-    return encoded_weight(codes, grid, config, exponent, decision)
+    return replace(encoded_rows(codes, grid, config, exponent), shape=tuple(weight.shape))
 
 
 def _schedule(config: AdaroundConfig) -> dict[str, Any]:
@@ -77,16 +78,16 @@ def _schedule(config: AdaroundConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _encode_by_samples(live: LiveModel, step: LayerStep, weight: Tensor, decision: Decision) -> Affine:
+def _encode_by_samples(live: LiveModel, step: LayerStep, weight: Tensor, decision: Decision[AdaroundConfig]) -> Affine:
     """As published: Adam on random batches of stored inputs; nearest rounding where that leaves a smaller error."""
-    config: AdaroundConfig = decision.config
+    config = decision.config
     rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
     exponent = grid_exponent(rows)
     hessian = step.gram().hessian if config.range == "hessian" else None
     grid = choose_grid(rows, config, config.range or "minmax", exponent, hessian, step.generator)
     scale, low = row_levels(grid, config.bits, exponent, rows)
-    lattice = make_lattice(rows, scale, low, config.bits)
-    rounding = SoftRounding(lattice, tuple(weight.shape), decision.axis)
+    neighbours = make_neighbours(rows, scale, low, config.bits)
+    rounding = SoftRounding(neighbours, tuple(weight.shape), decision.axis)
     error = _Reconstruction(live, step, weight, config.batch_size)
     codes = round_by_samples(
         rounding,
@@ -97,14 +98,14 @@ def _encode_by_samples(live: LiveModel, step: LayerStep, weight: Tensor, decisio
         schedule="cosine",
         generator=step.generator,
     )
-    nearest = torch.where(lattice.rest > 0.5, lattice.ceiling, lattice.floor)
+    nearest = torch.where(neighbours.rest > 0.5, neighbours.ceiling, neighbours.floor)
     with torch.no_grad():
         errors = [
-            error.over_all(weight_from_rows(lattice.values(one), tuple(weight.shape), decision.axis))
+            error.over_all(weight_from_rows(neighbours.values(one), tuple(weight.shape), decision.axis))
             for one in (codes, nearest)
         ]
     best = codes if errors[0] < errors[1] else nearest
-    return encoded_weight(best, grid, config, exponent, decision)
+    return encoded_rows(best, grid, config, exponent)
 
 
 class _Reconstruction:

@@ -1,4 +1,4 @@
-"""Data-free quantization: what a network's own batch norms allow to be done for its weights.
+"""DFQ, data-free quantization, prepares weights by what a network's own batch norms allow, and rounds them.
 
 Nagel et al. 2019, arXiv 1906.04721: batch norms folded, neighbouring layers equalized, high biases absorbed, weights
 rounded to nearest, biases corrected. `preset: paper` follows AIMET, which the compared figures come from: equalization
@@ -11,17 +11,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from qcompress.coding.affine import TORCH_DTYPES
+from qcompress.calibration.activations import attach_caps
+from qcompress.calibration.corrections import correct_by_data, mean_errors
+from qcompress.coding.grids import TORCH_DTYPES
 from qcompress.coding.rows import grid_shape, rows_from_weight
-from qcompress.encoded import Affine, Encoded, Fitted, Kept
 from qcompress.errors import DataError
-from qcompress.model.activations import attach_caps
-from qcompress.model.biases import correct_by_data, mean_errors
 from qcompress.model.chains import Link, cap_module, equalization_links, join_links
 from qcompress.model.fold import NormedLayer, fold_layer, is_free, read_layer, why_not_folded
 from qcompress.model.graph import batch_norm_of, input_layers
@@ -31,7 +30,9 @@ from qcompress.registry import DfqConfig
 from qcompress.solvers.equalize import ABSORBED_DEVIATIONS, DEAD, Chain, Peaks, absorbable, equalize
 from qcompress.solvers.grids import affine_from_grid
 from qcompress.solvers.hessian import choose_grid, grid_exponent
-from qcompress.types import Decision
+from qcompress.types.encoded import Affine, Encoded, Fitted, Kept, for_tensor
+from qcompress.types.plan import Decision
+from qcompress.types.run import FitContext
 
 SWEEPS = 40
 
@@ -45,14 +46,13 @@ class _Network:
     """
 
     live: LiveModel
-    decisions: dict[str, Decision] = field(default_factory=dict)
+    decisions: dict[str, Decision[DfqConfig]] = field(default_factory=dict)
     layers: dict[str, NormedLayer] = field(default_factory=dict)
     caps: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def config(self, layer: str) -> DfqConfig:
-        config: DfqConfig = self.decisions[layer].config
-        return config
+        return self.decisions[layer].config
 
     def tensors(self, layer: str) -> dict[str, Tensor]:
         """The tensors of a layer and its batch norm."""
@@ -82,7 +82,7 @@ class _Network:
 
 
 @torch.no_grad()
-def fit(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
+def fit(live: LiveModel, decisions: Sequence[Decision[DfqConfig]], context: FitContext) -> Fitted:
     """Codes of the decided weights, with the batch norms, biases and caps that they need.
 
     `references` are the folded and equalized weights. Under them the network computes what it did, but for what
@@ -113,13 +113,13 @@ def fit(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
     return Fitted(encoded, references=references, caps=caps, notes=tuple(network.notes))
 
 
-def _refuse_no_data(live: LiveModel, decisions: Sequence[Decision]) -> None:
+def _refuse_no_data(live: LiveModel, decisions: Sequence[Decision[DfqConfig]]) -> None:
     if not live.calibration and any(d.config.bias_correction == "empirical" for d in decisions):
         what = "bias_correction: empirical has no calibration data"
         raise DataError("dfq", what, "add `data: {calibration: ...}`, or use bias_correction: analytic")
 
 
-def _read_network(live: LiveModel, decisions: Sequence[Decision]) -> _Network:
+def _read_network(live: LiveModel, decisions: Sequence[Decision[DfqConfig]]) -> _Network:
     """The layers that can be changed as a whole; where `fold` is on, with their batch norms folded."""
     network = _Network(live)
     strangers, unfolded = [], []
@@ -227,16 +227,16 @@ def _absorb(network: _Network, links: Sequence[Link]) -> None:
     network.note("high biases not absorbed, zeros join in on the way or there is no bias to take them", skipped)
 
 
-def _encode(live: LiveModel, weight: Tensor, decision: Decision) -> Affine:
+def _encode(live: LiveModel, weight: Tensor, decision: Decision[DfqConfig]) -> Affine:
     """The weight, in its own shape, in the nearest codes of the configured range."""
-    config: DfqConfig = decision.config
-    assert config.granularity is not None and config.range is not None
+    config = decision.config
+    assert config.range is not None
     rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
     exponent = grid_exponent(rows)
     grid = choose_grid(rows, config, config.range, exponent, None, live.generator(decision.tensor.name))
-    shape = grid_shape(tuple(rows.shape), config.granularity, config.group_size)
+    shape = grid_shape(tuple(rows.shape), config.unit, config.group_size)
     found = affine_from_grid(rows, grid, config.bits, exponent, shape)
-    return replace(found, shape=decision.tensor.shape, axis=decision.axis, dtype=decision.tensor.dtype)
+    return for_tensor(found, decision)
 
 
 def _correct_biases(network: _Network, reference: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""DKM: weights are trained as soft means of their centroids, and end in the nearest ones.
+"""DKM trains weights as soft means of their centroids, and ends in the nearest ones.
 
 Cho et al. 2022, arXiv 2108.12659, sections 3 and 4; memory that grows with the weights alone, as eDKM's (arXiv
 2309.00964), by computing attention anew instead of compressing what is kept. Centroids start from k-means and go from
@@ -15,38 +15,34 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qcompress.coding.affine import TORCH_DTYPES
-from qcompress.coding.codebook import store_centroids, stored_values
-from qcompress.coding.half import exponent_for
-from qcompress.coding.rows import rows_from_weight, weight_from_rows
-from qcompress.encoded import Codebook, Encoded, Fitted
-from qcompress.model.live import LiveModel, find_tensor
-from qcompress.registry import DkmConfig
-from qcompress.solvers.codebooks import (
-    BookEvidence,
+from qcompress.clustering.codebooks import (
     encode_nearest,
     first_codebooks,
     rows_from_vectors,
     table_parts,
     vectors_from_rows,
 )
-from qcompress.solvers.dkm import soft_cluster
-from qcompress.solvers.dkm_table import soft_cluster_table
-from qcompress.solvers.dkm_temperature import critical_temperature, hard_codes, relative_temperature, share_at
-from qcompress.training.adjusted import adjusted_tensors
-from qcompress.training.dress import dressed, trained_weight
-from qcompress.training.learn import Learn
-from qcompress.types import Decision
+from qcompress.clustering.dkm import critical_temperature, hard_codes, relative_temperature, share_at, soft_cluster
+from qcompress.clustering.dkm_table import soft_cluster_table
+from qcompress.coding.grids import TORCH_DTYPES, exponent_for, store_centroids, stored_values
+from qcompress.coding.rows import rows_from_weight, weight_from_rows
+from qcompress.model.live import LiveModel, find_tensor
+from qcompress.registry import DkmConfig
+from qcompress.training.fake_quantize import adjusted_tensors, fake_quantized, trained_weight
+from qcompress.training.trainer import trainer_of
+from qcompress.types.encoded import Codebook, Encoded, Fitted
+from qcompress.types.plan import Decision
+from qcompress.types.run import EncodeContext, FitContext
 
 GUARD = 0.9
 """Share of the critical temperature that is not passed."""
 LEVELS = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
+def fit(live: LiveModel, decisions: Sequence[Decision[DkmConfig]], context: FitContext) -> Fitted:
     """Codes and codebooks of trained weights, and every other tensor that training changed.
 
-    learn  trains `live.quantized`, and calls back after each step with the share of training that is done
+    raises  DataError, TrainingError
     """
     names = [decision.tensor.name for decision in decisions]
     shared = {
@@ -58,8 +54,8 @@ def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
         for one in shared.values():
             one.progress = done
 
-    with dressed(live, shared) as module:
-        learn(module, after_step)
+    with fake_quantized(live, shared) as module:
+        trainer_of(context)(module, after_step)
         encoded: dict[str, Encoded] = {name: one.encode(trained_weight(module, name)) for name, one in shared.items()}
     held = [name for name, one in shared.items() if one.held]
     notes = [f"{name}: the temperature was held below where its centroids merge" for name in held]
@@ -75,14 +71,14 @@ class SoftShared(nn.Module):
     held       whether a temperature had to be lowered
     """
 
-    def __init__(self, weight: Tensor, decision: Decision, generator: torch.Generator) -> None:
+    def __init__(self, weight: Tensor, decision: Decision[DkmConfig], generator: torch.Generator) -> None:
         super().__init__()
-        self.config: DkmConfig = decision.config
+        self.config = decision.config
         self.tensor, self.axis = decision.tensor, decision.axis
         self.dtype = TORCH_DTYPES[decision.tensor.dtype]
         matrix = rows_from_weight(weight.detach(), self.axis).flatten(1)
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())
-        found = first_codebooks(matrix.cpu(), self.config, "optimal", BookEvidence(on_cpu))
+        found = first_codebooks(matrix.cpu(), self.config, "optimal", EncodeContext(0, on_cpu))
         # Both are part of what a run that is broken off goes on from.
         self.register_buffer("centroids", found.to(weight.device))
         self.register_buffer("held", torch.zeros((), dtype=torch.bool, device=weight.device))

@@ -1,4 +1,4 @@
-"""GPTQ: round column by column, and let the columns still to come make up for each error.
+"""GPTQ rounds column by column, and lets the columns still to come make up for each error.
 
 Frantar et al. 2022, arXiv 2210.17323. `preset: paper` follows the official code but for dead columns (see
 solvers.feedback). Ours aims at the full-precision outputs (Li et al. 2025, arXiv 2504.02692, in closed form: the least
@@ -8,13 +8,11 @@ squares target is rounded), on a grid chosen under the Hessian, and ends in coor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from qcompress.coding.rows import rows_from_weight
-from qcompress.encoded import Affine, Encoded, Fitted
-from qcompress.model.layers import Gram
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.model.sweep import sweep
 from qcompress.registry import GptqConfig
@@ -22,19 +20,21 @@ from qcompress.solvers.feedback import descend, feedback_codes
 from qcompress.solvers.hessian import (
     cholesky,
     choose_grid,
-    encoded_weight,
+    encoded_rows,
     grid_exponent,
     least_squares_target,
     row_levels,
 )
-from qcompress.types import Decision
+from qcompress.types.encoded import Affine, Encoded, Fitted, for_tensor
+from qcompress.types.plan import Decision
+from qcompress.types.run import EncodeContext, FitContext
 
 HOLD = 0.01
 """How firmly the least squares target is held at the weights, as a share of the Hessian's mean diagonal."""
 DESCENT_DAMPING = 1e-4
 
 
-def fit(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
+def fit(live: LiveModel, decisions: Sequence[Decision[GptqConfig]], context: FitContext) -> Fitted:
     """Codes layer by layer, each from the inputs that the layers before it now give. Weights alone change."""
     encoded: dict[str, Encoded] = {}
     for sequential in (True, False):
@@ -42,25 +42,24 @@ def fit(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
         for step in sweep(live, wanted, sequential=sequential) if wanted else ():
             decision = wanted[step.name]
             weight = find_tensor(live.module, decision.tensor.name)
-            found = encode(weight, decision, step.gram(), step.generator)
+            rows = rows_from_weight(weight, decision.axis)
+            own = EncodeContext(grid_exponent(rows), step.generator, step.gram())
+            found = for_tensor(encode(rows, decision.config, own), decision)
             encoded[decision.tensor.name] = found
             live.put({decision.tensor.name: found})
     return Fitted(encoded)
 
 
-def encode(weight: Tensor, decision: Decision, gram: Gram, generator: torch.Generator) -> Affine:
-    """The codes of one weight from the second moments of its layer's inputs.
-
-    weight  float32, in its own shape
-    """
-    config: GptqConfig = decision.config
-    rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
-    exponent = grid_exponent(rows)
+def encode(weight: Tensor, config: GptqConfig, context: EncodeContext) -> Affine:
+    """The codes of one weight, float32 [rows, ...], from the second moments of its layer's inputs."""
+    gram = context.gram
+    assert gram is not None
+    rows, exponent = weight.flatten(1).contiguous(), context.exponent
     hessian = gram.hessian
     target = rows
     if config.asymmetric and gram.cross is not None:
         target = least_squares_target(rows, hessian, gram.cross, HOLD)
-    grid = choose_grid(rows, config, config.range or "minmax", exponent, hessian, generator)
+    grid = choose_grid(rows, config, config.range or "minmax", exponent, hessian, context.generator)
     scale, low = row_levels(grid, config.bits, exponent, rows)
     codes = feedback_codes(
         target,
@@ -76,4 +75,4 @@ def encode(weight: Tensor, decision: Decision, gram: Gram, generator: torch.Gene
         codes = descend(
             codes, target, scale, low, raised, lowest=0.0, highest=2.0**config.bits - 1, sweeps=config.descent
         )
-    return encoded_weight(codes, grid, config, exponent, decision)
+    return replace(encoded_rows(codes, grid, config, exponent), shape=tuple(weight.shape))

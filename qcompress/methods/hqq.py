@@ -1,4 +1,4 @@
-"""Half-quadratic quantization: the min-max scale, and an offset fitted under an l_p norm.
+"""HQQ, half-quadratic quantization, keeps the min-max scale and fits an offset under an l_p norm.
 
 Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023. With the scale S of the range and
 codes q, the error W - S (q - z) is split into a sparse part, shrunk towards zero under the norm, and a rest whose mean
@@ -17,30 +17,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompress.coding.half import from_half, round_offset
+from qcompress.coding.grids import from_half, round_offset
 from qcompress.coding.rows import blocks_from_rows, grid_shape
-from qcompress.encoded import Affine
 from qcompress.registry import HqqConfig
 from qcompress.solvers.blocks import Chunk, walk
 from qcompress.solvers.grids import Grid, affine_from_grid, joined_grid, offset_grid
 from qcompress.solvers.ranges import power
+from qcompress.types.encoded import Affine
+from qcompress.types.run import EncodeContext
 
 LEAST_ERROR = 2.0**-60
 """Errors count as no smaller than this, in units of 2**exponent, where a negative power is taken of them."""
 
 
-def encode(weight: Tensor, config: HqqConfig, exponent: int) -> Affine:
+def encode(weight: Tensor, config: HqqConfig, context: EncodeContext) -> Affine:
     """The weight in the nearest codes of grids with the min-max scale and a fitted offset.
 
     weight    float32 [rows, ...]
-    exponent  of scales and offsets, from the tensor's largest value
     returns   for no block worse in the l_p norm than the start: the min-max grid, with `round_zero` moved so that zero
               falls on a level. As in the official code, `round_zero` rounds the start alone
     """
-    assert config.granularity is not None
-    blocks = blocks_from_rows(weight, config.granularity, config.group_size)
+    exponent = context.exponent
+    blocks = blocks_from_rows(weight, config.unit, config.group_size)
     grid = joined_grid(_fit(chunk, config, exponent) for chunk in walk(blocks, exponent))
-    shape = grid_shape(tuple(weight.shape), config.granularity, config.group_size)
+    shape = grid_shape(tuple(weight.shape), config.unit, config.group_size)
     return affine_from_grid(weight, grid, config.bits, exponent, shape)
 
 

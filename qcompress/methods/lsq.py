@@ -1,4 +1,4 @@
-"""LSQ: weights and inputs are trained on grids whose steps are trained with them.
+"""LSQ trains weights and inputs on grids whose steps are trained with them.
 
 Esser et al. 2020, arXiv 1902.08153: values are clipped, then rounded; the gradient of a step is that of the rounded
 values by it, times 1 / sqrt(N Qp); steps start at 2 mean|v| / sqrt(Qp). Levels of weights are -2**(bits-1) to
@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qcompress.coding.half import exponent_for, from_half, round_scale
-from qcompress.encoded import ActivationGrid, Affine, Fitted
-from qcompress.model.activations import LEAST_SCALE
+from qcompress.calibration.activations import LEAST_SCALE
+from qcompress.coding.grids import exponent_for, from_half, round_scale
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.registry import LsqConfig
 from qcompress.solvers.learned_grids import (
@@ -29,27 +28,34 @@ from qcompress.solvers.learned_grids import (
     weight_of_blocks,
     weights_on_steps,
 )
-from qcompress.training.adjusted import adjusted_tensors
-from qcompress.training.grids import LEAST_SHARE, train_grids
-from qcompress.training.learn import Learn
-from qcompress.training.starts import Start, input_starts
-from qcompress.types import Decision
+from qcompress.training.fake_quantize import (
+    LEAST_SHARE,
+    ActivationInit,
+    activation_inits,
+    adjusted_tensors,
+    train_grids,
+)
+from qcompress.training.trainer import trainer_of
+from qcompress.types.encoded import ActivationGrid, Affine, Fitted
+from qcompress.types.plan import Decision
+from qcompress.types.run import FitContext
 
 
-def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
+def fit(live: LiveModel, decisions: Sequence[Decision[LsqConfig]], context: FitContext) -> Fitted:
     """Codes of trained weights on trained steps, the quantizers of inputs, and all else that training changed.
 
     The references are the trained weights, which the codes round.
 
     raises  DataError, ModelError, TrainingError
     """
-    configs: dict[str, LsqConfig] = {layer_name(decision.tensor.name): decision.config for decision in decisions}
+    trainer = trainer_of(context)
+    configs = {layer_name(decision.tensor.name): decision.config for decision in decisions}
     by_range = live.activations is not None and live.activations.range is not None
     weights = {d.tensor.name: LearnedStep(find_tensor(live.quantized, d.tensor.name), d) for d in decisions}
     inputs = {
         # A layer without a rule of its own starts as the first does.
         name: InputStep(start, configs.get(name, decisions[0].config).start == "mean" and not by_range).to(live.device)
-        for name, start in input_starts(live, learn).items()
+        for name, start in activation_inits(live, trainer).items()
     }
     learned: list[tuple[str, Tensor, Tensor]] = [
         (layer_name(name), one.step, one.least) for name, one in weights.items()
@@ -60,7 +66,7 @@ def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
         for name, step, _ in learned
         if name in configs and configs[name].learning_rate is not None
     ]
-    trained = train_grids(live, learn, weights, inputs, [(step, least) for _, step, least in learned], groups)
+    trained = train_grids(live, trainer, weights, inputs, [(step, least) for _, step, least in learned], groups)
     encoded = {name: weights[name].encode(weight) for name, weight in trained.items()}
     return Fitted(
         {**encoded, **adjusted_tensors(live, set(encoded))},
@@ -76,9 +82,9 @@ class LearnedStep(nn.Module):
     least  float32 [grids], below which no step falls
     """
 
-    def __init__(self, weight: Tensor, decision: Decision) -> None:
+    def __init__(self, weight: Tensor, decision: Decision[LsqConfig]) -> None:
         super().__init__()
-        config: LsqConfig = decision.config
+        config = decision.config
         self.decision, self.bits = decision, config.bits
         blocks = blocks_of(weight.detach(), decision)
         self.exponent = exponent_for(float(blocks.abs().max()))
@@ -111,7 +117,7 @@ class InputStep(nn.Module):
     by_mean   whether it starts from the mean rather than from the grid
     """
 
-    def __init__(self, start: Start, by_mean: bool) -> None:
+    def __init__(self, start: ActivationInit, by_mean: bool) -> None:
         super().__init__()
         grid = start.grid
         from_mean = by_mean and start.mean > 0 and not start.fixed

@@ -1,4 +1,4 @@
-"""PACT with DoReFa weights: inputs are clipped where training says, weights are rounded after a hyperbolic tangent.
+"""PACT with DoReFa weights trains the clips of inputs, and rounds weights after a hyperbolic tangent.
 
 Choi et al. 2018, arXiv 1805.06085 (inputs); Zhou et al. 2016, arXiv 1606.06160 (weights). As published a clip
 starts at a number, the levels of weights span [-1, 1], and first and last layer stay as they are. Ours starts a clip
@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompress.coding.half import exponent_for, from_half, round_scale
-from qcompress.encoded import ActivationGrid, Affine, Fitted
+from qcompress.calibration.activations import LEAST_SCALE
+from qcompress.coding.grids import exponent_for, from_half, round_scale
 from qcompress.errors import ModelError
-from qcompress.model.activations import LEAST_SCALE
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.registry import PactConfig
 from qcompress.solvers.learned_grids import (
@@ -31,29 +30,36 @@ from qcompress.solvers.learned_grids import (
     squash,
     weight_of_blocks,
 )
-from qcompress.training.adjusted import adjusted_tensors
-from qcompress.training.grids import LEAST_SHARE, train_grids
-from qcompress.training.learn import Learn
-from qcompress.training.starts import Start, input_starts
-from qcompress.types import Decision
+from qcompress.training.fake_quantize import (
+    LEAST_SHARE,
+    ActivationInit,
+    activation_inits,
+    adjusted_tensors,
+    train_grids,
+)
+from qcompress.training.trainer import Trainer, trainer_of
+from qcompress.types.encoded import ActivationGrid, Affine, Fitted
+from qcompress.types.plan import Decision
+from qcompress.types.run import FitContext
 
 
-def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
+def fit(live: LiveModel, decisions: Sequence[Decision[PactConfig]], context: FitContext) -> Fitted:
     """Codes of trained weights after their tangent, the quantizers of inputs, and all else that training changed.
 
     The references are the tangents, which the codes round.
 
     raises  DataError, ModelError, TrainingError
     """
+    trainer = trainer_of(context)
     configs = {layer_name(decision.tensor.name): decision.config for decision in decisions}
     weights = {d.tensor.name: SquashedWeight(find_tensor(live.quantized, d.tensor.name), d) for d in decisions}
     inputs = {
         name: InputClip(name, start, configs.get(name, decisions[0].config)).to(live.device)
-        for name, start in input_starts(live, learn).items()
+        for name, start in activation_inits(live, trainer).items()
     }
-    groups = [_group(one, configs.get(name, decisions[0].config), learn) for name, one in inputs.items()]
+    groups = [_group(one, configs.get(name, decisions[0].config), trainer) for name, one in inputs.items()]
     bounded = [(one.clip, one.least) for one in inputs.values()]
-    trained = train_grids(live, learn, weights, inputs, bounded, groups)
+    trained = train_grids(live, trainer, weights, inputs, bounded, groups)
     encoded = {name: weights[name].encode(weight) for name, weight in trained.items()}
     return Fitted(
         {**encoded, **adjusted_tensors(live, set(encoded))},
@@ -62,9 +68,9 @@ def fit(live: LiveModel, decisions: Sequence[Decision], learn: Learn) -> Fitted:
     )
 
 
-def _group(one: InputClip, config: PactConfig, learn: Learn) -> Mapping[str, Any]:
+def _group(one: InputClip, config: PactConfig, trainer: Trainer) -> Mapping[str, Any]:
     """How the optimizer treats a clip: a layer without a rule of its own follows the first."""
-    decay = learn.training.optimizer.weight_decay if config.clip_decay is None else config.clip_decay
+    decay = trainer.training.optimizer.weight_decay if config.clip_decay is None else config.clip_decay
     rate = {} if config.learning_rate is None else {"lr": config.learning_rate}
     return {"params": [one.clip] if one.clip.requires_grad else [], "weight_decay": decay, **rate}
 
@@ -72,9 +78,9 @@ def _group(one: InputClip, config: PactConfig, learn: Learn) -> Mapping[str, Any
 class SquashedWeight(nn.Module):
     """A weight on the levels that span its tangent, with the gradient straight through the rounding."""
 
-    def __init__(self, weight: Tensor, decision: Decision) -> None:
+    def __init__(self, weight: Tensor, decision: Decision[PactConfig]) -> None:
         super().__init__()
-        self.config: PactConfig = decision.config
+        self.config = decision.config
         self.decision = decision
         self.exponent = exponent_for(float(self._squash(blocks_of(weight.detach(), decision)).abs().max()))
 
@@ -123,7 +129,7 @@ class InputClip(nn.Module):
     least  below which it does not fall
     """
 
-    def __init__(self, name: str, start: Start, config: PactConfig) -> None:
+    def __init__(self, name: str, start: ActivationInit, config: PactConfig) -> None:
         super().__init__()
         grid = start.grid
         given = config.clip if not start.fixed else None

@@ -1,4 +1,4 @@
-"""Round to nearest on the min-max range: the papers' naive quantization."""
+"""RTN rounds to nearest on the min-max range: the papers' naive quantization."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from dataclasses import replace
 from torch import Tensor
 
 from qcompress.coding.rows import blocks_from_rows, grid_shape
-from qcompress.encoded import Affine
 from qcompress.registry import RtnConfig
 from qcompress.solvers.blocks import extremes
 from qcompress.solvers.grids import Grid, affine_from_grid, symmetric_grid, zero_point_grid
+from qcompress.types.encoded import Affine
+from qcompress.types.run import EncodeContext
 
 
-def encode(weight: Tensor, config: RtnConfig, exponent: int) -> Affine:
+def encode(weight: Tensor, config: RtnConfig, context: EncodeContext) -> Affine:
     """The weight in the nearest codes of its min-max grids.
 
     weight    float32 [rows, ...]
-    exponent  of the scales, from the tensor's largest value
     returns   with an integer zero point, no value is off by more than half a scale; likewise where symmetric, but with
               `full-range`, where the end nearer to zero may be off by a whole one. Scales are rounded up to float16
     """
-    assert config.granularity is not None
-    low, high = extremes(blocks_from_rows(weight, config.granularity, config.group_size))
+    low, high = extremes(blocks_from_rows(weight, config.unit, config.group_size))
     grid = (
-        _symmetric(low, high, config, exponent)
+        _symmetric(low, high, config, context.exponent)
         if config.symmetric
-        else zero_point_grid(low, high, config.bits, exponent)
+        else zero_point_grid(low, high, config.bits, context.exponent)
     )
-    shape = grid_shape(tuple(weight.shape), config.granularity, config.group_size)
-    return affine_from_grid(weight, grid, config.bits, exponent, shape)
+    shape = grid_shape(tuple(weight.shape), config.unit, config.group_size)
+    return affine_from_grid(weight, grid, config.bits, context.exponent, shape)
 
 
 def _symmetric(low: Tensor, high: Tensor, config: RtnConfig, exponent: int) -> Grid:

@@ -1,4 +1,4 @@
-"""SQuant: roundings flipped until the errors of each kernel and of each channel sum to nearly nothing."""
+"""SQuant flips roundings until the errors of each kernel and of each channel sum to nearly nothing."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import middle
-from qcompress.coding.half import from_half, round_offset, round_scale
+from qcompress.coding.grids import from_half, middle, round_offset, round_scale
 from qcompress.coding.rows import blocks_from_rows, grid_shape
-from qcompress.encoded import Affine
 from qcompress.registry import SquantConfig
 from qcompress.solvers.blocks import extremes, fold
 from qcompress.solvers.grids import Grid, minmax_grid, symmetric_grid
 from qcompress.solvers.ranges import least_squares_grid
+from qcompress.types.encoded import Affine
+from qcompress.types.run import EncodeContext
 
 # A position is an integer number of 2**-16 steps: sums are exact in any order and for any cut into rows.
 FRACTION_BITS = 16
@@ -61,7 +61,7 @@ class Cut:
             yield slice(start, stop), slice(None) if self.shared else slice(start * groups, stop * groups)
 
 
-def encode(weight: Tensor, config: SquantConfig, exponent: int) -> Affine:
+def encode(weight: Tensor, config: SquantConfig, context: EncodeContext) -> Affine:
     """Codes whose errors cancel, for weight float32 [rows, inputs, ...]; the trailing dimensions are kernels.
 
     With e = code - position in grid steps, three stages:
@@ -83,12 +83,12 @@ def encode(weight: Tensor, config: SquantConfig, exponent: int) -> Affine:
     nothing; the offset is a real number, and scale and offset are rounded to float16 before anything else; positions
     are rounded to 2**-16 of a step.
     """
-    granularity = config.granularity or "channel"
+    exponent = context.exponent
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
-    grid_rows, groups = grid_shape(tuple(weight.shape), granularity, config.group_size)
-    cut = Cut(rows, columns, math.prod(weight.shape[2:]), columns // max(groups, 1), granularity == "tensor")
+    grid_rows, groups = grid_shape(tuple(weight.shape), config.unit, config.group_size)
+    cut = Cut(rows, columns, math.prod(weight.shape[2:]), columns // max(groups, 1), config.unit == "tensor")
     values = weight.reshape(rows, columns)
-    grid = _make_grid(blocks_from_rows(weight, granularity, config.group_size), config, exponent)
+    grid = _make_grid(blocks_from_rows(weight, config.unit, config.group_size), config, exponent)
     gains = None
     if config.range == "clip" and weight.ndim > 2 and weight.numel():
         gains, centre = _gains(values, cut, grid, config.bits, exponent)

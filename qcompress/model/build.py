@@ -1,4 +1,4 @@
-"""The network that a recipe names, and its weights from a state dict, strictly."""
+"""The network that a recipe names is built here, asked for its facts, and given its weights, strictly."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qcompress.errors import CheckpointError, ModelError, QcompressError
-from qcompress.model.code import find_callable
-from qcompress.settings import ModelSettings
-from qcompress.types import Axis
+from qcompress.data.user_code import find_callable
+from qcompress.errors import CheckpointError, ModelError, QcompressError, RecipeError
+from qcompress.types.plan import Axis, ModelFacts, TensorFacts
+from qcompress.types.run import ModelRun
+from qcompress.types.settings import ModelSettings
 
 SHOWN_NAMES = 3
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -48,6 +49,14 @@ def build_model(settings: ModelSettings, root: Path, allow_code: bool = False, p
     return module.eval()
 
 
+def build_network(model_run: ModelRun) -> nn.Module:
+    """The network that a recipe names, untrained, in eval mode. Raises ModelError, RecipeError, UsageError."""
+    recipe = model_run.recipe
+    if recipe.model is None:
+        raise RecipeError(recipe.source, "names no model", "add `model: {factory: ...}`")
+    return build_model(recipe.model, model_run.root, model_run.allow_code, model_run.place("model"))
+
+
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Put every tensor of `state` where it belongs. Names and shapes must agree; dtypes become the module's.
 
@@ -70,8 +79,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     kind = type(module).__name__
     if missing or surplus:
         parts = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has {_listed(surplus)} too many"] * bool(surplus)
-        mend = "name the model that the checkpoint was saved from, with the same args"
-        raise CheckpointError(source, f"does not fit {kind}: it {' and '.join(parts)}", mend)
+        hint = "name the model that the checkpoint was saved from, with the same args"
+        raise CheckpointError(source, f"does not fit {kind}: it {' and '.join(parts)}", hint)
     if wrong:
         name = wrong[0]
         what = f"is {list(state[name].shape)} in the checkpoint and {list(own[name].shape)} in {kind}"
@@ -103,6 +112,28 @@ def tied_names(module: nn.Module) -> dict[str, str]:
             tied[name] = first[id(tensor)]
         first.setdefault(id(tensor), name)
     return tied
+
+
+def read_facts(model_run: ModelRun) -> ModelFacts:
+    """What the recipe's network says of its tensors, from one without weights where it can be built so.
+
+    raises  what `build_network` raises
+    """
+    try:
+        with torch.device("meta"):
+            module = build_network(model_run)
+    except ModelError:
+        # A constructor may read values, which tensors without data do not have.
+        module = build_network(model_run)
+    axes, tied = channel_axes(module), tied_names(module)
+    owners = dict(module.named_modules())
+    facts = {}
+    for name in module.state_dict():
+        owner = owners[name.rpartition(".")[0]]
+        # MultiheadAttention multiplies by its last weight itself.
+        called = type(owner).__name__ != "NonDynamicallyQuantizableLinear"
+        facts[name] = TensorFacts(type(owner).__name__, axes.get(name), tied.get(name), called)
+    return facts
 
 
 def channel_axes(module: nn.Module) -> dict[str, Axis]:

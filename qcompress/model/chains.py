@@ -1,4 +1,4 @@
-"""Which layers of a traced network can be equalized: those that hand their channels on, scaled by what one likes."""
+"""Cross-layer equalization may scale these pairs of layers: the path between them is positively homogeneous."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _arrived(live: LiveModel, link: Link, call: fx.Node, axis: int | None) -> Li
     repeats, rest = divmod(inputs.shape[0] * inputs.shape[2], outputs.shape[0] * outputs.shape[1])
     if axis != expected or rest or (rank != second.weight.ndim and not isinstance(second, nn.Linear)):
         return None
-    # A transposed convolution does not meet every place of its output with all of its taps.
+    # A transposed convolution does not meet every place of its output with all of its kernel positions.
     padded = link.padded or isinstance(second, TRANSPOSED) or _pads_with_zeros(second)
     return replace(link, padded=padded, repeats=repeats)
 

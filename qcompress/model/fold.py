@@ -1,4 +1,4 @@
-"""Batch norms folded into the layers before them; what stays of a batch norm adds a bias and keeps its statistics."""
+"""Batch norms are folded into the layers before them; what stays of one adds a bias and keeps its statistics."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompress.coding.affine import TORCH_DTYPES
-from qcompress.encoded import Encoded, Fitted, Kept
-from qcompress.model.graph import BatchNorm, batch_norm_of, layer_call, read_once
+from qcompress.coding.grids import TORCH_DTYPES
+from qcompress.model.graph import batch_norm_of, layer_call, read_once
 from qcompress.model.layers import CONVOLUTIONS, TRANSPOSED
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
-from qcompress.types import Decision
+from qcompress.model.operations import BatchNorm
+from qcompress.types.encoded import Encoded, Fitted, Kept
+from qcompress.types.plan import Decision
 
-_PLAIN = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+PLAIN = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class NormedLayer:
 
     @property
     def kernels(self) -> Tensor:
-        """The weight as [groups, outputs a group, inputs a group, taps]."""
+        """The weight as [groups, outputs a group, inputs a group, kernel positions]."""
         return kernels(self.module, self.weight)
 
     def scaled_outputs(self, factor: Tensor) -> NormedLayer:
@@ -87,7 +88,7 @@ class NormedLayer:
     def response(self, x: Tensor) -> Tensor:
         """What the weight makes of inputs that have one value a channel, x float64 [inputs]: float64 [outputs].
 
-        For a transposed convolution the mean over places: each meets one of so many taps.
+        For a transposed convolution the mean over places: each meets one of so many kernel positions.
         """
         response = constant_response(self.kernels, x)
         module: Any = self.module
@@ -149,7 +150,7 @@ def _identity_norm(norm: BatchNorm, statistics: Statistics, dtype: torch.dtype) 
 
 
 def kernels(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight of a linear layer or a convolution as [groups, outputs a group, inputs a group, taps]."""
+    """The weight of a linear layer or a convolution as [groups, outputs a group, inputs a group, kernel positions]."""
     groups: Any = getattr(module, "groups", 1)
     first, second = weight.shape[:2]
     split = weight.reshape(groups, first // groups, second, math.prod(weight.shape[2:]))
@@ -157,9 +158,10 @@ def kernels(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def constant_response(weight: Tensor, x: Tensor) -> Tensor:
-    """What kernels [groups, outputs a group, inputs a group, taps] give for one value a channel, float64 [outputs].
+    """What kernels give for one value a channel, float64 [outputs].
 
-    x  float64 [inputs]
+    weight  [groups, outputs a group, inputs a group, kernel positions]
+    x       float64 [inputs]
     """
     groups, _, width, _ = weight.shape
     return torch.einsum("goi,gi->go", weight.sum(3, dtype=torch.float64), x.reshape(groups, width)).flatten()
@@ -167,7 +169,7 @@ def constant_response(weight: Tensor, x: Tensor) -> Tensor:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is a linear layer or a convolution, and computes no more than that."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _PLAIN)
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in PLAIN)
 
 
 def is_free(live: LiveModel, layer: str) -> bool:

@@ -1,4 +1,4 @@
-"""Who feeds whom in a traced network: each layer's batch norm and activation, its input layers, its blocks."""
+"""A traced network says who feeds whom: each layer's batch norm and activation, its input layers, its blocks."""
 
 from __future__ import annotations
 
@@ -17,27 +17,10 @@ from qcompress.model.operations import BatchNorm, batch_norm_at, clip_bounds, ki
 from qcompress.model.stages import TracedStage, cut_nodes
 from qcompress.model.trace import start, step
 
-__all__ = [
-    "Activation",
-    "BatchNorm",
-    "activation_after",
-    "activation_at",
-    "batch_norm_of",
-    "channel_axis",
-    "input_layers",
-    "inputs_of_network",
-    "layer_call",
-    "make_blocks",
-    "node_numbers",
-    "node_shapes",
-    "read_once",
-    "single_consumer",
-]
-
 MERGED_LAYERS = 8
 """A block of the network's own making joins layers into one unit up to this many; a residual part may have more."""
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -263,6 +246,6 @@ def _module_around(module: nn.Module, layers: list[str]) -> str | None:
     """The innermost module of the network's own making that holds all the layers; None where that is the network."""
     paths = [name.split(".")[:-1] for name in layers]
     common = [steps[0] for steps in takewhile(lambda steps: len({*steps}) == 1, zip(*paths, strict=False))]
-    while common and isinstance(module.get_submodule(".".join(common)), _CONTAINERS):
+    while common and isinstance(module.get_submodule(".".join(common)), CONTAINERS):
         common.pop()
     return ".".join(common) or None

@@ -1,18 +1,27 @@
-"""A layer as a matrix product: its inputs as rows of a matrix, whatever it slides or scatters."""
+"""A layer is a matrix product here: its inputs are rows of a matrix, whatever it slides or scatters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcompress.types.run import Gram
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+GRAM_ROWS = 1 << 15
+GRAM_ROWS_A_COLUMN = 64
+"""Positions that a Gram is measured from at most: more of them add hardly anything to it but time."""
+
+Choice: TypeAlias = Callable[[tuple[int, ...], torch.device], tuple[Tensor, ...]]
+"""Sizes of the output -> one index tensor for each of its dimensions: the places that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,37 @@ def matrix_layer(module: nn.Module) -> MatrixLayer | None:
     return None
 
 
-Choice = Callable[[tuple[int, ...], torch.device], tuple[Tensor, ...]]
-"""Sizes of the output -> one index tensor for each of its dimensions: the places that are looked at."""
+def drawn_places(layer: MatrixLayer, inputs: Sequence[Tensor], generator: torch.Generator) -> int:
+    """How many places of each sample a Gram is measured at."""
+    samples = sum(len(x) for x in inputs)
+    width = layer.columns(inputs[0][:1], 1, generator).shape[-1]
+    return -(-max(GRAM_ROWS, GRAM_ROWS_A_COLUMN * width) // samples)
+
+
+def measure_gram(
+    layer: MatrixLayer, noisy: Sequence[Tensor], clean: Sequence[Tensor] | None, generator: torch.Generator
+) -> Gram:
+    """The Gram of a layer from its inputs, batch by batch; `clean` None where there is only one network.
+
+    From each sample places are drawn with `generator`, where there are more than enough. Sums run in float32 within a
+    batch and in float64 over batches.
+    """
+    places = drawn_places(layer, noisy, generator)
+    sums: list[Tensor] = []
+    count = 0
+    for index, x in enumerate(noisy):
+        state = generator.get_state()
+        columns = layer.columns(x.float(), places, generator)
+        count += columns.shape[1]
+        parts = [_products(columns, columns), columns.sum(1, dtype=torch.float64)]
+        if clean is not None:
+            generator.set_state(state)
+            other = layer.columns(clean[index].float(), places, generator)
+            parts += [_products(other, columns), other.sum(1, dtype=torch.float64)]
+        sums = parts if not sums else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
+    hessian, mean, *others = (total.div_(count) for total in sums)
+    cross, clean_mean = others if others else (None, mean)
+    return Gram(hessian, cross, mean, clean_mean, count)
 
 
 def _chosen(places: int | None, generator: torch.Generator | None) -> Choice:
@@ -136,61 +174,6 @@ def _as_columns(patches: Tensor, groups: int, choose: Choice) -> Tensor:
     picked = patches[index]
     picked = picked.reshape(samples, groups, channels // groups, len(chosen[0]), -1)
     return picked.permute(1, 0, 3, 2, 4).reshape(groups, samples * len(chosen[0]), -1)
-
-
-@dataclass
-class Gram:
-    """Second moments of a layer's inputs: what its output error depends on.
-
-    hessian  float64 [groups, columns, columns], the mean over positions of x^ x^T, x^ from the quantized network
-    cross    the mean of x x^^T, x from the full-precision network; None where both networks gave the same
-    mean     float64 [groups, columns], of x^; `clean_mean` of x
-    count    positions
-    """
-
-    hessian: Tensor
-    cross: Tensor | None
-    mean: Tensor
-    clean_mean: Tensor
-    count: int
-
-
-GRAM_ROWS = 1 << 15
-GRAM_ROWS_A_COLUMN = 64
-"""Positions that a Gram is measured from at most: more of them add hardly anything to it but time."""
-
-
-def drawn_places(layer: MatrixLayer, inputs: Sequence[Tensor], generator: torch.Generator) -> int:
-    """How many places of each sample a Gram is measured at."""
-    samples = sum(len(x) for x in inputs)
-    width = layer.columns(inputs[0][:1], 1, generator).shape[-1]
-    return -(-max(GRAM_ROWS, GRAM_ROWS_A_COLUMN * width) // samples)
-
-
-def measure_gram(
-    layer: MatrixLayer, noisy: Sequence[Tensor], clean: Sequence[Tensor] | None, generator: torch.Generator
-) -> Gram:
-    """The Gram of a layer from its inputs, batch by batch; `clean` None where there is only one network.
-
-    From each sample places are drawn with `generator`, where there are more than enough. Sums run in float32 within a
-    batch and in float64 over batches.
-    """
-    places = drawn_places(layer, noisy, generator)
-    sums: list[Tensor] = []
-    count = 0
-    for index, x in enumerate(noisy):
-        state = generator.get_state()
-        columns = layer.columns(x.float(), places, generator)
-        count += columns.shape[1]
-        parts = [_products(columns, columns), columns.sum(1, dtype=torch.float64)]
-        if clean is not None:
-            generator.set_state(state)
-            other = layer.columns(clean[index].float(), places, generator)
-            parts += [_products(other, columns), other.sum(1, dtype=torch.float64)]
-        sums = parts if not sums else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
-    hessian, mean, *others = (total.div_(count) for total in sums)
-    cross, clean_mean = others if others else (None, mean)
-    return Gram(hessian, cross, mean, clean_mean, count)
 
 
 def _products(one: Tensor, other: Tensor) -> Tensor:

@@ -1,27 +1,26 @@
-"""A live model and what methods see of it: the network as it was, its copy as it will be, and calibration data."""
+"""Methods see a live model as the network as it was, its copy as it will be, and calibration data."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from qcompress.coding.affine import decode
-from qcompress.encoded import Encoded
+from qcompress.coding.grids import decode
+from qcompress.data.batches import Batch
 from qcompress.errors import ModelError
-from qcompress.model.batches import Batch, run_model
+from qcompress.model.stages import BlockStage, HeadStage, Stage, TailStage, WholeStage, execution_order, traced_stages
 from qcompress.model.trace import Untraceable, trace
-from qcompress.settings import ActivationSettings
-from qcompress.types import Decision
-
-if TYPE_CHECKING:
-    from qcompress.model.stages import Stage
+from qcompress.types.encoded import Encoded
+from qcompress.types.plan import Decision
+from qcompress.types.run import seeded_generator
+from qcompress.types.settings import ActivationSettings
 
 
 @dataclass
@@ -57,8 +56,8 @@ class LiveModel:
         """The traced network. Raises ModelError where it cannot be traced."""
         graph, reason = self._trace
         if graph is None:
-            mend = "name its units under `model.blocks`, or choose a method that needs no graph"
-            raise ModelError(self.place, f"the model cannot be traced: {reason}", mend)
+            hint = "name its units under `model.blocks`, or choose a method that needs no graph"
+            raise ModelError(self.place, f"the model cannot be traced: {reason}", hint)
         return graph
 
     @property
@@ -75,8 +74,6 @@ class LiveModel:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The network cut into stages, each beginning with a compressed layer where it could be traced."""
-        from qcompress.model.stages import make_stages
-
         return make_stages(self)
 
     def put(self, tensors: Mapping[str, Encoded]) -> None:
@@ -90,12 +87,6 @@ def fresh_copy(live: LiveModel) -> LiveModel:
     _ = again.traced
     again.quantized = copy.deepcopy(again.module)
     return again
-
-
-def seeded_generator(seed: int, name: str, device: torch.device | str) -> torch.Generator:
-    """Random numbers for one layer or tensor, whatever the order in which they come."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def layer_name(tensor: str) -> str:
@@ -156,20 +147,42 @@ def make_live_model(
     return live
 
 
-def execution_order(module: nn.Module, names: set[str], example: Batch) -> list[str]:
-    """The named modules that a forward pass calls, in the order of their first call.
+def make_stages(live: LiveModel) -> tuple[Stage, ...]:
+    """The stages of a live model; every compressed layer that a forward pass calls lies in exactly one.
 
-    raises  ModelError where the module does not run on the example
+    raises  ModelError for block globs that name nothing
     """
-    order: dict[str, None] = {}
-    handles = [
-        module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
-        for name in names
-    ]
-    try:
-        with torch.no_grad():
-            run_model(module, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(order)
+    if live.blocks:
+        return _block_stages(live)
+    if live.traced:
+        return traced_stages(live.graph, live.layers)
+    return (WholeStage("model", live.layers),)
+
+
+def _block_stages(live: LiveModel) -> tuple[Stage, ...]:
+    blocks = named_blocks(live)
+    inside = {name: block for block in blocks for name in live.layers if name == block or name.startswith(f"{block}.")}
+    called = execution_order(live.module, {*live.layers, blocks[0]}, live.example)
+    first = called.index(blocks[0])
+    outer = [name for name in called if name not in inside and name != blocks[0]]
+    before = tuple(name for name in outer if called.index(name) < first)
+    after = tuple(name for name in outer if called.index(name) > first)
+    stages: list[Stage] = [HeadStage(blocks[0], before)]
+    stages += [BlockStage(block, tuple(name for name in live.layers if inside.get(name) == block)) for block in blocks]
+    return (*stages, TailStage("output", after, tuple(blocks)))
+
+
+def named_blocks(live: LiveModel) -> list[str]:
+    """The module names that the recipe's globs name, in the order in which a forward pass calls them."""
+    names = [name for name, _ in live.module.named_modules() if name]
+    chosen: set[str] = set()
+    for glob in live.blocks:
+        matches = {name for name in names if fnmatchcase(name, glob) and name.count(".") == glob.count(".")}
+        if not matches:
+            raise ModelError(live.place, f"blocks: {glob!r} names no module", f"modules are named like {names[-1]!r}")
+        chosen |= matches
+    called = execution_order(live.module, chosen, live.example)
+    idle = sorted(chosen - set(called))
+    if idle:
+        raise ModelError(live.place, f"blocks: the model never calls {idle[0]!r}", "name blocks that it calls")
+    return called

@@ -1,4 +1,4 @@
-"""What a node of a traced graph computes, under one name whether it is a module, a function or a method."""
+"""A node of a traced graph has one name for what it computes, whether it is a module, a function or a method."""
 
 from __future__ import annotations
 
@@ -208,8 +208,3 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
     """The values that an `add` or a `concatenate` joins, in order, with repetitions; numbers are left out."""
     found = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args[:2]
     return [one for one in found if isinstance(one, fx.Node)]
-
-
-def source_of(node: fx.Node) -> fx.Node:
-    """The value that a node with one main input works on: its first."""
-    return node.all_input_nodes[0]

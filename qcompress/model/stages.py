@@ -1,4 +1,4 @@
-"""A network cut into stages that run one after another from values that are kept: each layer is computed once a sweep.
+"""A network is cut into stages that run one after another from kept values: each layer is computed once a pass.
 
 Traced networks are cut before every compressed layer. Others run by the blocks that the recipe names, or as one stage.
 """
@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
+from qcompress.data.batches import Batch, first_tensor, run_model
 from qcompress.errors import ModelError
-from qcompress.model.batches import Batch, first_tensor
-from qcompress.model.live import LiveModel, execution_order
 from qcompress.model.trace import start, step
 
 State: TypeAlias = Any
@@ -168,19 +166,7 @@ def _answering(module: nn.Module, blocks: Sequence[str], output: Any) -> Iterato
             del one.forward
 
 
-def make_stages(live: LiveModel) -> tuple[Stage, ...]:
-    """The stages of a live model; every compressed layer that a forward pass calls lies in exactly one.
-
-    raises  ModelError for block globs that name nothing
-    """
-    if live.blocks:
-        return _block_stages(live)
-    if live.traced:
-        return _traced_stages(live.graph, live.layers)
-    return (WholeStage("model", live.layers),)
-
-
-def _traced_stages(graph: fx.Graph, layers: Sequence[str]) -> tuple[Stage, ...]:
+def traced_stages(graph: fx.Graph, layers: Sequence[str]) -> tuple[Stage, ...]:
     """A stage from each compressed layer to the next; layers that are called twice keep all between in one."""
     nodes = [node for node in graph.nodes if node.op != "placeholder"]
     calls: dict[str, list[int]] = {}
@@ -212,35 +198,6 @@ def cut_nodes(
         name = layers[0] if layers else "input"
         stages.append(TracedStage(name, tuple(layers), graph, tuple(nodes[begin:end]), spent))
     return stages
-
-
-def _block_stages(live: LiveModel) -> tuple[Stage, ...]:
-    blocks = named_blocks(live)
-    inside = {name: block for block in blocks for name in live.layers if name == block or name.startswith(f"{block}.")}
-    called = execution_order(live.module, {*live.layers, blocks[0]}, live.example)
-    first = called.index(blocks[0])
-    outer = [name for name in called if name not in inside and name != blocks[0]]
-    before = tuple(name for name in outer if called.index(name) < first)
-    after = tuple(name for name in outer if called.index(name) > first)
-    stages: list[Stage] = [HeadStage(blocks[0], before)]
-    stages += [BlockStage(block, tuple(name for name in live.layers if inside.get(name) == block)) for block in blocks]
-    return (*stages, TailStage("output", after, tuple(blocks)))
-
-
-def named_blocks(live: LiveModel) -> list[str]:
-    """The module names that the recipe's globs name, in the order in which a forward pass calls them."""
-    names = [name for name, _ in live.module.named_modules() if name]
-    chosen: set[str] = set()
-    for glob in live.blocks:
-        matches = {name for name in names if fnmatchcase(name, glob) and name.count(".") == glob.count(".")}
-        if not matches:
-            raise ModelError(live.place, f"blocks: {glob!r} names no module", f"modules are named like {names[-1]!r}")
-        chosen |= matches
-    called = execution_order(live.module, chosen, live.example)
-    idle = sorted(chosen - set(called))
-    if idle:
-        raise ModelError(live.place, f"blocks: the model never calls {idle[0]!r}", "name blocks that it calls")
-    return called
 
 
 def last_output(state: State) -> Tensor:
@@ -300,3 +257,22 @@ def pick_samples(state: State, chosen: Tensor, samples: int) -> State:
         parts = {one.name: pick_samples(getattr(state, one.name), chosen, samples) for one in fields(state)}
         return type(state)(**parts)
     return state
+
+
+def execution_order(module: nn.Module, names: set[str], example: Batch) -> list[str]:
+    """The named modules that a forward pass calls, in the order of their first call.
+
+    raises  ModelError where the module does not run on the example
+    """
+    order: dict[str, None] = {}
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            run_model(module, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(order)

@@ -1,4 +1,4 @@
-"""A live model as a torch.fx graph that runs on any copy of the model, node by node."""
+"""A live model is traced here as a torch.fx graph that runs on any copy of the model, node by node."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
-from qcompress.model.batches import Batch, first_tensor
+from qcompress.data.batches import Batch, first_tensor
+from qcompress.data.user_code import first_line
 
 Values: TypeAlias = dict[fx.Node, Any]
 """The values of the nodes that are still needed."""
@@ -53,7 +54,7 @@ def trace(module: nn.Module, layers: Collection[str], example: Batch) -> fx.Grap
         graph = _Tracer(layers).trace(module, concrete_args=concrete or None)
     except Exception as error:
         # Whatever the model's own code does with a proxy may raise anything.
-        raise Untraceable(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
+        raise Untraceable(first_line(error)) from None
     _without_in_place(graph)
     with torch.no_grad():
         expected = first_tensor(module(*example.args, **example.kwargs))

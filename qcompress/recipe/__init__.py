@@ -1,4 +1,4 @@
-"""YAML text to a checked Recipe, and back: `read_recipe`, `recipe_from_flags`, `recipe_json`, `recipe_schema`.
+"""Recipes are read from YAML and flags, checked, and written back.
 
 Names are looked up on first use: pydantic and yaml are imported only by a command that reads a recipe.
 """
@@ -6,17 +6,16 @@ Names are looked up on first use: pydantic and yaml are imported only by a comma
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qcompress.recipe.budget import BudgetFlag
     from qcompress.recipe.complete import refuse_missing, refuse_untrainable, trains
     from qcompress.recipe.flags import recipe_from_flags, with_effort
-    from qcompress.recipe.hints import nearest, suggest
+    from qcompress.recipe.hints import nearest, parse_size, suggest
     from qcompress.recipe.parse import parse_recipe, read_recipe
     from qcompress.recipe.schema import recipe_schema, schema_text
+    from qcompress.recipe.sections import BudgetFlag
     from qcompress.recipe.show import recipe_hash, recipe_json, recipe_yaml
-    from qcompress.recipe.sizes import parse_size
 
 __all__ = [
     "BudgetFlag",
@@ -38,9 +37,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BudgetFlag": "sections",
     "nearest": "hints",
     "parse_recipe": "parse",
-    "parse_size": "sizes",
+    "parse_size": "hints",
     "read_recipe": "parse",
     "recipe_from_flags": "flags",
     "recipe_hash": "show",
@@ -51,13 +51,12 @@ _MODULES = {
     "refuse_untrainable": "complete",
     "schema_text": "schema",
     "suggest": "hints",
-    "with_effort": "flags",
-    "BudgetFlag": "budget",
     "trains": "complete",
+    "with_effort": "flags",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

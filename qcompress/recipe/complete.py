@@ -1,42 +1,17 @@
-"""Whether a recipe names all that its methods, companions, quantizers and gates need."""
+"""Recipes are refused that lack what their methods, companions, quantizers and gates need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from qcompress.errors import InputError, RecipeError
-from qcompress.registry import METHODS
-from qcompress.settings import (
-    CausalLm,
-    Classification,
-    FactoryTask,
-    Reconstruction,
-    SequenceClassification,
-    Task,
-    Translation,
-)
-from qcompress.types import Recipe, Rule
+from qcompress.registry import METHODS, AdaroundConfig, ClusterConfig, DfqConfig, Tune
+from qcompress.types.plan import Recipe, Rule
+from qcompress.types.settings import Task
 
 DATA_FREE_RANGES = ("batch-norm", "noise")
 LEARNED_INPUTS = ("lsq", "pact")
 """Methods that train the quantizers of inputs too, which start on data.train."""
-
-
-def task_metrics(task: Task) -> tuple[str, ...]:
-    """The metrics that a task measures, by the names that gates use."""
-    match task:
-        case Classification():
-            return ("top1", "top5")
-        case SequenceClassification():
-            return ("accuracy",)
-        case CausalLm():
-            return ("perplexity",)
-        case Translation():
-            return ("bleu",)
-        case Reconstruction():
-            return ("psnr",)
-        case FactoryTask():
-            return (task.metric,)
 
 
 def trains(recipe: Recipe) -> bool:
@@ -61,47 +36,65 @@ def refuse_missing(recipe: Recipe, *, statistics: bool = False, measures: bool =
 
 def refuse_untrainable(recipe: Recipe, *, from_scratch: bool = False) -> list[InputError]:
     """One error for everything that training lacks."""
-    data = recipe.data
     lacking = [name for name, there in _training_parts(recipe).items() if not there]
     errors: list[InputError] = []
     if lacking:
-        errors.append(
-            RecipeError(recipe.source, f"names no {' and no '.join(lacking)}", "add what is to be trained, and how")
-        )
-    measured = recipe.task is not None and data is not None and data.eval is not None
+        what = f"names no {' and no '.join(lacking)}"
+        errors.append(RecipeError(recipe.source, what, "add what is to be trained, and how"))
     errors += _unmeasured_best(recipe)
     if from_scratch and recipe.finetune is not None and recipe.finetune.training.distil is not None:
-        where = recipe.places.get("finetune", "finetune")
+        where = _place(recipe, "finetune")
         errors.append(
             RecipeError(where, "distil: there is no network to learn from", "give a CHECKPOINT, or leave it out")
         )
     if from_scratch and recipe.gates.max_drop:
         errors.append(RecipeError("gates.max_drop", "there is no checkpoint to fall below", "use min_metric"))
-    if measured and recipe.task is not None:
+    if recipe.task is not None and _has_eval(recipe):
         errors += _unknown_metrics(recipe, recipe.task)
     return errors
 
 
+def _place(recipe: Recipe, section: str) -> str:
+    """How errors name a section of the recipe."""
+    return recipe.places.get(section, section)
+
+
+def _has_eval(recipe: Recipe) -> bool:
+    return recipe.data is not None and recipe.data.eval is not None
+
+
+def _has_calibration(recipe: Recipe) -> bool:
+    return recipe.data is not None and recipe.data.calibration is not None
+
+
+def _tune_of(rule: Rule) -> Tune | None:
+    return rule.config.tune if isinstance(rule.config, ClusterConfig) else None
+
+
+def _folds(rule: Rule) -> bool:
+    """Whether a rule's method is asked to fold batch norms."""
+    return isinstance(rule.config, AdaroundConfig | DfqConfig) and bool(rule.config.fold)
+
+
 def _missing_for_measuring(recipe: Recipe, measures: bool) -> Iterator[InputError]:
-    has_eval = recipe.data is not None and recipe.data.eval is not None
-    wanted = {"model": recipe.model is not None, "data.eval": has_eval, "task": recipe.task is not None}
+    has_eval = _has_eval(recipe)
     if measures:
+        wanted = {"model": recipe.model is not None, "data.eval": has_eval, "task": recipe.task is not None}
         lacking = [name for name, there in wanted.items() if not there]
         if lacking:
-            yield RecipeError(
-                recipe.source, f"names no {' and no '.join(lacking)}", "add what is to be measured, and how"
-            )
+            what = f"names no {' and no '.join(lacking)}"
+            yield RecipeError(recipe.source, what, "add what is to be measured, and how")
         return
     if recipe.task is not None and not has_eval:
-        yield RecipeError(recipe.places.get("task", "task"), "there is nothing to measure on", "add `data.eval`")
+        yield RecipeError(_place(recipe, "task"), "there is nothing to measure on", "add `data.eval`")
     if recipe.task is not None and recipe.model is None:
-        yield RecipeError(recipe.places.get("task", "task"), "there is no model to measure", "add `model`")
-    if all(wanted.values()) and recipe.task is not None:
+        yield RecipeError(_place(recipe, "task"), "there is no model to measure", "add `model`")
+    if recipe.model is not None and has_eval and recipe.task is not None:
         yield from _unknown_metrics(recipe, recipe.task)
 
 
 def _unknown_metrics(recipe: Recipe, task: Task) -> Iterator[InputError]:
-    known = task_metrics(task)
+    known = task.metrics
     for kind, limits in (("min_metric", recipe.gates.min_metric), ("max_drop", recipe.gates.max_drop)):
         for metric in limits:
             if metric not in known:
@@ -112,8 +105,7 @@ def _unknown_metrics(recipe: Recipe, task: Task) -> Iterator[InputError]:
 def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[InputError]:
     if rule.method is None:
         return
-    tune = getattr(rule.options, "tune", None)
-    if tune is not None:
+    if _tune_of(rule) is not None:
         yield from _missing_for_tuning(recipe, rule)
     method = METHODS[rule.method]
     if method.needs == "weights":
@@ -121,20 +113,21 @@ def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[
     if method.needs == "training":
         yield from _missing_for_training(recipe, rule)
         return
-    calibration = recipe.data is not None and recipe.data.calibration is not None
     if statistics and method.statistics and recipe.model is None:
-        if getattr(rule.options, "objective", "gram") != "gram":
+        if isinstance(rule.config, AdaroundConfig) and rule.config.objective != "gram":
             yield RecipeError(rule.where, "objective: sampled needs the data themselves", "use objective: gram")
-        if getattr(rule.options, "fold", False):
+        if _folds(rule):
             yield RecipeError(rule.where, "folding batch norms needs a live model", "use fold: false")
         return
     instead = "; or run with --statistics FILE" if method.statistics else ""
     if recipe.model is None:
         data = " and `data.calibration`" if method.needs == "calibration" else ""
         yield RecipeError(rule.where, f"{rule.method} needs a live model", f"add `model`{data}{instead}")
-    elif method.needs == "calibration" and not calibration:
+    elif _has_calibration(recipe):
+        return
+    elif method.needs == "calibration":
         yield RecipeError(rule.where, f"{rule.method} needs calibration data", f"add `data.calibration`{instead}")
-    elif getattr(rule.options, "bias_correction", None) == "empirical" and not calibration:
+    elif isinstance(rule.config, DfqConfig) and rule.config.bias_correction == "empirical":
         yield RecipeError(rule.where, "bias_correction: empirical needs calibration data", "add `data.calibration`")
 
 
@@ -151,10 +144,10 @@ def _missing_for_training(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
     yield from _unmeasured_best(recipe)
     if recipe.companions:
         what = f"companions compare layers with those of the network as it was, and {rule.method} trains it"
-        yield RecipeError(recipe.places.get("companions", "companions"), what, "leave them out")
+        yield RecipeError(_place(recipe, "companions"), what, "leave them out")
     settings = recipe.activations
     if settings is not None and rule.method in LEARNED_INPUTS:
-        where = recipe.places.get("activations", "activations")
+        where = _place(recipe, "activations")
         if settings.range in DATA_FREE_RANGES:
             what = f"{rule.method} starts from what flows there, not from range: {settings.range}"
             yield RecipeError(where, what, "use minmax, mse or percentile, or leave range out")
@@ -163,9 +156,9 @@ def _missing_for_training(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
 
 
 def _unmeasured_best(recipe: Recipe) -> Iterator[InputError]:
-    measured = recipe.task is not None and recipe.data is not None and recipe.data.eval is not None
+    measured = recipe.task is not None and _has_eval(recipe)
     if recipe.finetune is not None and recipe.finetune.training.options.keep == "best" and not measured:
-        where = recipe.places.get("finetune", "finetune")
+        where = _place(recipe, "finetune")
         yield RecipeError(where, "keep: best needs something to measure on", "add `data.eval`")
 
 
@@ -182,27 +175,25 @@ def _missing_for_tuning(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
     lacking = [f"`{name}`" for name, there in _training_parts(recipe).items() if not there and name != "finetune"]
     if lacking:
         yield RecipeError(rule.where, "tune trains the entries of codebooks", f"add {', '.join(lacking)}")
-    others = {repr(other) for one in recipe.rules if (other := getattr(one.options, "tune", None)) is not None}
+    others = {tune for one in recipe.rules if (tune := _tune_of(one)) is not None}
     if len(others) > 1:
         yield RecipeError(rule.where, "the rules tune in different ways", "give all of them the same `tune`")
 
 
 def _missing_for_extras(recipe: Recipe) -> Iterator[InputError]:
-    calibration = recipe.data is not None and recipe.data.calibration is not None
+    calibration = _has_calibration(recipe)
     for section, wanted in (("activations", recipe.activations is not None), ("companions", bool(recipe.companions))):
         if wanted and recipe.model is None:
-            yield RecipeError(recipe.places.get(section, section), "they need a live model", "add `model`")
-    folding = [rule for rule in recipe.rules if rule.method == "dfq" or getattr(rule.options, "fold", False)]
+            yield RecipeError(_place(recipe, section), "they need a live model", "add `model`")
+    folding = [rule for rule in recipe.rules if rule.method == "dfq" or _folds(rule)]
     if recipe.companions and folding:
         what = f"companions compare layers with those of the network as it was, and {folding[0].method} folds them"
-        yield RecipeError(
-            recipe.places.get("companions", "companions"), what, "leave them out; dfq corrects biases itself"
-        )
+        yield RecipeError(_place(recipe, "companions"), what, "leave them out; dfq corrects biases itself")
     if recipe.companions and recipe.model is not None and not calibration:
-        yield RecipeError(recipe.places.get("companions", "companions"), "they need data", "add `data.calibration`")
+        yield RecipeError(_place(recipe, "companions"), "they need data", "add `data.calibration`")
     settings = recipe.activations
     learned = any(rule.method in LEARNED_INPUTS for rule in recipe.rules)
     if settings is not None and settings.range not in (None, *DATA_FREE_RANGES) and not calibration and not learned:
         what = f"range: {settings.range} needs calibration data"
-        mend = f"add `data.calibration`, or use range: {' or '.join(DATA_FREE_RANGES)}"
-        yield RecipeError(recipe.places.get("activations", "activations"), what, mend)
+        hint = f"add `data.calibration`, or use range: {' or '.join(DATA_FREE_RANGES)}"
+        yield RecipeError(_place(recipe, "activations"), what, hint)

@@ -1,20 +1,18 @@
-"""`--method`, `--bits` and their like -> a recipe of one rule."""
+"""`--method`, `--bits` and their like make a recipe of one rule; `--effort` changes one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from qcompress import registry
 from qcompress.errors import UsageError
-from qcompress.recipe.budget import BudgetFlag, make_budget
-from qcompress.recipe.configs import make_config, make_widths, option_names, options_schema, takes_budget
-from qcompress.recipe.expect import expected
+from qcompress.recipe.configs import expected, make_config, make_widths, option_names, options_schema, takes_budget
 from qcompress.recipe.hints import listed, quoted, suggest
-from qcompress.recipe.tree import Node, Place, Problems
+from qcompress.recipe.sections import BudgetFlag, make_budget
+from qcompress.recipe.yaml_tree import Node, Place, Problems
 from qcompress.registry import BUDGET_METHOD
-from qcompress.types import COMMAND_LINE, Family, Recipe, Rule, Widths
+from qcompress.types.plan import COMMAND_LINE, Family, Recipe, Rule, Widths
 
 FLAGS = ("bits", "dim", "granularity", "group_size", "share", "symmetric")
 """The options that have a flag of their own; the others are set in a recipe."""
@@ -44,14 +42,14 @@ def recipe_from_flags(
     for name in given:
         if name not in known:
             takes = [_flag_name(option) for option in FLAGS if option in known]
-            mend = f"{quoted(chosen.name)} takes {listed(takes)}" if takes else "leave it out, and add --bpw 2.0"
-            raise UsageError(typed[name].text, f"not an option of {quoted(chosen.name)}", mend)
+            hint = f"{quoted(chosen.name)} takes {listed(takes)}" if takes else "leave it out, and add --bpw 2.0"
+            raise UsageError(typed[name].text, f"not an option of {quoted(chosen.name)}", hint)
     schema = options_schema(chosen.config)
     is_open = budget is not None and takes_budget(chosen)
     for name in schema.get("required", ()):
         if name not in given and not (is_open and name == "bits"):
-            mend = f"add {_flag_name(name)}, {expected(schema['properties'][name])}"
-            raise UsageError(" ".join(words) or COMMAND_LINE, f"{_flag_name(name)} is missing", mend)
+            hint = f"add {_flag_name(name)}, {expected(schema['properties'][name])}"
+            raise UsageError(" ".join(words) or COMMAND_LINE, f"{_flag_name(name)} is missing", hint)
     problems = Problems()
     children = {name: Node(_value(value), typed[name], "") for name, value in given.items()}
     make = make_widths if is_open else make_config
@@ -60,11 +58,10 @@ def recipe_from_flags(
     limit = None if node is None else make_budget(node, problems)
     if problems.found:
         _, error = min(problems.found, key=lambda problem: problem[0])
-        raise UsageError(error.where, error.what, error.mend)
+        raise UsageError(error.where, error.what, error.hint)
+    rule = Rule("*", chosen.name, config, COMMAND_LINE)
     places = {} if node is None else {"budget": node.where}
-    return Recipe(
-        family, (Rule("*", chosen.name, config, COMMAND_LINE),), budget=limit, source=COMMAND_LINE, places=places
-    )
+    return Recipe(family, (rule,), budget=limit, places=places)
 
 
 def _method(name: str | None, family: Family) -> registry.Method:
@@ -91,7 +88,7 @@ def with_effort(recipe: Recipe, effort: str) -> Recipe:
         choices = _efforts(rule.method)
         known.update(choices)
         if effort in choices:
-            rule = replace(rule, config=_with_option(rule.config, effort))
+            rule = _with_effort(rule, effort)
         rules.append(rule)
     if not known:
         raise UsageError(where, "no method of this run knows degrees of effort", "leave it out")
@@ -109,14 +106,16 @@ def _efforts(method: str | None) -> list[str]:
     return [choice for branch in branches for choice in branch.get("enum", ())]
 
 
-def _with_option(config: Any, effort: str) -> Any:
-    if isinstance(config, Widths):
-        return Widths({bits: _with_option(one, effort) for bits, one in config.configs.items()})
+def _with_effort(rule: Rule, effort: str) -> Rule:
+    """The rule with this effort in its config, or in the one of each width. Raises UsageError."""
     try:
-        return replace(config, effort=effort)
+        if isinstance(rule.config, Widths):
+            widths = {bits: config.changed(effort=effort) for bits, config in rule.config.configs.items()}
+            return replace(rule, config=Widths(widths))
+        return replace(rule, config=rule.options.changed(effort=effort))
     except ValueError as error:
-        what, _, mend = str(error).partition("; ")
-        raise UsageError(f"--effort {effort}", what, mend or "leave it out") from None
+        what, _, hint = str(error).partition("; ")
+        raise UsageError(f"--effort {effort}", what, hint or "leave it out") from None
 
 
 def _flag_name(option: str) -> str:
@@ -125,13 +124,11 @@ def _flag_name(option: str) -> str:
 
 def _flag(option: str, value: object) -> str:
     """The flag as it was typed: "--bits 9", "--asymmetric"."""
+    if option == "symmetric" and isinstance(value, bool):
+        return "--symmetric" if value else "--asymmetric"
     if isinstance(value, bool):
-        return f"--{'' if value else 'no-'}{option.replace('_', '-')}" if option != "symmetric" else _symmetry(value)
+        return f"--{'' if value else 'no-'}{option.replace('_', '-')}"
     return f"{_flag_name(option)} {value}"
-
-
-def _symmetry(symmetric: bool) -> str:
-    return "--symmetric" if symmetric else "--asymmetric"
 
 
 def _value(value: object) -> bool | int | float | str:

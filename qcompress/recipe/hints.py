@@ -1,12 +1,23 @@
-"""What the user may have meant, and how a user's word is shown in an error."""
+"""A user's words are read here: sizes in bytes, what was meant by an unknown name, and how words stand in an error."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+from fractions import Fraction
 
 LONGEST_WORD = 60
 MOST_LISTED = 16
+
+UNITS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+
+SIZE_PATTERN = r"^ *[0-9]{1,15}(\.[0-9]{1,15})? *([KMGTkmgt]?[Bb]|[KMGTkmgt][Ii][Bb])? *$"
+"""A size in bytes as text; also the schema's pattern."""
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
@@ -20,7 +31,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def suggest(word: str, candidates: Iterable[str]) -> str:
-    """The mend of an unknown word: "did you mean `x`?", or the list of what is valid."""
+    """The hint for an unknown word: "did you mean `x`?", or the list of what is valid."""
     known = list(candidates)
     close = nearest(word, known)
     return f"did you mean {quoted(close)}?" if close is not None else f"valid here: {listed(known)}"
@@ -46,3 +57,18 @@ def plain(word: str, longest: int = LONGEST_WORD) -> str:
 
 def _fold(word: str) -> str:
     return word.casefold().replace("-", "_")
+
+
+def parse_size(text: str) -> int:
+    """Bytes, rounded down, from "2000000", "2MB" (powers of 1000) or "1.5MiB" (powers of 1024), in either case.
+
+    Raises ValueError, its text fit for the user, where `text` is no size or less than a byte.
+    """
+    if not re.fullmatch(SIZE_PATTERN, text):
+        raise ValueError(f"{quoted(text)} is not a size; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
+    number = text.strip().rstrip("KMGTIBkmgtib ")
+    unit = text.strip()[len(number) :].strip().lower()
+    n_bytes = int(Fraction(number) * UNITS[unit])
+    if n_bytes < 1:
+        raise ValueError(f"{quoted(text)} is less than one byte; give a larger size")
+    return n_bytes

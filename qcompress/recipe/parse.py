@@ -1,31 +1,104 @@
-"""YAML -> Recipe, strict: everything that is wrong is said at once, with its line and its mend."""
+"""YAML becomes a Recipe, strictly: everything that is wrong is said at once, with its line and a hint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qcompress import registry
-from qcompress.errors import RecipeError
-from qcompress.recipe.budget import BudgetFlag, refuse_undecided
-from qcompress.recipe.configs import make_config, make_widths, takes_budget
-from qcompress.recipe.expect import make_mapping, make_number, refuse_unknown
-from qcompress.recipe.finetune import make_finetune
-from qcompress.recipe.frame import SEED, VERSION
-from qcompress.recipe.gates import make_gates
-from qcompress.recipe.hints import listed, nearest, quoted
-from qcompress.recipe.locate import compose
-from qcompress.recipe.overrides import apply_overrides
-from qcompress.recipe.patterns import make_patterns
-from qcompress.recipe.sections import SECTIONS, make_sections
-from qcompress.recipe.tree import Broken, Node, Problems, shown
+from qcompress.errors import RecipeError, UsageError
+from qcompress.recipe.configs import (
+    make_config,
+    make_list,
+    make_mapping,
+    make_number,
+    make_widths,
+    refuse_unknown,
+    takes_budget,
+)
+from qcompress.recipe.hints import listed, nearest, plain, quoted
+from qcompress.recipe.sections import (
+    SECTIONS,
+    SEED,
+    VERSION,
+    BudgetFlag,
+    make_finetune,
+    make_gates,
+    make_patterns,
+    make_sections,
+    refuse_undecided,
+)
+from qcompress.recipe.yaml_tree import AFTER_ALL_LINES, Broken, Node, Place, Problems, compose, path_of_key, shown
 from qcompress.registry import BUDGET_METHOD
-from qcompress.types import Family, Gates, Keep, KeepDtype, Recipe, Rule
+from qcompress.types.config import MethodConfig
+from qcompress.types.plan import Family, Gates, Keep, KeepDtype, Recipe, Rule
 
+LONGEST_PATH = 16
 LARGEST_BYTES = 2**20
 
 ROOT_KEYS = ("version", "seed", "keep_dtype", *SECTIONS, "rules", "finetune", "gates")
+
+
+def apply_overrides(root: Node, overrides: Sequence[str], problems: Problems) -> None:
+    """Set each "key.path=value" in `root`, in order, so that the last one of a path holds.
+
+    A segment is a mapping's key or a list's index from 0; a mapping that is missing is made, for validation to judge.
+    The value is YAML, and text where it starts with `*`. A path that leads through a scalar or past a list's end goes
+    to `problems`. Raises UsageError where an override is not of the form `key.path=value`.
+    """
+    for index, override in enumerate(overrides):
+        segments, text = _split(override)
+        place = Place(f"--set {plain(override)}", AFTER_ALL_LINES + index)
+        _set(root, segments, text, place, problems)
+
+
+def _split(override: str) -> tuple[list[str], str]:
+    path, equals, text = override.partition("=")
+    segments = path.strip().split(".")
+    where = f"--set {plain(override)}"
+    if not equals:
+        raise UsageError(where, "no `=`", "write --set key.path=value, as in --set rules.0.rtn.bits=2")
+    if "" in segments or len(segments) > LONGEST_PATH:
+        raise UsageError(where, f"{quoted(path)} is not a path", "write keys and list numbers with a dot between")
+    return segments, text.strip()
+
+
+def _set(root: Node, segments: Sequence[str], text: str, place: Place, problems: Problems) -> None:
+    here = root
+    for segment in segments[:-1]:
+        child = _child(here, segment, place, problems)
+        if child is None:
+            return
+        here = child
+    target = _child(here, segments[-1], place, problems)
+    if target is None:
+        return
+    value = Node(text, place, target.path)
+    if not text.startswith("*"):
+        value = compose(text, place.text, problems, fixed=place, path=target.path)
+    target.value, target.place = value.value, place
+
+
+def _child(parent: Node, segment: str, place: Place, problems: Problems) -> Node | None:
+    """The node under `segment`, made where a mapping lacks it; None where there can be none."""
+    here = Node(None, place, parent.path)
+    if parent.value is None:
+        parent.value = {}
+    match parent.value:
+        case Broken():
+            return None
+        case dict():
+            return parent.value.setdefault(segment, Node(None, place, path_of_key(parent.path, segment)))
+        case list():
+            items = parent.value
+            if segment.isascii() and segment.isdigit() and len(segment) < 10 and int(segment) < len(items):
+                return items[int(segment)]
+            hint = f"give a number from 0 to {len(items) - 1}" if items else "the list is empty"
+            problems.add(here, f"{quoted(segment)} is no item of a list of {len(items)}", hint)
+        case scalar:
+            what = f"{shown(scalar)} is neither a mapping nor a list and has no {quoted(segment)}"
+            problems.add(here, what, f"set {parent.path} as a whole")
+    return None
 
 
 def read_recipe(
@@ -94,7 +167,7 @@ def _read_text(path: Path) -> str:
 
 
 def _siblings(path: Path) -> str:
-    """The mend of a name that is not there: the recipe beside it with the nearest name."""
+    """The hint for a name that is not there: the recipe beside it with the nearest name."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
     except OSError:
@@ -120,19 +193,19 @@ def _make_recipe(root: Node, source: str, family: Family, problems: Problems) ->
     if "rules" in keys:
         rules = _make_rules(keys["rules"], "budget" in keys, problems)
     else:
-        rules = _budget_rules(keys["budget"], problems) if "budget" in keys else ()
+        rules = _budget_rules(keys["budget"]) if "budget" in keys else ()
     if "budget" in keys:
         refuse_undecided(keys["budget"], [rule.method for rule in rules if rule.method is not None], problems)
-    return Recipe(
-        _one_family(keys["rules"], problems) or family if "rules" in keys else family,
+    recipe = Recipe(
+        (_one_family(keys["rules"], problems) if "rules" in keys else None) or family,
         rules,
         seed=int(make_number(keys["seed"], SEED, problems)) if "seed" in keys else 0,
         keep_dtype=_make_keep_dtype(keys["keep_dtype"], problems) if "keep_dtype" in keys else None,
         gates=make_gates(keys["gates"], problems) if "gates" in keys else Gates(),
         finetune=make_finetune(keys["finetune"], problems) if "finetune" in keys else None,
         source=source,
-        **make_sections(keys, problems),
     )
+    return make_sections(recipe, keys, problems)
 
 
 def _make_keep_dtype(node: Node, problems: Problems) -> KeepDtype | None:
@@ -162,19 +235,16 @@ def _is_this_version(root: Node, keys: Mapping[str, Node], problems: Problems) -
     return True
 
 
-def _budget_rules(node: Node, problems: Problems) -> tuple[Rule, ...]:
-    """What a budget without rules means."""
+def _budget_rules(node: Node) -> tuple[Rule, ...]:
+    """The rules that a budget without any means."""
     return (Rule("*", BUDGET_METHOD, registry.METHODS[BUDGET_METHOD].config(), node.where),)
 
 
 def _make_rules(node: Node, has_budget: bool, problems: Problems) -> tuple[Rule, ...]:
-    if not isinstance(node.value, list):
-        if not node.is_broken:
-            problems.add(node, f"{shown(node.data())} is not a list", "write `- {match: ..., METHOD: {...}}` lines")
-        return ()
-    if not node.value:
+    items = make_list(node, problems, "write `- {match: ..., METHOD: {...}}` lines")
+    if node.value == []:
         problems.add(node, "no rules", 'add one, as {match: "*.weight", squant: {bits: 4}}')
-    return tuple(rule for item in node.value for rule in _make_rule(item, has_budget, problems))
+    return tuple(rule for item in items for rule in _make_rule(item, has_budget, problems))
 
 
 def _make_rule(node: Node, has_budget: bool, problems: Problems) -> list[Rule]:
@@ -182,17 +252,14 @@ def _make_rule(node: Node, has_budget: bool, problems: Problems) -> list[Rule]:
     keys = make_mapping(node, problems, 'write {match: "*.weight", METHOD: {...}}')
     if not isinstance(node.value, dict):
         return []
-    methods = registry.METHODS
-    known = ("match", "keep", *methods)
-    refuse_unknown(keys, known, problems, "key or method")
-    patterns = make_patterns(keys["match"], problems) if "match" in keys else []
-    if "match" not in keys:
-        problems.add(node, "`match` is missing", "add `match`, a glob over tensor names")
-    actions = [key for key in keys if key == "keep" or key in methods]
+    known = ("keep", *registry.METHODS)
+    refuse_unknown(keys, ("match", *known), problems, "key or method")
+    patterns = make_patterns(node, keys, problems)
+    actions = [key for key in keys if key in known]
     if not actions:
         # An unknown key was most likely the action.
         if not set(keys) - {"match"}:
-            problems.add(node, "a rule without a method", f"add one of {listed(('keep', *methods))}")
+            problems.add(node, "a rule without a method", f"add one of {listed(known)}")
         return []
     if len(actions) > 1:
         problems.add(node, f"a rule with {len(actions)} methods: {listed(actions)}", "make it one rule each")
@@ -201,13 +268,13 @@ def _make_rule(node: Node, has_budget: bool, problems: Problems) -> list[Rule]:
     return [Rule(pattern, method, configs[0], keys[actions[0]].where) for pattern in patterns]
 
 
-def _make_action(action: str, options: Node, has_budget: bool, problems: Problems) -> Any | None:
+def _make_action(action: str, options: Node, has_budget: bool, problems: Problems) -> MethodConfig | Keep | None:
     """The config of a rule's method, of open bits under a budget, or a Keep that says anything; None where refused."""
     if action != "keep":
         method = registry.METHODS[action]
         if has_budget and takes_budget(method):
             return make_widths(action, method.config, options, problems)
-        return make_config(action, registry.METHODS[action].config, options, problems)
+        return make_config(action, method.config, options, problems)
     make_mapping(options, problems, "write `keep: {}`")
     if not isinstance(options.value, dict):
         return None

@@ -1,4 +1,4 @@
-"""The JSON Schema (draft 2020-12) of a recipe: the frame by hand, every method's options from its config dataclass.
+"""The JSON Schema (draft 2020-12) of a recipe is made: its frame by hand, all options from the config dataclasses.
 
 It says less than `parse_recipe` checks: not which options exclude each other, nor that a recipe holds one family.
 """
@@ -10,13 +10,15 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from qcompress import registry
-from qcompress.recipe.configs import option_names, options_schema, takes_budget
-from qcompress.recipe.frame import BUDGET, GATES, SEED, SENSITIVITY, VERSION
+from qcompress.recipe.configs import Schema, option_names, options_schema, takes_budget
+from qcompress.recipe.sections import BUDGET, GATES, SEED, SENSITIVITY, VERSION
 from qcompress.registry.regularizers import REGULARIZERS
-from qcompress.settings import (
+from qcompress.types.config import MethodConfig
+from qcompress.types.plan import Keep, KeepDtype
+from qcompress.types.settings import (
     AUGMENTATIONS,
     DATA_KINDS,
     OPTIMIZERS,
@@ -29,16 +31,18 @@ from qcompress.settings import (
     Normalize,
     TrainingOptions,
 )
-from qcompress.types import Keep, KeepDtype
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _OPTION_LINE = re.compile(r"([a-z_][a-z0-9_]*) {2,}(\S.*)")
 
 
-def recipe_schema() -> dict[str, Any]:
+def recipe_schema() -> Schema:
     """The schema of a recipe's YAML as JSON data."""
     actions = {name: {"$ref": f"#/$defs/{name}"} for name in registry.METHODS}
     open_to_budgets = [name for name, method in registry.METHODS.items() if takes_budget(method)]
-    defs: dict[str, Any] = {}
+    defs: Schema = {}
     for name, method in registry.METHODS.items():
         options = _options(method.config)
         defs |= options.pop("$defs", {})
@@ -90,13 +94,13 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-def _options_of_rules(methods: Sequence[str], schema: dict[str, Any]) -> dict[str, Any]:
+def _options_of_rules(methods: Sequence[str], schema: Schema) -> Schema:
     """What else holds of the options of these methods in every rule."""
     items = {"properties": {name: copy.deepcopy(schema) for name in methods}}
     return {"properties": {"rules": {"items": items}}}
 
 
-def _sections(defs: dict[str, Any]) -> dict[str, Any]:
+def _sections(defs: Schema) -> Schema:
     """The schemas of `model`, `data`, `task`, `activations` and `companions`; those of data sources go to `defs`."""
     kinds = {kind: _options(config) for kind, config in DATA_KINDS.items()}
     kinds["dataset"]["properties"]["inputs"] = _one_or_list(kinds["dataset"]["properties"]["inputs"])
@@ -139,7 +143,7 @@ def _sections(defs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _finetune(defs: dict[str, Any], keep: dict[str, Any]) -> dict[str, Any]:
+def _finetune(defs: Schema, keep: Schema) -> Schema:
     """The schema of `finetune`; the regularizers' options go to `defs`."""
     options = _options(TrainingOptions)
     for name, one in REGULARIZERS.items():
@@ -161,7 +165,7 @@ def _finetune(defs: dict[str, Any], keep: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _choice(description: str, kinds: Mapping[str, type[Any]]) -> dict[str, Any]:
+def _choice(description: str, kinds: Mapping[str, type[DataclassInstance]]) -> Schema:
     """One of a few kinds, by name alone where it needs no option."""
     made = {name: _options(config) for name, config in kinds.items()}
     bare = [name for name, options in made.items() if not options.get("required")]
@@ -175,9 +179,9 @@ def _choice(description: str, kinds: Mapping[str, type[Any]]) -> dict[str, Any]:
     return {"description": description, "anyOf": [mapping, *([{"enum": bare}] if bare else [])]}
 
 
-def _one_or_list(option: dict[str, Any]) -> dict[str, Any]:
+def _one_or_list(option: Schema) -> Schema:
     """An option that takes a text for a list of one."""
-    described: dict[str, Any] = {key: option.pop(key) for key in ("description", "default") if key in option}
+    described: Schema = {key: option.pop(key) for key in ("description", "default") if key in option}
     return {**described, "anyOf": [{"type": "string"}, option]}
 
 
@@ -186,7 +190,7 @@ def schema_text() -> str:
     return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
-def _rule(actions: dict[str, Any]) -> dict[str, Any]:
+def _rule(actions: Schema) -> Schema:
     """A rule: `match` and exactly one action."""
     pattern = {"type": "string", "minLength": 1}
     match = {
@@ -203,14 +207,16 @@ def _rule(actions: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _options(config: type[Any]) -> dict[str, Any]:
+def _options(config: type[DataclassInstance]) -> Schema:
     """A config's schema without pydantic's titles, its descriptions from the dataclasses' docstrings."""
     schema = copy.deepcopy(options_schema(config))
     del schema["title"]
     schema["description"] = _summary(config)
     described: dict[str, str] = {}
     for base in reversed(config.__mro__):
-        described |= _described(base, option_names(config))
+        # What all methods' configs have in common is no option yet: a config says of its own what they mean.
+        if base is not MethodConfig:
+            described |= _described(base, option_names(config))
     for name, option in schema["properties"].items():
         option.pop("title", None)
         if option.get("default", 0) is None:
@@ -220,11 +226,11 @@ def _options(config: type[Any]) -> dict[str, Any]:
     return schema
 
 
-def _summary(config: type[Any]) -> str:
+def _summary(config: type[DataclassInstance]) -> str:
     return " ".join((inspect.getdoc(config) or "").partition("\n\n")[0].split())
 
 
-def _described(config: type[Any], names: list[str]) -> dict[str, str]:
+def _described(config: type[DataclassInstance], names: list[str]) -> dict[str, str]:
     """What the class's own docstring says of its options: lines "name  text", continued where they are indented."""
     described: dict[str, str] = {}
     name = None

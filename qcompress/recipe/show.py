@@ -1,4 +1,4 @@
-"""A Recipe back to data: resolved, canonical, hashed, and as YAML that reads as the same recipe."""
+"""A Recipe is turned back into data: resolved, canonical, hashed, and as YAML that reads as the same recipe."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Mapping
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qcompress.recipe.frame import VERSION
-from qcompress.recipe.sections import SECTIONS
-from qcompress.settings import OPTIMIZERS, SCHEDULES, TASKS
-from qcompress.types import Finetune, Recipe, Rule, Widths
+from qcompress.recipe.sections import VERSION
+from qcompress.types.plan import Finetune, Recipe, Rule, Widths
+from qcompress.types.settings import OPTIMIZERS, SCHEDULES, TASKS
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NO_TEXT = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
@@ -35,79 +38,56 @@ def recipe_hash(recipe: Recipe) -> str:
 
 def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML: `parse_recipe` of it resolves to the same recipe."""
-    data = _resolved(recipe)
-    lines = [f"{key}: {data[key]}" for key in ("version", "seed", "keep_dtype") if key in data]
-    for section in SECTIONS:
-        if section in data and isinstance(data[section], dict):
-            lines += [f"{section}:", *(f"  {key}: {_flow(value)}" for key, value in data[section].items())]
-        elif section in data:
-            lines.append(f"{section}: {_flow(data[section])}")
-    if "rules" in data:
-        lines += ["rules:", *_rule_lines(data["rules"], "  ")]
-    if "finetune" in data:
-        options = {key: value for key, value in data["finetune"].items() if key != "regularize"}
-        lines += ["finetune:", *(f"  {key}: {_flow(value)}" for key, value in options.items())]
-        if "regularize" in data["finetune"]:
-            lines += ["  regularize:", *_rule_lines(data["finetune"]["regularize"], "    ")]
-    if "gates" in data:
-        lines += ["gates:", *(f"  {name}: {_flow(limit)}" for name, limit in data["gates"].items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join(_lines(_resolved(recipe), "")) + "\n"
 
 
-def _rule_lines(rules: list[dict[str, Any]], indent: str) -> list[str]:
-    lines = []
-    for rule in rules:
-        (action,) = rule.keys() - {"match"}
-        lines += [
-            f"{indent}- match: {_flow(rule['match'], quote=True)}",
-            f"{indent}  {action}: {_flow(rule[action])}",
-        ]
-    return lines
+def _lines(data: Mapping[str, object], indent: str) -> Iterator[str]:
+    """The lines of a recipe or of one of its sections: rules two lines each, all else a line a key."""
+    for key, value in data.items():
+        if key in ("rules", "regularize") and isinstance(value, list):
+            yield f"{indent}{key}:"
+            for rule in value:
+                (action,) = rule.keys() - {"match"}
+                yield f"{indent}  - match: {_flow(rule['match'], quote=True)}"
+                yield f"{indent}    {action}: {_flow(rule[action])}"
+        elif isinstance(value, dict) and not indent:
+            yield f"{key}:"
+            yield from _lines(value, "  ")
+        else:
+            yield f"{indent}{key}: {_flow(value)}"
 
 
-def _rules(rules: tuple[Rule, ...]) -> list[dict[str, Any]]:
-    """The rules as they are written, those of one list of patterns together."""
-    groups = groupby(rules, key=lambda rule: (rule.where, rule.method, repr(rule.config)))
-    return [_rule([*group]) for _, group in groups]
-
-
-def _resolved(recipe: Recipe) -> dict[str, Any]:
+def _resolved(recipe: Recipe) -> dict[str, object]:
     """The recipe as data, in the order in which people write it."""
+    found: dict[str, object] = {"version": VERSION, "seed": recipe.seed}
+    if recipe.keep_dtype is not None:
+        found["keep_dtype"] = recipe.keep_dtype
+    found |= _sections(recipe)
+    if recipe.rules or recipe.finetune is None:
+        found["rules"] = _rules(recipe.rules)
+    if recipe.finetune is not None:
+        found["finetune"] = _finetune(recipe.finetune)
     gates = {name: limit for name, limit in _present(recipe.gates).items() if limit != {}}
-    keep = {} if recipe.keep_dtype is None else {"keep_dtype": recipe.keep_dtype}
-    frame = {"version": VERSION, "seed": recipe.seed, **keep, **_sections(recipe)}
-    rules = {"rules": _rules(recipe.rules)} if recipe.rules or recipe.finetune is None else {}
-    finetune = {} if recipe.finetune is None else {"finetune": _finetune(recipe.finetune)}
-    return frame | rules | finetune | ({"gates": gates} if gates else {})
+    return found | ({"gates": gates} if gates else {})
 
 
-def _finetune(section: Finetune) -> dict[str, Any]:
-    training = section.training
-    found = _written(training.options)
-    for name, kinds in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        chosen = getattr(training, name)
-        (kind,) = (kind for kind, config in kinds.items() if type(chosen) is config)
-        found[name] = {kind: _written(chosen)}
-    if training.distil is not None:
-        found["distil"] = _written(training.distil)
-    if section.regularize:
-        found["regularize"] = _rules(section.regularize)
-    return found
-
-
-def _sections(recipe: Recipe) -> dict[str, Any]:
+def _sections(recipe: Recipe) -> dict[str, object]:
     """The sections that the recipe has, each as it is written."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if recipe.model is not None:
         found["model"] = _written(recipe.model)
     if recipe.data is not None:
-        data = {part: _written(getattr(recipe.data, part)) for part in ("calibration", "eval", "normalize")}
-        train = recipe.data.train
-        data["train"] = {} if train is None else {**_written(train.source), "augment": list(train.augment)}
-        found["data"] = {part: value for part, value in data.items() if value}
+        data, train = recipe.data, recipe.data.train
+        augment = {} if train is None else {"augment": list(train.augment)}
+        parts: dict[str, dict[str, object]] = {
+            "calibration": _written(data.calibration),
+            "eval": _written(data.eval),
+            "normalize": _written(data.normalize),
+            "train": _written(train and train.source) | augment,
+        }
+        found["data"] = {part: value for part, value in parts.items() if value}
     if recipe.task is not None:
-        (name,) = (name for name, kind in TASKS.items() if isinstance(recipe.task, kind))
-        found["task"] = {name: _written(recipe.task)}
+        found["task"] = _named(recipe.task, TASKS)
     if recipe.activations is not None:
         found["activations"] = _written(recipe.activations)
     if recipe.companions:
@@ -117,21 +97,32 @@ def _sections(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def _written(settings: Any) -> dict[str, Any]:
-    """A section's settings without what is absent or empty."""
-    if settings is None:
-        return {}
-    return {name: value for name, value in _present(settings).items() if value not in ((), {})}
+def _finetune(section: Finetune) -> dict[str, object]:
+    training = section.training
+    found = _written(training.options)
+    found["optimizer"] = _named(training.optimizer, OPTIMIZERS)
+    found["schedule"] = _named(training.schedule, SCHEDULES)
+    if training.distil is not None:
+        found["distil"] = _written(training.distil)
+    if section.regularize:
+        found["regularize"] = _rules(section.regularize)
+    return found
 
 
-def _rule(patterns: list[Rule]) -> dict[str, Any]:
+def _rules(rules: tuple[Rule, ...]) -> list[dict[str, object]]:
+    """The rules as they are written, those of one list of patterns together."""
+    groups = groupby(rules, key=lambda rule: (rule.where, rule.method, repr(rule.config)))
+    return [_rule([*group]) for _, group in groups]
+
+
+def _rule(patterns: list[Rule]) -> dict[str, object]:
     """The one rule that was read as a rule for each of its patterns."""
     first = patterns[0]
     match = first.match if len(patterns) == 1 else [rule.match for rule in patterns]
     return {"match": match, first.method or "keep": {} if first.config is None else _options(first.config)}
 
 
-def _options(config: Any) -> dict[str, Any]:
+def _options(config: DataclassInstance) -> dict[str, object]:
     """A method's options; of open widths those that are the same at each, which resolve to the same widths again."""
     if not isinstance(config, Widths):
         return _present(config)
@@ -139,12 +130,25 @@ def _options(config: Any) -> dict[str, Any]:
     return {name: value for name, value in widest.items() if all(name in one and one[name] == value for one in others)}
 
 
-def _present(config: Any) -> dict[str, Any]:
+def _named(chosen: DataclassInstance, kinds: Mapping[str, type]) -> dict[str, object]:
+    """One of a few kinds under its name."""
+    (kind,) = (kind for kind, config in kinds.items() if type(chosen) is config)
+    return {kind: _written(chosen)}
+
+
+def _written(settings: DataclassInstance | None) -> dict[str, object]:
+    """A section's settings without what is absent or empty."""
+    if settings is None:
+        return {}
+    return {name: value for name, value in _present(settings).items() if value not in ((), {})}
+
+
+def _present(config: DataclassInstance) -> dict[str, object]:
     """A dataclass's fields that are not None, in their order."""
     return {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
 
 
-def _flow(value: Any, *, quote: bool = False) -> str:
+def _flow(value: object, *, quote: bool = False) -> str:
     """A value on one line of YAML, true to its type in YAML 1.1 and 1.2."""
     match value:
         case dict():

@@ -1,20 +1,25 @@
-"""The configs of methods that need a live model: its graph, or calibration data.
+"""Methods that work on a live model have their configs and entries here: from its graph, data, or training.
 
 `preset: paper` fills what is left open with the defaults of the official code; without it, with what measures best.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
+from qcompress.registry.contract import Method
 from qcompress.registry.grids import GridConfig
-from qcompress.types import Convention, GridForm
+from qcompress.types.config import Convention, Form, MethodConfig
 
 Preset = Literal["paper"]
+Effort = Literal["fast", "normal", "high"]
 Range = Literal["minmax", "mse", "tf-enhanced", "hessian"]
+Given: TypeAlias = Mapping[str, object]
+"""Options by name, for those that the recipe leaves open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,7 @@ class LiveConfig(GridConfig):
     range: Range | None = None
 
     @property
-    def form(self) -> GridForm:
+    def form(self) -> Form:
         if self.symmetric:
             return "symmetric"
         return "offset" if self.range in ("mse", "hessian") else "zero-point"
@@ -39,7 +44,7 @@ class LiveConfig(GridConfig):
     def stored_convention(self) -> Convention:
         return "full" if self.range == "tf-enhanced" else super().stored_convention
 
-    def _fill(self, paper: dict[str, Any], fast: dict[str, Any]) -> None:
+    def _fill(self, paper: Given, fast: Given) -> None:
         """Set every option that was not given from the preset."""
         for name, value in (paper if self.preset == "paper" else fast).items():
             if getattr(self, name) is None:
@@ -71,10 +76,9 @@ class DfqConfig(LiveConfig):
         paper = self.preset == "paper"
         if paper and self.granularity is None and self.group_size is None:
             object.__setattr__(self, "granularity", "tensor")
-        official: dict[str, Any] = {"symmetric": True, "relu6": "relax", "fold": True, "equalize": True, "absorb": True}
-        fast: dict[str, Any] = {"relu6": "skip", "equalize": self.granularity == "tensor", "absorb": False}
-        either = {"range": "tf-enhanced"}
-        self._fill(official | either, fast | either)
+        either: Given = {"range": "tf-enhanced"}
+        official = {**either, "symmetric": True, "relu6": "relax", "fold": True, "equalize": True, "absorb": True}
+        self._fill(official, {**either, "relu6": "skip", "equalize": self.granularity == "tensor", "absorb": False})
         if self.range == "hessian":
             raise ValueError("range: hessian needs the inputs of each layer, which dfq never sees; use mse")
         super().__post_init__()
@@ -115,11 +119,11 @@ class AdaroundConfig(LiveConfig):
             "symmetric": True,
             "range": "tf-enhanced",
         }
-        fast: dict[str, Any] = {"objective": "gram", "fold": False, "range": "hessian"}
+        fast: Given = {"objective": "gram", "fold": False, "range": "hessian"}
         self._fill(official, fast)
         gram = self.objective == "gram"
-        usual: dict[str, Any] = {"iterations": 500, "learning_rate": 3e-2, "strength": 0.1}
-        published: dict[str, Any] = {"iterations": 10_000, "learning_rate": 1e-3, "strength": 0.01}
+        usual: Given = {"iterations": 500, "learning_rate": 3e-2, "strength": 0.1}
+        published: Given = {"iterations": 10_000, "learning_rate": 1e-3, "strength": 0.01}
         self._fill(published, usual if gram else published)
         super().__post_init__()
 
@@ -182,7 +186,7 @@ class PdquantConfig(LiveConfig):
         super().__post_init__()
 
     @property
-    def form(self) -> GridForm:
+    def form(self) -> Form:
         if self.symmetric:
             return "symmetric"
         return "zero-point" if self.preset == "paper" else super().form
@@ -206,6 +210,126 @@ class GptqConfig(LiveConfig):
     sequential: bool = True
 
     def __post_init__(self) -> None:
-        official: dict[str, Any] = {"act_order": False, "asymmetric": False, "descent": 0, "range": "minmax"}
+        official: Given = {"act_order": False, "asymmetric": False, "descent": 0, "range": "minmax"}
         self._fill(official, {"act_order": True, "asymmetric": True, "descent": 2, "range": "hessian"})
         super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RdConfig(MethodConfig):
+    """Rate-distortion: unbounded codes by error feedback, entropy coded, their steps chosen for all tensors together.
+
+    effort      `fast`: one kind of allocation, no price on bits; `normal`: the better of two allocations, codes priced
+                and descended; `high`: trellis-coded as well, and a second sweep
+    allocation  with data: `measured` sensitivities of the network's output, or the same `relative` error of every
+                layer's normed output; the one that measures better where absent
+    price       what a bit weighs against step**2 times conditional energy; where absent 0.03, of a trellis 0.12 with
+                data and 0.06 without
+    descent     sweeps of coordinate descent over the finished codes; 2 where absent, never with a trellis
+    columns     steps that vary over input channels and kernel places; where it pays, where absent
+    match       batch norms and biases matched to the full-precision network's on the calibration data
+    prior       without data: `correlated` inputs of a convolution, errors summed to nothing by `flips`, or `none`
+    damping     added to the Hessian's diagonal, as a share of its mean
+    step        without a budget: the step of a tensor in units of the square root of its weights' deviation
+    axis        the channel axis, or the pair of them in stacked experts; the plan's choice where absent
+    """
+
+    effort: Effort = "normal"
+    allocation: Literal["measured", "relative"] | None = None
+    price: Annotated[float, Interval(ge=0, le=1)] | None = None
+    descent: Annotated[int, Ge(0)] | None = None
+    columns: bool | None = None
+    match: bool = True
+    prior: Literal["correlated", "flips", "none"] = "correlated"
+    damping: Annotated[float, Gt(0)] = 0.01
+    step: Annotated[float, Gt(0)] | None = None
+    axis: int | tuple[int, ...] | None = None
+
+    bits: ClassVar[None] = None
+
+    @property
+    def form(self) -> Form:
+        return "lattice"
+
+    @property
+    def trellis(self) -> bool:
+        """Whether the codes drive a trellis."""
+        return self.effort == "high"
+
+    @property
+    def rate(self) -> float:
+        """The price, chosen."""
+        if self.price is not None:
+            return self.price
+        return 0.0 if self.effort == "fast" else 0.12 if self.trellis else 0.03
+
+    @property
+    def sweeps(self) -> int:
+        """The sweeps of descent, chosen."""
+        if self.descent is not None:
+            return 0 if self.trellis else self.descent
+        return 2 if self.effort == "normal" else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedConfig(GridConfig):
+    """What quantization-aware training shares; its grids are symmetric.
+
+    learning_rate  of what is learned beside the weights; the optimizer's where absent
+    """
+
+    learning_rate: Annotated[float, Gt(0)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.symmetric is False:
+            raise ValueError("the grid of trained weights is symmetric; leave symmetric out")
+        object.__setattr__(self, "symmetric", True)
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LsqConfig(TrainedConfig):
+    """Learned step size quantization: the steps of weights and of inputs are trained with the network.
+
+    bits   2 to 8
+    start  where steps start: `error`, with the least squared error; `mean`, as published, 2 mean|v| / sqrt(Qp), which
+           is too wide for a short training at 2 bits. Those of inputs start from the range of the recipe's activations
+           where that is given
+    """
+
+    bits: Annotated[int, Interval(ge=2, le=8)]
+    start: Literal["error", "mean"] = "error"
+
+    @property
+    def stored_convention(self) -> Convention:
+        return "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PactConfig(TrainedConfig):
+    """PACT and DoReFa: inputs are clipped where training says, weights are quantized after a hyperbolic tangent.
+
+    clip        where the clip of each input starts; where absent, with the least squared error of the inputs
+    clip_decay  of the clips; the optimizer's weight_decay where absent
+    scale       `weight`: the levels span the weights as they are after the tangent; `unit`: they span [-1, 1], as
+                published, which needs a batch norm after the layer. At 1 bit both have the mean magnitude
+    """
+
+    clip: Annotated[float, Gt(0)] | None = None
+    clip_decay: Annotated[float, Ge(0)] | None = None
+    scale: Literal["weight", "unit"] = "weight"
+
+    @property
+    def stored_convention(self) -> Convention:
+        return "mid-rise"
+
+
+CALIBRATED: tuple[Method, ...] = (
+    Method("dfq", "quantize", DfqConfig, "graph", adjusts=True),
+    Method("adaround", "quantize", AdaroundConfig, "calibration", adjusts=True, statistics=True),
+    Method("gptq", "quantize", GptqConfig, "calibration", statistics=True),
+    Method("pdquant", "quantize", PdquantConfig, "calibration"),
+    Method("rd", "quantize", RdConfig, "weights", adjusts=True, rates=True),
+    Method("lsq", "quantize", LsqConfig, "training", adjusts=True),
+    Method("pact", "quantize", PactConfig, "training", adjusts=True),
+)

@@ -1,15 +1,19 @@
-"""The configs of methods that share weights: codes that name the entries of a codebook."""
+"""Methods that share weights have their configs and entries here: codes name the entries of a codebook."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from qcompress.types import Granularity, Shape
+from qcompress.registry.contract import Method
+from qcompress.types.config import STRICT, CodebookDtype, Form, Granularity, MethodConfig, Rows, Shape, Share
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
 
 CENTROID_BYTES = {"f16": 2, "f32": 4, "int8": 1}
 
@@ -28,11 +32,11 @@ class Tune:
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     gradient: Literal["rms", "sum", "mean"] = "rms"
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
+class ClusterConfig(MethodConfig):
     """What all methods with a codebook share.
 
     bits         of a code, 1 to 12: a codebook has 2**bits entries, fewer where fewer values differ
@@ -48,11 +52,9 @@ class ClusterConfig:
     dim: Annotated[int, Interval(ge=1, le=8)] = 1
     granularity: Granularity | None = None
     group_size: Annotated[int, Ge(1)] | None = None
-    codebook: Literal["f16", "f32", "int8"] = "f16"
+    codebook: CodebookDtype = "f16"
     tune: Tune | None = None
     axis: int | tuple[int, ...] | None = None
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
 
     def __post_init__(self) -> None:
         granularity = self.granularity or ("group" if self.group_size else "tensor")
@@ -65,9 +67,20 @@ class ClusterConfig:
             raise ValueError("a vector spans channels; use granularity: tensor or group with dim")
 
     @property
-    def form(self) -> Literal["codebook"]:
-        """What is stored beside the codes."""
+    def form(self) -> Form:
         return "codebook"
+
+    def refuse(self, rows: Rows) -> str | None:
+        """Why a weight cannot have such a codebook; whether it pays, `refuse_cost` tells."""
+        count = rows[0]
+        if count % self.dim:
+            return f"dim {self.dim} does not divide its {count} channels"
+        channels = {"tensor": count, "channel": 1, "group": self.group_size or 1}[self.unit]
+        if count % channels:
+            return f"group_size {channels} does not divide its {count} channels"
+        if channels % self.dim:
+            return f"dim {self.dim} does not divide the {channels} channels of a codebook"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +98,7 @@ class KmeansConfig(ClusterConfig):
 
     init: Literal["optimal", "linear", "density", "random", "k-means++"] = "optimal"
     zero: bool = False
-    share: Literal["layer", "type", "model"] | None = None
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +126,9 @@ class LearnedConfig(ClusterConfig):
         if self.dim > 1 or self.granularity != "tensor":
             raise ValueError("representatives are scalars, one set a tensor; leave dim and granularity out")
 
+    def refuse(self, rows: Rows) -> str | None:
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class DkmConfig(ClusterConfig):
@@ -138,21 +154,6 @@ class DkmConfig(ClusterConfig):
             raise ValueError(f"levels: {self.levels} is for scalars; leave it out with dim")
 
 
-def refuse_codebook(config: ClusterConfig, shape: Shape) -> str | None:
-    """Why a weight [rows, ...] cannot have such a codebook, or None; whether it pays, `refuse_cost` tells."""
-    rows = shape[0]
-    if isinstance(config, LearnedConfig):
-        return None
-    if rows % config.dim:
-        return f"dim {config.dim} does not divide its {rows} channels"
-    unit = {"tensor": rows, "channel": 1, "group": config.group_size or 1}[config.granularity or "tensor"]
-    if rows % unit:
-        return f"group_size {unit} does not divide its {rows} channels"
-    if unit % config.dim:
-        return f"dim {config.dim} does not divide the {unit} channels of a codebook"
-    return None
-
-
 def refuse_cost(config: ClusterConfig, shapes: Sequence[Shape], stored_bytes: int) -> str | None:
     """Why weights [rows, ...], one or all that share a codebook, would not be smaller with it, or None.
 
@@ -162,11 +163,18 @@ def refuse_cost(config: ClusterConfig, shapes: Sequence[Shape], stored_bytes: in
     if isinstance(config, LearnedConfig) or numbers == 1:
         return None
     rows = shapes[0][0]
-    tables = {"tensor": 1, "channel": rows, "group": rows // (config.group_size or 1)}[config.granularity or "tensor"]
+    tables = {"tensor": 1, "channel": rows, "group": rows // (config.group_size or 1)}[config.unit]
     entries = min(2**config.bits, numbers // tables // config.dim)
     table = tables * entries * config.dim * CENTROID_BYTES[config.codebook]
     codes = sum(shape[0] // config.dim * -(-math.prod(shape[1:]) * config.bits // 8) for shape in shapes)
     if table + codes < stored_bytes:
         return None
-    books = f"{tables} x {entries} entries of {config.dim}"
-    return f"{codes} bytes of codes and {table} of codebook ({books}) are no less than the {stored_bytes} of now"
+    codebooks = f"{tables} x {entries} entries of {config.dim}"
+    return f"{codes} bytes of codes and {table} of codebook ({codebooks}) are no less than the {stored_bytes} of now"
+
+
+CLUSTERS: tuple[Method, ...] = (
+    Method("kmeans", "cluster", KmeansConfig, "weights", statistics=True),
+    Method("learned", "cluster", LearnedConfig, "weights", statistics=True, representatives=True),
+    Method("dkm", "cluster", DkmConfig, "training", adjusts=True),
+)

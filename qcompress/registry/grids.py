@@ -1,20 +1,22 @@
-"""The configs of methods that need weights alone, and the refusal that all methods on an affine grid share."""
+"""Methods that need weights alone have their configs and entries here, on affine grids."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from qcompress.types import Convention, Granularity, GridForm, Shape, searched_convention
+from qcompress.registry.contract import Method
+from qcompress.types.config import Convention, Form, Granularity, MethodConfig, Rows
+from qcompress.types.plan import searched_convention
 
 DEFAULT_GROUP_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridConfig:
+class GridConfig(MethodConfig):
     """What every method on an affine grid shares.
 
     bits         1 to 8
@@ -30,8 +32,6 @@ class GridConfig:
     symmetric: bool | None = None
     axis: int | tuple[int, ...] | None = None
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
-
     def __post_init__(self) -> None:
         granularity = self.granularity or ("group" if self.group_size else "channel")
         if granularity != "group" and self.group_size is not None:
@@ -42,14 +42,23 @@ class GridConfig:
         object.__setattr__(self, "symmetric", bool(self.symmetric))
 
     @property
-    def form(self) -> GridForm:
+    def form(self) -> Form:
         """What the grid stores beside its scale."""
         return "symmetric" if self.symmetric else "offset"
 
     @property
     def stored_convention(self) -> Convention:
-        """Where zero lies on the grid if it is symmetric."""
         return searched_convention(self.bits)
+
+    def refuse(self, rows: Rows) -> str | None:
+        columns, size = math.prod(rows[1:]), self.group_size
+        if size is None or columns % size == 0:
+            return None
+        small = [d for d in range(1, math.isqrt(columns) + 1) if columns % d == 0]
+        divisors = {divisor for d in small for divisor in (d, columns // d)} - {1}
+        nearest = min(divisors, key=lambda d: (abs(math.log(d / size)), d), default=None)
+        hint = "use granularity: channel" if nearest is None else f"nearest that does: {nearest}"
+        return f"group_size {size} does not divide its {columns} values a channel; {hint}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +82,7 @@ class RtnConfig(GridConfig):
             raise ValueError(f"a {self.convention} grid of 1 bit has no step; use mid-rise")
 
     @property
-    def form(self) -> GridForm:
+    def form(self) -> Form:
         return "symmetric" if self.symmetric else "zero-point"
 
     @property
@@ -111,7 +120,7 @@ class MseConfig(GridConfig):
             object.__setattr__(self, "norm", 2.0 if self.search == "als" else 2.4)
 
     @property
-    def form(self) -> GridForm:
+    def form(self) -> Form:
         if self.symmetric:
             return "symmetric"
         return "offset" if self.search == "als" else "zero-point"
@@ -150,14 +159,9 @@ class HqqConfig(GridConfig):
             object.__setattr__(self, "round_zero", self.bits == 4)
 
 
-def refuse_grid(config: GridConfig, rows: Shape) -> str | None:
-    """Why a weight of shape [rows, ...] cannot have this grid, or None."""
-    columns = math.prod(rows[1:])
-    size = config.group_size
-    if size is None or columns % size == 0:
-        return None
-    small = [d for d in range(1, math.isqrt(columns) + 1) if columns % d == 0]
-    divisors = {divisor for d in small for divisor in (d, columns // d)} - {1}
-    nearest = min(divisors, key=lambda d: (abs(math.log(d / size)), d), default=None)
-    mend = "use granularity: channel" if nearest is None else f"nearest that does: {nearest}"
-    return f"group_size {size} does not divide its {columns} values a channel; {mend}"
+GRIDS: tuple[Method, ...] = (
+    Method("rtn", "quantize", RtnConfig, "weights"),
+    Method("mse", "quantize", MseConfig, "weights"),
+    Method("squant", "quantize", SquantConfig, "weights"),
+    Method("hqq", "quantize", HqqConfig, "weights"),
+)

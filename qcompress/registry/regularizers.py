@@ -1,4 +1,4 @@
-"""The configs of weight regularizers.
+"""Every weight regularizer has its config here, its name and where its code lies. Imports no torch.
 
 `preset: paper-dsmm` and `preset: paper-qar` fill what is left open as the papers have it, without it with what measures
 best (docs/results.md). Times are shares of all steps; strengths multiply the penalty that each docstring names.
@@ -6,15 +6,17 @@ best (docs/results.md). Times are shares of all steps; strengths multiply the pe
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from qcompress.types import Shape
+from qcompress.types.config import PenaltyConfig, Shape
+from qcompress.types.settings import Share
 
 Layers = Literal["all", "conv", "dense"]
-Share = Annotated[float, Interval(ge=0, le=1)]
 Reduction = Literal["sum", "mean"]
 RangeOf = Literal["minmax", "quantile", "sigma"]
 
@@ -22,7 +24,7 @@ MOST_LEVELS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegularizerConfig:
+class RegularizerConfig(PenaltyConfig):
     """What all regularizers share.
 
     strength         factor of the penalty
@@ -53,8 +55,6 @@ class RegularizerConfig:
     learning_rate: Annotated[float, Gt(0)] | None = None
     weight_decay: float = 0.0
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
-
     has_proximal: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -69,7 +69,12 @@ class RegularizerConfig:
         if self.coupling == "proximal" and self.normalize != "none":
             raise ValueError("proximal steps are not normalized; leave normalize out")
 
-    def _fill(self, values: dict[str, Any]) -> None:
+    @property
+    def levels(self) -> int | None:
+        """How many minima or representatives of its own it pulls weights to; None where it has none."""
+        return None
+
+    def _fill(self, values: Mapping[str, object]) -> None:
         """Set every option that was not given."""
         for name, value in values.items():
             if getattr(self, name) is None:
@@ -113,7 +118,7 @@ class DsmmConfig(RegularizerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PeriodicConfig(RegularizerConfig):
+class PeriodicConfig(RegularizerConfig):
     """What sine and cosine share.
 
     levels     minima, evenly spaced in the range
@@ -144,7 +149,7 @@ class _PeriodicConfig(RegularizerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SineConfig(_PeriodicConfig):
+class SineConfig(PeriodicConfig):
     """|sin(pi (levels - 1) u)|, u in [0, 1] over the range: minima at both ends and evenly between.
 
     preset       `paper-qar`: from the first step, on the range that the weights then have, summed. The paper leaves
@@ -170,7 +175,7 @@ class SineConfig(_PeriodicConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineConfig(_PeriodicConfig):
+class CosineConfig(PeriodicConfig):
     """|cos(pi levels u)|, u in [0, 1] over the range: minima in the middle of so many equal parts, none at the ends.
 
     preset  `paper-qar`: as for sine; the formula itself is reconstructed from the paper's words
@@ -183,7 +188,7 @@ class CosineConfig(_PeriodicConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RepresentativesConfig(RegularizerConfig):
+class RepresentativesConfig(RegularizerConfig):
     """What min-squared and exponential share.
 
     levels     representatives
@@ -219,7 +224,7 @@ class _RepresentativesConfig(RegularizerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinSquaredConfig(_RepresentativesConfig):
+class MinSquaredConfig(RepresentativesConfig):
     """The squared distance of each weight to the nearest representative.
 
     preset  `paper-qar`: from the first step, gradients as they come, summed. The paper leaves open: strength (ours
@@ -233,7 +238,7 @@ class MinSquaredConfig(_RepresentativesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExponentialConfig(_RepresentativesConfig):
+class ExponentialConfig(RepresentativesConfig):
     """1 - exp(-scale |w - c|) of each weight and its nearest representative c: bounded, and sharp at the minimum.
 
     preset  `paper-qar`: as for min-squared, strength 1e-4
@@ -317,10 +322,7 @@ class KurtosisConfig(_TailConfig):
 
 @dataclass(frozen=True)
 class Regularizer:
-    """One regularizer: `target` is "module:function", imported only when it runs.
-
-    The function is make(config, weight, axis) -> regularizers.penalty.Penalty.
-    """
+    """One regularizer: `target` is "module:Class" of a regularizers.penalty.Penalty, imported only when it runs."""
 
     name: str
     config: type[RegularizerConfig]
@@ -328,10 +330,11 @@ class Regularizer:
 
 
 def _regularizer(name: str, config: type[RegularizerConfig]) -> Regularizer:
-    return Regularizer(name, config, f"qcompress.regularizers.{name.replace('-', '_')}:make")
+    member = config.__name__.removesuffix("Config")
+    return Regularizer(name, config, f"qcompress.regularizers.{name.replace('-', '_')}:{member}")
 
 
-REGULARIZERS = {
+REGULARIZERS: Mapping[str, Regularizer] = {
     one.name: one
     for one in (
         _regularizer("dsmm", DsmmConfig),
@@ -347,10 +350,9 @@ REGULARIZERS = {
 }
 
 
-def refuse_levels(config: Any, shape: Shape) -> str | None:
+def refuse_levels(config: RegularizerConfig, shape: Shape) -> str | None:
     """Why a weight of this shape cannot have so many representatives, or None."""
-    levels = getattr(config, "levels", None)
-    count = 1
-    for size in shape:
-        count *= size
-    return f"{levels} representatives for {count} weights" if levels is not None and levels > count else None
+    count = math.prod(shape)
+    if config.levels is None or config.levels <= count:
+        return None
+    return f"{config.levels} representatives for {count} weights"

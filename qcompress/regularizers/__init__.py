@@ -1,1 +1,1 @@
-"""Weight regularizers: what training adds to its loss so that quantization loses less. One file each."""
+"""Weight regularizers are what training adds to its loss so that quantization loses less. One file each."""

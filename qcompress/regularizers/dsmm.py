@@ -1,4 +1,4 @@
-"""Differentiable soft min-max: what narrows the range of a weight while it is trained.
+"""DSMM, the differentiable soft min-max, narrows the range of a weight while it is trained.
 
 Kundu, Yoo, Cho, Adya, "Differentiable Soft Min-Max Loss" (2024), equation 1. With p = softmax(alpha w) and
 q = softmax(-alpha w) the penalty is sum(p w) - sum(q w) + exp(-alpha). The paper takes one alpha a tensor; one a
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompress.registry.regularizers import DsmmConfig
-from qcompress.regularizers.penalty import Evaluated, Groups, matrix_of, spread, tiles
+from qcompress.regularizers.penalty import Evaluated, Groups, Penalty, groups_of, matrix_of, spread, tiles_of
 
 MOST_ALPHA_RANGE = 1e4
 """alpha times the range, beyond which soft and true range agree to every digit."""
@@ -22,24 +22,18 @@ AUTO = 2.0
 """alpha: auto, in units of 1 / standard deviation: puts the soft ends of a Gaussian two deviations out."""
 
 
-def make(config: DsmmConfig, weight: Tensor) -> Dsmm:
-    return Dsmm(config, weight)
-
-
-class Dsmm:
+class Dsmm(Penalty[DsmmConfig]):
     """terms: `alpha`, float32 [1 or channels], where it is learned."""
 
     def __init__(self, config: DsmmConfig, weight: Tensor) -> None:
-        self.config = config
-        groups = len(matrix_of(weight)) if config.granularity == "channel" else 1
-        self.alpha = torch.ones(groups, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        super().__init__(config, weight)
+        number = groups_of(weight, config.granularity).number
+        self.alpha = torch.ones(number, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
         if config.alpha != "auto":
             assert config.alpha is not None
             self.alpha.fill_(config.alpha)
-        self.terms: dict[str, Tensor] = {}
         if config.learnable:
-            self.alpha.requires_grad_(True)
-            self.terms["alpha"] = self.alpha
+            self.terms = {"alpha": self.alpha.requires_grad_(True)}
 
     def accumulate(self, weight: Tensor, gradient: Tensor | None, factor: float) -> Evaluated:
         """float64 throughout the sums; a weight that fills no whole vector is left out."""
@@ -67,17 +61,14 @@ class Dsmm:
         """alpha, float64 [groups, 1]."""
         if self.config.alpha != "auto":
             return self.alpha.detach().double().view(-1, 1)
-        _, variance = self._groups(weight).moments()
+        _, variance = groups_of(weight, self.config.granularity).moments()
         self.alpha = (AUTO / variance.sqrt().clamp_min(1e-30)).view(-1).to(self.alpha.dtype)
         return self.alpha.double().view(-1, 1)
-
-    def begin(self, weight: Tensor) -> None:
-        """Nothing is fixed."""
 
     def settle(self, weight: Tensor, found: Evaluated) -> None:
         """alpha back into its bounds."""
         if self.terms:
-            low, high = self._groups(weight).ends()
+            low, high = groups_of(weight, self.config.granularity).ends()
             most = (MOST_ALPHA_RANGE / (high - low).clamp_min(1e-30)).view(-1).to(self.alpha.dtype)
             with torch.no_grad():
                 self.alpha.copy_(torch.minimum(self.alpha.clamp_min(self.config.alpha_min), most))
@@ -85,14 +76,11 @@ class Dsmm:
     def saved(self, weight: Tensor) -> dict[str, Tensor]:
         return {"alpha": self.temperature(weight).view(-1).float().cpu()}
 
-    def _groups(self, weight: Tensor) -> Groups:
-        return Groups(matrix_of(weight), self.config.granularity == "channel")
-
     def _parts(self, weight: Tensor) -> list[Groups]:
         """The weight, or one view of it for every place in the vectors, which lie along the channels."""
         dim = self.config.dim
         if dim == 1:
-            return [self._groups(weight)]
+            return [groups_of(weight, self.config.granularity)]
         matrix = matrix_of(weight)
         whole = matrix[: len(matrix) - len(matrix) % dim]
         return [Groups(whole[place::dim], False) for place in range(dim)]
@@ -111,7 +99,7 @@ def _soft_range(groups: Groups, alpha: Tensor, into: Tensor | None, factor: floa
     # torch's exp2 takes a quarter of the time of its exp on the CPU.
     binary = (alpha / math.log(2)).to(matrix.dtype)
     sums = {end: [groups.zeros() for _ in range(3)] for end in ("high", "low")}
-    for rows, columns in tiles(matrix):
+    for rows, columns in tiles_of(matrix):
         for end, sign, origin in (("high", 1.0, high), ("low", -1.0, low)):
             distance = matrix[rows, columns] - groups.of(origin, rows)
             weights = (distance * (sign * groups.of(binary, rows))).exp2_()
@@ -128,7 +116,7 @@ def _soft_range(groups: Groups, alpha: Tensor, into: Tensor | None, factor: floa
             (1.0, high, mean_high.to(kind), (factor / z_high).to(kind)),
             (-1.0, low, mean_low.to(kind), (-factor / z_low).to(kind)),
         )
-        for rows, columns in tiles(matrix):
+        for rows, columns in tiles_of(matrix):
             for sign, origin, mean, share in ends:
                 distance = matrix[rows, columns] - groups.of(origin, rows)
                 weights = (distance * (sign * groups.of(binary, rows))).exp2_().mul_(groups.of(share, rows))

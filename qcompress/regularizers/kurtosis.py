@@ -1,4 +1,4 @@
-"""KURE: pulls the weights' distribution towards the uniform one, which has kurtosis 1.8.
+"""KURE pulls the weights' distribution towards the uniform one, which has kurtosis 1.8.
 
 Chmiel et al. 2020, arXiv 2002.07686, with population moments where the official code has the unbiased deviation; the
 kurtosis does not change with the weights' scale, and neither does this.
@@ -9,28 +9,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from qcompress.registry.regularizers import KurtosisConfig
-from qcompress.regularizers.penalty import Evaluated, Groups, matrix_of, tiles
+from qcompress.regularizers.penalty import Evaluated, Penalty, groups_of, matrix_of, tiles_of
 
 
-def make(config: KurtosisConfig, weight: Tensor) -> Kurtosis:
-    return Kurtosis(config)
-
-
-class Kurtosis:
+class Kurtosis(Penalty[KurtosisConfig]):
     """Learns nothing. A constant group has no kurtosis: it adds nothing."""
 
-    def __init__(self, config: KurtosisConfig) -> None:
-        self.config = config
-        self.per_row = config.granularity == "channel"
-        self.terms: dict[str, Tensor] = {}
-
     def accumulate(self, weight: Tensor, gradient: Tensor | None, factor: float) -> Evaluated:
-        groups = Groups(matrix_of(weight), self.per_row)
+        groups = groups_of(weight, self.config.granularity)
         matrix = groups.matrix
         mean, variance = groups.moments()
         centre = mean.to(matrix.dtype)
         third, fourth = groups.zeros(), groups.zeros()
-        for rows, columns in tiles(matrix):
+        for rows, columns in tiles_of(matrix):
             part = matrix[rows, columns] - groups.of(centre, rows)
             square = part * part
             groups.add(third, rows, part.mul_(square))
@@ -45,18 +36,9 @@ class Kurtosis:
             slope = factor * scale * 2 * off * 4 / (groups.size * safe.square())
             parts = [one.to(matrix.dtype) for one in (slope, third, fourth / safe)]
             into = matrix_of(gradient)
-            for rows, columns in tiles(matrix):
+            for rows, columns in tiles_of(matrix):
                 pull, skew, tail = (groups.of(one, rows) for one in parts)
                 part = matrix[rows, columns] - groups.of(centre, rows)
                 bent = (part * part).sub_(tail).mul_(part).sub_(skew)
                 into[rows, columns].add_(bent.mul_(pull))
         return Evaluated(scale * off.square().sum())
-
-    def begin(self, weight: Tensor) -> None:
-        """Nothing is fixed."""
-
-    def settle(self, weight: Tensor, found: Evaluated) -> None:
-        """Nothing is learned."""
-
-    def saved(self, weight: Tensor) -> dict[str, Tensor]:
-        return {}

@@ -1,4 +1,4 @@
-"""The largest magnitude: one weight moves at each step, both ends of the range come in.
+"""Linf is the largest magnitude: one weight moves at each step, both ends of the range come in.
 
 R2-Loss (Kundu et al. 2023, arXiv 2303.08253), L-infinity form. Where several weights share the largest magnitude they
 share the gradient, as torch's full reduction does.
@@ -9,40 +9,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from qcompress.registry.regularizers import LinfConfig
-from qcompress.regularizers.penalty import Evaluated, Groups, matrix_of, spread, tiles
+from qcompress.regularizers.penalty import Evaluated, Groups, Penalty, groups_of, matrix_of, scale_of, tiles_of
 
 
-def make(config: LinfConfig, weight: Tensor) -> Linf:
-    return Linf(config)
-
-
-class Linf:
+class Linf(Penalty[LinfConfig]):
     """Learns nothing."""
 
-    def __init__(self, config: LinfConfig) -> None:
-        self.config = config
-        self.terms: dict[str, Tensor] = {}
-
     def accumulate(self, weight: Tensor, gradient: Tensor | None, factor: float) -> Evaluated:
-        per_row = self.config.granularity == "channel"
-        groups = Groups(matrix_of(weight), per_row)
+        groups = groups_of(weight, self.config.granularity)
         low, high = groups.ends()
         most = high.maximum(-low)
-        scale = 1 / spread(weight, self.config.normalize)
-        if self.config.reduction == "mean":
-            scale /= groups.number
+        scale = scale_of(weight, self.config.normalize, self.config.reduction, groups.number)
         if gradient is not None:
             _push_ends(groups, most, matrix_of(gradient), factor * scale)
         return Evaluated(most.double().sum() * scale)
-
-    def begin(self, weight: Tensor) -> None:
-        """Nothing is fixed."""
-
-    def settle(self, weight: Tensor, found: Evaluated) -> None:
-        """Nothing is learned."""
-
-    def saved(self, weight: Tensor) -> dict[str, Tensor]:
-        return {}
 
 
 def _push_ends(groups: Groups, most: Tensor, into: Tensor, factor: float) -> None:
@@ -50,7 +30,7 @@ def _push_ends(groups: Groups, most: Tensor, into: Tensor, factor: float) -> Non
     matrix = groups.matrix
     found = []
     count = groups.zeros()
-    for rows, columns in tiles(matrix):
+    for rows, columns in tiles_of(matrix):
         part = matrix[rows, columns]
         at_most = part.abs().eq_(groups.of(most, rows))
         if bool(at_most.any()):

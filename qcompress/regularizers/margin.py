@@ -1,4 +1,4 @@
-"""A learned margin plus what passes it: the pull of the largest magnitude, spread over several weights.
+"""A margin is learned, and what passes it is added: the pull of the largest magnitude, spread over several weights.
 
 R2-Loss (Kundu et al. 2023, arXiv 2303.08253), margin form: M + sum max(|w| - M, 0), M learned, its start recalled from
 the paper as 2 standard deviations. With `tail_fraction` b the sum is divided by b N: the conditional value at risk.
@@ -10,38 +10,29 @@ import torch
 from torch import Tensor
 
 from qcompress.registry.regularizers import MarginConfig
-from qcompress.regularizers.penalty import Evaluated, Groups, matrix_of, spread, tiles
+from qcompress.regularizers.penalty import Evaluated, Penalty, groups_of, matrix_of, scale_of, tiles_of
 
 
-def make(config: MarginConfig, weight: Tensor) -> Margin:
-    return Margin(config, weight)
-
-
-class Margin:
+class Margin(Penalty[MarginConfig]):
     """terms: `margin`, [1 or channels]."""
 
     def __init__(self, config: MarginConfig, weight: Tensor) -> None:
-        self.config = config
-        self.per_row = config.granularity == "channel"
-        groups = Groups(matrix_of(weight), self.per_row)
-        self.margin = torch.ones(
-            groups.number, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
-        )
-        self._start(weight)
-        self.margin.requires_grad_(True)
-        self.terms: dict[str, Tensor] = {"margin": self.margin}
+        super().__init__(config, weight)
+        number = groups_of(weight, config.granularity).number
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        self.margin = torch.ones(number, dtype=kind, device=weight.device)
+        self.begin(weight)
+        self.terms = {"margin": self.margin.requires_grad_(True)}
 
     def accumulate(self, weight: Tensor, gradient: Tensor | None, factor: float) -> Evaluated:
-        groups = Groups(matrix_of(weight), self.per_row)
+        groups = groups_of(weight, self.config.granularity)
         into = None if gradient is None else matrix_of(gradient)
-        scale = 1 / spread(weight, self.config.normalize)
-        if self.config.reduction == "mean":
-            scale /= groups.number
+        scale = scale_of(weight, self.config.normalize, self.config.reduction, groups.number)
         fraction = self.config.tail_fraction
         pull = 1.0 if fraction is None else 1 / (fraction * groups.size)
         margin = self.margin.detach().view(-1, 1).to(weight.dtype)
         excess, outside = groups.zeros(), groups.zeros()
-        for rows, columns in tiles(groups.matrix):
+        for rows, columns in tiles_of(groups.matrix):
             part = groups.matrix[rows, columns]
             limit = groups.of(margin, rows)
             over = part - part.clamp(-limit, limit)
@@ -56,7 +47,9 @@ class Margin:
 
     def begin(self, weight: Tensor) -> None:
         """The margin starts where the weights now are."""
-        self._start(weight)
+        _, variance = groups_of(weight, self.config.granularity).moments()
+        with torch.no_grad():
+            self.margin.copy_((self.config.margin * variance.sqrt()).view(-1))
 
     def settle(self, weight: Tensor, found: Evaluated) -> None:
         """A margin below 0 has no meaning."""
@@ -65,8 +58,3 @@ class Margin:
 
     def saved(self, weight: Tensor) -> dict[str, Tensor]:
         return {"margin": self.margin.detach().float().cpu().clone()}
-
-    def _start(self, weight: Tensor) -> None:
-        _, variance = Groups(matrix_of(weight), self.per_row).moments()
-        with torch.no_grad():
-            self.margin.copy_((self.config.margin * variance.sqrt()).view(-1))

@@ -1,4 +1,4 @@
-"""What every regularizer gives: its value on a weight, and gradients without autograd, piece by piece.
+"""Every regularizer is a Penalty: it gives its value on a weight, and gradients without autograd, piece by piece.
 
 A training loop adds the gradient straight into the weight's own, so a penalty costs no memory that grows with the
 weight; `as_loss` makes it a differentiable loss for whoever wants that.
@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from qcompress.coding.rows import tiles
+from qcompress.registry import load
+from qcompress.registry.regularizers import REGULARIZERS, Reduction, RegularizerConfig
+
 TILE_VALUES = 1 << 16
 """Weights that are worked on at once: few enough to stay in the cache."""
+
+ConfigT_co = TypeVar("ConfigT_co", bound=RegularizerConfig, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,29 @@ class Evaluated:
     counts: Tensor | None = None
 
 
-class Penalty(Protocol):
-    """One regularizer of one weight, which is contiguous, its channels first.
+class Penalty(Generic[ConfigT_co]):
+    """One regularizer of one weight, which is contiguous, its channels first; a member overrides what it needs.
 
     terms  what it learns, by the names under which it is saved: alpha, representatives, margin
+    ends   the range that `begin` fixed; None where it fixes none
     """
 
-    terms: dict[str, Tensor]
+    ends: tuple[float, float] | None = None
+
+    def __init__(self, config: ConfigT_co, weight: Tensor) -> None:
+        self.config = config
+        self.terms: dict[str, Tensor] = {}
 
     def accumulate(self, weight: Tensor, gradient: Tensor | None, factor: float) -> Evaluated:
         """The penalty; factor times its gradient is added to `gradient`, shaped like the weight, unless that is None.
 
         The value and the gradients of terms are without the factor.
         """
+        raise NotImplementedError
+
+    def shrink(self, weight: Tensor, rate: float) -> None:
+        """The proximal step of `rate` times the penalty, in place; of those alone whose config `has_proximal`."""
+        raise NotImplementedError
 
     def begin(self, weight: Tensor) -> None:
         """Take from the weight what is fixed from here on: ranges, first representatives. Called when it first acts."""
@@ -53,6 +69,22 @@ class Penalty(Protocol):
 
     def saved(self, weight: Tensor) -> dict[str, Tensor]:
         """What goes beside the checkpoint, by name: alpha, representatives, margin."""
+        return {}
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The tensors that a resumed run gets back, by name; written to in place."""
+        return self.terms
+
+    @property
+    def shared(self) -> object:
+        """What the penalties of several weights may hold together; the penalty itself where it holds nothing so."""
+        return self
+
+
+def make_penalty(name: str, config: RegularizerConfig, weight: Tensor) -> Penalty[RegularizerConfig]:
+    """The regularizer of that name for one weight. Raises ModelError where the weight cannot follow the config."""
+    kind = cast("type[Penalty[RegularizerConfig]]", load(REGULARIZERS[name].target))
+    return kind(config, weight)
 
 
 def matrix_of(weight: Tensor) -> Tensor:
@@ -60,17 +92,9 @@ def matrix_of(weight: Tensor) -> Tensor:
     return weight.view(1, -1) if weight.ndim < 2 else weight.flatten(1)
 
 
-def tiles(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the pieces of a matrix: whole rows, or parts of one where they are long."""
-    rows, columns = matrix.shape
-    if columns >= TILE_VALUES:
-        for row in range(rows):
-            for start in range(0, columns, TILE_VALUES):
-                yield slice(row, row + 1), slice(start, start + TILE_VALUES)
-        return
-    step = max(1, TILE_VALUES // max(columns, 1))
-    for start in range(0, rows, step):
-        yield slice(start, start + step), slice(None)
+def tiles_of(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Row and column slices of pieces of a matrix that fit in cache."""
+    return tiles(matrix.shape[0], matrix.shape[1], TILE_VALUES)
 
 
 @dataclass(frozen=True)
@@ -120,7 +144,7 @@ class Groups:
         total, squares = self.zeros(), self.zeros()
         # Sums around a weight of the group keep their digits.
         origin = self.matrix[:, :1] if self.per_row else self.matrix[:1, :1]
-        for rows, columns in tiles(self.matrix):
+        for rows, columns in tiles_of(self.matrix):
             part = self.matrix[rows, columns] - self.of(origin, rows)
             self.add(total, rows, part)
             self.add(squares, rows, part.mul_(part))
@@ -128,17 +152,28 @@ class Groups:
         return mean + origin.double(), (squares / self.size - mean.square()).clamp_min(0)
 
 
-def spread(weight: Tensor, kind: str) -> float:
+def groups_of(weight: Tensor, granularity: Literal["tensor", "channel"]) -> Groups:
+    """A weight in groups: its channels, or all of it."""
+    return Groups(matrix_of(weight), granularity == "channel")
+
+
+def spread(weight: Tensor, kind: Literal["none", "std", "var"]) -> float:
     """What a penalty is divided by: 1, the standard deviation or the variance of the weight."""
     if kind == "none":
         return 1.0
-    variance = float(Groups(matrix_of(weight), False).moments()[1]) or 1.0
+    variance = float(groups_of(weight, "tensor").moments()[1]) or 1.0
     return variance if kind == "var" else variance**0.5
+
+
+def scale_of(weight: Tensor, kind: Literal["none", "std", "var"], reduction: Reduction, parts: int) -> float:
+    """What a sum over so many parts of a penalty is multiplied by: 1 / spread, for a mean also 1 / parts."""
+    scale = 1 / spread(weight, kind)
+    return scale / parts if reduction == "mean" else scale
 
 
 class _AsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, penalty: Penalty, weight: Tensor, *terms: Tensor) -> Tensor:
+    def forward(ctx: Any, penalty: Penalty[RegularizerConfig], weight: Tensor, *terms: Tensor) -> Tensor:
         gradient = torch.zeros_like(weight)
         found = penalty.accumulate(weight.detach(), gradient, 1.0)
         ctx.save_for_backward(gradient, *found.terms.values())
@@ -155,7 +190,7 @@ class _AsLoss(torch.autograd.Function):
         return (None, upstream * gradient, *learned)
 
 
-def as_loss(penalty: Penalty, weight: Tensor) -> Tensor:
+def as_loss(penalty: Penalty[RegularizerConfig], weight: Tensor) -> Tensor:
     """The penalty as a differentiable scalar of the weight's dtype, for any autograd loss.
 
     Differentiable once, in the weight and in what the penalty learns; keeps one number a weight for the backward pass.

@@ -1,21 +1,24 @@
-"""Penalties that repeat: zero on evenly spaced minima, largest half-way between; what sine and cosine share."""
+"""Sine and cosine share what repeats: zero on evenly spaced minima, largest half-way between."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from qcompress.errors import ModelError
-from qcompress.regularizers.penalty import Evaluated, Groups, matrix_of, spread, tiles
+from qcompress.registry.regularizers import PeriodicConfig, RangeOf
+from qcompress.regularizers.penalty import Evaluated, Groups, Penalty, matrix_of, scale_of, tiles_of
 
 TAILS = (0.01, 0.99)
 SIGMAS = 2.5
 SAMPLED = 1 << 20
 """Weights at most that quantiles are taken of."""
+
+PeriodicT_co = TypeVar("PeriodicT_co", bound=PeriodicConfig, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,11 @@ class Wave:
     high: float | None = None
 
 
-def find_range(config: Any, weight: Tensor) -> tuple[float, float]:
+def find_range(kind: RangeOf | tuple[float, float], weight: Tensor) -> tuple[float, float]:
     """The ends of the range that a config asks for.
 
     raises  ModelError for a constant weight, which has no range
     """
-    kind = config.range
     if isinstance(kind, tuple):
         return float(kind[0]), float(kind[1])
     flat = weight.detach().flatten().double()
@@ -54,38 +56,53 @@ def find_range(config: Any, weight: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def accumulate(config: Any, weight: Tensor, gradient: Tensor | None, factor: float, wave: Wave) -> Evaluated:
-    """The wave's penalty at a weight, see regularizers.penalty.Penalty."""
-    groups = Groups(matrix_of(weight), wave.rate.numel() > 1)
-    into = None if gradient is None else matrix_of(gradient)
-    scale = 1 / spread(weight, config.normalize)
-    if config.reduction == "mean":
-        scale /= weight.numel()
-    total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    for rows, columns in tiles(groups.matrix):
-        rate, origin = groups.of(wave.rate, rows), groups.of(wave.origin, rows)
-        part = groups.matrix[rows, columns]
-        inside = part if wave.low is None else part.clamp(wave.low, wave.high)
-        turns = (inside - origin).mul_(rate / math.pi)
-        # Within a quarter turn of the nearest minimum the cosine is the root that is not negative.
-        height = turns.sub_(turns.round()).mul_(math.pi).sin_()
-        slope = (1 - height.square()).clamp_min_(0).sqrt_()
-        if config.power == 1:
-            slope.mul_(height.sign()).mul_(rate)
-            height.abs_()
-        else:
-            slope.mul_(height).mul_(rate * 2)
-            height.square_()
-        if wave.low is not None:
-            _extend(part, inside, height, slope, rate, hinge=config.outside == "hinge")
-        if config.height == "gap":
-            unit = torch.where(rate > 0, rate, torch.inf).pow(-config.power)
-            height.mul_(unit)
-            slope.mul_(unit)
-        total += height.sum()
-        if into is not None:
-            into[rows, columns].add_(slope, alpha=factor * scale)
-    return Evaluated(total * scale)
+class Periodic(Penalty[PeriodicT_co]):
+    """Learns nothing; takes its range from the weight when it begins."""
+
+    ends: tuple[float, float] = (0.0, 1.0)
+
+    def __init__(self, config: PeriodicT_co, weight: Tensor) -> None:
+        super().__init__(config, weight)
+        self.begin(weight)
+
+    def begin(self, weight: Tensor) -> None:
+        assert self.config.range is not None
+        self.ends = find_range(self.config.range, weight)
+
+    def wave(self, weight: Tensor) -> Wave:
+        """The wave whose zeros are the minima."""
+        raise NotImplementedError
+
+    def accumulate(self, weight: Tensor, gradient: Tensor | None, factor: float) -> Evaluated:
+        config, wave = self.config, self.wave(weight)
+        groups = Groups(matrix_of(weight), wave.rate.numel() > 1)
+        into = None if gradient is None else matrix_of(gradient)
+        scale = scale_of(weight, config.normalize, config.reduction, weight.numel())
+        total = torch.zeros((), dtype=torch.float64, device=weight.device)
+        for rows, columns in tiles_of(groups.matrix):
+            rate, origin = groups.of(wave.rate, rows), groups.of(wave.origin, rows)
+            part = groups.matrix[rows, columns]
+            inside = part if wave.low is None else part.clamp(wave.low, wave.high)
+            turns = (inside - origin).mul_(rate / math.pi)
+            # Within a quarter turn of the nearest minimum the cosine is the root that is not negative.
+            height = turns.sub_(turns.round()).mul_(math.pi).sin_()
+            slope = (1 - height.square()).clamp_min_(0).sqrt_()
+            if config.power == 1:
+                slope.mul_(height.sign()).mul_(rate)
+                height.abs_()
+            else:
+                slope.mul_(height).mul_(rate * 2)
+                height.square_()
+            if wave.low is not None:
+                _extend(part, inside, height, slope, rate, hinge=config.outside == "hinge")
+            if config.height == "gap":
+                unit = torch.where(rate > 0, rate, torch.inf).pow(-config.power)
+                height.mul_(unit)
+                slope.mul_(unit)
+            total += height.sum()
+            if into is not None:
+                into[rows, columns].add_(slope, alpha=factor * scale)
+        return Evaluated(total * scale)
 
 
 def _extend(part: Tensor, inside: Tensor, height: Tensor, slope: Tensor, rate: Tensor, *, hinge: bool) -> None:
@@ -98,9 +115,9 @@ def _extend(part: Tensor, inside: Tensor, height: Tensor, slope: Tensor, rate: T
         slope.addcmul_(sign, rate)
 
 
-def minima_of(low: float, high: float, levels: int, *, ends: bool) -> Tensor:
-    """Evenly spaced minima in a range, float64 [levels]: both ends included, or in the middle of equal parts."""
-    if ends:
+def minima_of(low: float, high: float, levels: int, *, inside: bool) -> Tensor:
+    """Evenly spaced minima in a range, float64 [levels]: in the middle of equal parts, or both ends included."""
+    if not inside:
         return torch.linspace(low, high, levels, dtype=torch.float64)
     step = (high - low) / levels
     return low + step * (torch.arange(levels, dtype=torch.float64) + 0.5)

@@ -1,4 +1,4 @@
-"""Penalties of the distance to the nearest of a few representatives: what min-squared and exponential share.
+"""Min-squared and exponential share this: they penalize the distance to the nearest of a few representatives.
 
 Representatives are sorted first, so that a search over the midpoints assigns a weight in O(log levels); that gives the
 values and gradients of the form that compares every weight with every representative.
@@ -6,29 +6,29 @@ values and gradients of the form that compares every weight with every represent
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from qcompress.errors import ModelError
-from qcompress.regularizers.penalty import Evaluated, matrix_of, spread, tiles
+from qcompress.registry.regularizers import RepresentativesConfig
+from qcompress.regularizers.penalty import Evaluated, Penalty, matrix_of, scale_of, tiles_of
 from qcompress.regularizers.periodic import SAMPLED, find_range, minima_of
 
 LLOYD_STEPS = 50
 
-Bend = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Distances -> (penalties, their slopes); may work in place."""
+RepresentativesT_co = TypeVar("RepresentativesT_co", bound=RepresentativesConfig, covariant=True)
 
 
 class Representatives:
     """The representatives of one weight, or of several that share them.
 
     values  [levels], in no order
+    dead    how many no weight was nearest to when the penalty was last taken
     """
 
-    def __init__(self, config: Any, weight: Tensor) -> None:
+    def __init__(self, config: RepresentativesConfig, weight: Tensor) -> None:
         self.config = config
         kind = torch.promote_types(weight.dtype, torch.float32)
         self.values = torch.zeros(config.levels, dtype=kind, device=weight.device)
@@ -49,7 +49,7 @@ class Representatives:
             what = f"{config.levels} representatives for {distinct} distinct weights"
             raise ModelError("regularizer", what, "ask for fewer levels, or leave the tensor out of the rule's match")
         if config.init == "linear":
-            start = minima_of(*find_range(config, flat), config.levels, ends=True)
+            start = minima_of(*find_range(config.range, flat), config.levels, inside=False)
         else:
             start = _quantiles(kept.double(), config.levels)
             if config.init == "kmeans":
@@ -77,39 +77,73 @@ class Representatives:
                 left[index] = left[full]
 
 
-def accumulate(
-    config: Any, weight: Tensor, gradient: Tensor | None, factor: float, representatives: Representatives, bend: Bend
-) -> Evaluated:
-    """See regularizers.penalty.Penalty. counts are the weights of each representative."""
-    centres, order = representatives.values.detach().sort()
-    centres = centres.to(weight.dtype)
-    borders = (centres[1:] + centres[:-1]) / 2
-    matrix = matrix_of(weight)
-    into = None if gradient is None else matrix_of(gradient)
-    scale = 1 / spread(weight, config.normalize)
-    if config.reduction == "mean":
-        scale /= weight.numel()
-    levels = len(centres)
-    total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    pulls = torch.zeros(levels, dtype=torch.float64, device=weight.device)
-    counts = torch.zeros(levels, dtype=torch.float64, device=weight.device)
-    for rows, columns in tiles(matrix):
-        part = matrix[rows, columns]
-        nearest = torch.bucketize(part, borders, out_int32=True)
-        distance = part - centres.take(nearest.long())
-        height, slope = bend(distance)
-        total += height.sum()
-        if into is not None:
-            into[rows, columns].add_(slope, alpha=factor * scale)
-        flat = nearest.flatten()
-        pulls += torch.bincount(flat, weights=slope.flatten(), minlength=levels)
-        counts += torch.bincount(flat, minlength=levels)
-    representatives.dead = int((counts == 0).sum())
-    slopes, members = torch.empty_like(pulls), torch.empty_like(counts)
-    slopes[order] = -scale * pulls
-    members[order] = counts
-    terms = {"representatives": slopes.to(representatives.values.dtype)} if config.learnable else {}
-    return Evaluated(total * scale, terms, members)
+class ToRepresentatives(Penalty[RepresentativesT_co]):
+    """terms: `representatives`, [levels], where they are learned."""
+
+    def __init__(self, config: RepresentativesT_co, weight: Tensor) -> None:
+        super().__init__(config, weight)
+        self.share(Representatives(config, weight))
+        self.begin(weight)
+
+    def share(self, representatives: Representatives) -> None:
+        """Use these, which other weights may use too."""
+        self.representatives = representatives
+        self.terms = {"representatives": representatives.values} if self.config.learnable else {}
+
+    @property
+    def shared(self) -> Representatives:
+        return self.representatives
+
+    def bend(self, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances -> (penalties, their slopes); may work in place."""
+        raise NotImplementedError
+
+    def accumulate(self, weight: Tensor, gradient: Tensor | None, factor: float) -> Evaluated:
+        """As every penalty; counts are the weights of each representative."""
+        config, values = self.config, self.representatives.values
+        centres, order = values.detach().sort()
+        centres = centres.to(weight.dtype)
+        borders = (centres[1:] + centres[:-1]) / 2
+        matrix = matrix_of(weight)
+        into = None if gradient is None else matrix_of(gradient)
+        scale = scale_of(weight, config.normalize, config.reduction, weight.numel())
+        levels = len(centres)
+        total = torch.zeros((), dtype=torch.float64, device=weight.device)
+        pulls = torch.zeros(levels, dtype=torch.float64, device=weight.device)
+        counts = torch.zeros(levels, dtype=torch.float64, device=weight.device)
+        for rows, columns in tiles_of(matrix):
+            part = matrix[rows, columns]
+            nearest = torch.bucketize(part, borders, out_int32=True)
+            distance = part - centres.take(nearest.long())
+            height, slope = self.bend(distance)
+            total += height.sum()
+            if into is not None:
+                into[rows, columns].add_(slope, alpha=factor * scale)
+            flat = nearest.flatten()
+            pulls += torch.bincount(flat, weights=slope.flatten(), minlength=levels)
+            counts += torch.bincount(flat, minlength=levels)
+        self.representatives.dead = int((counts == 0).sum())
+        slopes, members = torch.empty_like(pulls), torch.empty_like(counts)
+        slopes[order] = -scale * pulls
+        members[order] = counts
+        terms = {"representatives": slopes.to(values.dtype)} if config.learnable else {}
+        return Evaluated(total * scale, terms, members)
+
+    def begin(self, weight: Tensor) -> None:
+        self.representatives.begin(weight)
+
+    def settle(self, weight: Tensor, found: Evaluated) -> None:
+        """Dead representatives get a new place."""
+        if found.counts is not None:
+            self.representatives.reseed(found.counts)
+
+    def saved(self, weight: Tensor) -> dict[str, Tensor]:
+        """representatives, float32 [levels], sorted."""
+        return {"representatives": self.representatives.values.detach().float().sort().values.cpu()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The representatives, which are taken from the weights once, learned or not."""
+        return {"representatives": self.representatives.values}
 
 
 def nearest_of(weight: Tensor, representatives: Tensor) -> Tensor:

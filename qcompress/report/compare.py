@@ -1,13 +1,14 @@
-"""Several reports side by side, by file and by tensor, each held against the first. Imports no torch."""
+"""Several reports are compared here, by file and by tensor, each held against the first. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from qcompress.report.document import AccuracyFigures, LayerReport, Report
-from qcompress.report.document_json import plain, report_json
+from qcompress.report.document_json import plain_fields, report_json
+from qcompress.types.run import Json
 
 SCHEMA = "qcompress.comparison/1"
 WORST = "worst_sqnr_db"
@@ -79,10 +80,17 @@ class TradeOff:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
+    """Several reports, in the order of `files`."""
+
     files: tuple[FileComparison, ...]
     trade_offs: tuple[TradeOff, ...]
     layers: tuple[LayerComparison, ...]
     reports: tuple[Report, ...]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Every metric that any of them has, in the order in which they are first met."""
+        return tuple(dict.fromkeys(metric for report in self.reports for metric in report.measured))
 
 
 def compare_reports(reports: Sequence[Report]) -> Comparison:
@@ -98,13 +106,13 @@ def compare_reports(reports: Sequence[Report]) -> Comparison:
     )
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
+def comparison_json(comparison: Comparison) -> dict[str, Json]:
     """The comparison in plain JSON types, the whole reports at its end."""
     return {
         "schema": SCHEMA,
-        "files": [plain(file) for file in comparison.files],
-        "trade_offs": [plain(trade_off) for trade_off in comparison.trade_offs],
-        "layers": [plain(layer) for layer in comparison.layers],
+        "files": [plain_fields(file) for file in comparison.files],
+        "trade_offs": [plain_fields(trade_off) for trade_off in comparison.trade_offs],
+        "layers": [plain_fields(layer) for layer in comparison.layers],
         "reports": [report_json(report) for report in comparison.reports],
     }
 
@@ -146,17 +154,13 @@ def _trade_offs(files: Sequence[FileComparison], reports: Sequence[Report]) -> t
     """One for each metric that two artifacts or more have; without any, one for the worst SQNR."""
     found: dict[str, dict[str, AccuracyFigures]] = {}
     for file, report in zip(files, reports, strict=True):
-        for item in report.accuracy or ():
-            found.setdefault(item.metric, {})[file.label] = item
+        for metric, item in report.measured.items():
+            found.setdefault(metric, {})[file.label] = item
     sizes = {file.label: file.artifact_bytes for file in files}
-    measured = {
-        metric: {label: (one.artifact, one.artifact_interval) for label, one in items.items()}
-        for metric, items in found.items()
-    }
-    made = [
-        _trade_off(metric, _higher_is_better(list(found[metric].values())), values, sizes)
-        for metric, values in measured.items()
-    ]
+    made = []
+    for metric, items in found.items():
+        measured = {label: (one.artifact, one.artifact_interval) for label, one in items.items()}
+        made.append(_trade_off(metric, _higher_is_better(list(items.values())), measured, sizes))
     made = [one for one in made if len(one.points) > 1]
     worst = _trade_off(WORST, True, {file.label: (file.worst_sqnr_db, None) for file in files}, sizes)
     return tuple(made) or ((worst,) if len(worst.points) > 1 else ())

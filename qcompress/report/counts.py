@@ -1,18 +1,23 @@
-"""Figures that codes alone tell. Imports no torch."""
+"""Codes are counted here: levels used, entropy, and how a codebook's entries are used. Imports no torch."""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qcompress.coding.payload import entropy_bits
-from qcompress.report.document import LayerFigures
+from qcompress.report.document import BINS, LayerFigures
 
 Counts: TypeAlias = NDArray[np.int64]
+"""How often each code occurs."""
 
-_WIDE = 1 << 20
+WIDE = 1 << 20
+"""Codes that span fewer values than this are counted by value, others by sorting them."""
+
+PIECE = 1 << 20
+"""Codes of codebooks that are counted at a time."""
 
 
 def count_values(codes: NDArray[np.int32]) -> Counts:
@@ -20,7 +25,7 @@ def count_values(codes: NDArray[np.int32]) -> Counts:
     if not codes.size:
         return np.zeros(0, np.int64)
     low, high = int(codes.min()), int(codes.max())
-    if high - low < _WIDE:
+    if high - low < WIDE:
         counts = np.bincount(codes.reshape(-1) - low)
         return counts[counts > 0]
     return np.unique(codes, return_counts=True)[1].astype(np.int64)
@@ -36,3 +41,46 @@ def measure_counts(*blocks: Counts | None) -> LayerFigures:
         return LayerFigures()
     total = np.sum(known, axis=0)
     return LayerFigures(levels_used=int(np.count_nonzero(total)), entropy=entropy_bits(total))
+
+
+def codebook_figures(codes: NDArray[Any], values: NDArray[np.float32]) -> dict[str, Any]:
+    """The figures of LayerFigures that tell of codebooks.
+
+    codes   integers [vectors, columns], the rows of each table together
+    values  float32 [tables, entries, dim], what the entries decode to
+    """
+    tables, entries, dim = values.shape
+    figures = {**_entry_figures(values), "dead": int(np.count_nonzero(_uses(codes, tables, entries) == 0))}
+    if dim == 1 and entries <= BINS:
+        levels = np.sort(values[:, :, 0].astype(np.float64), axis=1).mean(0)
+        figures["levels"] = tuple(levels.tolist()) if np.isfinite(levels).all() else None
+    return figures
+
+
+def stored_codebook_figures(values: NDArray[np.float32], levels_used: int | None) -> dict[str, Any]:
+    """Those that are known without codes; with one table the dead entries too, from the number of codes that occur."""
+    figures = _entry_figures(values)
+    if levels_used is not None and len(values) == 1:
+        figures["dead"] = values.shape[1] - levels_used
+    return figures
+
+
+def _entry_figures(values: NDArray[np.float32]) -> dict[str, Any]:
+    tables, entries, _ = values.shape
+    different = sum(len(np.unique(table, axis=0)) for table in values)
+    return {"entries": entries, "duplicates": tables * entries - different}
+
+
+def _uses(codes: NDArray[Any], tables: int, entries: int) -> Counts:
+    """How often each entry of each table is named, int64 [tables * entries]."""
+    rows = codes.reshape(tables, -1)
+    uses = np.zeros(tables * entries, np.int64)
+    step = max(1, PIECE // max(rows.shape[1], 1))
+    for start in range(0, tables, step):
+        part = rows[start : start + step]
+        first = start * entries
+        for left in range(0, part.shape[1], PIECE):
+            places = part[:, left : left + PIECE] + (np.arange(len(part)) * entries)[:, None]
+            found = np.bincount(places.reshape(-1), minlength=len(part) * entries)
+            uses[first : first + len(found)] += found
+    return uses

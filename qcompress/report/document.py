@@ -1,19 +1,23 @@
-"""The nouns of a report. Imports no torch.
+"""A report and its parts are frozen values here. Imports no torch.
 
-Each figure is defined in docs/report.md; document_json writes and reads them.
+docs/report.md defines each figure; document_json writes and reads them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from qcompress.encoded import ClassUse
-from qcompress.types import Shape
+from qcompress.types.config import Shape
+from qcompress.types.encoded import ClassUse
+from qcompress.types.run import RunFigures
 
 KEPT = "kept"
+"""The method of tensors that are stored as they were."""
+
 BINS = 64
+"""Of every histogram."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +29,10 @@ class LayerFigures:
     fences            (lowest, highest) weight that is no outlier: 1.5 interquartile ranges beyond the quartiles
     levels            of the grid or codebook, ascending, each the mean over the tensor's grids; None for vectors,
                       and beyond BINS of them
-    step              of a lattice, before the factors of rows and columns; None of other grids
+    step              of an unbounded quantizer, before the factors of rows and columns; None of other grids
     histogram_before  of the weights, histogram_after of what they decode to: counts in BINS equal bins over `range`,
                       decoded values beyond it counted in the end bins
-    classes           of a lattice that tables code: the scale classes that it uses, each with its own table
+    classes           of unbounded codes that tables code: the scale classes that they use, each with its own table
     entries           of each of its codebooks, as stored
     dead              entries of its codebooks that none of its codes names; duplicates: that repeat an earlier one
     sampled           fences, outliers, kurtosis and histograms come from a fixed subset; all else from every weight
@@ -124,8 +128,13 @@ class LayerReport:
         return math.prod(self.shape)
 
     @property
+    def measured(self) -> LayerFigures:
+        """Its figures, all None where there are none."""
+        return self.figures if self.figures is not None else LayerFigures()
+
+    @property
     def sqnr_db(self) -> float | None:
-        return self.figures.sqnr_db if self.figures else None
+        return self.measured.sqnr_db
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -150,7 +159,12 @@ class SizeParts:
 
     @property
     def total(self) -> int:
-        return self.codes + self.side_information + self.kept + self.header + self.index
+        return sum(self.by_owner.values())
+
+    @property
+    def by_owner(self) -> Mapping[str, int]:
+        """Owner -> its bytes."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +189,13 @@ class SizeFigures:
     def __post_init__(self) -> None:
         if self.parts.total != self.artifact_bytes:
             raise ValueError(f"the parts sum to {self.parts.total} bytes, the artifact has {self.artifact_bytes}")
+
+    @property
+    def entropy_bits(self) -> float | None:
+        """The entropy bound in bits per compressed weight; None where it was not measured."""
+        if self.entropy_bound_bytes is None or not self.compressed_weights:
+            return None
+        return 8 * self.entropy_bound_bytes / self.compressed_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,17 +223,6 @@ class AccuracyFigures:
     kmeans: float | None = None
     kmeans_ratio: float | None = None
     untuned_ratio: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFigures:
-    """What the run took: wall and processor seconds, the largest resident memory, where, and with which versions."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_memory_bytes: int
-    device: str
-    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +267,11 @@ class Report:
     @property
     def compressed(self) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if layer.compressed)
+
+    @property
+    def measured(self) -> Mapping[str, AccuracyFigures]:
+        """Metric -> its figures; empty where nothing was measured."""
+        return {item.metric: item for item in self.accuracy or ()}
 
     @property
     def worst(self) -> LayerReport | None:
@@ -313,7 +328,7 @@ def entropy_bound(compressed: Sequence[LayerReport]) -> int | None:
     for layer in compressed:
         if layer.tied_to is not None or not layer.weights:
             continue
-        if layer.figures is None or layer.figures.entropy is None:
+        if layer.measured.entropy is None:
             return None
-        total += math.ceil(layer.weights // layer.dim * layer.figures.entropy / 8)
+        total += math.ceil(layer.weights // layer.dim * layer.measured.entropy / 8)
     return total if compressed else None

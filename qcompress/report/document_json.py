@@ -1,4 +1,4 @@
-"""A report as JSON, `qcompress.report/1`, in both directions. Imports no torch.
+"""A report becomes JSON, `qcompress.report/1`, and JSON a report. Imports no torch.
 
 JSON has no infinity and no NaN: an SQNR without error (+infinity in memory) and whatever is not a number are null, and
 an SQNR of null beside a relative error of 0 is read as +infinity again. Floats have 6 significant digits, except in
@@ -16,23 +16,31 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qcompress.errors import ReportError, ResourceError
 from qcompress.report.document import GateResult, Report
+from qcompress.types.run import Json
 
 if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from pydantic import TypeAdapter
 
 SCHEMA = "qcompress.report/1"
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 DIGITS = 6
+"""Of floats that are written."""
+
 MOST_DIGITS = 18
+"""Of integers that are read."""
 
 
-def report_json(report: Report) -> dict[str, Any]:
+def report_json(report: Report) -> dict[str, Json]:
     """The report in plain JSON types, keys always in the same order."""
-    return {"schema": SCHEMA, **plain(report)}
+    return {"schema": SCHEMA, **plain_fields(report)}
 
 
 def report_text(report: Report) -> str:
@@ -40,32 +48,44 @@ def report_text(report: Report) -> str:
     return json_text(report_json(report))
 
 
-def json_text(document: Mapping[str, Any]) -> str:
+def json_text(document: Mapping[str, Json]) -> str:
     """A document as JSON text, ending in a newline: a line for each top-level key and each item of a list."""
     lines = [f" {json.dumps(key)}: {_json_value(value)}" for key, value in document.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _json_value(value: Any) -> str:
+def _json_value(value: Json) -> str:
     if isinstance(value, list) and value:
         items = (json.dumps(item, allow_nan=False) for item in value)
         return "[\n  " + ",\n  ".join(items) + "\n ]"
     return json.dumps(value, allow_nan=False)
 
 
-def plain(value: Any, digits: int | None = DIGITS) -> Any:
-    """A noun of the report in plain JSON types; floats to `digits` significant digits, None if not finite."""
-    if isinstance(value, GateResult):
-        digits = None
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name), digits) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: plain(value[key], digits) for key in sorted(value)}
-    if isinstance(value, tuple):
-        return [plain(item, digits) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return float(f"{value:.{digits}g}") if isinstance(value, float) and digits else value
+def plain_fields(noun: DataclassInstance, digits: int | None = DIGITS) -> dict[str, Json]:
+    """The fields of a noun of the report in plain JSON types; floats to `digits` significant digits.
+
+    What is not finite is None. Gates are whole.
+    """
+    digits = None if isinstance(noun, GateResult) else digits
+    return {field.name: plain(getattr(noun, field.name), digits) for field in fields(noun)}
+
+
+def plain(value: object, digits: int | None = DIGITS) -> Json:
+    """One value of a noun in plain JSON types. Raises TypeError for what JSON cannot hold."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            if not math.isfinite(value):
+                return None
+            return value if digits is None else float(f"{value:.{digits}g}")
+        case tuple():
+            return [plain(item, digits) for item in value]
+        case Mapping():
+            return {key: plain(value[key], digits) for key in sorted(value)}
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return plain_fields(value, digits)
+    raise TypeError(f"a report holds no {type(value).__name__}")
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -132,7 +152,7 @@ def parse_report(text: str, where: str) -> Report:
         raise ReportError(where, f"damaged report: {place or 'document'}: {what}", again) from error
 
 
-def _foreign(where: str, schema: Any) -> ReportError:
+def _foreign(where: str, schema: object) -> ReportError:
     family, _, version = SCHEMA.partition("/")
     if isinstance(schema, str) and schema.startswith(f"{family}/"):
         return ReportError(
@@ -152,7 +172,7 @@ def _bounded_int(digits: str) -> int:
     return int(digits)
 
 
-def report_schema() -> dict[str, Any]:
+def report_schema() -> dict[str, Json]:
     """The JSON Schema of a report; schema.json holds it."""
     schema = _adapter().json_schema(mode="serialization")
     properties = {"schema": {"const": SCHEMA}, **schema.pop("properties")}
@@ -171,3 +191,8 @@ def _adapter() -> TypeAdapter[Report]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Report)
+
+
+def report_path(output: Path) -> Path:
+    """Where the report of an artifact lies: `model-w2.report.json` beside `model-w2.safetensors` or `model-w2/`."""
+    return output.with_name(f"{output.name.removesuffix('.safetensors')}.report.json")

@@ -1,4 +1,4 @@
-"""Figures of one tensor, gathered row block by row block while the block is still in the cache.
+"""The figures of one tensor are gathered here row block by row block, while the block is still in the cache.
 
 Range, errors, clipping and the histogram of codes cover every weight. Quartiles, kurtosis and histograms cover a
 sample: every weight up to SAMPLE of them, else a fixed stride through the weights in the order of the rows. Neither
@@ -8,6 +8,9 @@ the sample nor anything but the last bits of a sum depends on how the tensor was
 from __future__ import annotations
 
 import math
+import platform
+import resource
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,21 +19,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcompress.coding.affine import Coded, middle
-from qcompress.coding.half import from_half
-from qcompress.encoded import Affine
+from qcompress.artifact.layout import part_name
+from qcompress.artifact.manifest import Entry
+from qcompress.coding.grids import from_half, middle
 from qcompress.report.counts import Counts, measure_counts
-from qcompress.report.document import BINS, LayerFigures
+from qcompress.report.document import BINS, LayerFigures, LayerReport
+from qcompress.types import VERSION
+from qcompress.types.encoded import Affine, Coded
+from qcompress.types.plan import Decision
+from qcompress.types.run import RunFigures
 
 Sample: TypeAlias = NDArray[Any]
 
 SAMPLE = 2**15
-_RUN = 1024
-_ROUNDING = 1e-5
-_SQUARES = (1e-15, 1e15)
+"""Weights that quartiles, kurtosis and histograms look at, at most."""
+
+RUN = 1024
+"""Squares that are summed in float32."""
+
+ROUNDING = 1e-5
+"""A level nearer to zero than this share of a step is zero."""
+
+SQUARES = (1e-15, 1e15)
+"""Between these ends a largest weight has a square that float32 holds."""
 
 
 class _Block(NamedTuple):
+    """What one block of rows adds; `ends` are the mean lowest and highest level of its grids."""
+
     weights: int
     energy: float
     error_energy: float
@@ -159,7 +175,7 @@ class LayerMeter:
             return None
         levels = (low + step * code for code in range(2**self.bits))
         # A level at zero would else show what rounding left of it.
-        return tuple(0.0 if abs(level) < _ROUNDING * step else level for level in levels)
+        return tuple(0.0 if abs(level) < ROUNDING * step else level for level in levels)
 
 
 def _mean_ends(within: tuple[Tensor, Tensor], bits: int | None) -> tuple[float, float] | None:
@@ -194,7 +210,7 @@ def unclipped_range(encoded: Coded) -> tuple[Tensor, Tensor] | None:
 def sample_stride(numel: int) -> int:
     """The smallest stride that takes at most SAMPLE of `numel` weights and has no factor in common with numel.
 
-    Sharing no factor, it meets every column of the rows and every tap of a kernel equally often.
+    Sharing no factor, it meets every column of the rows and every position of a kernel equally often.
     """
     stride = max(1, -(-numel // SAMPLE))
     while math.gcd(stride, numel) > 1:
@@ -206,10 +222,10 @@ def _energy(flat: Tensor, largest: float) -> float:
     """The sum of squares: float32 within runs short enough for a relative 1e-5, float64 where squares leave float32."""
     if largest == 0:
         return 0.0
-    if not _SQUARES[0] < largest < _SQUARES[1]:
+    if not SQUARES[0] < largest < SQUARES[1]:
         return float(flat.double().square().sum())
-    whole = len(flat) // _RUN * _RUN
-    norms = torch.linalg.vector_norm(flat[:whole].reshape(-1, _RUN), dim=1).double()
+    whole = len(flat) // RUN * RUN
+    norms = torch.linalg.vector_norm(flat[:whole].reshape(-1, RUN), dim=1).double()
     rest = torch.linalg.vector_norm(flat[whole:]).double()
     return float(norms.square().sum() + rest.square())
 
@@ -295,3 +311,58 @@ def _histogram(ordered: Sample, inner_edges: Sample) -> tuple[int, ...]:
     """Counts between the inner edges; a value on an edge belongs to the bin above it."""
     places = np.searchsorted(ordered, inner_edges, "left")
     return tuple(np.diff(places, prepend=0, append=len(ordered)).tolist())
+
+
+def kept_layer(decision: Decision, n_bytes: int) -> LayerReport:
+    """A tensor that was kept in `n_bytes`, or, with none, is tied to another."""
+    tensor = decision.tensor
+    return LayerReport(
+        name=tensor.name,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        bytes=n_bytes,
+        baseline_bytes=tensor.n_bytes,
+        tied_to=decision.tied_to,
+        reason=decision.reason,
+    )
+
+
+def compressed_layer(
+    decision: Decision, sizes: Mapping[str, int], entry: Entry, figures: LayerFigures, side_bytes: int = 0
+) -> LayerReport:
+    """A compressed tensor; `sizes` are the bytes of its stored parts by their full names.
+
+    side_bytes  of its codes: side information among them
+    """
+    config, total = decision.config, sum(sizes.values())
+    return replace(
+        kept_layer(decision, total),
+        method=decision.method or "",
+        bits=config.bits,
+        dim=entry.dim,
+        granularity=config.granularity,
+        group_size=config.group_size,
+        form=config.form,
+        sensitivity=decision.sensitivity,
+        coding=entry.coding,
+        codebook_in=entry.codebook,
+        side_information_bytes=total - sizes[part_name(decision.tensor.name, "codes")] + side_bytes,
+        figures=figures,
+    )
+
+
+def run_figures(seconds: float, cpu_seconds: float, device: str) -> RunFigures:
+    """What a run took, with the largest resident memory of this process so far and all that figures depend on."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return RunFigures(
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        peak_memory_bytes=peak if platform.system() == "Darwin" else peak * 1024,
+        device=device,
+        versions={
+            "qcompress": VERSION,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+        },
+    )

@@ -1,24 +1,24 @@
-"""Limits held against a report: what passed, what failed, and what was never measured. Imports no torch."""
+"""Limits are held against a report here: each passes, fails, or is refused as never measured. Imports no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Literal
 
 from qcompress.errors import GateFailed, ReportError, UnmeasuredError, raise_all
 from qcompress.report.document import AccuracyFigures, GateResult, Report
-from qcompress.types import Gates
-
-Checked: TypeAlias = GateResult | UnmeasuredError
+from qcompress.types.plan import Gates
 
 MAX_GROWTH = "max-growth"
 SINCE = " since the baseline"
 """Ends the name of a gate that is held against an earlier report: "max-drop top1 since the baseline"."""
 
-_METRIC_MEND = "give a recipe with model, data and task, so that the metric is measured"
-_BASELINE_MEND = "commit a report whose artifact was measured like this one"
+COMPRESS_HINT = "check the recipe's rules with --dry-run"
+METRIC_HINT = "give a recipe with model, data and task, so that the metric is measured"
+BASELINE_HINT = "commit a report whose artifact was measured like this one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +42,104 @@ def check_gates(gates: Gates, report: Report, since: BaselineGates | None = None
     information, min_sqnr against the worst compressed tensor. Raises UnmeasuredError (Refusals where several) for
     gates on what the report or the baseline does not hold, ReportError where the baseline is of another checkpoint.
     """
+    checks: list[Callable[[], GateResult]] = []
+    if gates.max_size is not None:
+        checks.append(partial(_at_most, "max-size", gates.max_size, report.size.artifact_bytes))
+    if gates.max_bpw is not None:
+        checks.append(partial(_check_bits, gates.max_bpw, report))
+    if gates.min_sqnr is not None:
+        checks.append(partial(_check_sqnr, gates.min_sqnr, report))
+    for kind, limits in (("min-metric", gates.min_metric), ("max-drop", gates.max_drop)):
+        checks += [partial(_check_metric, kind, metric, limit, report) for metric, limit in limits.items()]
     if since is not None:
         _refuse_other_input(report, since)
-    checked: list[Checked] = []
-    if gates.max_size is not None:
-        checked.append(_at_most("max-size", gates.max_size, report.size.artifact_bytes))
-    if gates.max_bpw is not None:
-        checked.append(_check_bits(gates.max_bpw, report))
-    if gates.min_sqnr is not None:
-        checked.append(_check_sqnr(gates.min_sqnr, report))
-    checked += [_check_metric(f"min-metric {metric}", limit, report) for metric, limit in gates.min_metric.items()]
-    checked += [_check_metric(f"max-drop {metric}", limit, report) for metric, limit in gates.max_drop.items()]
-    if since is not None:
-        checked += _check_since(since, report)
-    raise_all([item for item in checked if isinstance(item, UnmeasuredError)])
-    return tuple(item for item in checked if isinstance(item, GateResult))
+        if since.max_growth is not None:
+            checks.append(partial(_check_growth, since.max_growth, report, since.report))
+        checks += [
+            partial(_check_further_drop, metric, limit, report, since) for metric, limit in since.max_drop.items()
+        ]
+    results, unmeasured = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except UnmeasuredError as error:
+            unmeasured.append(error)
+    raise_all(unmeasured)
+    return tuple(results)
+
+
+def _check_bits(limit: float, report: Report) -> GateResult:
+    if report.size.bits_per_weight is None:
+        raise UnmeasuredError("gate max-bpw", "no tensor was compressed", COMPRESS_HINT)
+    return _at_most("max-bpw", limit, report.size.bits_per_weight)
+
+
+def _check_sqnr(limit: float, report: Report) -> GateResult:
+    if not report.compressed:
+        raise UnmeasuredError("gate min-sqnr", "no tensor was compressed", COMPRESS_HINT)
+    hint = "add --baseline CHECKPOINT"
+    for layer in report.compressed:
+        if layer.sqnr_db is None and layer.tied_to is None and layer.weights:
+            raise UnmeasuredError("gate min-sqnr", f"the error of {layer.name} was not measured", hint)
+    if report.worst is None:
+        raise UnmeasuredError("gate min-sqnr", "no tensor's error was measured", hint)
+    return _at_least("min-sqnr", limit, report.worst.sqnr_db)
+
+
+def _check_metric(kind: str, metric: str, limit: float, report: Report) -> GateResult:
+    name = f"{kind} {metric}"
+    figures = _measured(name, metric, report)
+    return _at_least(name, limit, figures.artifact) if kind == "min-metric" else _at_most(name, limit, figures.drop)
+
+
+def _refuse_other_input(report: Report, since: BaselineGates) -> None:
+    earlier = since.report
+    hint = "write the baseline again with `qcompress report ARTIFACT --json FILE`, from an artifact of this checkpoint"
+    if report.input_sha256 is not None and earlier.input_sha256 is not None:
+        if report.input_sha256 == earlier.input_sha256:
+            return
+        what = f"is of another checkpoint than {report.artifact.name} (the hashes of their inputs differ)"
+        raise ReportError(since.where, what, hint)
+    tensors, earlier_tensors = ({one.name: (one.shape, one.dtype) for one in of.layers} for of in (report, earlier))
+    if tensors != earlier_tensors:
+        name = min(dict(tensors.items() ^ earlier_tensors.items()))
+        what = f"is of another network than {report.artifact.name}: {name} is not the same in both"
+        raise ReportError(since.where, what, hint)
+
+
+def _check_growth(limit: float, report: Report, earlier: Report) -> GateResult:
+    now, then = report.size.artifact_bytes, earlier.size.artifact_bytes
+    return _at_most(MAX_GROWTH, limit, (now - then) / then if then else math.inf)
+
+
+def _check_further_drop(metric: str, limit: float, report: Report, since: BaselineGates) -> GateResult:
+    """How much larger the drop is than that of the baseline, whose samples must be as many."""
+    name = f"max-drop {metric}{SINCE}"
+    now, then = _measured(name, metric, report), since.report.measured.get(metric)
+    if then is None:
+        what = f"{since.where} has no {metric} (it has: {', '.join(since.report.measured) or 'none'})"
+        raise UnmeasuredError(f"gate {name}", what, BASELINE_HINT)
+    if then.samples != now.samples:
+        what = f"{since.where} measured {then.samples:,} samples, this artifact {now.samples:,}"
+        raise UnmeasuredError(f"gate {name}", what, BASELINE_HINT)
+    if now.drop is None or then.drop is None:
+        return _at_most(name, limit, None)
+    # Stored drops have 6 significant digits: what lies below the last of them is not a difference.
+    digits = 6 - _exponent(max(abs(now.drop), abs(then.drop)))
+    return _at_most(name, limit, round(now.drop - then.drop, digits))
+
+
+def _exponent(value: float) -> int:
+    """How many digits stand before the decimal point; less than 0 for 0.001."""
+    return math.floor(math.log10(value)) + 1 if value and math.isfinite(value) else 0
+
+
+def _measured(name: str, metric: str, report: Report) -> AccuracyFigures:
+    found = report.measured.get(metric)
+    if found is None:
+        what = f"{metric} was not measured (measured: {', '.join(report.measured) or 'none'})"
+        raise UnmeasuredError(f"gate {name}", what, METRIC_HINT)
+    return found
 
 
 def check_metrics(
@@ -66,16 +149,19 @@ def check_metrics(
 
     raises  UnmeasuredError (Refusals where several) for what was not measured
     """
-    names = ", ".join(measured) or "none"
-    raise_all(
-        [
-            UnmeasuredError(f"gate {kind} {metric}", f"{metric} was not measured (measured: {names})", _METRIC_MEND)
-            for metric in limits
-            if metric not in measured
-        ]
-    )
+    what = f"was not measured (measured: {', '.join(measured) or 'none'})"
+    missing = [metric for metric in limits if metric not in measured]
+    raise_all([UnmeasuredError(f"gate {kind} {metric}", f"{metric} {what}", METRIC_HINT) for metric in missing])
     check = _at_least if kind == "min-metric" else _at_most
     return tuple(check(f"{kind} {metric}", limit, measured[metric]) for metric, limit in limits.items())
+
+
+def _at_most(name: str, limit: float, value: float | None) -> GateResult:
+    return GateResult(name=name, limit=limit, value=value, passed=value is not None and value <= limit)
+
+
+def _at_least(name: str, limit: float, value: float | None) -> GateResult:
+    return GateResult(name=name, limit=limit, value=value, passed=value is not None and value >= limit)
 
 
 def gate_error(results: Sequence[GateResult]) -> GateFailed | None:
@@ -83,10 +169,17 @@ def gate_error(results: Sequence[GateResult]) -> GateFailed | None:
     failed = [result for result in results if not result.passed]
     if not failed:
         return None
-    mend = "loosen the limit or change the recipe"
+    hint = "loosen the limit or change the recipe"
     if len(failed) == 1:
-        return GateFailed(f"gate {failed[0].name}", failure_words(failed[0]), mend)
-    return GateFailed("gates", "; ".join(f"{result.name} {failure_words(result)}" for result in failed), mend)
+        return GateFailed(f"gate {failed[0].name}", failure_words(failed[0]), hint)
+    return GateFailed("gates", "; ".join(f"{result.name} {failure_words(result)}" for result in failed), hint)
+
+
+def raise_failed(results: Sequence[GateResult]) -> None:
+    """Raise GateFailed where a gate did not hold."""
+    error = gate_error(results)
+    if error is not None:
+        raise error
 
 
 def failure_words(result: GateResult) -> str:
@@ -114,105 +207,3 @@ def _apart(value: float | None, limit: float) -> tuple[str, str]:
         if texts[0] != texts[1] and math.isclose(float(texts[1]), limit, rel_tol=1e-12):
             return texts
     return (repr(value), repr(limit))
-
-
-def _check_bits(limit: float, report: Report) -> Checked:
-    if report.size.bits_per_weight is None:
-        return UnmeasuredError("gate max-bpw", "no tensor was compressed", "check the recipe's rules with --dry-run")
-    return _at_most("max-bpw", limit, report.size.bits_per_weight)
-
-
-def _check_sqnr(limit: float, report: Report) -> Checked:
-    if not report.compressed:
-        return UnmeasuredError("gate min-sqnr", "no tensor was compressed", "check the recipe's rules with --dry-run")
-    for layer in report.compressed:
-        if layer.sqnr_db is None and layer.tied_to is None and layer.weights:
-            return UnmeasuredError(
-                "gate min-sqnr", f"the error of {layer.name} was not measured", "add --baseline CHECKPOINT"
-            )
-    worst = report.worst
-    if worst is None or worst.sqnr_db is None:
-        return UnmeasuredError("gate min-sqnr", "no tensor's error was measured", "add --baseline CHECKPOINT")
-    return _at_least("min-sqnr", limit, worst.sqnr_db)
-
-
-def _check_metric(name: str, limit: float, report: Report) -> Checked:
-    kind, metric = name.split(" ", 1)
-    figures = _measured(name, metric, report)
-    if isinstance(figures, UnmeasuredError):
-        return figures
-    return _at_least(name, limit, figures.artifact) if kind == "min-metric" else _at_most(name, limit, figures.drop)
-
-
-def _refuse_other_input(report: Report, since: BaselineGates) -> None:
-    earlier = since.report
-    mend = "write the baseline again with `qcompress report ARTIFACT --json FILE`, from an artifact of this checkpoint"
-    if report.input_sha256 is not None and earlier.input_sha256 is not None:
-        if report.input_sha256 == earlier.input_sha256:
-            return
-        what = f"is of another checkpoint than {report.artifact.name} (the hashes of their inputs differ)"
-        raise ReportError(since.where, what, mend)
-    tensors, earlier_tensors = ({one.name: (one.shape, one.dtype) for one in of.layers} for of in (report, earlier))
-    if tensors != earlier_tensors:
-        name = min(dict(tensors.items() ^ earlier_tensors.items()))
-        what = f"is of another network than {report.artifact.name}: {name} is not the same in both"
-        raise ReportError(since.where, what, mend)
-
-
-def _check_since(since: BaselineGates, report: Report) -> list[Checked]:
-    checked: list[Checked] = []
-    if since.max_growth is not None:
-        earlier = since.report.size.artifact_bytes
-        growth = (report.size.artifact_bytes - earlier) / earlier if earlier else math.inf
-        checked.append(_at_most(MAX_GROWTH, since.max_growth, growth))
-    checked += [_check_further_drop(metric, limit, report, since) for metric, limit in since.max_drop.items()]
-    return checked
-
-
-def _check_further_drop(metric: str, limit: float, report: Report, since: BaselineGates) -> Checked:
-    """How much larger the drop is than that of the baseline, whose samples must be as many."""
-    name = f"max-drop {metric}{SINCE}"
-    now = _measured(name, metric, report)
-    if isinstance(now, UnmeasuredError):
-        return now
-    then = _accuracy(metric, since.report)
-    if then is None:
-        what = f"{since.where} has no {metric} (it has: {_metrics(since.report)})"
-        return UnmeasuredError(f"gate {name}", what, _BASELINE_MEND)
-    if then.samples != now.samples:
-        what = f"{since.where} measured {then.samples:,} samples, this artifact {now.samples:,}"
-        return UnmeasuredError(f"gate {name}", what, _BASELINE_MEND)
-    if now.drop is None or then.drop is None:
-        return _at_most(name, limit, None)
-    # Stored drops have 6 significant digits: what lies below the last of them is not a difference.
-    digits = 6 - _exponent(max(abs(now.drop), abs(then.drop)))
-    return _at_most(name, limit, round(now.drop - then.drop, digits))
-
-
-def _exponent(value: float) -> int:
-    """How many digits stand before the decimal point; less than 0 for 0.001."""
-    return math.floor(math.log10(value)) + 1 if value and math.isfinite(value) else 0
-
-
-def _measured(name: str, metric: str, report: Report) -> AccuracyFigures | UnmeasuredError:
-    found = _accuracy(metric, report)
-    if found is not None:
-        return found
-    what = f"{metric} was not measured (measured: {_metrics(report)})"
-    return UnmeasuredError(f"gate {name}", what, _METRIC_MEND)
-
-
-def _metrics(report: Report) -> str:
-    return ", ".join(item.metric for item in report.accuracy or ()) or "none"
-
-
-def _accuracy(metric: str, report: Report) -> AccuracyFigures | None:
-    return next((item for item in report.accuracy or () if item.metric == metric), None)
-
-
-def _at_most(name: str, limit: float, value: float | None) -> GateResult:
-    return GateResult(name=name, limit=limit, value=value, passed=value is not None and value <= limit)
-
-
-def _at_least(name: str, limit: float, value: float | None) -> GateResult:
-    return GateResult(name=name, limit=limit, value=value, passed=value is not None and value >= limit)

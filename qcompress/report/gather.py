@@ -1,4 +1,4 @@
-"""The report of an artifact: the one beside it, what its own bytes tell, or its errors against the original.
+"""The report of an artifact is found beside it, read off its own bytes, or measured against the original.
 
 Imports torch only where a baseline is given.
 """
@@ -10,29 +10,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qcompress.artifact.layout import INDEX_NAME
 from qcompress.artifact.manifest import Entry, artifact_hash, input_hash
 from qcompress.artifact.reader import Artifact, ArtifactFile, read_artifact
-from qcompress.checkpoint import Checkpoint
+from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.coding.packing import count_codes
 from qcompress.errors import ReportError
 from qcompress.report import document
+from qcompress.report.counts import codebook_figures, count_values, measure_counts, stored_codebook_figures
 from qcompress.report.document import LayerFigures, LayerReport, Report, make_size
-from qcompress.report.document_json import read_report
-from qcompress.types import TensorInfo
+from qcompress.report.document_json import read_report, report_path
+from qcompress.types.plan import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_WEIGHTS = 1 << 18
 REASON = "read from the artifact"
-
-
-def report_path(output: Path) -> Path:
-    """Where the report of an artifact lies: `model-w2.report.json` beside `model-w2.safetensors` or `model-w2/`."""
-    return output.with_name(f"{output.name.removesuffix('.safetensors')}.report.json")
 
 
 def gather_report(path: Path, baseline: Checkpoint | None = None) -> Report:
@@ -58,18 +54,68 @@ def gather_report(path: Path, baseline: Checkpoint | None = None) -> Report:
     return replace(_stored_report(artifact), warnings=(warning,))
 
 
+def _measure_report(artifact: Artifact, baseline: Checkpoint) -> Report:
+    """Errors of every compressed tensor against the checkpoint that the artifact was made from."""
+    _refuse_other_baseline(artifact, baseline)
+    figures = {}
+    for file in artifact.files:
+        for name in file.manifest.tensors:
+            figures[name] = _measure_tensor(file, name, tensor_view(baseline.shard_of(name), file.original(name)))
+    return _make_report(artifact, figures)
+
+
+def _refuse_other_baseline(artifact: Artifact, baseline: Checkpoint) -> None:
+    made_from = f"the checkpoint that {artifact.path} was made from"
+    hint = "give the original checkpoint to --baseline"
+    wanted = {file.path.name: file.manifest.input_sha256 for file in artifact.files}
+    if len(baseline.shards) != len(wanted):
+        what = f"is not {made_from}: {len(baseline.shards)} files, not {len(wanted)}"
+        raise ReportError(str(baseline.path), what, hint)
+    for shard in baseline.shards:
+        crcs = {info.name: zlib.crc32(shard.bytes_of(info.name)) for info in shard.tensors}
+        # A single file may have any name; shards keep theirs.
+        key = shard.path.name if len(wanted) > 1 else next(iter(wanted))
+        if wanted.get(key) != input_hash(shard.tensors, crcs):
+            raise ReportError(str(shard.path), f"is not {made_from} (its hash differs)", hint)
+
+
+def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigures:
+    """The figures of one tensor, block by block."""
+    import torch
+
+    from qcompress.coding.grids import centroid_values, decode_rows, row_spans, step_value, take_rows
+    from qcompress.coding.rows import rows_from_weight
+    from qcompress.report.figures import LayerMeter, unclipped_range
+    from qcompress.types.encoded import Codebook, Unbounded
+
+    entry, encoded = file.manifest.tensors[name], file.read_encoded(name)
+    rows = rows_from_weight(weight, entry.axis)
+    meter = LayerMeter(weight.numel(), entry.bits or None)
+    whole = count_values(encoded.codes.numpy()) if isinstance(encoded, Unbounded) else None
+    for start, stop in row_spans(encoded, BLOCK_WEIGHTS):
+        part = take_rows(encoded, start, stop)
+        block = rows[start:stop].float().reshape(part.shape)
+        counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy() if whole is None else None
+        meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
+    figures = meter.result(whole)
+    if isinstance(encoded, Unbounded):
+        return replace(
+            figures, step=step_value(encoded), classes=file.unbounded_tensors.class_uses(name, encoded.codes.numpy())
+        )
+    if not isinstance(encoded, Codebook):
+        return figures
+    return replace(figures, **codebook_figures(encoded.codes.numpy(), centroid_values(encoded).numpy()))
+
+
 def _stored_report(artifact: Artifact) -> Report:
     """What the artifact's own bytes tell: sizes, and the entropy of its codes."""
-    from qcompress.report.codebooks import stored_codebook_figures
-    from qcompress.report.counts import count_values, measure_counts
-
     figures = {}
     for file in artifact.files:
         for name, entry in file.manifest.tensors.items():
-            if entry.is_lattice:
-                codes, grid = file.lattices.codes(name)
+            if entry.is_unbounded:
+                codes, grid = file.unbounded_tensors.codes(name)
                 found = replace(measure_counts(count_values(codes)), step=grid.value)
-                figures[name] = replace(found, classes=file.lattices.class_uses(name, codes))
+                figures[name] = replace(found, classes=file.unbounded_tensors.class_uses(name, codes))
                 continue
             found = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
             if entry.grid == "codebook":
@@ -79,80 +125,39 @@ def _stored_report(artifact: Artifact) -> Report:
     return _make_report(artifact, figures)
 
 
-def _measure_report(artifact: Artifact, baseline: Checkpoint) -> Report:
-    """Errors of every compressed tensor against the checkpoint that the artifact was made from."""
-    from qcompress.checkpoint import tensor_view
-
-    _refuse_other_baseline(artifact, baseline)
-    figures = {}
+def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Report:
+    """The report whose compressed tensors have these figures, its layers by name."""
+    layers: list[LayerReport] = []
     for file in artifact.files:
-        for name in file.manifest.tensors:
-            figures[name] = _measure_tensor(file, name, tensor_view(baseline.shard_of(name), file.original(name)))
-    return _make_report(artifact, figures)
-
-
-def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigures:
-    """The figures of one tensor, block by block."""
-    import torch
-
-    from qcompress.coding.affine import decode_rows, row_spans, take_rows
-    from qcompress.coding.codebook import centroid_values
-    from qcompress.coding.lattice import step_value
-    from qcompress.coding.rows import rows_from_weight
-    from qcompress.encoded import Codebook, Lattice
-    from qcompress.report.codebooks import codebook_figures
-    from qcompress.report.counts import count_values
-    from qcompress.report.figures import LayerMeter, unclipped_range
-
-    entry, encoded = file.manifest.tensors[name], file.read_encoded(name)
-    rows = rows_from_weight(weight, entry.axis)
-    meter = LayerMeter(weight.numel(), entry.bits or None)
-    whole = count_values(encoded.codes.numpy()) if isinstance(encoded, Lattice) else None
-    for start, stop in row_spans(encoded, BLOCK_WEIGHTS):
-        part = take_rows(encoded, start, stop)
-        block = rows[start:stop].float().reshape(part.shape)
-        counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy() if whole is None else None
-        meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
-    figures = meter.result(whole)
-    if isinstance(encoded, Lattice):
-        return replace(figures, step=step_value(encoded), classes=file.lattices.class_uses(name, encoded.codes.numpy()))
-    if not isinstance(encoded, Codebook):
-        return figures
-    return replace(figures, **codebook_figures(encoded.codes.numpy(), centroid_values(encoded).numpy()))
-
-
-def _input_hash(artifact: Artifact) -> str:
-    """That of the checkpoint's one file; of several, that of their names and hashes."""
-    return artifact_hash([(file.path.name, file.manifest.input_sha256) for file in artifact.files])
-
-
-def _refuse_other_baseline(artifact: Artifact, baseline: Checkpoint) -> None:
-    made_from = f"the checkpoint that {artifact.path} was made from"
-    mend = "give the original checkpoint to --baseline"
-    wanted = {file.path.name: file.manifest.input_sha256 for file in artifact.files}
-    if len(baseline.shards) != len(wanted):
-        what = f"is not {made_from}: {len(baseline.shards)} files, not {len(wanted)}"
-        raise ReportError(str(baseline.path), what, mend)
-    for shard in baseline.shards:
-        crcs = {info.name: zlib.crc32(shard.bytes_of(info.name)) for info in shard.tensors}
-        # A single file may have any name; shards keep theirs.
-        key = shard.path.name if len(wanted) > 1 else next(iter(wanted))
-        if wanted.get(key) != input_hash(shard.tensors, crcs):
-            raise ReportError(str(shard.path), f"is not {made_from} (its hash differs)", mend)
+        layers += [_compressed_layer(file, name, entry, figures[name]) for name, entry in file.manifest.tensors.items()]
+        layers += [_kept_layer(file.original(info.name), info.n_bytes) for info in file.kept]
+        layers += [_kept_layer(info, 0, twin) for info, twin in artifact.copies_of(file).items()]
+    index = artifact.path / INDEX_NAME
+    index_bytes = index.stat().st_size if artifact.path.is_dir() and index.is_file() else 0
+    size = make_size(
+        sum(file.manifest.input_bytes for file in artifact.files),
+        artifact.file_bytes + index_bytes,
+        layers,
+        header_bytes=sum(file.container.data_start for file in artifact.files),
+        index_bytes=index_bytes,
+        pooled_bytes=sum(file.pooled_bytes for file in artifact.files),
+    )
+    return Report(
+        artifact=document.ArtifactFile(name=artifact.path.name, sha256=artifact.sha256),
+        recipe_hash=artifact.files[0].manifest.recipe_sha256,
+        input_sha256=_input_hash(artifact),
+        size=size,
+        layers=tuple(sorted(layers, key=lambda layer: layer.name)),
+    )
 
 
 def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: LayerFigures) -> LayerReport:
     parts = {part: info.n_bytes for part, info in file.parts_of(name).items()}
     method, options = _rule_of(name, file.manifest.recipe)
-    own_side = file.lattices.side_bytes(name) if entry.is_lattice else 0
+    own_side = file.unbounded_tensors.side_bytes(name) if entry.is_unbounded else 0
     granularity, group_size = _sharing(file, name, entry, str(options.get("granularity", "")))
-    return LayerReport(
-        name=name,
-        shape=entry.shape,
-        dtype=entry.dtype,
-        bytes=sum(parts.values()),
-        baseline_bytes=file.original(name).n_bytes,
-        reason=REASON,
+    return replace(
+        _kept_layer(file.original(name), sum(parts.values())),
         method=method,
         bits=entry.bits or None,
         dim=entry.dim,
@@ -168,7 +173,7 @@ def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: Laye
 
 def _sharing(file: ArtifactFile, name: str, entry: Entry, meant: str) -> tuple[str, int | None]:
     """What shares a grid or codebook, and the size of a group; `meant` by the recipe, where parts leave a choice."""
-    if entry.is_lattice:
+    if entry.is_unbounded:
         return "tensor", None
     parts = file.grid_of(name)
     if entry.grid == "codebook":
@@ -182,7 +187,7 @@ def _sharing(file: ArtifactFile, name: str, entry: Entry, meant: str) -> tuple[s
     return granularity, entry.columns // groups if granularity == "group" else None
 
 
-def _rule_of(name: str, recipe: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def _rule_of(name: str, recipe: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
     """The method that the manifest's recipe gave a tensor, and its options."""
     rules = recipe.get("rules")
     for rule in rules if isinstance(rules, list) else []:
@@ -210,27 +215,6 @@ def _kept_layer(info: TensorInfo, n_bytes: int, tied_to: str | None = None) -> L
     )
 
 
-def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Report:
-    """The report whose compressed tensors have these figures, its layers by name."""
-    layers: list[LayerReport] = []
-    for file in artifact.files:
-        layers += [_compressed_layer(file, name, entry, figures[name]) for name, entry in file.manifest.tensors.items()]
-        layers += [_kept_layer(file.original(info.name), info.n_bytes) for info in file.kept]
-        layers += [_kept_layer(info, 0, twin) for info, twin in artifact.copies_of(file).items()]
-    index = artifact.path / INDEX_NAME
-    index_bytes = index.stat().st_size if artifact.path.is_dir() and index.is_file() else 0
-    size = make_size(
-        sum(file.manifest.input_bytes for file in artifact.files),
-        artifact.file_bytes + index_bytes,
-        layers,
-        header_bytes=sum(file.container.data_start for file in artifact.files),
-        index_bytes=index_bytes,
-        pooled_bytes=sum(file.pooled_bytes for file in artifact.files),
-    )
-    return Report(
-        artifact=document.ArtifactFile(name=artifact.path.name, sha256=artifact.sha256),
-        recipe_hash=artifact.files[0].manifest.recipe_sha256,
-        input_sha256=_input_hash(artifact),
-        size=size,
-        layers=tuple(sorted(layers, key=lambda layer: layer.name)),
-    )
+def _input_hash(artifact: Artifact) -> str:
+    """That of the checkpoint's one file; of several, that of their names and hashes."""
+    return artifact_hash([(file.path.name, file.manifest.input_sha256) for file in artifact.files])

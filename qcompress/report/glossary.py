@@ -1,4 +1,4 @@
-"""Every figure in one line: what --explain prints, what HTML shows on hovering, and docs/glossary.md. No torch."""
+"""The glossary defines every figure in one line: for --explain, HTML and docs/glossary.md. Imports no torch."""
 
 from __future__ import annotations
 
@@ -129,14 +129,14 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
             "levels", f"what the codes stand for, averaged over the tensor's grids or codebooks; none beyond {BINS}"
         ),
         "step": Term(
-            "step", "of a lattice: the distance of neighbouring levels, before the factors of rows and columns"
+            "step", "of unbounded codes: the distance of neighbouring levels, before the factors of rows and columns"
         ),
         "bound_gap_db": Term(
             "distance to the bound",
             "dB of error above a Gaussian source's D(R) at the tensor's bits; scalar codes come to 1.53 at high rates",
             ("bound",),
         ),
-        "classes": Term("scale classes", "of a lattice: codes of like magnitude share a table; what they take"),
+        "classes": Term("scale classes", "of unbounded codes: codes of like magnitude share a table; what they take"),
         "context": Term("table", "its number: that of a scale class, and 32 or 64 more in states of a trellis"),
         "count": Term("codes", "how many of the tensor's codes the table codes"),
         "magnitude": Term("magnitude", "mean absolute code of a scale class"),

@@ -1,4 +1,4 @@
-"""Blocks of weights walked in pieces that fit in cache, and sums that do not depend on the walk.
+"""Blocks of weights are walked in pieces that fit in cache, with sums that do not depend on the walk.
 
 A solver sees a few whole blocks at a time, in units of 2**exponent, where scales and offsets are what float16 holds.
 Sums are folded by halves with plain additions: torch's own sums round differently with the number of rows and threads.
@@ -12,15 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qcompress.coding.rows import spans
+
 CHUNK_VALUES = 2**18
 PIECE_VALUES = 2**16
 LANES_UP_TO = 512
 TERMS = 3
-
-
-def spans(total: int, step: int) -> Iterator[slice]:
-    """Slices of at most `step` that cover range(total)."""
-    return (slice(start, min(start + step, total)) for start in range(0, total, step))
 
 
 def fold(values: Tensor, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Data-free quantization in closed form: equal channel ranges and high biases.
+"""Channel ranges are made equal and high biases absorbed in closed form: data-free quantization.
 
 Nagel et al. 2019, arXiv 1906.04721. What one layer hands to the next may be scaled channel by channel, by factors above
 0 that the next layer takes back, as long as all between them is positively homogeneous.

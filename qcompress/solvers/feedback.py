@@ -1,9 +1,9 @@
-"""Error feedback: columns are rounded one by one, and those still to come make up for each error (GPTQ).
+"""Columns are rounded one by one, and those still to come make up for each error: error feedback (GPTQ).
 
 Frantar et al. 2022, arXiv 2210.17323, in the notation of its algorithm 1. Differences from the official code: columns
 that calibration never excites are rounded to nearest instead of zeroed, layers with groups have a Hessian for each, and
 grids within a row are fixed before the first column, so that any order of columns can be taken. Which code a column
-takes is the caller's choice: the nearest of a grid here, the cheapest of a lattice in solvers.lattice.
+takes is the caller's choice: the nearest of a grid here, the cheapest without a bound in solvers.unbounded.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def descend(
 
     floors, ceilings = bottoms.unbind(2), tops.unbind(2)
 
-    def nearest(column: int, wish: Tensor, _: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(wish.round_(), floors[column]), ceilings[column])
+    def nearest(column: int, target: Tensor, _: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(target.round_(), floors[column]), ceilings[column])
 
     return sweep_columns(start, scales, gradient, quadratic, nearest, sweeps, block).reshape(weight.shape)
 
@@ -172,8 +172,8 @@ def sweep_columns(
             for column in range(stop - start):
                 here = start + column
                 step, old = steps[here], found[:, :, here]
-                wish = old - slope[:, :, column] / (bends[here] * step)
-                new = choose(here, wish, old)
+                target = old - slope[:, :, column] / (bends[here] * step)
+                new = choose(here, target, old)
                 move = (new - old) * step
                 found[:, :, here] = new
                 moves[:, :, column] = move

@@ -1,4 +1,4 @@
-"""One grid for each block of weights, made from the block's range, and the nearest codes on a grid.
+"""Grids are made from the ranges of blocks, one for each, and codes are taken nearest on a grid.
 
 A block is what shares one grid: blocks float32 [blocks, length], finite. Grids come rounded to what the disk holds and
 codes are chosen against that. A block of zeros decodes to zeros, but on a mid-rise grid to half the least scale.
@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import middle
-from qcompress.coding.half import HALF_TINY, from_half, round_offset, round_scale
-from qcompress.encoded import Affine
-from qcompress.solvers.blocks import CHUNK_VALUES, extremes, spans
-from qcompress.types import Convention
+from qcompress.coding.grids import HALF_TINY, from_half, middle, round_offset, round_scale
+from qcompress.coding.rows import tiles
+from qcompress.solvers.blocks import CHUNK_VALUES, extremes
+from qcompress.types.config import Convention
+from qcompress.types.encoded import Affine
 
 ROUND_TO_INTEGER = 1.5 * 2.0**23
 """Added to a small float32 it rounds it half to even, and leaves the integer in the low bits."""
@@ -97,9 +96,8 @@ def nearest_codes(blocks: Tensor, grid: Grid, bits: int, exponent: int) -> Tenso
     count, length = blocks.shape
     rate = (2.0**-exponent / grid.scale.double()).float().unsqueeze(1)
     shift, zero = _shift_and_zero(grid, bits, exponent)
-    n_rows, n_columns = max(1, CHUNK_VALUES // length), min(length, CHUNK_VALUES)
-    buffer = blocks.new_empty(min(count, n_rows) * n_columns)
-    for rows, columns in product(spans(count, n_rows), spans(length, n_columns)):
+    buffer = blocks.new_empty(min(blocks.numel(), CHUNK_VALUES))
+    for rows, columns in tiles(count, length, CHUNK_VALUES):
         source = blocks[rows, columns]
         scaled = buffer[: source.numel()].view(source.shape)
         if shift is None:

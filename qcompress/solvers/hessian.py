@@ -1,4 +1,4 @@
-"""The error of a layer's output as a quadratic form of its weights, and grids that keep it small.
+"""The error of a layer's output is a quadratic form of its weights; grids that keep it small are searched for here.
 
 A layer is `groups` matrix products. With rows W, inputs x in the full-precision network and x^ in the quantized one,
 the mean squared error of V x^ against W x is, for D = V - W and up to a constant,
@@ -13,20 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qcompress.coding.affine import middle
-from qcompress.coding.half import exponent_for, from_half, round_offset, round_scale
-from qcompress.coding.rows import grid_shape
-from qcompress.encoded import Affine
+from qcompress.coding.grids import exponent_for, from_half, middle, round_offset, round_scale
+from qcompress.coding.rows import grid_shape, row_slices
 from qcompress.solvers.blocks import extremes
 from qcompress.solvers.grids import Grid, affine_from_codes, minmax_grid, symmetric_grid, zero_point_grid
-from qcompress.solvers.ranges import least_squares_grid, shrunken_grid
-from qcompress.solvers.ranges_tf import tf_enhanced_grid
-from qcompress.types import Convention, Decision, Granularity, GridForm
+from qcompress.solvers.ranges import least_squares_grid, shrunken_grid, tf_enhanced_grid
+from qcompress.types.config import Convention, Form, Granularity
+from qcompress.types.encoded import Affine
 
 SKETCH_COLUMNS = 384
 """Wider Hessians are searched through so many random projections, which tell one range from another as well."""
@@ -51,7 +50,7 @@ class GridOptions(Protocol):
     @property
     def stored_convention(self) -> Convention: ...
     @property
-    def form(self) -> GridForm: ...
+    def form(self) -> Form: ...
 
 
 def damped(hessian: Tensor, share: float) -> Tensor:
@@ -157,12 +156,10 @@ def choose_grid(
     return zero_point_grid(*extremes(blocks), bits, exponent)
 
 
-def encoded_weight(codes: Tensor, grid: Grid, options: GridOptions, exponent: int, decision: Decision) -> Affine:
-    """Codes [rows, columns] of any dtype, on a grid of these options, as the weight that the decision names."""
+def encoded_rows(codes: Tensor, grid: Grid, options: GridOptions, exponent: int) -> Affine:
+    """Codes [rows, columns] of any dtype, on a grid of these options."""
     shape = grid_shape(tuple(codes.shape), options.granularity or "channel", options.group_size)
-    affine = affine_from_codes(codes.to(torch.uint8), grid, options.bits, exponent, shape)
-    tensor = decision.tensor
-    return replace(affine, shape=tensor.shape, axis=decision.axis, dtype=tensor.dtype)
+    return affine_from_codes(codes.to(torch.uint8), grid, options.bits, exponent, shape)
 
 
 def grid_exponent(rows: Tensor) -> int:
@@ -255,10 +252,8 @@ class _Search:
         """Whole sets of blocks, a cacheful or so at a time, with their factors."""
         sets = len(self.factors)
         members = len(self.blocks) // sets
-        step = max(1, SLAB_VALUES // max(members * self.blocks.shape[1], 1))
-        for start in range(0, sets, step):
-            stop = min(start + step, sets)
-            yield slice(start * members, stop * members), self.factors[start:stop]
+        for span in row_slices(sets, members * self.blocks.shape[1], SLAB_VALUES):
+            yield slice(span.start * members, span.stop * members), self.factors[span]
 
     def _project(self, values: Tensor, factors: Tensor) -> Tensor:
         """values [blocks, length] times their set's factor: [blocks, k]."""
@@ -282,41 +277,35 @@ class _Search:
 
     def _stored(self, scale: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and lowest level as the disk holds them."""
-        half = round_scale(scale, self.exponent)
-        return from_half(half, self.exponent).double(), from_half(
-            round_offset(low, self.exponent), self.exponent
-        ).double()
+        halves = round_scale(scale, self.exponent), round_offset(low, self.exponent)
+        step, bottom = (from_half(half, self.exponent).double() for half in halves)
+        return step, bottom
 
-    def _ends(self) -> tuple[Tensor, Tensor]:
-        blocks = self.blocks.reshape(1, -1) if self.shared else self.blocks
-        low, high = extremes(blocks)
-        return low.double(), high.double()
+    @property
+    def _flat(self) -> Tensor:
+        """float32 [grids, values on a grid]."""
+        return self.blocks.reshape(1, -1) if self.shared else self.blocks
 
     def _search_offset(self) -> Grid:
         bits, steps = self.options.bits, 2**self.options.bits - 1
-        low, high = self._ends()
-        flat = self.blocks.reshape(1, -1) if self.shared else self.blocks
-        mean = flat.double().mean(1)
-        starts = [
-            levels(minmax_grid(flat, bits, self.exponent), bits, self.exponent),
-            levels(least_squares_grid(flat, bits, False, self.exponent), bits, self.exponent),
-        ]
-        for lower in SHRINKS:
-            for upper in SHRINKS:
-                bottom, top = mean + (low - mean) * lower, mean + (high - mean) * upper
-                starts.append(self._stored((top - bottom) / steps, bottom))
+        low, high = (end.double() for end in extremes(self._flat))
+        mean = self._flat.double().mean(1)
+        grids = minmax_grid(self._flat, bits, self.exponent), least_squares_grid(self._flat, bits, False, self.exponent)
+        starts = [levels(grid, bits, self.exponent) for grid in grids]
+        for lower, upper in product(SHRINKS, SHRINKS):
+            bottom, top = mean + (low - mean) * lower, mean + (high - mean) * upper
+            starts.append(self._stored((top - bottom) / steps, bottom))
         scale, lowest = self._descend(starts)
         return Grid(round_scale(scale, self.exponent), offset=round_offset(lowest, self.exponent))
 
     def _search_symmetric(self) -> Grid:
         bits, convention = self.options.bits, self.options.stored_convention
         zero = middle(convention, bits)
-        low, high = self._ends()
-        absmax = torch.maximum(high, -low)
-        flat = self.blocks.reshape(1, -1) if self.shared else self.blocks
-        grids = [symmetric_grid(*extremes(flat), bits, convention, self.exponent)]
+        low, high = extremes(self._flat)
+        absmax = torch.maximum(high, -low).double()
+        grids = [symmetric_grid(low, high, bits, convention, self.exponent)]
         if convention != "narrow":
-            grids.append(least_squares_grid(flat, bits, True, self.exponent))
+            grids.append(least_squares_grid(self._flat, bits, True, self.exponent))
         starts = [levels(grid, bits, self.exponent) for grid in grids]
         for shrink in SHRINKS:
             for sign in (1.0, -1.0) if convention == "full" else (1.0,):

@@ -1,4 +1,4 @@
-"""Grids that are trained: values that go forward rounded, and come back with the gradients that the papers give.
+"""Values go forward on grids that are trained, and gradients come back as the papers give them.
 
 LSQ: Esser et al. 2020, arXiv 1902.08153, equations 1 to 3 and section 2.2: values are clipped, then rounded. PACT: Choi
 et al. 2018, arXiv 1805.06085, equations 1 to 3. DoReFa: Zhou et al. 2016, arXiv 1606.06160, equations 7 to 9.
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcompress.coding.affine import TORCH_DTYPES
-from qcompress.coding.half import from_half, round_scale
+from qcompress.coding.grids import TORCH_DTYPES, from_half, round_scale
 from qcompress.coding.rows import blocks_from_rows, grid_shape, rows_from_weight, weight_from_rows
-from qcompress.encoded import Affine
-from qcompress.types import Decision, row_shape
+from qcompress.types.encoded import Affine
+from qcompress.types.plan import Decision, row_shape
 
 COARSE = tuple(-eighths / 8 for eighths in range(48))
 FINE = tuple(places / 40 for places in (-4, -3, -2, -1, 1, 2, 3, 4))
@@ -28,7 +27,7 @@ FINE = tuple(places / 40 for places in (-4, -3, -2, -1, 1, 2, 3, 4))
 def blocks_of(weight: Tensor, decision: Decision) -> Tensor:
     """The weight as float32 [blocks, length], one block a grid."""
     config = decision.config
-    return blocks_from_rows(rows_from_weight(weight, decision.axis), config.granularity, config.group_size)
+    return blocks_from_rows(rows_from_weight(weight, decision.axis), config.unit, config.group_size)
 
 
 def weight_of_blocks(blocks: Tensor, decision: Decision) -> Tensor:
@@ -50,8 +49,8 @@ def affine_of_blocks(codes: Tensor, scale: Tensor, exponent: int, decision: Deci
     rows = row_shape(tensor.shape, decision.axis)
     return Affine(
         codes=codes.to(torch.uint8).cpu().view(rows[0], -1),
-        bits=config.bits,
-        scale=scale.cpu().view(grid_shape(rows, config.granularity, config.group_size)),
+        bits=config.code_bits,
+        scale=scale.cpu().view(grid_shape(rows, config.unit, config.group_size)),
         exponent=exponent,
         shape=tensor.shape,
         convention=config.stored_convention,

@@ -1,4 +1,4 @@
-"""The uniform grid of least squared error for each block, by alternating least squares.
+"""Alternating least squares finds the uniform grid of least squared error for each block.
 
 Codes are assigned to a grid, then scale and offset are regressed on the codes; neither step can raise the error. Where
 it ends depends on the start, so one round is tried from a ladder of starts, for either end of the range on its own, and
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompress.coding.half import HALF_TINY
+from qcompress.coding.grids import HALF_TINY
 from qcompress.solvers.blocks import Chunk
 
 OUTER_SIGMA = (0.798, 1.494, 2.05, 2.51, 2.92, 3.28, 3.61, 3.93)

@@ -1,4 +1,4 @@
-"""Soft rounding: every weight learns whether to go up or down (AdaRound).
+"""Every weight learns whether to go up or down by soft rounding (AdaRound).
 
 Nagel et al. 2020, arXiv 2004.10568: between floor and ceiling a weight is at h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1),
 and the regularizer sum of 1 - |2h - 1|^beta drives h to 0 or 1 while beta falls from 20 to 2.
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from qcompress.coding.rows import weight_from_rows
 from qcompress.solvers.feedback import descend
 from qcompress.solvers.hessian import damped, grouped, linear_term, output_error
-from qcompress.types import Shape
+from qcompress.types.config import Shape
+
+Schedule = Literal["cosine", "linear"]
 
 ZETA, GAMMA = 1.1, -0.1
 BETA_START, BETA_END = 20.0, 2.0
-Schedule = Literal["cosine", "linear"]
-
 GRAM_DAMPING = 0.01
 DESCENT_SWEEPS = 4
 
@@ -60,7 +60,7 @@ def undecided(h: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Lattice:
+class Neighbours:
     """Where each weight may go: the level below it and the one above.
 
     floor       codes [rows, columns], integers in the weight's dtype, clamped to [0, 2**bits - 1]
@@ -79,13 +79,13 @@ class Lattice:
         return codes * self.scale + self.low
 
 
-def make_lattice(weight: Tensor, scale: Tensor, low: Tensor, bits: int) -> Lattice:
-    """The lattice of a weight [rows, columns]; `scale` and `low` as in Lattice."""
+def make_neighbours(weight: Tensor, scale: Tensor, low: Tensor, bits: int) -> Neighbours:
+    """The two neighbours of each weight [rows, columns]; `scale` and `low` as in Neighbours."""
     scale, low = scale.to(weight.dtype), low.to(weight.dtype)
     place = (weight - low) / scale
     below = place.floor()
     most = 2**bits - 1
-    return Lattice(below.clamp(0, most), (below + 1).clamp(0, most), (place - below).clamp(0, 1), scale, low)
+    return Neighbours(below.clamp(0, most), (below + 1).clamp(0, most), (place - below).clamp(0, 1), scale, low)
 
 
 class SoftRounding(nn.Module):
@@ -94,26 +94,26 @@ class SoftRounding(nn.Module):
     `v` is what is learned. The weight that is passed in is not looked at.
     """
 
-    def __init__(self, lattice: Lattice, shape: Shape, axis: tuple[int, ...]) -> None:
+    def __init__(self, neighbours: Neighbours, shape: Shape, axis: tuple[int, ...]) -> None:
         super().__init__()
-        self.v = nn.Parameter(start_from(lattice.rest))
-        self.lattice, self.shape, self.axis = lattice, shape, axis
+        self.v = nn.Parameter(start_from(neighbours.rest))
+        self.neighbours, self.shape, self.axis = neighbours, shape, axis
 
     def h(self) -> Tensor:
         return soft(self.v)
 
     def soft_rows(self) -> Tensor:
         """The soft weight's rows [rows, columns]; beyond the grid's ends nothing moves."""
-        floor, ceiling = self.lattice.floor, self.lattice.ceiling
-        return self.lattice.values(floor + (ceiling - floor) * self.h())
+        floor, ceiling = self.neighbours.floor, self.neighbours.ceiling
+        return self.neighbours.values(floor + (ceiling - floor) * self.h())
 
     def codes(self) -> Tensor:
         """Hard codes [rows, columns]."""
-        return torch.where(self.v >= 0, self.lattice.ceiling, self.lattice.floor)
+        return torch.where(self.v >= 0, self.neighbours.ceiling, self.neighbours.floor)
 
     def penalty(self, beta: float) -> Tensor:
         """The rounding penalty of the weights that have a choice."""
-        choice = self.lattice.ceiling > self.lattice.floor
+        choice = self.neighbours.ceiling > self.neighbours.floor
         return rounding_penalty(self.h()[choice], beta)
 
     def forward(self, _: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class SoftRounding(nn.Module):
 
 def round_by_gram(
     weight: Tensor,
-    lattice: Lattice,
+    neighbours: Neighbours,
     hessian: Tensor,
     cross: Tensor | None,
     *,
@@ -142,27 +142,27 @@ def round_by_gram(
     # As raised as the Cholesky factors are elsewhere: columns that were seldom active must not move at random.
     quadratic = damped(hessian, GRAM_DAMPING).to(weight.dtype)
     linear = None if cross is None else linear_term(weight, hessian, cross).to(weight.dtype)
-    v = _adam_on_gram(weight, lattice, quadratic, linear, iterations, learning_rate, strength, warm_up)
-    learned = torch.where(v >= 0, lattice.ceiling, lattice.floor)
-    nearest = torch.where(lattice.rest > 0.5, lattice.ceiling, lattice.floor)
+    v = _adam_on_gram(weight, neighbours, quadratic, linear, iterations, learning_rate, strength, warm_up)
+    learned = torch.where(v >= 0, neighbours.ceiling, neighbours.floor)
+    nearest = torch.where(neighbours.rest > 0.5, neighbours.ceiling, neighbours.floor)
     descended = descend(
         learned,
         weight,
-        lattice.scale,
-        lattice.low,
+        neighbours.scale,
+        neighbours.low,
         quadratic,
-        lowest=lattice.floor,
-        highest=lattice.ceiling,
+        lowest=neighbours.floor,
+        highest=neighbours.ceiling,
         linear=linear,
         sweeps=DESCENT_SWEEPS,
     )
-    errors = [output_error(lattice.values(codes) - weight, quadratic, linear) for codes in (descended, nearest)]
+    errors = [output_error(neighbours.values(codes) - weight, quadratic, linear) for codes in (descended, nearest)]
     return torch.where((errors[0] < errors[1]).unsqueeze(1), descended, nearest)
 
 
 def _adam_on_gram(
     weight: Tensor,
-    lattice: Lattice,
+    neighbours: Neighbours,
     quadratic: Tensor,
     linear: Tensor | None,
     iterations: int,
@@ -175,15 +175,15 @@ def _adam_on_gram(
     form = quadratic.to(weight.dtype)
     pull = None if linear is None else linear.to(weight.dtype)
     energy = output_error(weight, quadratic).clamp_min(torch.finfo(torch.float64).tiny).to(weight.dtype).unsqueeze(1)
-    width = (lattice.ceiling - lattice.floor) * lattice.scale
-    v = start_from(lattice.rest)
+    width = (neighbours.ceiling - neighbours.floor) * neighbours.scale
+    v = start_from(neighbours.rest)
     first, second = torch.zeros_like(v), torch.zeros_like(v)
     for step in range(iterations):
         s = torch.sigmoid(v)
         h = s * (ZETA - GAMMA) + GAMMA
         free = (h > 0) & (h < 1)
         h = h.clamp_(0, 1)
-        slope = grouped(lattice.values(lattice.floor).add(width * h).sub_(weight), groups) @ form
+        slope = grouped(neighbours.values(neighbours.floor).add(width * h).sub_(weight), groups) @ form
         if pull is not None:
             slope += pull
         gradient = slope.reshape(weight.shape).mul_(2 * width / energy)

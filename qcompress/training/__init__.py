@@ -1,1 +1,1 @@
-"""One training loop, and what it stands on: batches, losses, optimizers, penalties, saved states, ranks."""
+"""Models are trained here by one loop, which stands on losses, optimizers, penalties, saved states and ranks."""

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: batches, loss, penalties, step, log, metric, saved states."""
+"""The training loop reads top to bottom: batches, loss, penalties, step, log, metric, saved states."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from qcompress.data.batches import Batch, Batches, first_tensor, run_model
+from qcompress.data.measurement import Measurement
 from qcompress.errors import DataError, TrainingError
-from qcompress.model.batches import Batch, Batches, first_tensor
-from qcompress.model.live import seeded_generator
-from qcompress.model.tasks import Measurement
-from qcompress.settings import Training
-from qcompress.training.augment import augment
 from qcompress.training.losses import Loss
-from qcompress.training.norms import refresh_norms
-from qcompress.training.optimizers import make_optimizer, rate_at
+from qcompress.training.optimizers import Group, make_optimizer, rate_at
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
 from qcompress.training.state import Progress, Trainee, load_state, save_state
+from qcompress.types.run import seeded_generator
+from qcompress.types.settings import Training
 
 SAVED_SECONDS = 300.0
 """A state is saved at least so often, where the recipe does not count steps."""
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CROP = 4
+"""Zeros around an image from which `crop4` cuts."""
 
 
 @dataclass(frozen=True)
@@ -80,36 +81,6 @@ class Trained:
     metrics: tuple[Mapping[str, float], ...] = ()
 
 
-@dataclass
-class _Run:
-    """What the steps of one run share."""
-
-    data: Data
-    loss_of: Loss
-    training: Training
-    trainee: Trainee
-    watch: Watch
-    seed: int
-    world: World
-    parallel: nn.Module
-    log: _Log
-    started: float = field(default_factory=time.monotonic)
-    saved: float = field(default_factory=time.monotonic)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.trainee.module.parameters()).device
-
-    @property
-    def steps_an_epoch(self) -> int:
-        batches = self.data.batches
-        return batches.samples // self.world.size // batches.batch_size // self.training.options.accumulate
-
-    @property
-    def total(self) -> int:
-        return self.training.options.epochs * self.steps_an_epoch
-
-
 def train(
     module: nn.Module,
     data: Data,
@@ -121,7 +92,7 @@ def train(
     seed: int = 0,
     world: World = ALONE,
     after_step: Callable[[float], None] = lambda _: None,
-    groups: Sequence[Mapping[str, Any]] = (),
+    groups: Sequence[Group] = (),
 ) -> Trained:
     """Train a module in place; it is left in eval mode, with the weights that `keep` asks for.
 
@@ -144,50 +115,29 @@ def train(
     if watch.resume and watch.state is not None and watch.state.exists():
         load_state(watch.state, trainee, watch.identity)
     log = _Log(watch.log if world.is_first else None, progress.log_bytes)
-    run = _Run(data, loss_of, training, trainee, watch, seed, world, world.wrap(module), log)
-    log.first_step = progress.step
+    run = _Run(data, loss_of, training, trainee, watch, seed, world, world.wrap(module), log, highest)
     if progress.step:
         watch.say(f"going on from step {progress.step} of {run.total}")
         after_step(progress.step / run.total)
-    spent = progress.seconds
     while progress.epoch < options.epochs:
         _to_train(module, frozen=options.batch_norm == "frozen")
         for batches in _portions(run):
-            rate = rate_at(training.schedule, options.warm_up, progress.step / run.total)
-            for group, most in zip(optimizer.param_groups, highest, strict=True):
-                group["lr"] = rate * most
-            optimizer.zero_grad()
-            penalties.zero_grad()
-            loss = _backward(run, batches)
-            if scaler is not None:
-                scaler.unscale_(optimizer)
-            penalty = penalties.add(progress.step, run.total)
-            if options.clip_norm is not None:
-                nn.utils.clip_grad_norm_(module.parameters(), options.clip_norm)
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
-            penalties.after(progress.step, run.total, rate * highest[0])
-            progress.step += 1
+            loss, penalty, rate = _step(run, batches)
             after_step(progress.step / run.total)
             progress.losses = (progress.losses[0] + loss, progress.losses[1] + 1)
-            progress.seconds = spent + time.monotonic() - run.started
             if progress.step % options.log_steps == 0:
-                log.write(step=progress.step, loss=loss, penalty=penalty, lr=rate * highest[0])
+                log.write(step=progress.step, loss=loss, penalty=penalty, lr=rate)
                 watch.say(_step_words(run, loss, penalty))
             if _is_due(run):
                 _save(run)
         _end_epoch(run)
-        progress.seconds = spent + time.monotonic() - run.started
         _save(run)
     kept = options.epochs
     if options.keep == "best" and progress.best_state:
         kept = progress.best_epoch
-        _put(module, progress.best_state)
+        module.load_state_dict(progress.best_state)
     module.eval()
-    return Trained(run.total, progress.seconds, run.log.loss, kept, tuple(progress.metrics))
+    return Trained(run.total, progress.seconds, run.loss, kept, tuple(progress.metrics))
 
 
 def refuse_few(data: Data, accumulate: int, world: World) -> None:
@@ -198,12 +148,55 @@ def refuse_few(data: Data, accumulate: int, world: World) -> None:
         raise DataError(data.place, what, "lower batch_size, or accumulate less")
 
 
+@dataclass
+class _Run:
+    """What the steps of one run share.
+
+    highest     learning rate of each of the optimizer's groups
+    loss        mean of the last epoch that ended
+    spent       seconds that training took before this process
+    first_step  that this process takes
+    """
+
+    data: Data
+    loss_of: Loss
+    training: Training
+    trainee: Trainee
+    watch: Watch
+    seed: int
+    world: World
+    parallel: nn.Module
+    log: _Log
+    highest: Sequence[float]
+    loss: float = math.nan
+    started: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
+    spent: float = field(init=False)
+    first_step: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spent, self.first_step = self.trainee.progress.seconds, self.trainee.progress.step
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trainee.module.parameters()).device
+
+    @property
+    def steps_an_epoch(self) -> int:
+        batches = self.data.batches
+        return batches.samples // self.world.size // batches.batch_size // self.training.options.accumulate
+
+    @property
+    def total(self) -> int:
+        return self.training.options.epochs * self.steps_an_epoch
+
+
 def _to_train(module: nn.Module, *, frozen: bool) -> None:
     """Training mode, but for batch norms that are to keep what they have seen."""
     module.train()
     if frozen:
         for part in module.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            if isinstance(part, _BatchNorm):
                 part.eval()
 
 
@@ -220,6 +213,32 @@ def _portions(run: _Run) -> Iterator[list[Batch]]:
             random = seeded_generator(run.seed, f"images of {progress.epoch}, {index}, {place}", "cpu")
             portion.append(augment(batch, run.data.augment, random, run.world).to(run.device))
         yield portion
+
+
+def _step(run: _Run, batches: Sequence[Batch]) -> tuple[float, float, float]:
+    """One optimizer step: its loss, its penalty, and the learning rate of the weights."""
+    trainee, training = run.trainee, run.training
+    optimizer, penalties, scaler, step = trainee.optimizer, trainee.penalties, trainee.scaler, trainee.progress.step
+    share = rate_at(training.schedule, training.options.warm_up, step / run.total)
+    for group, most in zip(optimizer.param_groups, run.highest, strict=True):
+        group["lr"] = share * most
+    rate = share * run.highest[0]
+    optimizer.zero_grad()
+    penalties.zero_grad()
+    loss = _backward(run, batches)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    penalty = penalties.add(step, run.total)
+    if training.options.clip_norm is not None:
+        nn.utils.clip_grad_norm_(trainee.module.parameters(), training.options.clip_norm)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    penalties.after(step, run.total, rate)
+    trainee.progress.step += 1
+    return loss, penalty, rate
 
 
 def _backward(run: _Run, batches: Sequence[Batch]) -> float:
@@ -265,11 +284,11 @@ def _end_epoch(run: _Run) -> None:
             progress.best_epoch = progress.epoch
             progress.best_state = {k: v.detach().clone() for k, v in run.trainee.module.state_dict().items()}
     total, steps = progress.losses
-    run.log.loss = total / max(steps, 1)
+    run.loss = total / max(steps, 1)
     progress.losses = (0.0, 0)
-    run.log.write(epoch=progress.epoch, step=progress.step, loss=run.log.loss, metrics=metrics)
+    run.log.write(epoch=progress.epoch, step=progress.step, loss=run.loss, metrics=metrics)
     words = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
-    watch.say(f"epoch {progress.epoch} of {run.training.options.epochs}: loss {run.log.loss:.4g}{words}")
+    watch.say(f"epoch {progress.epoch} of {run.training.options.epochs}: loss {run.loss:.4g}{words}")
 
 
 def _is_due(run: _Run) -> bool:
@@ -283,24 +302,18 @@ def _is_due(run: _Run) -> bool:
 
 def _save(run: _Run) -> None:
     run.saved = time.monotonic()
+    run.trainee.progress.seconds = run.spent + run.saved - run.started
     run.trainee.progress.log_bytes = run.log.bytes
     if run.watch.state is not None and run.world.is_first:
         save_state(run.watch.state, run.trainee, run.watch.identity)
     run.world.wait()
 
 
-def _put(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in module.state_dict(keep_vars=True).items():
-            value.detach().copy_(state[name])
-
-
 def _step_words(run: _Run, loss: float, penalty: float) -> str:
-    progress = run.trainee.progress
-    pace = (time.monotonic() - run.started) / max(progress.step - run.log.first_step, 1)
-    left = pace * (run.total - progress.step)
-    words = f"step {progress.step} of {run.total}: loss {loss:.4g}"
-    return words + (f", penalty {penalty:.4g}" if penalty else "") + f", about {left:.0f} s left"
+    step = run.trainee.progress.step
+    pace = (time.monotonic() - run.started) / max(step - run.first_step, 1)
+    words = f"step {step} of {run.total}: loss {loss:.4g}"
+    return words + (f", penalty {penalty:.4g}" if penalty else "") + f", about {pace * (run.total - step):.0f} s left"
 
 
 class _Log:
@@ -309,14 +322,77 @@ class _Log:
     def __init__(self, path: Path | None, length: int) -> None:
         self._path = path
         self.bytes = length
-        self.loss = math.nan
-        self.first_step = 0
         if path is not None:
             with path.open("ab") as file:
                 file.truncate(length)
 
-    def write(self, **values: Any) -> None:
+    def write(self, **values: object) -> None:
         if self._path is not None:
             with self._path.open("ab") as file:
                 file.write(json.dumps(values).encode() + b"\n")
                 self.bytes = file.tell()
+
+
+def augment(batch: Batch, names: Sequence[str], generator: torch.Generator, world: World = ALONE) -> Batch:
+    """The batch with its images changed.
+
+    names      `flip`: left and right exchanged by a coin; `crop4`: a random crop after padding by 4 zeros, which are
+               the mean where images are standardized
+    generator  on the CPU, in the same state on all ranks, which together draw as one process with the whole batch would
+    raises     DataError for inputs that are no images [samples, channels, height, width]
+    """
+    if not names:
+        return batch
+    images = batch.args[0] if batch.args else next(iter(batch.kwargs.values()))
+    if images.ndim != 4:
+        what = f"`augment` is for images, and a batch of inputs is {list(images.shape)}"
+        raise DataError("data.train", what, "leave augment out")
+    count = len(images) * world.size
+    coins = torch.rand(count, generator=generator)[world.rank :: world.size]
+    places = torch.randint(0, 2 * CROP + 1, (2, count), generator=generator)[:, world.rank :: world.size]
+    if "flip" in names:
+        flipped = (coins < 0.5).to(images.device).view(-1, 1, 1, 1)
+        images = torch.where(flipped, images.flip(3), images)
+    if "crop4" in names:
+        images = _crop(images, places.to(images.device))
+    if batch.args:
+        return replace(batch, args=(images, *batch.args[1:]))
+    first = next(iter(batch.kwargs))
+    return replace(batch, kwargs={**batch.kwargs, first: images})
+
+
+def _crop(images: Tensor, places: Tensor) -> Tensor:
+    """Images of the same size from padded ones, each from its own place [2, samples]."""
+    samples, channels, height, width = images.shape
+    padded = F.pad(images, (CROP, CROP, CROP, CROP))
+    rows = places[0].view(-1, 1) + torch.arange(height, device=images.device)
+    columns = places[1].view(-1, 1) + torch.arange(width, device=images.device)
+    sample = torch.arange(samples, device=images.device).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
+    return padded[sample, channel, rows.view(samples, 1, -1, 1), columns.view(samples, 1, 1, -1)]
+
+
+@torch.no_grad()
+def refresh_norms(module: nn.Module, batches: Iterable[Batch]) -> None:
+    """Give every batch norm the mean of the batches' statistics; all else stays, and the module is left in eval mode.
+
+    Training keeps a running mean over weights that no longer are: with few levels they change in leaps.
+    """
+    module.eval()
+    norms = [one for one in module.modules() if isinstance(one, _BatchNorm) and one.running_mean is not None]
+    if not norms:
+        return
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            # Without a momentum the statistics are a plain mean.
+            norm.momentum = None
+            norm.train()
+        for batch in batches:
+            run_model(module, batch)
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+        module.eval()

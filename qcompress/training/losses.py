@@ -1,20 +1,19 @@
-"""What training makes small: each task's own loss, or a callable that the recipe names."""
+"""Training minimizes each task's own loss, or a callable that the recipe names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcompress.data.batches import Batch, first_tensor
+from qcompress.data.text import IGNORED
+from qcompress.data.user_code import find_callable
 from qcompress.errors import DataError, ModelError
-from qcompress.model.batches import Batch, first_tensor
-from qcompress.model.code import find_callable
-from qcompress.model.data_text import IGNORED
-from qcompress.settings import (
+from qcompress.types.settings import (
     CausalLm,
     Classification,
     Distil,
@@ -36,8 +35,8 @@ def make_loss(
 
     smoothing  share of each target that is spread over all classes
     name       "module:function" or "file.py:function" in its place
-    raises     ModelError for a task that has no loss of its own, and for a name that is no callable; UsageError for a
-               file without leave to run it
+    raises     ModelError for a task that has no loss of its own, as one from code, and for a name that is no
+               callable; UsageError for a file without leave to run it
     """
     if name is not None:
         return find_callable(name, root, allow_code, "finetune.loss")
@@ -45,15 +44,13 @@ def make_loss(
         case Classification() | SequenceClassification():
             return lambda output, batch: _labels_loss(output, batch, smoothing)
         case CausalLm():
-            return lambda output, batch: _next_tokens_loss(output, batch, smoothing)
+            return lambda output, batch: _tokens_loss(output[:, :-1], _next_tokens(batch), smoothing)
         case Translation():
             return lambda output, batch: _tokens_loss(output, _labels(batch), smoothing)
         case Reconstruction():
             return lambda output, batch: F.mse_loss(output.float(), _labels(batch).float())
-        case FactoryTask():
-            raise ModelError("finetune", "a task from code has no loss of its own", "add `loss: file.py:function`")
         case _:
-            assert_never(task)
+            raise ModelError("finetune", "the task has no loss of its own", "add `loss: file.py:function`")
 
 
 def distilled(loss: Loss, task: Task, teacher: nn.Module, settings: Distil) -> Loss:
@@ -118,10 +115,6 @@ def _labels_loss(output: Tensor, batch: Batch, smoothing: float) -> Tensor:
         what = f"label {int(labels.max())} is outside the model's {output.shape[1]} classes"
         raise DataError("data.train", what, "check the labels, and the model's number of classes")
     return F.cross_entropy(output.float(), labels, label_smoothing=smoothing)
-
-
-def _next_tokens_loss(output: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    return _tokens_loss(output[:, :-1], _next_tokens(batch), smoothing)
 
 
 def _next_tokens(batch: Batch) -> Tensor:

@@ -1,42 +1,41 @@
-"""Optimizers and learning rates as a recipe names them."""
+"""Optimizers and learning rates are made here as a recipe names them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, assert_never
+from typing import Any, TypeAlias, assert_never
 
 import torch
 from torch import Tensor, nn
 
-from qcompress.settings import AdamW, Constant, Cosine, Optimizer, Schedule, Sgd, Step
+from qcompress.types.settings import AdamW, Constant, Cosine, Optimizer, Schedule, Sgd, Step
 
-Group = dict[str, Any]
+Group: TypeAlias = Mapping[str, Any]
+"""Parameters with settings of their own: {"params": [...]}, "lr", "momentum" and "weight_decay" where they differ."""
 
 
 def make_optimizer(
     settings: Optimizer,
     module: nn.Module,
-    learned: Sequence[Mapping[str, Any]],
-    apart: Sequence[Mapping[str, Any]] = (),
+    learned: Sequence[Group],
+    apart: Sequence[Group] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer of a module's parameters and of what regularizers learn.
 
     Weights of two dimensions or more decay; biases, norms and what is learned beside the weights never do.
 
-    learned  groups {"params": [...], "lr": float, "momentum": float}, the last two where they differ
-    apart    such groups of the module's own parameters, whose "weight_decay" is 0 where they have none
+    learned  what regularizers learn
+    apart    groups of the module's own parameters; their "weight_decay" is 0 where they have none
     """
-    own_groups = {id(parameter) for group in apart for parameter in group["params"]}
-    trained = [one for one in module.parameters() if one.requires_grad and id(one) not in own_groups]
-    groups: list[Group] = [
+    elsewhere = {id(parameter) for group in apart for parameter in group["params"]}
+    trained = [one for one in module.parameters() if one.requires_grad and id(one) not in elsewhere]
+    every = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        *({"weight_decay": 0.0, **group} for group in (*learned, *apart)),
     ]
-    own = [{"weight_decay": 0.0, **group} for group in (*learned, *apart)]
-    if isinstance(settings, AdamW):
-        own = [{key: value for key, value in group.items() if key != "momentum"} for group in own]
-    groups = [group for group in [*groups, *own] if group["params"]]
+    groups = [group for group in every if group["params"]]
     refuse_decay(groups, (p for group in learned for p in group["params"]))
     match settings:
         case Sgd():
@@ -45,6 +44,8 @@ def make_optimizer(
                 group["nesterov"] = settings.nesterov and group.get("momentum", settings.momentum) > 0
             return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
         case AdamW():
+            for group in groups:
+                group.pop("momentum", None)
             return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.epsilon)
         case _:
             assert_never(settings)

@@ -1,4 +1,4 @@
-"""The ranks of a data-parallel run, as torchrun starts them; one rank alone needs nothing."""
+"""The ranks of a data-parallel run join here as torchrun starts them; one rank alone needs nothing."""
 
 from __future__ import annotations
 

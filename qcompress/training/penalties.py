@@ -1,4 +1,4 @@
-"""The regularizers of a recipe on the weights of a live model.
+"""The regularizers of a recipe are attached here to the weights of a live model, and act in its training loop.
 
 Gradients go straight into the weights' own, after the backward pass and its unscaling, so a penalty is added once a
 step whatever the accumulation, and is the same on every rank without a word between them.
@@ -14,9 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompress.errors import ModelError
-from qcompress.regularizers.penalty import Evaluated, Penalty
-from qcompress.settings import AdamW, Optimizer
+from qcompress.errors import ModelError, RecipeError, raise_all
+from qcompress.model.build import channel_axes
+from qcompress.plan.plan import find_deciders, rule_uses
+from qcompress.registry.regularizers import RegularizerConfig, RepresentativesConfig, refuse_levels
+from qcompress.regularizers.penalty import Evaluated, Penalty, make_penalty
+from qcompress.regularizers.representatives import Representatives, ToRepresentatives
+from qcompress.training.optimizers import Group
+from qcompress.types.plan import Rule
+from qcompress.types.settings import AdamW, Optimizer
 
 COUNTED_RATE = 0.1
 """Learning rate of representatives whose gradient is divided by their counts, with SGD."""
@@ -26,24 +32,33 @@ COUNTED_RATE = 0.1
 class Regularized:
     """One weight and its penalty.
 
-    share    1, or one over the weights of the rule where their penalties are averaged
-    order    dimensions with the channels first, where the weight has them elsewhere
-    started  whether the penalty has begun
+    regularizer  its name
+    order        dimensions with the channels first, where the weight has them elsewhere
+    share        1, or one over the weights of the rule where their penalties are averaged
+    started      whether the penalty has begun
     """
 
     name: str
     weight: nn.Parameter
-    config: Any
-    penalty: Penalty
+    regularizer: str
+    penalty: Penalty[RegularizerConfig]
     where: str
-    share: float = 1.0
     order: tuple[int, ...] | None = None
+    share: float = 1.0
     started: bool = False
+
+    @property
+    def config(self) -> RegularizerConfig:
+        return self.penalty.config
+
+    @property
+    def counted(self) -> bool:
+        """Whether the gradients of what it learns are divided by the weights of each representative."""
+        return isinstance(self.config, RepresentativesConfig) and self.config.gradient == "count"
 
     def seen(self) -> Tensor:
         """The weight as penalties see it: contiguous, its channels first."""
-        weight = self.weight.detach()
-        return (weight if self.order is None else weight.permute(self.order)).contiguous()
+        return _channels_first(self.weight, self.order)
 
     def accumulate(self, into: Tensor | None, factor: float) -> Evaluated:
         """The penalty; factor times its gradient is added to `into`, shaped like the weight."""
@@ -52,27 +67,32 @@ class Regularized:
             return self.penalty.accumulate(seen, into, factor)
         buffer = torch.zeros_like(seen)
         found = self.penalty.accumulate(seen, buffer, factor)
-        into.add_(buffer if self.order is None else buffer.permute(_inverse(self.order)))
+        into.add_(buffer if self.order is None else buffer.permute(*(self.order.index(i) for i in range(into.ndim))))
         return found
 
+    def factor(self, step: int, total: int) -> float:
+        """What the penalty is multiplied by in a step; 0 where it is not applied."""
+        if step % self.config.every:
+            return 0.0
+        return strength_at(self.config, step / max(total, 1)) * self.share * self.config.every
 
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(order.index(place) for place in range(len(order)))
 
-
-def strength_at(config: Any, share: float) -> float:
+def strength_at(config: RegularizerConfig, share: float) -> float:
     """The strength when `share` of all steps are done: nothing, rising, held, nothing again."""
-    if share < config.start or (config.hold is not None and share >= config.start + config.ramp + config.hold):
+    strength, start, ramp = config.strength, config.start, config.ramp
+    assert strength is not None and start is not None and ramp is not None
+    if share < start or (config.hold is not None and share >= start + ramp + config.hold):
         return 0.0
-    if share >= config.start + config.ramp:
-        return float(config.strength)
-    risen = (share - config.start) / config.ramp
-    shapes = {
-        "linear": risen,
-        "cosine": (1 - math.cos(math.pi * risen)) / 2,
-        "tanh": (1 + math.tanh(6 * risen - 3)) / 2,
-    }
-    return float(config.strength * shapes[config.shape])
+    if share >= start + ramp:
+        return strength
+    risen = (share - start) / ramp
+    match config.shape:
+        case "linear":
+            return strength * risen
+        case "cosine":
+            return strength * ((1 - math.cos(math.pi * risen)) / 2)
+        case "tanh":
+            return strength * ((1 + math.tanh(6 * risen - 3)) / 2)
 
 
 @dataclass
@@ -82,19 +102,20 @@ class Penalties:
     regularized: Sequence[Regularized]
     last: dict[str, Evaluated] = field(default_factory=dict)
 
-    def learned(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+    def learned(self, optimizer: Optimizer) -> list[Group]:
         """The optimizer's groups of what is learned, one for each temperature, set of representatives or margin."""
-        groups: dict[int, dict[str, Any]] = {}
+        groups: dict[int, Group] = {}
         for one in self.regularized:
             for term in one.penalty.terms.values():
-                group: dict[str, Any] = {"params": [term]}
-                if _is_counted(one):
+                rate = one.config.learning_rate
+                if one.counted and rate is None and not isinstance(optimizer, AdamW):
+                    rate = COUNTED_RATE
+                groups[id(term)] = {
+                    "params": [term],
                     # A step along the mean of its weights needs no momentum, and no scale but its own.
-                    group["momentum"] = 0.0
-                    rate = one.config.learning_rate or (None if isinstance(optimizer, AdamW) else COUNTED_RATE)
-                else:
-                    rate = one.config.learning_rate
-                groups[id(term)] = group | ({"lr": rate} if rate is not None else {})
+                    **({"momentum": 0.0} if one.counted else {}),
+                    **({"lr": rate} if rate is not None else {}),
+                }
         return list(groups.values())
 
     def add(self, step: int, total: int) -> float:
@@ -102,7 +123,7 @@ class Penalties:
         self.last = {}
         value = 0.0
         for one in self.regularized:
-            factor = self._factor(one, step, total)
+            factor = one.factor(step, total)
             if not factor:
                 continue
             self._begin(one)
@@ -124,11 +145,10 @@ class Penalties:
             found = self.last.get(one.name)
             if found is None:
                 continue
-            counted = _is_counted(one)
-            factor = 1.0 if counted else self._factor(one, step, total)
+            factor = 1.0 if one.counted else one.factor(step, total)
             for name, slope in found.terms.items():
                 term = one.penalty.terms[name]
-                counts = _counts(one, found) if counted else None
+                counts = _divisor(one, found)
                 before = sums.get(id(term))
                 slope = factor * slope
                 if before is not None:
@@ -146,25 +166,23 @@ class Penalties:
             found = self.last.get(one.name)
             if found is None:
                 continue
-            factor = self._factor(one, step, total) * rate
+            factor = one.factor(step, total) * rate
             with torch.no_grad():
                 if one.config.coupling == "decoupled":
                     change = torch.zeros_like(one.weight)
                     one.accumulate(change, -factor)
                     one.weight.add_(change)
                 elif one.config.coupling == "proximal":
-                    one.penalty.shrink(one.weight, factor)  # type: ignore[attr-defined]
-            shared = getattr(one.penalty, "representatives", one.penalty)
-            before = merged.get(id(shared))
+                    one.penalty.shrink(one.weight, factor)
+            before = merged.get(id(one.penalty.shared))
             if before is not None and before.counts is not None and found.counts is not None:
                 found = Evaluated(found.value, found.terms, before.counts + found.counts)
-            merged[id(shared)] = found
-        settled: set[int] = set()
+            merged[id(one.penalty.shared)] = found
         for one in self.regularized:
-            shared = id(getattr(one.penalty, "representatives", one.penalty))
-            if shared in merged and shared not in settled:
-                settled.add(shared)
-                one.penalty.settle(one.seen(), merged[shared])
+            # Once for what several weights share.
+            together = merged.pop(id(one.penalty.shared), None)
+            if together is not None:
+                one.penalty.settle(one.seen(), together)
 
     def zero_grad(self) -> None:
         for one in self.regularized:
@@ -184,77 +202,142 @@ class Penalties:
         found: dict[str, dict[str, Any]] = {}
         for one in self.regularized:
             seen = one.seen()
+            penalty = float(one.penalty.accumulate(seen, None, 0.0).value) if one.started else None
             fact: dict[str, Any] = {
-                "regularizer": type(one.penalty).__module__.rpartition(".")[2].replace("_", "-"),
-                "strength": float(one.config.strength),
-                "penalty": float(one.penalty.accumulate(seen, None, 0.0).value) if one.started else None,
+                "regularizer": one.regularizer,
+                "strength": float(one.config.strength or 0.0),
+                "penalty": penalty,
             }
             if "alpha" in (saved := one.penalty.saved(seen)):
                 alpha = saved["alpha"].double()
-                fact |= {"temperature": float(alpha.mean()), "soft_range": _soft_range(fact["penalty"], alpha)}
-            if hasattr(one.penalty, "representatives"):
-                fact["dead"] = int(one.penalty.representatives.dead)
+                soft_range = None if penalty is None else penalty - float(torch.exp(-alpha).mean())
+                fact |= {"temperature": float(alpha.mean()), "soft_range": soft_range}
+            if isinstance(one.penalty, ToRepresentatives):
+                fact["dead"] = one.penalty.representatives.dead
             found[one.name] = fact
         return found
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a resumed run needs beside the optimizer: tensors, and plain values."""
-        tensors: dict[str, Tensor] = {}
-        values: dict[str, Any] = {}
-        for one in self.regularized:
-            for key, term in one.penalty.terms.items():
-                tensors[f"{one.name}.{key}"] = term.detach()
-            if not one.penalty.terms and hasattr(one.penalty, "representatives"):
-                tensors[f"{one.name}.representatives"] = one.penalty.representatives.values.detach()
-            values[one.name] = {"started": one.started, "ends": list(getattr(one.penalty, "ends", ()))}
+        tensors = {
+            f"{one.name}.{key}": value.detach()
+            for one in self.regularized
+            for key, value in one.penalty.state().items()
+        }
+        values = {one.name: {"started": one.started, "ends": list(one.penalty.ends or ())} for one in self.regularized}
         return tensors, values
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Back to a saved state. Raises KeyError or RuntimeError where it is of other penalties."""
         with torch.no_grad():
             for one in self.regularized:
-                for key, term in one.penalty.terms.items():
-                    term.copy_(tensors[f"{one.name}.{key}"])
-                if not one.penalty.terms and hasattr(one.penalty, "representatives"):
-                    one.penalty.representatives.values.copy_(tensors[f"{one.name}.representatives"])
+                for key, value in one.penalty.state().items():
+                    value.copy_(tensors[f"{one.name}.{key}"])
                 one.started = values[one.name]["started"]
                 if values[one.name]["ends"]:
-                    one.penalty.ends = tuple(values[one.name]["ends"])  # type: ignore[attr-defined]
-
-    def _factor(self, one: Regularized, step: int, total: int) -> float:
-        if step % one.config.every:
-            return 0.0
-        return float(strength_at(one.config, step / max(total, 1)) * one.share * one.config.every)
+                    low, high = values[one.name]["ends"]
+                    one.penalty.ends = (low, high)
 
     def _begin(self, one: Regularized) -> None:
         """Fix ranges and first representatives when a penalty first acts, from all weights that share them."""
         if one.started:
             return
-        shared = getattr(one.penalty, "representatives", None)
-        family = [
-            other
-            for other in self.regularized
-            if other is one or (shared is not None and getattr(other.penalty, "representatives", None) is shared)
-        ]
+        family = [other for other in self.regularized if other.penalty.shared is one.penalty.shared]
         for other in family:
             other.started = True
         weights = one.seen() if len(family) == 1 else torch.cat([other.seen().flatten() for other in family])
         try:
             one.penalty.begin(weights)
         except ModelError as error:
-            raise ModelError(f"{one.where}: {one.name}", error.what, error.mend) from None
+            raise ModelError(f"{one.where}: {one.name}", error.what, error.hint) from None
 
 
-def _soft_range(penalty: float | None, alpha: Tensor) -> float | None:
-    return None if penalty is None else penalty - float(torch.exp(-alpha).mean())
-
-
-def _is_counted(one: Regularized) -> bool:
-    return getattr(one.config, "gradient", None) == "count"
-
-
-def _counts(one: Regularized, found: Evaluated) -> Tensor | None:
+def _divisor(one: Regularized, found: Evaluated) -> Tensor | None:
     """What a representative's gradient is divided by: its weights, or their share where the penalty is a mean."""
-    if found.counts is None:
+    if found.counts is None or not one.counted:
         return None
+    assert isinstance(one.config, RepresentativesConfig)
     return found.counts / one.weight.numel() if one.config.reduction == "mean" else found.counts
+
+
+def attach_penalties(module: nn.Module, rules: Sequence[Rule]) -> Penalties:
+    """The penalties of a model's weights; the first rule that matches a name decides.
+
+    Weights of convolutions and dense layers are matched; any other parameter only by a rule that names it without a
+    wildcard. Tied weights count once, by their first name.
+
+    raises  RecipeError for a rule that decides nothing; ModelError for a weight that cannot follow its rule
+    """
+    kinds = weight_kinds(module)
+    axes = channel_axes(module)
+    parameters = dict(module.named_parameters())
+
+    def reaches(rule: Rule, name: str) -> bool:
+        if rule.names_one_tensor or rule.method is None:
+            return True
+        return name in kinds and config_of(rule).layers in ("all", kinds[name])
+
+    deciders = find_deciders(rules, parameters, reaches)
+    _refuse_idle(rules, deciders)
+    found: list[Regularized] = []
+    for name, weight in parameters.items():
+        rule = deciders[name]
+        if rule is None or rule.method is None:
+            continue
+        because = refuse_levels(config_of(rule), tuple(weight.shape))
+        if because is not None:
+            raise ModelError(f"{rule.where}: {name}", because, "ask for fewer, or leave the tensor out of the match")
+        order = None
+        if name in axes:
+            first = axes[name].axes
+            order = (*first, *(place for place in range(weight.ndim) if place not in first))
+        try:
+            penalty = make_penalty(rule.method, config_of(rule), _channels_first(weight, order))
+        except ModelError as error:
+            raise ModelError(f"{rule.where}: {name}", error.what, error.hint) from None
+        found.append(Regularized(name, weight, rule.method, penalty, rule.where, order))
+    for one in found:
+        if one.config.layer_reduction == "mean":
+            one.share = 1 / sum(other.where == one.where for other in found)
+    _share_representatives(found, kinds)
+    return Penalties(found)
+
+
+def config_of(rule: Rule) -> RegularizerConfig:
+    """The config of a rule that regularizes."""
+    assert isinstance(rule.config, RegularizerConfig)
+    return rule.config
+
+
+def _channels_first(weight: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    weight = weight.detach()
+    return (weight if order is None else weight.permute(order)).contiguous()
+
+
+def _refuse_idle(rules: Sequence[Rule], deciders: Mapping[str, Rule | None]) -> None:
+    """Raise RecipeError, or Refusals, where a rule decides nothing."""
+    example = next((name for name in deciders if name.endswith("weight")), "nothing here")
+    hint = f"weights are named like {example}; see `layers`"
+    idle = (use for use in rule_uses(rules, deciders) if not use.decided)
+    raise_all([RecipeError(use.where, f"match {use.globs!r} decides nothing", hint) for use in idle])
+
+
+def weight_kinds(module: nn.Module) -> dict[str, str]:
+    """Weight name -> `conv` or `dense`."""
+    kinds = {}
+    for name, one in module.named_modules():
+        kind = type(one).__name__
+        if isinstance(one, nn.Linear) or (kind == "Conv1D" and type(one).__module__.startswith("transformers.")):
+            kinds[f"{name}.weight".lstrip(".")] = "dense"
+        elif isinstance(one, nn.modules.conv._ConvNd):
+            kinds[f"{name}.weight".lstrip(".")] = "conv"
+    return kinds
+
+
+def _share_representatives(found: Sequence[Regularized], kinds: Mapping[str, str]) -> None:
+    """One set of representatives for the layers of a rule that ask for it."""
+    sets: dict[tuple[str, str], Representatives] = {}
+    for one in found:
+        if isinstance(one.penalty, ToRepresentatives) and one.penalty.config.share != "layer":
+            scope = kinds.get(one.name, "other") if one.penalty.config.share == "type" else "model"
+            one.penalty.share(sets.setdefault((one.where, scope), one.penalty.representatives))

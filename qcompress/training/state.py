@@ -1,4 +1,4 @@
-"""A training run as it stands, in one safetensors file: tensors, and JSON in its metadata. Never a pickle."""
+"""A training run is saved as it stands in one safetensors file: tensors, and JSON in its metadata. Never a pickle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompress.checkpoint import read_tensors, write_checkpoint
+from qcompress.checkpoint.checkpoint import read_tensors, write_checkpoint
+from qcompress.data.user_code import first_line
 from qcompress.errors import CheckpointError, TrainingError
 from qcompress.training.penalties import Penalties
 
@@ -96,18 +97,18 @@ def load_state(path: Path, trainee: Trainee, identity: str) -> None:
 
     raises  TrainingError for a file that is damaged, foreign, or of another recipe or checkpoint
     """
-    mend = "start again without --resume"
+    hint = "start again without --resume"
     try:
         tensors, metadata = read_tensors(path)
         document = json.loads(metadata[KEY])
         if document["identity"] != identity:
             what = "was saved by a run with another recipe, checkpoint or number of processes"
-            raise TrainingError(str(path), what, mend)
+            raise TrainingError(str(path), what, hint)
         _load(trainee, tensors, document)
     except (CheckpointError, KeyError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, TrainingError):
             raise
-        raise TrainingError(str(path), f"is no saved state of this run: {_first_line(error)}", mend) from None
+        raise TrainingError(str(path), f"is no saved state of this run: {first_line(error)}", hint) from None
 
 
 def last_good(path: Path) -> tuple[dict[str, Tensor], int] | None:
@@ -164,7 +165,3 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

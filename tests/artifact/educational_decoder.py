@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import zstandard
 
-from artifact.educational_lattice import lattices
+from artifact.educational_unbounded import unbounded_tensors
 
 
 class Dense(NamedTuple):
@@ -47,7 +47,9 @@ def expand(path: Path) -> dict[str, Dense]:
             name: manifest["defaults"] | ({"shape": own} if isinstance(own, list) else own)
             for name, own in manifest["tensors"].items()
         }
-        for name, (_, values) in lattices(entries, lambda part, h=header, d=data: bytes_of(h[part], d)).items():
+        for name, (_, values) in unbounded_tensors(
+            entries, lambda part, h=header, d=data: bytes_of(h[part], d)
+        ).items():
             entry = entries[name]
             tensors[name] = Dense(entry["dtype"], tuple(entry["shape"]), in_order(entry, values))
         for name, entry in entries.items():
@@ -115,16 +117,16 @@ def in_order(entry: dict[str, Any], values: np.ndarray) -> bytes:
 
 def entries_of(codes: np.ndarray, parts: dict[str, bytes], about: dict[str, Any], exponent: int) -> np.ndarray:
     """float32 [rows, columns] of vectors, one entry at a time."""
-    books, _, dim = about["shape"]
+    codebooks, _, dim = about["shape"]
     dtype = {"F16": "<f2", "F32": "<f4", "I8": "i1"}[about["dtype"]]
-    book = np.frombuffer(parts["codebook"], dtype).astype(np.float32).reshape(about["shape"])
+    codebook = np.frombuffer(parts["codebook"], dtype).astype(np.float32).reshape(about["shape"])
     if about["dtype"] == "I8":
-        book = book * np.frombuffer(parts["scale"], "<f2").astype(np.float32).reshape(books, 1, 1)
-    book = book * np.float32(2.0**exponent)
+        codebook = codebook * np.frombuffer(parts["scale"], "<f2").astype(np.float32).reshape(codebooks, 1, 1)
+    codebook = codebook * np.float32(2.0**exponent)
     vectors, columns = codes.shape
     values = np.zeros((vectors * dim, columns), np.float32)
     for v, c in itertools.product(range(vectors), range(columns)):
-        values[v * dim : (v + 1) * dim, c] = book[v // (vectors // books), codes[v, c]]
+        values[v * dim : (v + 1) * dim, c] = codebook[v // (vectors // codebooks), codes[v, c]]
     return values
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from artifact.educational_decoder import Dense
 from qcompress.artifact.reader import Artifact, read_artifact
-from qcompress.checkpoint import Checkpoint, read_checkpoint
-from qcompress.compress import compress
-from qcompress.options import Options
-from qcompress.plan import make_plan
+from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from qcompress.compress.compress import compress
+from qcompress.plan.plan import make_plan
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
-from qcompress.types import Plan, Recipe, Rule
+from qcompress.types.plan import Plan, Recipe, Rule
+from qcompress.types.run import Options
 
 torch.set_num_threads(1)
 
@@ -45,8 +45,8 @@ def rtn(bits: int = 4, match: str = "*", **options: Any) -> Recipe:
     return recipe(rule(match, "rtn", bits=bits, **options))
 
 
-def plan_for(checkpoint: Checkpoint, asked: Recipe) -> Plan:
-    return make_plan(asked, checkpoint.tensors, checkpoint.tied, checkpoint.axes)
+def plan_for(checkpoint: Checkpoint, asked: Recipe, **known: Any) -> Plan:
+    return make_plan(asked, checkpoint.tensors, checkpoint.tied, checkpoint.axes, **known)
 
 
 def run(source: Path, output: Path, asked: Recipe, choice: str = "packed", **options: Any) -> Report:

@@ -31,10 +31,10 @@ from artifact.examples import (
     verify,
 )
 from qcompress.artifact.layout import INDEX_NAME
-from qcompress.artifact.manifest_json import manifest_text
+from qcompress.artifact.manifest import manifest_text
 from qcompress.artifact.reader import read_artifact
+from qcompress.compress.load import load_into, load_state_dict
 from qcompress.errors import ArtifactError
-from qcompress.load import load_into, load_state_dict
 
 Change = Callable[[Header, Header, bytearray], Any]
 

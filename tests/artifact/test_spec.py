@@ -9,10 +9,10 @@ import numpy as np
 
 import qcompress
 from artifact.educational_decoder import decode_ans, pack
-from qcompress.artifact.manifest_json import CODINGS, FORMAT, GRIDS, LIMITS, OPTIONAL, REQUIRED
+from qcompress.artifact.manifest import CODINGS, FORMAT, GRIDS, LIMITS, OPTIONAL, REQUIRED
 from qcompress.artifact.parts import MAX_EXPANSION
 from qcompress.coding.payload import decode_payload
-from qcompress.types import DTYPE_BITS
+from qcompress.types.plan import DTYPE_BITS
 
 SPEC = (Path(qcompress.__file__).parent / "artifact" / "SPEC.md").read_text(encoding="utf-8")
 

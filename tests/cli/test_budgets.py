@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from conftest import Run, files_under, refused, small_tensors, write_checkpoint
 
-from qcompress.report.document_json import read_report
-from qcompress.report.gather import report_path
+from qcompress.report.document_json import read_report, report_path
 
 RECIPE = """
 version: 1

@@ -85,17 +85,20 @@ def test_a_kill_leaves_the_old_file_and_the_next_run_cleans_up(
 
 
 def test_a_killed_run_resumes_to_the_bytes_of_an_unbroken_one(
-    large: Path, tmp_path: Path, run: Run, tmp_path_factory: pytest.TempPathFactory
+    tmp_path: Path, run: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    weight = np.random.default_rng(0).standard_normal((512, 512)).astype(np.float16)
+    source = tmp_path_factory.mktemp("source") / "model.safetensors"
+    write_checkpoint(source, {f"layer{n}.weight": weight for n in range(32)})
     output = tmp_path / "out.safetensors"
-    words = ("quantize", large, "--bits", 3, "--method", "hqq", "--threads", 1)
+    words = ("quantize", source, "--bits", 3, "--method", "hqq", "--threads", 1)
     process = subprocess.Popen(
         program(*words, "-o", output, "--resume"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=process_environment(),
     )
-    journal = tmp_path / ".out.safetensors.partial" / f"{large.name}.journal"
+    journal = tmp_path / ".out.safetensors.partial" / f"{source.name}.journal"
     started = time.monotonic()
     # Its first line is the key; two more are two finished tensors.
     while not journal.exists() or len(journal.read_text().splitlines()) < 3:

@@ -15,10 +15,10 @@ from conftest import ROOT, Run
 from safetensors.torch import load_file, save_file
 
 import qcompress
-from qcompress.model.code import find_callable
+from qcompress.data.user_code import find_callable
 from qcompress.registry import METHODS
 
-QUANTIZERS = [name for name, method in METHODS.items() if method.family == "quantize" and method.has_widths]
+QUANTIZERS = [name for name, method in METHODS.items() if method.family == "quantize" and not method.rates]
 
 NET = """
 from torch import nn
@@ -105,10 +105,10 @@ def test_an_artifact_loads_into_the_original_architecture(run: Run, trained: Pat
     output, dense = tmp_path / "a.safetensors", tmp_path / "dense.safetensors"
     assert quantize(run, trained, method, output, "--set", "activations.bits=6").code == 0
     make = find_callable("net.py:net", trained, True, "test")
-    plain, dressed = make().eval(), make().eval()
+    plain, fake_quantized = make().eval(), make().eval()
     qcompress.load_into(plain, output)
-    qcompress.load_into(dressed, output, activations=True)
-    assert not plain.conv2._forward_pre_hooks and dressed.conv2._forward_pre_hooks
+    qcompress.load_into(fake_quantized, output, activations=True)
+    assert not plain.conv2._forward_pre_hooks and fake_quantized.conv2._forward_pre_hooks
     assert run("export", str(output), "--to", "safetensors", "-o", str(dense)).code == 0
     state, original = load_file(dense), load_file(trained / "m.safetensors")
     assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in original.items()}
@@ -242,7 +242,7 @@ LIBRARIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_ready_recipes_run_through_on_random_weights_and_images(run: Run, tmp_path: Path, name: str) -> None:
-    from qcompress.model.code import import_package
+    from qcompress.data.user_code import import_package
 
     package, factory, method = LIBRARIES[name]
     side = 64
@@ -295,13 +295,22 @@ TRANSFORMERS = {
 }
 
 
+ADAROUND, PDQUANT = "adaround: {bits: 4, iterations: 20, range: mse}", "pdquant: {bits: 4, iterations: 3}"
+
+
 @pytest.mark.parametrize(
-    "method",
-    ["gptq: {bits: 4}", "adaround: {bits: 4, iterations: 20, range: mse}", "pdquant: {bits: 4, iterations: 3}"],
+    ("factory", "method"),
+    [
+        ("BertForSequenceClassification", "gptq: {bits: 4}"),
+        ("LlamaForCausalLM", ADAROUND),
+        ("LlamaForCausalLM", PDQUANT),
+        pytest.param("LlamaForCausalLM", "gptq: {bits: 4}", marks=pytest.mark.slow),
+        pytest.param("BertForSequenceClassification", ADAROUND, marks=pytest.mark.slow),
+        pytest.param("BertForSequenceClassification", PDQUANT, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("factory", TRANSFORMERS)
 def test_transformers_run_block_by_block(run: Run, tmp_path: Path, factory: str, method: str) -> None:
-    from qcompress.model.code import import_package
+    from qcompress.data.user_code import import_package
 
     pytest.importorskip("transformers", exc_type=ModuleNotFoundError)
     extra, (blocks, task, inputs) = TRANSFORMERS[factory]

@@ -13,10 +13,9 @@ from conftest import Run, files_under, refused, small_tensors, write_checkpoint
 from safetensors.torch import load_file
 
 import qcompress
-from qcompress import minimize
-from qcompress.model.code import find_callable
-from qcompress.report.document_json import read_report
-from qcompress.report.gather import report_path
+from qcompress.budget import search as minimize
+from qcompress.data.user_code import find_callable
+from qcompress.report.document_json import read_report, report_path
 
 NET = """
 from torch import nn
@@ -59,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("effort", ["normal", "high"])
+@pytest.mark.parametrize("effort", ["normal", pytest.param("high", marks=pytest.mark.slow)])
 def test_with_data_from_budget_to_network(run: Run, trained: Path, tmp_path: Path, effort: str) -> None:
     source, recipe = trained / "m.safetensors", trained / "rd.yaml"
     output, dense = tmp_path / "a.safetensors", tmp_path / "dense.safetensors"
@@ -89,6 +88,7 @@ def test_with_data_from_budget_to_network(run: Run, trained: Path, tmp_path: Pat
     assert again.read_bytes() == output.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_smallest_file_that_holds_a_drop(
     run: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def folder(checkpoint: Path) -> Path:
     return checkpoint.parent
 
 
+@pytest.mark.slow
 def test_the_job_keeps_what_it_says_and_holds_the_committed_report(shell: Callable[..., Ran], folder: Path) -> None:
     assert run_steps(shell, folder) == {"Check the recipe": 0, "Compress": 0, "Verify": 0, "Report": 0}
     kept = next(step for step in steps() if step.get("name") == "Keep")["with"]["path"].split()

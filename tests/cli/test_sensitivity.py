@@ -17,10 +17,9 @@ from conftest import Run
 from safetensors.torch import load_file
 from torch import nn
 
-from qcompress.model.code import find_callable
-from qcompress.report.document_json import read_report
-from qcompress.report.gather import report_path
-from qcompress.report.sensitivity import Sensitivity, read_sensitivity, sensitivity_schema
+from qcompress.data.user_code import find_callable
+from qcompress.plan.sensitivity import Sensitivity, read_sensitivity, sensitivity_schema
+from qcompress.report.document_json import read_report, report_path
 
 NET = """
 from torch import nn
@@ -122,16 +121,16 @@ def test_the_cache_is_read_again_and_refused_where_it_is_of_something_else(
     again = measure(run, trained, measured, "--json", "-")
     assert (again.code, again.out.encode()) == (0, before)
     assert f"read from {measured}" in again.err
-    mend = "measure anew with --force, or keep both with --cache FILE"
+    hint = "measure anew with --force, or keep both with --cache FILE"
     other = measure(run, trained, measured, "--widths", "2,3")
     what = "was measured with another recipe, other samples or other widths"
-    assert (other.code, other.error_lines) == (3, [f"error: {measured}: {what}; {mend}"])
+    assert (other.code, other.error_lines) == (3, [f"error: {measured}: {what}; {hint}"])
     document = json.loads(before)
     measured.write_text(json.dumps(document | {"input_sha256": "f" * 64}))
     foreign = measure(run, trained, measured)
     assert (foreign.code, foreign.error_lines) == (
         3,
-        [f"error: {measured}: was measured on another checkpoint; {mend}"],
+        [f"error: {measured}: was measured on another checkpoint; {hint}"],
     )
     assert measure(run, trained, measured, "--widths", "2,3", "--force", "-q").code == 0
     assert read_sensitivity(measured).bits == (2, 3)
@@ -147,7 +146,7 @@ def test_the_cache_is_read_again_and_refused_where_it_is_of_something_else(
         ({"baseline": {}}, "is damaged: a layer or a metric is there twice, or half"),
     ],
 )
-def test_damaged_and_newer_files_are_refused_with_the_mend(
+def test_damaged_and_newer_files_are_refused_with_a_hint(
     run: Run, trained: Path, measured: Path, change: dict[str, Any], what: str
 ) -> None:
     measured.write_text(json.dumps(json.loads(measured.read_text()) | change))

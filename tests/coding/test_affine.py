@@ -10,11 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompress.coding.affine import TORCH_DTYPES, decode, decode_rows, middle, take_rows
-from qcompress.coding.half import HALF_MAX, HALF_TINY, exponent_for, from_half, round_offset, round_scale
+from qcompress.coding.grids import (
+    HALF_MAX,
+    HALF_TINY,
+    TORCH_DTYPES,
+    decode,
+    decode_rows,
+    exponent_for,
+    from_half,
+    middle,
+    round_offset,
+    round_scale,
+    take_rows,
+)
 from qcompress.coding.rows import grid_shape, row_shape
-from qcompress.encoded import Affine, Kept
-from qcompress.types import Convention
+from qcompress.types.config import Convention
+from qcompress.types.encoded import Affine, Kept
 
 EXPONENTS = [-100, -12, 0, 3, 100]
 CONVENTIONS: list[Convention] = ["narrow", "full", "mid-rise"]

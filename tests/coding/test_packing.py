@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompress.coding.packing import BLOCK_CODES, blocks, byte_span, count_codes, pack, row_bytes, unpack
+from qcompress.coding.packing import BLOCK_CODES, byte_span, count_codes, pack, row_bytes, unpack
 
 WIDTHS = (*range(1, 10), 12, 16)
 LONG = [(1, BLOCK_CODES + 5), (2, BLOCK_CODES + 8), (BLOCK_CODES // 9 + 3, 9), (BLOCK_CODES + 1, 1), (3, BLOCK_CODES)]
@@ -144,20 +144,6 @@ def test_rows_of_the_wrong_length_are_refused() -> None:
     for read in (unpack, count_codes):
         with pytest.raises(ValueError, match="has 2 bytes, not 3"):
             read(np.zeros((4, 3), np.uint8), 3, 5)
-
-
-@given(st.integers(0, 40), st.integers(0, 90), st.sampled_from([8, 16, 64]))
-def test_blocks_tile_the_matrix(rows: int, columns: int, limit: int) -> None:
-    seen = np.zeros((rows, columns), int)
-    for index, (row_span, column_span) in enumerate(blocks(rows, columns, limit)):
-        piece = seen[row_span, column_span]
-        assert 0 < piece.size <= max(limit, 1)
-        assert column_span.start % 8 == 0
-        assert not piece.any()
-        piece[...] = index + 1
-    assert (seen > 0).all()
-    first_of_block = np.unique(seen.ravel(), return_index=True)[1]
-    assert (np.diff(first_of_block) > 0).all()
 
 
 @given(code_matrices())

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from qcompress.coding import ans
 from qcompress.coding.ans import CHUNK_CODES
 from qcompress.coding.packing import count_codes, pack, row_bytes
-from qcompress.coding.payload import Coding, CodingChoice, bound_bytes, decode_payload, encode_payload, entropy_bits
+from qcompress.coding.payload import bound_bytes, decode_payload, encode_payload, entropy_bits
+from qcompress.types.config import Coding, CodingChoice
 
 CODINGS = get_args(Coding)
 SHAPES = [(0, 5), (5, 0), (0, 0), (1, 1), (1, 8), (7, 3), (5, 9), (64, 27), (33, 130)]

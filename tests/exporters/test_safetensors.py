@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_model
 from torch import nn
 
 from qcompress.artifact.reader import read_artifact
-from qcompress.checkpoint import read_checkpoint
+from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.compress.load import load_state_dict
 from qcompress.errors import ArtifactError, OutputError, ResourceError
 from qcompress.exporters import safetensors as exporter
 from qcompress.exporters.safetensors import export
-from qcompress.load import load_state_dict
 
 TENSORS = {
     "a": gaussian(12, 8),

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from contexts import context_of
 from torch import Tensor
 
-from qcompress.coding.affine import decode
-from qcompress.coding.half import exponent_for
-from qcompress.encoded import Affine
+from qcompress.coding.grids import decode
+from qcompress.types.encoded import Affine
 
 
 def gaussian(rows: int = 6, columns: int = 192, seed: int = 0) -> Tensor:
@@ -38,7 +38,7 @@ AWKWARD = {
 
 
 def encode(method: Callable[..., Affine], weight: Tensor, config: Any) -> Affine:
-    return method(weight, config, exponent_for(float(weight.abs().max())))
+    return method(weight, config, context_of(weight))
 
 
 def squared_error(weight: Tensor, encoded: Affine) -> float:
@@ -63,9 +63,9 @@ def assert_same(first: Affine, second: Affine) -> None:
 
 def assert_cut_does_not_matter(method: Callable[..., Affine], weight: Tensor, config: Any, cut: int) -> None:
     """The rows encoded at once, and in two parts, are the same."""
-    exponent = exponent_for(float(weight.abs().max()))
-    whole = method(weight, config, exponent)
-    parts = [method(part.contiguous(), config, exponent) for part in (weight[:cut], weight[cut:])]
+    context = context_of(weight)
+    whole = method(weight, config, context)
+    parts = [method(part.contiguous(), config, context) for part in (weight[:cut], weight[cut:])]
     for name in ("codes", "scale", "offset", "zero_point"):
         if getattr(whole, name) is not None:
             assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))

@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from contexts import context_at, context_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qcompress.coding.affine import decode, decode_rows, row_spans, take_rows
-from qcompress.coding.codebook import centroid_values
-from qcompress.coding.half import exponent_for
+from qcompress.coding.grids import centroid_values, decode, decode_rows, row_spans, take_rows
 from qcompress.coding.rows import codebook_shape
-from qcompress.encoded import Codebook
 from qcompress.methods import kmeans, learned
-from qcompress.registry import KmeansConfig, LearnedConfig, refuse_codebook, refuse_cost
-from qcompress.solvers.codebooks import BookEvidence
+from qcompress.registry import KmeansConfig, LearnedConfig, refuse_cost
+from qcompress.types.encoded import Codebook
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -25,12 +23,7 @@ def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 
 def encode(weight: Tensor, **options: Any) -> Codebook:
-    exponent = exponent_for(float(weight.abs().max()))
-    return kmeans.encode(weight, KmeansConfig(**options), exponent, seeded(0))
-
-
-def seeded(seed: int, sensitivity: Tensor | None = None) -> BookEvidence:
-    return BookEvidence(torch.Generator().manual_seed(seed), sensitivity)
+    return kmeans.encode(weight, KmeansConfig(**options), context_of(weight))
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -124,7 +117,7 @@ def test_pieces_of_rows_are_rows_of_the_whole(options: dict[str, Any]) -> None:
 def test_random_starts_follow_their_generator() -> None:
     weight = gaussian(8, 60)
     config = KmeansConfig(bits=4, init="random", codebook="f32")
-    found = [centroid_values(kmeans.encode(weight, config, 0, seeded(seed))) for seed in (1, 1, 2)]
+    found = [centroid_values(kmeans.encode(weight, config, context_at(0, seed))) for seed in (1, 1, 2)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
@@ -133,11 +126,12 @@ def test_learned_entries_are_assigned_then_recentred() -> None:
     representatives = torch.tensor([0.9, -1.1, 0.05])
     cells = (weight.unsqueeze(2) - representatives.sort().values).abs().argmin(2)
     config = LearnedConfig(bits=2, codebook="f32")
-    encoded = learned.encode(weight, config, 0, seeded(0), representatives)
+    context = context_at(0, representatives=representatives)
+    encoded = learned.encode(weight, config, context)
     assert torch.equal(encoded.codes.long(), cells)
     means = torch.stack([weight[cells == code].mean() for code in range(3)])
     torch.testing.assert_close(centroid_values(encoded).flatten()[:3], means)
-    kept = learned.encode(weight, LearnedConfig(bits=2, recentre=False, codebook="f32"), 0, seeded(0), representatives)
+    kept = learned.encode(weight, LearnedConfig(bits=2, recentre=False, codebook="f32"), context)
     torch.testing.assert_close(centroid_values(kept).flatten()[:3], representatives.sort().values)
     torch.testing.assert_close(decode(kept), representatives.sort().values[cells])
 
@@ -151,7 +145,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "shape", "words"), REFUSED)
 def test_codebooks_that_cannot_be_are_refused(options: dict[str, Any], shape: tuple[int, ...], words: str) -> None:
-    assert words in str(refuse_codebook(KmeansConfig(**options), shape))
+    assert words in str(KmeansConfig(**options).refuse(shape))
 
 
 COSTS = [

@@ -1,27 +1,28 @@
-"""What holds for every method on grids that needs weights alone, whatever it does with them."""
+"""What holds for every method that encodes one weight, whatever it does with it."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from contexts import context_of
+from methods.well_formed import assert_same, assert_well_formed
+from solvers.second_order import correlated, moments
 from torch import Tensor
 
-from qcompress.coding.affine import decode
-from qcompress.coding.half import exponent_for
-from qcompress.coding.rows import grid_shape
-from qcompress.encoded import Affine
-from qcompress.registry import METHODS, Method
+from qcompress.coding.grids import decode
+from qcompress.registry import METHODS, ClusterConfig, GridConfig, Method, RdConfig
+from qcompress.types.config import MethodConfig, Rows
+from qcompress.types.encoded import Affine, Coded
+from qcompress.types.run import EncodeContext, Gram
 
-WEIGHT_METHODS = [
-    method
-    for method in METHODS.values()
-    if method.family == "quantize" and method.needs == "weights" and method.has_widths
-]
+ENCODING = [method for method in METHODS.values() if method.encodes]
+WEIGHT_METHODS = [m for m in ENCODING if issubclass(m.config, GridConfig) and m.needs == "weights"]
+CLUSTERING = [method for method in ENCODING if method.family == "cluster"]
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "rtn": [
@@ -31,8 +32,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "mse": [{"effort": "high"}, {"search": "grid"}, {"search": "grid", "symmetric": True}],
     "squant": [{"range": "minmax"}, {"range": "minmax", "symmetric": True}, {"stages": "E"}],
     "hqq": [{"round_zero": True}],
+    "kmeans": [{"init": "density"}, {"zero": True}],
+    "learned": [{"recentre": False}],
 }
 """What a method has to choose beyond its grid."""
+QUICK: dict[str, dict[str, Any]] = {"adaround": {"iterations": 20}}
+"""What makes a method quick."""
 
 GRIDS: list[dict[str, Any]] = [{"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 6}]
 
@@ -53,50 +58,120 @@ def configs(method: Method, bits: tuple[int, ...] = tuple(range(1, 9))) -> Itera
             assert choice.get("symmetric"), "only symmetry may be refused here"
 
 
-def encoded_by(method: Method, weight: Tensor, config: Any, exponent: int | None = None) -> Affine:
-    if exponent is None:
-        exponent = exponent_for(float(weight.abs().max()) if weight.numel() else 0.0)
-    encoded = method.load()(weight, config, exponent)
-    assert isinstance(encoded, Affine)
+def some_configs(method: Method, rows: Rows) -> Iterator[MethodConfig]:
+    """A few configs of every kind that a weight of shape `rows` can have; a kind of its own has a row to add here."""
+    kinds: dict[type[MethodConfig], list[dict[str, Any]]] = {
+        GridConfig: [
+            {"bits": bits, **grid, **choice}
+            for bits, grid, choice in itertools.product((1, 3, 8), GRIDS, ({}, {"symmetric": True}))
+        ],
+        ClusterConfig: [
+            {"bits": bits, **table}
+            for bits, table in itertools.product(
+                (1, 3, 9),
+                (
+                    *({}, {"granularity": "channel"}, {"group_size": 2}, {"codebook": "int8"}, {"codebook": "f32"}),
+                    *({"dim": 2}, {"dim": 2, "group_size": 2, "codebook": "int8"}),
+                ),
+            )
+        ],
+        RdConfig: [{"step": step, "effort": effort} for step in (0.01, 0.5) for effort in ("fast", "normal", "high")],
+    }
+    (options,) = [options for kind, options in kinds.items() if issubclass(method.config, kind)]
+    for choice in ({}, *OPTIONS.get(method.name, [])):
+        for one in options:
+            try:
+                config = method.config(**{**one, **choice, **QUICK.get(method.name, {})})
+            except ValueError:
+                # Which options exclude each other is for the tests of the configs.
+                continue
+            if config.refuse(rows) is None:
+                yield config
+
+
+def context_for(method: Method, weight: Tensor, config: MethodConfig, **parts: Any) -> EncodeContext:
+    """What the method may draw on, as the registry says that it needs it."""
+    if method.needs == "calibration":
+        clean = correlated(weight[0].numel(), 200)
+        noisy = clean + 0.01 * correlated(weight[0].numel(), 200, seed=1)
+        cross = clean.transpose(1, 2) @ noisy / 200
+        parts["gram"] = Gram(moments(noisy), cross, noisy.mean(1), clean.mean(1), 200)
+    if method.representatives:
+        parts["representatives"] = torch.linspace(
+            float(weight.min()), float(weight.max()), 2 ** min(config.code_bits, 4)
+        )
+    return context_of(weight, **parts)
+
+
+def encode_with(method: Method, weight: Tensor, config: MethodConfig, **parts: Any) -> Coded:
+    """The codes, by a context of its own: equal calls draw equal random numbers."""
+    encoded = method.load_encode()(weight, config, context_for(method, weight, config, **parts))
+    assert isinstance(encoded, Coded)
     return encoded
 
 
-def assert_well_formed(encoded: Affine, weight: Tensor, config: Any) -> None:
-    """Shapes, dtypes, the grid's form, and codes that the width can hold."""
-    shape = tuple(weight.shape)
-    assert encoded.codes.dtype == torch.uint8
-    assert encoded.codes.shape == (shape[0], math.prod(shape[1:]))
-    assert encoded.codes.is_contiguous()
-    assert not encoded.codes.numel() or int(encoded.codes.max()) < 2**config.bits
-    assert (encoded.bits, encoded.shape, encoded.axis, encoded.dtype) == (config.bits, shape, (0,), "F32")
-    assert encoded.scale.dtype == torch.float16
-    assert tuple(encoded.scale.shape) == grid_shape(shape, config.granularity, config.group_size)
-    assert bool((encoded.scale != 0).all()) and bool(encoded.scale.isfinite().all())
-    present = {
-        "zero-point": encoded.zero_point is not None,
-        "offset": encoded.offset is not None,
-        "symmetric": encoded.convention is not None,
-    }
-    assert [form for form, there in present.items() if there] == [config.form]
-    assert encoded.convention == (config.stored_convention if config.symmetric else None)
-    if encoded.offset is not None:
-        assert (encoded.offset.dtype, encoded.offset.shape) == (torch.float16, encoded.scale.shape)
-        assert bool(encoded.offset.isfinite().all())
-    if encoded.zero_point is not None:
-        assert (encoded.zero_point.dtype, encoded.zero_point.shape) == (torch.uint8, encoded.scale.shape)
-
-
-def assert_same(one: Affine, other: Affine) -> None:
-    for name in ("codes", "scale", "offset", "zero_point"):
-        first, second = getattr(one, name), getattr(other, name)
-        assert (first is None) == (second is None), name
-        assert first is None or torch.equal(first, second), name
-    assert (one.convention, one.exponent) == (other.convention, other.exponent)
+def encoded_by(method: Method, weight: Tensor, config: Any, context: EncodeContext | None = None) -> Affine:
+    encoded = method.load_encode()(weight, config, context or context_of(weight))
+    assert isinstance(encoded, Affine)
+    return encoded
 
 
 def rows_of(encoded: Affine, grid_rows: slice, rows: slice) -> list[Tensor]:
     parts = [encoded.codes[rows]]
     return parts + [p[grid_rows] for p in (encoded.scale, encoded.offset, encoded.zero_point) if p is not None]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_a_module_holds_the_functions_that_the_registry_names(method: Method) -> None:
+    module = vars(importlib.import_module(method.module or f"qcompress.methods.{method.name}"))
+    assert ("encode" in module, "fit" in module) == (method.encodes, method.fits)
+    assert method.encodes or method.fits
+    assert not method.encodes or module["encode"] is method.load_encode()
+    assert not method.fits or module["fit"] is method.load_fit()
+
+
+@pytest.mark.parametrize("method", ENCODING, ids=lambda method: method.name)
+def test_a_weight_is_encoded_as_its_config_declares_and_always_the_same(method: Method) -> None:
+    for shape in ((6, 4, 3, 3), (6, 12), (1, 6)):
+        weight = gaussian(*shape)
+        before = weight.clone()
+        found = list(some_configs(method, shape))
+        assert found
+        for config in found:
+            encoded = encode_with(method, weight, config)
+            assert torch.equal(weight, before), "the input was changed"
+            assert_well_formed(encoded, shape, config)
+            assert encoded.axis == (0,)
+            decoded = decode(encoded)
+            assert (decoded.shape, decoded.dtype) == (shape, torch.float32)
+            assert bool(decoded.isfinite().all())
+            assert_same(encoded, encode_with(method, weight, config))
+
+
+@pytest.mark.parametrize("method", ENCODING, ids=lambda method: method.name)
+def test_zeros_constants_and_numbers_of_any_size_stay_finite(method: Method) -> None:
+    one = gaussian(6, 12)
+    huge, dead = one.clone(), one.clone()
+    huge[1, 5], dead[2] = 1e8, 0
+    for weight in (0 * one, torch.full((6, 12), -0.3), huge, dead, 1e-40 * one, 2e37 * one, 1 + 1e-6 * one):
+        for config in some_configs(method, (6, 12)):
+            encoded = encode_with(method, weight, config)
+            assert_well_formed(encoded, (6, 12), config)
+            decoded = decode(encoded)
+            assert bool(decoded.isfinite().all())
+            assert float(decoded.abs().max()) <= 3 * float(weight.abs().max())
+
+
+@pytest.mark.parametrize("method", CLUSTERING, ids=lambda method: method.name)
+def test_weighed_codebooks_are_well_formed_and_always_the_same(method: Method) -> None:
+    """By sensitivities of the columns, or of each group of channels; some count nothing."""
+    weight = gaussian(6, 12)
+    columns, groups = torch.arange(12), torch.rand(3, 12, generator=torch.Generator().manual_seed(0))
+    for config in some_configs(method, (6, 12)):
+        for sensitivity in (columns, groups):
+            encoded = encode_with(method, weight, config, sensitivity=sensitivity.double())
+            assert_well_formed(encoded, (6, 12), config)
+            assert_same(encoded, encode_with(method, weight, config, sensitivity=sensitivity.double()))
 
 
 @pytest.mark.parametrize("method", WEIGHT_METHODS, ids=lambda method: method.name)
@@ -107,7 +182,7 @@ def test_what_comes_back_is_well_formed_and_always_the_same(method: Method) -> N
             before = weight.clone()
             encoded = encoded_by(method, weight, config)
             assert torch.equal(weight, before), "the input was changed"
-            assert_well_formed(encoded, weight, config)
+            assert_well_formed(encoded, tuple(weight.shape), config)
             decoded = decode(encoded)
             assert decoded.shape == weight.shape
             assert decoded.dtype == torch.float32
@@ -124,12 +199,12 @@ def test_a_row_block_is_coded_as_in_the_whole(method: Method) -> None:
             continue
         for shape in ((7, 6, 3, 3), (7, 600), (7, 12_000)):
             weight = gaussian(*shape)
-            exponent = exponent_for(float(weight.abs().max()))
-            whole = encoded_by(method, weight, config, exponent)
+            context = context_of(weight)
+            whole = encoded_by(method, weight, config, context)
             for rows in (slice(0, 1), slice(1, 5), slice(5, 7)):
                 torch.set_num_threads(2)
                 try:
-                    block = encoded_by(method, weight[rows].contiguous(), config, exponent)
+                    block = encoded_by(method, weight[rows].contiguous(), config, context)
                 finally:
                     torch.set_num_threads(threads)
                 everything = slice(None)
@@ -143,7 +218,7 @@ def test_a_weight_without_elements(method: Method, shape: tuple[int, ...]) -> No
     for config in configs(method, bits=(1, 4)):
         weight = torch.zeros(shape)
         encoded = encoded_by(method, weight, config)
-        assert_well_formed(encoded, weight, config)
+        assert_well_formed(encoded, tuple(weight.shape), config)
         assert decode(encoded).shape == weight.shape
 
 

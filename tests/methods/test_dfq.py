@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contexts import ALONE
 from model.graph_networks import (
     Basic,
     Forked,
@@ -27,12 +28,11 @@ from model.networks import Untraceable
 from model.networks import live as other_live
 from torch import Tensor, nn
 
-from qcompress.coding.affine import decode
+from qcompress.calibration.activations import attach_caps
+from qcompress.coding.grids import decode
 from qcompress.coding.rows import grid_shape
-from qcompress.encoded import Affine, Fitted, Kept
 from qcompress.errors import DataError, ModelError
 from qcompress.methods.dfq import fit
-from qcompress.model.activations import attach_caps
 from qcompress.model.chains import equalization_links
 from qcompress.model.fold import kernels
 from qcompress.model.graph import batch_norm_of
@@ -40,7 +40,8 @@ from qcompress.model.live import LiveModel, find_tensor, put_tensors
 from qcompress.model.sweep import layer_inputs, run_stage
 from qcompress.registry import METHODS, DfqConfig
 from qcompress.solvers.equalize import DEAD
-from qcompress.types import row_shape
+from qcompress.types.encoded import Affine, Fitted, Kept
+from qcompress.types.plan import row_shape
 
 EVERY = [Basic, Inverted, InvertedRelu, Functional, Plumbing, Joined, Forked, Unfolded]
 
@@ -49,7 +50,7 @@ def fitted(kind: type[nn.Module], calibration: bool = False, **options: object) 
     """A float32 live model after the method, and what it gave."""
     x = inputs(kind, 32, 5).float()
     live = live_model(trained(kind).float(), inputs(kind, 2).float(), [x[:16], x[16:]] if calibration else None)
-    return live, fit(live, decisions(live.module, **options))
+    return live, fit(live, decisions(live.module, **options), ALONE)
 
 
 def in_floats(live: LiveModel, found: Fitted) -> nn.Module:
@@ -200,7 +201,7 @@ def test_dead_channels_widen_no_grid_and_keep_what_they_give(kind: type[nn.Modul
     live = live_model(module, inputs(kind, 2).float())
     x = inputs(kind, 16).float()
     expected = live.module(x)
-    found = fit(live, decisions(live.module, granularity="tensor", relu6="caps", bias_correction="none"))
+    found = fit(live, decisions(live.module, granularity="tensor", relu6="caps", bias_correction="none"), ALONE)
     assert relative(in_floats(live, found)(x), expected) < 1e-5
     rows = found.references["features.1.conv.0.0.weight"].abs().amax((1, 2, 3))
     # The first gives nothing and may be scaled at will; the other is a constant that must not leave the others behind.
@@ -221,7 +222,7 @@ def test_tensors_of_layers_with_another_method_stay() -> None:
     live = live_model(trained(InvertedRelu).float(), inputs(InvertedRelu, 2).float())
     every = decisions(live.module, granularity="tensor")
     kept = "features.2.conv.1.0"
-    found = fit(live, [one for one in every if one.tensor.name != f"{kept}.weight"])
+    found = fit(live, [one for one in every if one.tensor.name != f"{kept}.weight"], ALONE)
     norm = batch_norm_of(live, kept)
     assert norm is not None
     for name in (f"{kept}.weight", *norm.tensors):
@@ -313,7 +314,7 @@ def test_analytic_correction_takes_the_mean_error_away(activation: nn.Module) ->
     errors = []
     for way in ("none", "analytic"):
         live = live_model(copy.deepcopy(module), x[:2])
-        fit(live, decisions(live.module, bits=2, bias_correction=way))
+        fit(live, decisions(live.module, bits=2, bias_correction=way), ALONE)
         errors.append(float((live.quantized(x).mean((0, 2, 3)) - expected).abs().max()))
     assert errors[1] < errors[0] / 20
 
@@ -359,7 +360,7 @@ def test_what_is_absorbed_comes_back_as_long_as_outputs_exceed_it(
     x = nn.functional.normalize(torch.randn(64, 4, 5, 5), dim=1) * 2
     live = live_model(module, x[:2])
     options = {"granularity": "tensor", "relu6": "caps", "absorb": True, "bias_correction": "none", "fold": fold}
-    found = fit(live, decisions(module, **options))
+    found = fit(live, decisions(module, **options), ALONE)
     prepared = in_floats(live, found)
     assert relative(prepared(x), module(x)) < 1e-5
     mean_before, mean_after = (one.norm(one.first(x)).mean((0, 2, 3)) for one in (module, prepared))
@@ -383,7 +384,7 @@ def test_empirical_correction_without_data_is_refused() -> None:
 def test_a_network_that_cannot_be_traced_is_refused() -> None:
     live = other_live(Untraceable)
     with pytest.raises(ModelError, match="cannot be traced"):
-        fit(live, decisions(live.module))
+        fit(live, decisions(live.module), ALONE)
 
 
 def test_the_hessian_s_range_is_refused() -> None:
@@ -399,12 +400,13 @@ def test_a_batch_norm_without_weights_cannot_be_folded_and_is_named() -> None:
 
 def test_it_declares_that_it_adjusts() -> None:
     method = METHODS["dfq"]
-    assert method.adjusts and method.needs == "graph" and method.load() is fit
+    assert method.adjusts and method.needs == "graph" and method.load_fit() is fit
 
 
 DATA = os.environ.get("QCOMPRESS_DATA")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason="QCOMPRESS_DATA names no folder of data")
 def test_mobilenet_with_one_grid_a_tensor() -> None:
     """Folded and rounded it is lost; equalized it is as good as new."""
@@ -418,7 +420,7 @@ def test_mobilenet_with_one_grid_a_tensor() -> None:
         ("dfq", {"relu6": "caps", "equalize": True}),
     ):
         live = live_model(copy.deepcopy(network), batches[0][0][:1])
-        fit(live, decisions(live.module, granularity="tensor", symmetric=True, fold=True, **options))
+        fit(live, decisions(live.module, granularity="tensor", symmetric=True, fold=True, **options), ALONE)
         scores[name] = networks.top1(live.quantized, batches)
     assert scores["naive"] < 0.5
     assert scores["dfq"] > networks.top1(network, batches) - 0.05

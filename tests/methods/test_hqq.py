@@ -6,16 +6,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from awkward_weights import AWKWARD, assert_cut_does_not_matter, assert_same, encode, gaussian
+from contexts import context_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from methods.awkward_weights import AWKWARD, assert_cut_does_not_matter, assert_same, encode, gaussian
 
-from qcompress.coding.affine import decode, decode_rows
-from qcompress.coding.half import exponent_for, from_half
+from qcompress.coding.grids import decode, decode_rows, exponent_for, from_half
 from qcompress.methods import hqq
 from qcompress.registry import HqqConfig
 from qcompress.solvers.blocks import walk
-from qcompress.solvers.ranges import minmax_grid
+from qcompress.solvers.grids import minmax_grid
 
 CONFIGS = [
     HqqConfig(bits=1, granularity="channel"),
@@ -98,7 +98,7 @@ def test_the_whole_loop_ends_as_well_as_the_published_one(bits):
     config = HqqConfig(bits=bits, granularity="channel")
     exponent = exponent_for(float(weight.abs().max()))
     scale, _ = start_of(weight, config, exponent)
-    encoded = hqq.encode(weight, config, exponent)
+    encoded = hqq.encode(weight, config, context_at(exponent))
     totals = [
         float(error_on(weight, scale, offset, config)[1].abs().pow(0.7).sum())
         for offset in (from_half(encoded.offset, exponent).double(), literal_hqq(weight, config, exponent))
@@ -111,7 +111,7 @@ def test_the_whole_loop_ends_as_well_as_the_published_one(bits):
 def test_no_block_is_worse_than_its_start(name, config):
     weight = AWKWARD[name]
     exponent = exponent_for(float(weight.abs().max()))
-    encoded = hqq.encode(weight, config, exponent)
+    encoded = hqq.encode(weight, config, context_at(exponent))
     assert torch.isfinite(decode_rows(encoded)).all()
     blocks = weight.reshape(encoded.scale.numel(), -1)
     grid = minmax_grid(blocks, config.bits, exponent)
@@ -141,10 +141,10 @@ def test_a_huge_beta_moves_nothing_and_a_tiny_one_takes_the_mean():
     weight = gaussian(50, 64)
     exponent = exponent_for(float(weight.abs().max()))
     grid = minmax_grid(weight, 3, exponent)
-    still = hqq.encode(weight, HqqConfig(bits=3, granularity="channel", beta=1e30), exponent)
+    still = hqq.encode(weight, HqqConfig(bits=3, granularity="channel", beta=1e30), context_at(exponent))
     assert torch.equal(still.offset.reshape(-1), grid.offset)
     config = HqqConfig(bits=3, granularity="channel", beta=1e-30, iterations=1)
-    moved = from_half(hqq.encode(weight, config, exponent).offset, exponent).double()
+    moved = from_half(hqq.encode(weight, config, context_at(exponent)).offset, exponent).double()
     scale, start = start_of(weight, config, exponent)
     codes, _ = error_on(weight, scale, start, config)
     mean = weight.double().mean(1, keepdim=True) - scale * codes.mean(1, keepdim=True)
@@ -159,7 +159,7 @@ def test_more_iterations_are_never_worse():
     totals = []
     for iterations in (1, 2, 5, 20):
         config = HqqConfig(bits=2, granularity="channel", iterations=iterations)
-        encoded = hqq.encode(weight, config, exponent)
+        encoded = hqq.encode(weight, config, context_at(exponent))
         totals.append((decode_rows(encoded).double() - weight.double()).abs().pow(0.7).sum(1))
     for before, after in pairwise(totals):
         assert (after <= before * (1 + 1e-5)).all()
@@ -171,9 +171,9 @@ def test_the_shrinkage_counts_in_the_weights_own_units():
     config = HqqConfig(bits=2, granularity="channel", norm=0.7)
     exponent = exponent_for(float(weight.abs().max()))
     stretched = HqqConfig(bits=2, granularity="channel", norm=0.7, beta=10.0 * 2.0 ** (10 * (0.7 - 2)))
-    plain = hqq.encode(weight, config, exponent)
-    assert_same(plain, hqq.encode(weight * 2.0**10, stretched, exponent + 10))
-    assert not torch.equal(plain.offset, hqq.encode(weight * 2.0**10, config, exponent + 10).offset)
+    plain = hqq.encode(weight, config, context_at(exponent))
+    assert_same(plain, hqq.encode(weight * 2.0**10, stretched, context_at(exponent + 10)))
+    assert not torch.equal(plain.offset, hqq.encode(weight * 2.0**10, config, context_at(exponent + 10)).offset)
 
 
 @settings(max_examples=25)
@@ -189,6 +189,6 @@ def test_rows_may_be_cut_anywhere(cut, config, name):
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 2, 3, 3)])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_no_weights(shape, granularity):
-    encoded = hqq.encode(torch.zeros(shape), HqqConfig(bits=4, granularity=granularity), 0)
+    encoded = hqq.encode(torch.zeros(shape), HqqConfig(bits=4, granularity=granularity), context_at(0))
     assert decode(encoded).shape == shape
     assert encoded.scale.shape == encoded.offset.shape == ((1, 1) if granularity == "tensor" else (shape[0], 1))

@@ -6,7 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from awkward_weights import (
+from contexts import context_at
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from methods.awkward_weights import (
     AWKWARD,
     assert_cut_does_not_matter,
     assert_same,
@@ -15,11 +18,8 @@ from awkward_weights import (
     sqnr,
     squared_error,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from qcompress.coding.affine import decode, decode_rows
-from qcompress.coding.half import exponent_for
+from qcompress.coding.grids import decode, decode_rows, exponent_for
 from qcompress.methods import mse, rtn
 from qcompress.registry import MseConfig, RtnConfig
 
@@ -83,7 +83,10 @@ def test_grid_search_is_never_worse_than_rounding_to_nearest(name, symmetric, bi
 def test_a_power_of_two_moves_the_exponent_alone(power, config):
     weight = gaussian(3, 64)
     exponent = exponent_for(float(weight.abs().max()))
-    assert_same(mse.encode(weight, config, exponent), mse.encode(weight * 2.0**power, config, exponent + power))
+    assert_same(
+        mse.encode(weight, config, context_at(exponent)),
+        mse.encode(weight * 2.0**power, config, context_at(exponent + power)),
+    )
 
 
 @settings(max_examples=25)
@@ -120,7 +123,7 @@ def test_finer_grids_fit_better():
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_no_weights(shape, granularity, search, symmetric):
     config = MseConfig(bits=4, granularity=granularity, search=search, symmetric=symmetric)
-    encoded = mse.encode(torch.zeros(shape), config, 0)
+    encoded = mse.encode(torch.zeros(shape), config, context_at(0))
     assert decode(encoded).shape == shape
     assert encoded.scale.shape == ((1, 1) if granularity == "tensor" else (shape[0], 1))
 

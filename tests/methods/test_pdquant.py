@@ -13,18 +13,17 @@ from model.networks import Mlp, Residual, Untraceable, decisions, live
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qcompress.methods.pdquant.block import Block
+from qcompress.calibration.activations import attach_activations
+from qcompress.data.batches import Batch
+from qcompress.methods.pdquant.block import Block, Loss
 from qcompress.methods.pdquant.inputs import Inputs, make_inputs
-from qcompress.methods.pdquant.loss import Loss
-from qcompress.model.activations import attach_activations
-from qcompress.model.batches import Batch
 from qcompress.model.graph import make_blocks
 from qcompress.model.live import LiveModel, layer_name, make_live_model
 from qcompress.model.stages import Stage
 from qcompress.model.sweep import run_stage
 from qcompress.registry import PdquantConfig
-from qcompress.settings import ActivationSettings
 from qcompress.solvers.rounding import soft
+from qcompress.types.settings import ActivationSettings
 
 
 def blocks(found: LiveModel, **options: Any) -> Iterator[tuple[Block, Stage]]:
@@ -46,7 +45,7 @@ def learned(block: Block) -> Loss:
         loss = block.prepare()
     for layer in block.layers.values():
         parametrize.register_parametrization(layer.module, "weight", layer.rounding, unsafe=True)
-    block.learn(loss)
+    block.trainer(loss)
     for layer in block.layers.values():
         parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=False)
     return loss
@@ -187,7 +186,7 @@ def test_of_three_roundings_the_one_of_least_loss_is_kept(best: str) -> None:
     for layer in block.layers.values():
         good, bad = layer.start.clone(), torch.zeros_like(layer.start)
         layer.start, layer.nearest = (good if best == name else bad for name in ("start", "nearest"))
-        up = (good > layer.rounding.lattice.floor) if best == "learned" else torch.zeros_like(good, dtype=torch.bool)
+        up = (good > layer.rounding.neighbours.floor) if best == "learned" else torch.zeros_like(good, dtype=torch.bool)
         layer.rounding.v.copy_(torch.where(up, 5.0, -5.0).reshape(layer.rounding.v.shape))
         assert not torch.equal(good, bad)
         kept = block.best_codes(loss)
@@ -233,6 +232,6 @@ def test_the_regularizer_leaves_nothing_between_two_codes() -> None:
         block, _ = next(blocks(live(Mlp, "pdquant", **options), **options))
         learned(block)
         rounding = block.layers["layers.0"].rounding
-        share = soft(rounding.v.detach())[rounding.lattice.ceiling > rounding.lattice.floor]
+        share = soft(rounding.v.detach())[rounding.neighbours.ceiling > rounding.neighbours.floor]
         between.append(float(torch.minimum(share, 1 - share).max()))
     assert between[1] < 0.02 and between[0] > 0.2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,21 +12,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from contexts import context_at
 from model.networks import Untraceable, decisions
 from model.networks import live as other_live
 from torch import Tensor, nn
 
-from qcompress.coding.affine import decode
-from qcompress.coding.lengths import coded_bits
-from qcompress.encoded import Fitted, Kept, Lattice
+from qcompress.coding.grids import decode
+from qcompress.coding.unbounded.lengths import coded_bits
+from qcompress.data.batches import Batch
 from qcompress.methods.rd import encode, fit, free, free_step
-from qcompress.model.batches import Batch
+from qcompress.methods.rd.free import MOST_COLUMNS, prior_hessian
 from qcompress.model.live import LiveModel, make_live_model
 from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import output_error
-from qcompress.solvers.priors import MOST_COLUMNS, prior_hessian
+from qcompress.types.encoded import Fitted, Kept, Unbounded
+from qcompress.types.run import FitContext
 
 CPU = torch.device("cpu")
+EFFORTS = ["normal", pytest.param("high", marks=pytest.mark.slow)]
+CONTEXT = context_at(0)
+"""Of every weight: the exponent of an unbounded quantizer is its own."""
 
 
 class Mixed(nn.Module):
@@ -101,16 +107,22 @@ def fitted(module: nn.Module, data: Sequence[Batch], bpw: float, **options: obje
     options = options or {"effort": "normal"}
     found = live(module, data, **options)
     wanted = decisions(found.module, "rd", **options)
-    return found, fit(found, wanted, bpw * sum(decision.tensor.numel for decision in wanted))
+    return found, fit(found, wanted, FitContext(bpw))
 
 
-def lattices(found: Fitted) -> dict[str, Lattice]:
-    return {name: value for name, value in found.encoded.items() if isinstance(value, Lattice)}
+@functools.cache
+def plain(bpw: float, effort: str = "normal") -> tuple[LiveModel, Fitted]:
+    """The network without a change, coded once for all tests that only look at it."""
+    return fitted(mixed(), images(), bpw, effort=effort)
+
+
+def unbounded_tensors(found: Fitted) -> dict[str, Unbounded]:
+    return {name: value for name, value in found.encoded.items() if isinstance(value, Unbounded)}
 
 
 def bits_per_weight(found: Fitted) -> float:
-    every = [*lattices(found).values()]
-    return coded_bits(every) / sum(lattice.codes.numel() for lattice in every)
+    every = [*unbounded_tensors(found).values()]
+    return coded_bits(every) / sum(unbounded.codes.numel() for unbounded in every)
 
 
 def harm(live: LiveModel) -> float:
@@ -122,20 +134,25 @@ def harm(live: LiveModel) -> float:
     return float((plain - quantized).square().sum() / (plain - plain.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize("effort", ["fast", "normal", "high"])
-@pytest.mark.parametrize("bpw", [1.0, 2.5])
-def test_the_budget_is_kept_and_nearly_used(effort: str, bpw: float) -> None:
-    live, found = fitted(mixed(), images(), bpw, effort=effort)
+@pytest.mark.parametrize(
+    ("bpw", "effort"),
+    [
+        *((1.0, "fast"), (1.0, "normal"), (2.5, "fast"), (2.5, "normal"), (2.5, "high")),
+        pytest.param(1.0, "high", marks=pytest.mark.slow),
+    ],
+)
+def test_the_budget_is_kept_and_nearly_used(bpw: float, effort: str) -> None:
+    live, found = plain(bpw, effort)
     assert 0.95 * bpw < bits_per_weight(found) <= bpw
     for decision in decisions(live.module, "rd", effort=effort):
-        lattice = found.encoded[decision.tensor.name]
-        assert isinstance(lattice, Lattice)
-        assert (lattice.shape, lattice.axis, lattice.dtype) == (decision.tensor.shape, decision.axis, "F32")
-        assert lattice.trellis == (effort == "high")
-        assert lattice.codes.shape == (lattice.shape[0], math.prod(lattice.shape[1:]))
+        unbounded = found.encoded[decision.tensor.name]
+        assert isinstance(unbounded, Unbounded)
+        assert (unbounded.shape, unbounded.axis, unbounded.dtype) == (decision.tensor.shape, decision.axis, "F32")
+        assert unbounded.trellis == (effort == "high")
+        assert unbounded.codes.shape == (unbounded.shape[0], math.prod(unbounded.shape[1:]))
 
 
-@pytest.mark.parametrize("effort", ["normal", "high"])
+@pytest.mark.parametrize("effort", EFFORTS)
 def test_what_is_given_stands_in_the_quantized_network_and_the_other_stays(effort: str) -> None:
     module = mixed()
     before = copy.deepcopy(module.state_dict())
@@ -159,11 +176,11 @@ STATISTICS = ("running_mean", "running_var")
 
 def test_without_matching_nothing_but_weights_is_given() -> None:
     _, found = fitted(mixed(), images(), 2.0, match=False)
-    assert all(isinstance(value, Lattice) for value in found.encoded.values())
+    assert all(isinstance(value, Unbounded) for value in found.encoded.values())
 
 
 def test_the_same_again() -> None:
-    (_, one), (_, other) = (fitted(mixed(), images(), 2.0) for _ in range(2))
+    (_, one), (_, other) = plain(2.0), fitted(mixed(), images(), 2.0)
     assert one.encoded.keys() == other.encoded.keys()
     for name, value in one.encoded.items():
         assert torch.equal(decode(value), decode(other.encoded[name])), name
@@ -172,7 +189,7 @@ def test_the_same_again() -> None:
 def test_more_bits_leave_less_harm() -> None:
     harms = []
     for bpw in (1.0, 2.0, 3.0, 4.0):
-        live, found = fitted(mixed(), images(), bpw)
+        live, found = plain(bpw)
         assert bits_per_weight(found) <= bpw
         harms.append(harm(live))
     assert all(fine < 0.5 * coarse for coarse, fine in itertools.pairwise(harms))
@@ -203,7 +220,7 @@ def test_means_and_variances_behind_batch_norms_are_those_of_the_full_network() 
 @pytest.mark.parametrize("bits", [0.0, 1e-6])
 def test_a_budget_below_all_side_information_leaves_zeros_and_finite_outputs(bits: float) -> None:
     live, found = fitted(mixed(), images(1), bits, effort="fast")
-    assert not any(bool(lattice.codes.any()) for lattice in lattices(found).values())
+    assert not any(bool(unbounded.codes.any()) for unbounded in unbounded_tensors(found).values())
     x = live.calibration[0].args[0]
     assert bool(live.quantized(x).isfinite().all())
     assert all(bool(decode(value).isfinite().all()) for value in found.encoded.values())
@@ -229,13 +246,13 @@ def kill_layer(module: nn.Module) -> None:
     module.conv.weight.zero_()
 
 
-@pytest.mark.parametrize("effort", ["normal", "high"])
+@pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("change", [kill_input, kill_output, kill_layer])
 def test_dead_inputs_and_outputs_take_no_bits_and_do_no_harm(change: Any, effort: str) -> None:
     live, found = fitted(mixed(change), images(), 3.0, effort=effort)
     assert bits_per_weight(found) <= 3.0
     assert all(bool(decode(value).isfinite().all()) for value in found.encoded.values())
-    codes = {name: lattice.codes for name, lattice in lattices(found).items()}
+    codes = {name: unbounded.codes for name, unbounded in unbounded_tensors(found).items()}
     if change is kill_output:
         assert not codes["grouped.weight"][5].any() and not codes["stem.weight"][7].any()
     if change is kill_input:
@@ -249,7 +266,7 @@ def test_dead_inputs_and_outputs_take_no_bits_and_do_no_harm(change: Any, effort
     assert bool(torch.cat([live.quantized(*batch.args) for batch in live.calibration]).isfinite().all())
 
 
-@pytest.mark.parametrize("effort", ["normal", "high"])
+@pytest.mark.parametrize("effort", EFFORTS)
 def test_one_sample_is_too_few_and_still_does_no_harm(effort: str) -> None:
     """A linear layer of 32 columns behind a mean over places sees a single vector: its Hessian has rank one."""
     live, found = fitted(mixed(), images(1, 1), 4.0, effort=effort)
@@ -263,7 +280,7 @@ def test_one_sample_is_too_few_and_still_does_no_harm(effort: str) -> None:
 def test_either_allocation_gives_depthwise_layers_what_they_need(allocation: str) -> None:
     live, found = fitted(mixed(), images(), 3.0, allocation=allocation)
     assert harm(live) < (0.05 if allocation == "measured" else 0.4)
-    scaled = {name for name, lattice in lattices(found).items() if lattice.rows is not None}
+    scaled = {name for name, unbounded in unbounded_tensors(found).items() if unbounded.rows is not None}
     behind_norms = {"stem.weight", "depthwise.weight", "grouped.weight"}
     assert scaled == (behind_norms if allocation == "relative" else set())
 
@@ -273,14 +290,14 @@ def test_codes_are_not_bounded() -> None:
         module.conv.weight[0, 0, 0, 0] = 400 * module.conv.weight.std()
 
     _, found = fitted(mixed(spread), images(), 3.0)
-    lattice = lattices(found)["conv.weight"]
-    assert int(lattice.codes.abs().max()) > 128
-    assert float(decode(lattice)[0, 0, 0, 0]) == pytest.approx(400 * float(mixed().conv.weight.std()), rel=0.05)
+    unbounded = unbounded_tensors(found)["conv.weight"]
+    assert int(unbounded.codes.abs().max()) > 128
+    assert float(decode(unbounded)[0, 0, 0, 0]) == pytest.approx(400 * float(mixed().conv.weight.std()), rel=0.05)
 
 
 def test_columns_have_steps_of_their_own_only_where_asked() -> None:
     _, found = fitted(mixed(), images(), 3.0, columns=False)
-    assert all(lattice.channels is None and lattice.taps is None for lattice in lattices(found).values())
+    assert all(unbounded.channels is None and unbounded.taps is None for unbounded in unbounded_tensors(found).values())
 
     def uneven(module: nn.Module) -> None:
         module.stem_bn.weight.mul_(torch.logspace(-1, 1, 32))
@@ -289,16 +306,16 @@ def test_columns_have_steps_of_their_own_only_where_asked() -> None:
         module.depthwise_bn.bias.mul_(torch.logspace(-1.5, 1.5, 32))
 
     _, found = fitted(mixed(uneven), images(), 3.0)
-    assert lattices(found)["conv.weight"].channels is not None
+    assert unbounded_tensors(found)["conv.weight"].channels is not None
 
 
-@pytest.mark.parametrize("effort", ["normal", "high"])
+@pytest.mark.parametrize("effort", EFFORTS)
 def test_a_table_is_coded_by_how_often_its_rows_are_looked_up(effort: str) -> None:
     torch.manual_seed(0)
     live, found = fitted(Words().eval(), words(), 3.0, effort=effort)
     assert bits_per_weight(found) <= 3.0
     assert harm(live) < 0.05
-    table = lattices(found)["table.weight"]
+    table = unbounded_tensors(found)["table.weight"]
     assert table.rows is not None and not table.trellis
     counts = torch.bincount(torch.cat([batch.args[0].reshape(-1) for batch in live.calibration]), minlength=64)
     common, rare = counts.argsort(descending=True)[[0, -1]]
@@ -310,8 +327,8 @@ def test_a_table_is_coded_by_how_often_its_rows_are_looked_up(effort: str) -> No
 def test_networks_that_cannot_be_traced_run_by_their_blocks() -> None:
     found = other_live(Untraceable, "rd", blocks=("blocks.*",), effort="normal")
     wanted = decisions(found.module, "rd", effort="normal")
-    result = fit(found, wanted, 6.0 * sum(decision.tensor.numel for decision in wanted))
-    assert len(lattices(result)) == len(found.layers)
+    result = fit(found, wanted, FitContext(6.0))
+    assert len(unbounded_tensors(result)) == len(found.layers)
     assert harm(found) < 0.1
 
 
@@ -334,22 +351,22 @@ def test_what_comes_back_is_well_formed_and_always_the_same(options: dict[str, A
     for shape, step in itertools.product(SHAPES, (1e-4, 0.5, 30.0)):
         weight, config = gaussian(*shape), RdConfig(step=step, **options)
         before = weight.clone()
-        lattice = encode(weight, config, 0)
+        unbounded = encode(weight, config, CONTEXT)
         assert torch.equal(weight, before)
-        assert lattice.codes.dtype == torch.int32 and lattice.codes.shape == (shape[0], math.prod(shape[1:]))
-        assert (lattice.shape, lattice.axis) == (shape, (0,))
-        decoded = decode(lattice)
+        assert unbounded.codes.dtype == torch.int32 and unbounded.codes.shape == (shape[0], math.prod(shape[1:]))
+        assert (unbounded.shape, unbounded.axis) == (shape, (0,))
+        decoded = decode(unbounded)
         # No correction moves a weight by more than a few steps.
-        held = float(lattice.step) * 2.0**lattice.exponent
+        held = float(unbounded.step) * 2.0**unbounded.exponent
         assert float((decoded - weight).abs().max()) <= 4 * held
-        assert torch.equal(decoded, decode(encode(weight, config, 0)))
+        assert torch.equal(decoded, decode(encode(weight, config, CONTEXT)))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", [(0, 6), (4, 0), (0, 2, 3, 3), (4, 0, 3, 3), (4, 2, 0, 3)])
 def test_a_weight_without_elements(shape: tuple[int, ...], options: dict[str, Any]) -> None:
-    lattice = encode(torch.zeros(shape), RdConfig(step=0.5, **options), 0)
-    assert decode(lattice).shape == shape
+    unbounded = encode(torch.zeros(shape), RdConfig(step=0.5, **options), CONTEXT)
+    assert decode(unbounded).shape == shape
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -360,7 +377,7 @@ def test_awkward_weights_decode_to_finite_numbers_within_the_range(options: dict
     constant = torch.full((4, 3, 2, 2), 3e38)
     for weight in (huge, dead, constant, 1e-40 * gaussian(4, 3, 2, 2), 2e37 * gaussian(4, 3, 2, 2), 0 * dead):
         for step in (1e-3, 0.5, 10.0):
-            decoded = decode(encode(weight, RdConfig(step=step, **options), 0))
+            decoded = decode(encode(weight, RdConfig(step=step, **options), CONTEXT))
             assert bool(decoded.isfinite().all())
             assert float(decoded.abs().max()) <= 3 * float(weight.abs().max())
 
@@ -368,9 +385,9 @@ def test_awkward_weights_decode_to_finite_numbers_within_the_range(options: dict
 def test_without_a_prior_and_a_price_weights_are_rounded_to_nearest() -> None:
     for shape in SHAPES:
         weight = gaussian(*shape)
-        lattice = encode(weight, RdConfig(effort="fast", prior="none", step=0.3), 0)
-        held = float(lattice.step) * 2.0**lattice.exponent
-        assert torch.equal(lattice.codes, (weight.flatten(1) / held).round().int())
+        unbounded = encode(weight, RdConfig(effort="fast", prior="none", step=0.3), CONTEXT)
+        held = float(unbounded.step) * 2.0**unbounded.exponent
+        assert torch.equal(unbounded.codes, (weight.flatten(1) / held).round().int())
 
 
 def test_a_step_goes_with_the_root_of_the_deviation() -> None:
@@ -387,9 +404,9 @@ def test_errors_of_output_channels_sum_to_little(prior: str) -> None:
     weight = gaussian(32, 8, 3, 3)
     sums = {}
     for name in (prior, "none"):
-        lattice = encode(weight, RdConfig(effort="fast", prior=name, step=0.7), 0)
-        held = float(lattice.step) * 2.0**lattice.exponent
-        sums[name] = ((decode(lattice) - weight).flatten(1).sum(1) / held).abs()
+        unbounded = encode(weight, RdConfig(effort="fast", prior=name, step=0.7), CONTEXT)
+        held = float(unbounded.step) * 2.0**unbounded.exponent
+        sums[name] = ((decode(unbounded) - weight).flatten(1).sum(1) / held).abs()
     assert float(sums[prior].mean()) < 0.25 * float(sums["none"].mean())
     assert prior != "flips" or float(sums[prior].max()) <= 0.5 + 1e-4
 
@@ -400,8 +417,10 @@ def test_the_prior_lowers_the_error_that_it_foresees(effort: str) -> None:
     hessian = prior_hessian((32, 8, 3, 3))
     assert hessian is not None
     errors = [
-        float(output_error((decode(lattice) - weight).flatten(1), hessian.unsqueeze(0)).sum())
-        for lattice in (encode(weight, RdConfig(effort=effort, prior=p, step=0.7), 0) for p in ("correlated", "none"))
+        float(output_error((decode(unbounded) - weight).flatten(1), hessian.unsqueeze(0)).sum())
+        for unbounded in (
+            encode(weight, RdConfig(effort=effort, prior=p, step=0.7), CONTEXT) for p in ("correlated", "none")
+        )
     ]
     assert errors[0] < 0.6 * errors[1]
 
@@ -411,33 +430,35 @@ def test_wide_weights_are_layers_side_by_side(effort: str) -> None:
     channels = 2 * (MOST_COLUMNS // 9)
     weight = gaussian(3, channels, 3, 3)
     config = RdConfig(effort=effort, step=0.6, price=0.0)
-    lattice = encode(weight, config, 0)
-    step = float(lattice.step) * 2.0**lattice.exponent
+    unbounded = encode(weight, config, CONTEXT)
+    step = float(unbounded.step) * 2.0**unbounded.exponent
     for part in range(2):
         own = weight[:, part * channels // 2 : (part + 1) * channels // 2]
         # The step that the whole has: free_step of a part differs.
-        alone = encode(own.contiguous(), RdConfig(effort=effort, step=0.6 * step / free_step(own, 0.6), price=0.0), 0)
+        alone = encode(
+            own.contiguous(), RdConfig(effort=effort, step=0.6 * step / free_step(own, 0.6), price=0.0), CONTEXT
+        )
         assert float(alone.step) * 2.0**alone.exponent == step
-        assert torch.equal(alone.codes, lattice.codes[:, part * 9 * channels // 2 : (part + 1) * 9 * channels // 2])
+        assert torch.equal(alone.codes, unbounded.codes[:, part * 9 * channels // 2 : (part + 1) * 9 * channels // 2])
 
 
 @pytest.mark.parametrize("effort", ["normal", "high"])
 def test_how_many_rows_are_coded_at_once_changes_nothing(effort: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, config = gaussian(20, 6, 3, 3), RdConfig(effort=effort, step=0.6)
-    whole = encode(weight, config, 0)
+    whole = encode(weight, config, CONTEXT)
     monkeypatch.setattr(free, "ROWS_AT_ONCE", 200)
-    assert torch.equal(encode(weight, config, 0).codes, whole.codes)
+    assert torch.equal(encode(weight, config, CONTEXT).codes, whole.codes)
 
 
 def test_high_effort_is_a_trellis_where_rows_are_one_part_and_not_too_wide() -> None:
     wide = gaussian(2, 130, 3, 3)
     config = RdConfig(effort="high", step=0.5)
     assert wide[0].numel() > MOST_COLUMNS
-    assert not encode(wide, config, 0).trellis
-    assert torch.equal(encode(wide, config, 0).codes, encode(wide, RdConfig(step=0.5), 0).codes)
-    assert encode(gaussian(5, 4, 3, 3), config, 0).trellis
-    assert encode(gaussian(5, 1300), config, 0).trellis
-    assert not encode(gaussian(1, free.MOST_TRELLIS_COLUMNS + 1), config, 0).trellis
+    assert not encode(wide, config, CONTEXT).trellis
+    assert torch.equal(encode(wide, config, CONTEXT).codes, encode(wide, RdConfig(step=0.5), CONTEXT).codes)
+    assert encode(gaussian(5, 4, 3, 3), config, CONTEXT).trellis
+    assert encode(gaussian(5, 1300), config, CONTEXT).trellis
+    assert not encode(gaussian(1, free.MOST_TRELLIS_COLUMNS + 1), config, CONTEXT).trellis
 
 
 def test_the_trellis_leaves_less_error_for_the_same_bits() -> None:
@@ -445,9 +466,9 @@ def test_the_trellis_leaves_less_error_for_the_same_bits() -> None:
     points = {}
     for effort, steps in (("fast", (0.6, 0.8, 1.0, 1.2)), ("high", (0.9,))):
         for step in steps:
-            lattice = encode(weight, RdConfig(effort=effort, step=step), 0)
-            error = float((decode(lattice) - weight).square().mean())
-            points[effort, step] = (coded_bits([lattice]) / weight.numel(), error)
+            unbounded = encode(weight, RdConfig(effort=effort, step=step), CONTEXT)
+            error = float((decode(unbounded) - weight).square().mean())
+            points[effort, step] = (coded_bits([unbounded]) / weight.numel(), error)
     ((rate, error),) = (point for (effort, _), point in points.items() if effort == "high")
     scalar = sorted(point for (effort, _), point in points.items() if effort == "fast")
     (lower, worse), (upper, better) = next(pair for pair in itertools.pairwise(scalar) if pair[1][0] > rate)
@@ -459,7 +480,7 @@ def test_the_trellis_leaves_less_error_for_the_same_bits() -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_steps_finer_than_float32_change_nothing(options: dict[str, Any]) -> None:
     weight = gaussian(5, 4, 3, 3)
-    found = decode(encode(weight, RdConfig(step=1e-30, **options), 0))
+    found = decode(encode(weight, RdConfig(step=1e-30, **options), CONTEXT))
     torch.testing.assert_close(found, weight, rtol=0, atol=1e-6)
 
 
@@ -467,7 +488,7 @@ def test_a_budget_that_no_weights_need_is_not_spent() -> None:
     """Bits beyond those of float32 would make codes that no file can hold."""
     live, found = fitted(mixed(kill_layer), images(1), 30.0, effort="high")
     assert bits_per_weight(found) < 25
-    assert max(int(lattice.codes.abs().max()) for lattice in lattices(found).values()) < 2**31 - 1
+    assert max(int(unbounded.codes.abs().max()) for unbounded in unbounded_tensors(found).values()) < 2**31 - 1
     assert bool(live.quantized(live.calibration[0].args[0]).isfinite().all())
 
 
@@ -476,8 +497,8 @@ def test_finer_steps_leave_less_error() -> None:
     for options in OPTIONS:
         errors, rates = [], []
         for step in (1.6, 0.8, 0.4, 0.2):
-            lattice = encode(weight, RdConfig(step=step, **options), 0)
-            errors.append(float((decode(lattice) - weight).square().mean()))
-            rates.append(coded_bits([lattice]))
+            unbounded = encode(weight, RdConfig(step=step, **options), CONTEXT)
+            errors.append(float((decode(unbounded) - weight).square().mean()))
+            rates.append(coded_bits([unbounded]))
         assert all(fine < coarse / 2 for coarse, fine in itertools.pairwise(errors))
         assert rates == sorted(rates)

@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from model.networks import decisions
 from torch import Tensor, nn
 
-from qcompress.coding.lengths import coded_bits
-from qcompress.encoded import Lattice
+from qcompress.coding.unbounded.lengths import coded_bits
+from qcompress.data.batches import Batch
 from qcompress.methods.rd import fit
 from qcompress.methods.rd.responses import Response, measure_responses
-from qcompress.model.batches import Batch
 from qcompress.model.layers import measure_gram
 from qcompress.model.live import LiveModel, make_live_model
 from qcompress.model.sweep import matrix_layer_of
 from qcompress.solvers.hessian import output_error
-from qcompress.solvers.lattice import feedback_lattice
-from qcompress.solvers.lattice_grid import grid_steps, with_codes, with_step
+from qcompress.solvers.unbounded import feedback_unbounded, grid_steps, with_codes, with_step
+from qcompress.types.encoded import Unbounded
+from qcompress.types.run import FitContext
 
 LAYERS = ("stem", "depthwise", "grouped", "conv", "fc")
 HIGH_RATE = 6.0
@@ -52,13 +52,13 @@ class Layer:
     rows: Tensor
     hessian: Tensor
     response: Response
-    grid: Lattice
+    grid: Unbounded
 
-    def coded(self, factor: float) -> tuple[Lattice, float]:
+    def coded(self, factor: float) -> tuple[Unbounded, float]:
         """The codes by error feedback on so many times the step, and the harm that they do to the output."""
         grid = with_step(self.grid, float(self.grid.step) * 2.0**self.grid.exponent * factor)
         steps = grid_steps(grid, self.rows.device)
-        codes = feedback_lattice(self.rows, steps, self.hessian)
+        codes = feedback_unbounded(self.rows, steps, self.hessian)
         harm = self.response.slope * float(output_error(codes * steps - self.rows, self.hessian).sum())
         return with_codes(grid, codes), harm
 
@@ -85,11 +85,11 @@ def layers() -> dict[str, Layer]:
     )
     wanted = decisions(live.module, "rd", **options)
     responses = measure_responses(live, dict(zip(LAYERS, wanted, strict=True)), damping=0.01)
-    found = fit(live, wanted, HIGH_RATE * sum(decision.tensor.numel for decision in wanted))
+    found = fit(live, wanted, FitContext(HIGH_RATE))
     grids = {name: found.encoded[f"{name}.weight"] for name in LAYERS}
     made = {}
     for name, grid in grids.items():
-        assert isinstance(grid, Lattice)
+        assert isinstance(grid, Unbounded)
         rows = live.module.get_submodule(name).weight.detach().flatten(1)
         made[name] = Layer(rows, hessian_of(live, name), responses[name], grid)
     return made
@@ -99,7 +99,7 @@ def harm_at(layers: Mapping[str, Layer], factors: Mapping[str, float]) -> tuple[
     """(harm of all layers, bits a weight) where some have other steps than were chosen."""
     done = [layer.coded(factors.get(name, 1.0)) for name, layer in layers.items()]
     weights = sum(layer.rows.numel() for layer in layers.values())
-    return sum(harm for _, harm in done), coded_bits([lattice for lattice, _ in done]) / weights
+    return sum(harm for _, harm in done), coded_bits([unbounded for unbounded, _ in done]) / weights
 
 
 def test_no_layer_would_better_have_another_step(layers: dict[str, Layer]) -> None:

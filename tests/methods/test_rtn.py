@@ -6,12 +6,12 @@ from itertools import product
 
 import pytest
 import torch
-from awkward_weights import AWKWARD, assert_cut_does_not_matter, assert_same, encode, gaussian, sqnr
+from contexts import context_at
 from hypothesis import given
 from hypothesis import strategies as st
+from methods.awkward_weights import AWKWARD, assert_cut_does_not_matter, assert_same, encode, gaussian, sqnr
 
-from qcompress.coding.affine import decode, decode_rows
-from qcompress.coding.half import exponent_for, from_half
+from qcompress.coding.grids import decode, decode_rows, exponent_for, from_half
 from qcompress.methods import rtn
 from qcompress.registry import RtnConfig
 
@@ -59,7 +59,7 @@ def test_zero_stays_zero_and_the_step_is_the_range_over_the_codes(name, bits):
 
 def test_worked_example():
     weight = torch.tensor([[-1.0, 0.0, 0.4, 2.0], [0.5, 1.5, 2.5, 3.0]])
-    encoded = rtn.encode(weight, RtnConfig(bits=2), 0)
+    encoded = rtn.encode(weight, RtnConfig(bits=2), context_at(0))
     assert encoded.scale.tolist() == [[1.0], [1.0]]
     assert encoded.zero_point.tolist() == [[1], [0]]
     assert encoded.codes.tolist() == [[0, 1, 1, 3], [0, 2, 2, 3]]
@@ -77,7 +77,7 @@ def test_worked_example():
 )
 def test_conventions_on_one_row(convention, scale, levels):
     weight = torch.tensor([[-5.0, 2.5 if convention == "gptq" else 1.0, 7.0]])
-    encoded = rtn.encode(weight, RtnConfig(bits=2, symmetric=True, convention=convention), 0)
+    encoded = rtn.encode(weight, RtnConfig(bits=2, symmetric=True, convention=convention), context_at(0))
     assert float(encoded.scale) == pytest.approx(scale, rel=2.0**-10)
     assert decode(encoded).tolist()[0] == pytest.approx(levels, rel=2.0**-10)
 
@@ -95,7 +95,7 @@ def test_what_was_decoded_encodes_to_itself(bits, convention):
     weight = gaussian()
     config = RtnConfig(bits=bits, symmetric=True, convention=convention)
     once = encode(rtn.encode, weight, config)
-    again = rtn.encode(decode(once), config, once.exponent)
+    again = rtn.encode(decode(once), config, context_at(once.exponent))
     assert_same(once, again)
 
 
@@ -103,7 +103,7 @@ def test_what_was_decoded_encodes_to_itself(bits, convention):
 def test_what_was_decoded_encodes_to_itself_with_a_zero_point(bits):
     weight = gaussian(40)
     once = encode(rtn.encode, weight, RtnConfig(bits=bits))
-    again = rtn.encode(decode(once), RtnConfig(bits=bits), once.exponent)
+    again = rtn.encode(decode(once), RtnConfig(bits=bits), context_at(once.exponent))
     # Where rounding the zero point leaves a code unreached, the range that is read back is a step smaller.
     whole = (once.codes.amin(1) == 0) & (once.codes.amax(1) == 2**bits - 1)
     assert whole.sum() > 20
@@ -115,7 +115,10 @@ def test_what_was_decoded_encodes_to_itself_with_a_zero_point(bits):
 def test_a_power_of_two_moves_the_exponent_alone(power, config):
     weight = gaussian(3, 64)
     exponent = exponent_for(float(weight.abs().max()))
-    assert_same(rtn.encode(weight, config, exponent), rtn.encode(weight * 2.0**power, config, exponent + power))
+    assert_same(
+        rtn.encode(weight, config, context_at(exponent)),
+        rtn.encode(weight * 2.0**power, config, context_at(exponent + power)),
+    )
 
 
 @given(st.integers(0, 6), st.sampled_from(CONFIGS), st.sampled_from(sorted(AWKWARD)))
@@ -143,7 +146,7 @@ def test_the_shape_of_a_convolution_and_a_grid_for_the_whole_tensor():
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 2, 3, 3)])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_no_weights(shape, granularity):
-    encoded = rtn.encode(torch.zeros(shape), RtnConfig(bits=4, granularity=granularity), 0)
+    encoded = rtn.encode(torch.zeros(shape), RtnConfig(bits=4, granularity=granularity), context_at(0))
     assert decode(encoded).shape == shape
     assert encoded.scale.shape == ((1, 1) if granularity == "tensor" else (shape[0], 1))
     assert (encoded.scale != 0).all()

@@ -8,16 +8,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from contexts import context_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qcompress.coding.affine import decode
-from qcompress.coding.half import exponent_for, from_half
-from qcompress.encoded import Affine
+from qcompress.coding.grids import decode, from_half
 from qcompress.methods import squant
 from qcompress.methods.squant import Cut, encode, flipped_codes
 from qcompress.registry import SquantConfig
+from qcompress.types.encoded import Affine
 
 SHAPES = {
     "conv": (6, 5, 3, 3),
@@ -37,7 +37,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 def coded(weight: Tensor, **options: object) -> Affine:
     config = SquantConfig(**{"bits": 4, "range": "minmax", **options})  # type: ignore[arg-type]
-    return encode(weight, config, exponent_for(float(weight.abs().max())))
+    return encode(weight, config, context_of(weight))
 
 
 def stored_positions(weight: Tensor, encoded: Affine) -> np.ndarray:

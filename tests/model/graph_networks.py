@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcompress.model.batches import Batch
-from qcompress.model.live import LiveModel, execution_order
+from qcompress.data.batches import Batch
+from qcompress.model.live import LiveModel
+from qcompress.model.stages import execution_order
 from qcompress.registry import METHODS
-from qcompress.types import Decision, TensorInfo
+from qcompress.types.plan import Decision, TensorInfo
 
 
 class Basic(nn.Module):

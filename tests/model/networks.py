@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcompress.model.batches import Batch
+from qcompress.data.batches import Batch
 from qcompress.model.live import LiveModel, make_live_model
 from qcompress.registry import METHODS
-from qcompress.types import Decision, TensorInfo
+from qcompress.types.plan import Decision, TensorInfo
 
 
 class Residual(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 
 from qcompress.errors import CheckpointError, ModelError, UsageError
 from qcompress.model.build import build_model, channel_axes, load_weights, tied_names
-from qcompress.settings import ModelSettings
+from qcompress.types.settings import ModelSettings
 
 CODE = """
 import torch

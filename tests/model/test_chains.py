@@ -8,12 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qcompress.model.chains import Link, cap_module, equalization_links, join_links
-from qcompress.model.fold import fold_layer, read_layer
-from qcompress.model.graph import batch_norm_of
-from qcompress.model.live import LiveModel, put_tensors
-
-from .graph_networks import (
+from model.graph_networks import (
     SHAPES,
     Basic,
     Forked,
@@ -27,6 +22,10 @@ from .graph_networks import (
     live_model,
     live_of,
 )
+from qcompress.model.chains import Link, cap_module, equalization_links, join_links
+from qcompress.model.fold import fold_layer, read_layer
+from qcompress.model.graph import batch_norm_of
+from qcompress.model.live import LiveModel, put_tensors
 
 
 def links_of(live: LiveModel) -> list[Link]:

@@ -8,13 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompress.encoded import Fitted, Kept
-from qcompress.model.fold import fold_batch_norms, fold_layer, is_free, is_plain, kernels, read_layer
-from qcompress.model.graph import batch_norm_of
-from qcompress.model.live import LiveModel, find_tensor, put_tensors
-from qcompress.types import Decision, TensorInfo
-
-from .graph_networks import (
+from model.graph_networks import (
     SHAPES,
     Basic,
     Forked,
@@ -29,6 +23,11 @@ from .graph_networks import (
     live_of,
     trained,
 )
+from qcompress.model.fold import fold_batch_norms, fold_layer, is_free, is_plain, kernels, read_layer
+from qcompress.model.graph import batch_norm_of
+from qcompress.model.live import LiveModel, find_tensor, put_tensors
+from qcompress.types.encoded import Fitted, Kept
+from qcompress.types.plan import Decision, TensorInfo
 
 FOLDABLE = [Basic, Inverted, Functional, Plumbing, Joined]
 

@@ -8,26 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompress.errors import UsageError
-from qcompress.model.batches import Batch
-from qcompress.model.build import build_model
-from qcompress.model.chains import equalization_links
-from qcompress.model.code import import_package
-from qcompress.model.graph import (
-    Activation,
-    activation_after,
-    batch_norm_of,
-    input_layers,
-    layer_call,
-    make_blocks,
-    read_once,
-    single_consumer,
-)
-from qcompress.model.live import LiveModel
-from qcompress.model.stages import last_output
-from qcompress.settings import ModelSettings
-
-from .graph_networks import (
+from model.graph_networks import (
     SHAPES,
     Basic,
     Forked,
@@ -40,6 +21,24 @@ from .graph_networks import (
     live_model,
     live_of,
 )
+from qcompress.data.batches import Batch
+from qcompress.data.user_code import import_package
+from qcompress.errors import UsageError
+from qcompress.model.build import build_model
+from qcompress.model.chains import equalization_links
+from qcompress.model.graph import (
+    Activation,
+    activation_after,
+    batch_norm_of,
+    input_layers,
+    layer_call,
+    make_blocks,
+    read_once,
+    single_consumer,
+)
+from qcompress.model.live import LiveModel
+from qcompress.model.stages import last_output
+from qcompress.types.settings import ModelSettings
 
 RELU, NOTHING = Activation("relu"), Activation("identity")
 

@@ -10,12 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from model.graph_networks import (
+    Basic,
+    Functional,
+    Inverted,
+    InvertedRelu,
+    Joined,
+    decisions,
+    inputs,
+    live_model,
+    live_of,
+)
+from qcompress.calibration.activations import batch_norm_grids
 from qcompress.model.fold import fold_batch_norms
 from qcompress.model.graph import batch_norm_of, input_layers
-from qcompress.model.moments import batch_norm_grids, input_moments
-from qcompress.model.normals import clipped_moments, normal
-
-from .graph_networks import Basic, Functional, Inverted, InvertedRelu, Joined, decisions, inputs, live_model, live_of
+from qcompress.model.moments import clipped_moments, input_moments, normal
 
 INFINITE = math.inf
 

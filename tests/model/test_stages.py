@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from model.networks import Mlp, Residual, Separable, Untraceable, batches, decisions, inputs, live
+from qcompress.data.batches import Batch
 from qcompress.errors import ModelError
-from qcompress.model.batches import Batch
 from qcompress.model.live import LiveModel, make_live_model, put_tensors
 from qcompress.model.stages import last_output
 from qcompress.model.sweep import layer_inputs, run_stage, sweep
 from qcompress.model.trace import Untraceable as CannotTrace
 from qcompress.model.trace import run, trace
-
-from .networks import Mlp, Residual, Separable, Untraceable, batches, decisions, inputs, live
 
 KINDS = [Residual, Separable, Mlp, Untraceable]
 

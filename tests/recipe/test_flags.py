@@ -7,7 +7,7 @@ import pytest
 from qcompress import registry
 from qcompress.errors import UsageError
 from qcompress.recipe import parse_recipe, recipe_from_flags, recipe_json
-from qcompress.registry import DEFAULT_METHOD, METHODS, HqqConfig, Method, RtnConfig, refuse_grid
+from qcompress.registry import DEFAULT_METHOD, METHODS, HqqConfig, Method, RtnConfig
 
 
 def error(method: str | None, options: dict[str, object], family: registry.Family = "quantize") -> str:
@@ -25,7 +25,7 @@ def test_flags_make_one_rule() -> None:
     assert rule.config == RtnConfig(bits=3, group_size=32, symmetric=True)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.has_widths])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.rates])
 def test_flags_and_yaml_make_the_same_recipe(method: str) -> None:
     written = parse_recipe(f'{{version: 1, rules: [{{match: "*", {method}: {{bits: 2}}}}]}}', "r.yaml")
     family = METHODS[method].family
@@ -62,7 +62,7 @@ def test_wrong_flags() -> None:
 
 
 def test_families(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = Method("codes", "cluster", RtnConfig, "weights", False, refuse_grid, "a:b")
+    codes = Method("codes", "cluster", RtnConfig, "weights", module="a")
     assert recipe_from_flags(None, {"bits": 2}, "cluster").rules[0].method == "kmeans"
     assert error("rtn", {"bits": 2}, "cluster") == "--method rtn: `rtn` is a quantize method; use `qcompress quantize`"
     monkeypatch.setattr(registry, "METHODS", {"rtn": registry.METHODS["rtn"]})

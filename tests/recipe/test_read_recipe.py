@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qcompress.errors import InputError, RecipeError
 from qcompress.recipe import parse_recipe, read_recipe
 from qcompress.registry import METHODS, HqqConfig, MseConfig, RtnConfig, SquantConfig
-from qcompress.types import Gates, Rule
+from qcompress.types.plan import Gates, Rule
 
 FULL = """\
 version: 1
@@ -46,7 +46,7 @@ def test_full_recipe() -> None:
     assert isinstance(recipe.rules[-1].config.norm, float)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.has_widths])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.rates])
 def test_every_method_needs_nothing_but_bits(method: str) -> None:
     recipe = parse_recipe(f"{{version: 1, rules: [{{match: a, {method}: {{bits: 3}}}}]}}", "r.yaml")
     assert recipe.rules[0].config == METHODS[method].config(bits=3)
@@ -176,7 +176,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 def test_nothing_heavy_is_imported_before_a_recipe_is_read() -> None:
-    light = "import sys, qcompress.recipe, qcompress.recipe.sizes, qcompress.recipe.hints\n"
+    light = "import sys, qcompress.recipe, qcompress.recipe.hints\n"
     heavy = "qcompress.recipe.read_recipe(None, text='{version: 1, rules: [{match: a, rtn: {bits: 2}}]}')\n"
     show = "print(*(name in sys.modules for name in ('pydantic', 'yaml', 'torch')))\n"
     command = [sys.executable, "-c", light + show + heavy + show]

@@ -30,7 +30,7 @@ from qcompress.registry import (
     RtnConfig,
     SquantConfig,
 )
-from qcompress.types import Gates, Recipe, Rule
+from qcompress.types.plan import Gates, Recipe, Rule
 
 
 def made(config: type, **options: st.SearchStrategy[object]) -> st.SearchStrategy[object]:

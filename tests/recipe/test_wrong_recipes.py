@@ -7,7 +7,7 @@ import pytest
 from qcompress import registry
 from qcompress.errors import InputError, QcompressError
 from qcompress.recipe import parse_recipe
-from qcompress.registry import Method, RtnConfig, refuse_grid
+from qcompress.registry import Method, RtnConfig
 
 HEAD = "version: 1\nrules:\n"
 RULE = HEAD + '  - {match: "*", rtn: {bits: 4}}\n'
@@ -440,13 +440,13 @@ def test_parts_of_an_error() -> None:
     error = caught.value
     assert error.where == "recipe.yaml:4: rules[0].rtn.bit"
     assert error.what == "unknown key `bit`"
-    assert error.mend == "did you mean `bits`?"
+    assert error.hint == "did you mean `bits`?"
 
 
 def test_one_family(monkeypatch: pytest.MonkeyPatch) -> None:
     methods = {
         "rtn": registry.METHODS["rtn"],
-        "codes": Method("codes", "cluster", RtnConfig, "weights", False, refuse_grid, "a:b"),
+        "codes": Method("codes", "cluster", RtnConfig, "weights", module="a"),
     }
     monkeypatch.setattr(registry, "METHODS", methods)
     codes = "  - {match: b, codes: {bits: 2}}\n"

@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, Run
 from safetensors.torch import save_file
 
+from qcompress.data.user_code import import_package
 from qcompress.errors import UsageError
 from qcompress.model.build import build_model
-from qcompress.model.code import import_package
 from qcompress.recipe import read_recipe
 from qcompress.registry import METHODS
 

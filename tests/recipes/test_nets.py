@@ -12,9 +12,9 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qcompress.model.batches import Batch, run_model
+from qcompress.data.batches import Batch, run_model
+from qcompress.data.user_code import find_callable
 from qcompress.model.build import load_weights
-from qcompress.model.code import find_callable
 from qcompress.model.trace import run, trace
 
 WORDS, WIDTH, HIDDEN = 23, 16, 24

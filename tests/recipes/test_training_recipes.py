@@ -14,11 +14,12 @@ import torch
 from conftest import ROOT, Run
 from safetensors.torch import load_file, save_file
 
+from qcompress.data.user_code import import_package
 from qcompress.errors import UsageError
-from qcompress.evaluate import Setting
-from qcompress.model.code import import_package
+from qcompress.model.build import build_network
 from qcompress.recipe import read_recipe, trains
-from qcompress.types import Recipe
+from qcompress.types.plan import Recipe
+from qcompress.types.run import ModelRun
 
 TRAINING = sorted(
     path for path in (ROOT / "recipes").rglob("*.yaml") if "\nfinetune:" in path.read_text(encoding="utf-8")
@@ -45,7 +46,7 @@ def test_every_recipe_that_trains_on_grids_quantizes_all_layers_at_its_width(
     """The name says method and widths: of every weight, and of the inputs."""
     recipe = read_recipe(path)
     skip_without_package(recipe)
-    module = Setting(recipe, torch.device("cpu"), allow_code=True).build()
+    module = build_network(ModelRun(recipe, torch.device("cpu"), allow_code=True))
     save_file(module.state_dict(), tmp_path / "m.safetensors")
     done = run("quantize", str(tmp_path / "m.safetensors"), "-r", str(path), "--dry-run", "--json", "-")
     assert done.code == 0, done.err

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from qcompress.registry.regularizers import (
-    REGULARIZERS,
     CosineConfig,
     DsmmConfig,
     ExponentialConfig,
@@ -49,8 +48,3 @@ def test_presets_fill_only_what_is_open() -> None:
     assert (faithful.gradient, faithful.start, faithful.strength) == ("none", 0.0, 0.5)
     assert MinSquaredConfig(preset="paper-qar", learnable=False).init == "linear"
     assert SineConfig(levels=4, preset="paper-qar").outside == "periodic"
-
-
-def test_every_name_is_its_file() -> None:
-    for name, one in REGULARIZERS.items():
-        assert one.target == f"qcompress.regularizers.{name.replace('-', '_')}:make"

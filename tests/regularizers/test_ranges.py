@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompress.registry.regularizers import DsmmConfig, KurtosisConfig, L2Config, LinfConfig, MarginConfig
-from qcompress.regularizers import dsmm, kurtosis, l2, linf, margin
+from qcompress.regularizers.dsmm import Dsmm
+from qcompress.regularizers.kurtosis import Kurtosis
+from qcompress.regularizers.l2 import L2
+from qcompress.regularizers.linf import Linf
+from qcompress.regularizers.margin import Margin
 
 
 def gaussian(count: int = 4608, deviation: float = 0.05, seed: int = 0) -> Tensor:
@@ -20,7 +24,7 @@ def gaussian(count: int = 4608, deviation: float = 0.05, seed: int = 0) -> Tenso
 
 def soft(weight: Tensor, alpha: float) -> tuple[float, Tensor]:
     """The soft range, without exp(-alpha), and its gradient."""
-    penalty = dsmm.make(DsmmConfig(alpha=alpha), weight)
+    penalty = Dsmm(DsmmConfig(alpha=alpha), weight)
     gradient = torch.zeros_like(weight)
     found = penalty.accumulate(weight, gradient, 1.0)
     return float(found.value) - math.exp(-alpha), gradient
@@ -93,7 +97,7 @@ def test_alpha_comes_to_rest_where_theory_puts_it(deviation: float, decay: float
     capped = float(special.lambertw(1 / decay).real) if decay else free
 
     def slope(alpha: float) -> float:
-        penalty = dsmm.make(DsmmConfig(alpha=alpha), weight)
+        penalty = Dsmm(DsmmConfig(alpha=alpha), weight)
         return float(penalty.accumulate(weight, None, 1.0).terms["alpha"]) + decay * alpha
 
     fixed = min(free, capped)
@@ -102,7 +106,7 @@ def test_alpha_comes_to_rest_where_theory_puts_it(deviation: float, decay: float
 
 def test_alpha_stays_in_its_bounds() -> None:
     wide = gaussian(5000, 1.0)
-    penalty = dsmm.make(DsmmConfig(alpha=0.1, alpha_min=0.01), wide)
+    penalty = Dsmm(DsmmConfig(alpha=0.1, alpha_min=0.01), wide)
     for _ in range(200):
         found = penalty.accumulate(wide, None, 1.0)
         with torch.no_grad():
@@ -126,7 +130,7 @@ def test_any_temperature_is_finite_in_single_precision(alpha: float) -> None:
 
 def test_vector_form_is_the_mean_over_places() -> None:
     weight = gaussian(8 * 12, 1.0).view(8, 12)
-    whole = dsmm.make(DsmmConfig(alpha=2.0, dim=4), weight).accumulate(weight, None, 1.0).value
+    whole = Dsmm(DsmmConfig(alpha=2.0, dim=4), weight).accumulate(weight, None, 1.0).value
     each = [soft(weight[place::4].flatten(), 2.0)[0] for place in range(4)]
     assert float(whole) == pytest.approx(sum(each) / 4 + math.exp(-2.0), rel=1e-12)
 
@@ -134,13 +138,13 @@ def test_vector_form_is_the_mean_over_places() -> None:
 def test_vectors_that_are_not_whole_are_left_alone() -> None:
     weight = gaussian(7 * 5, 1.0).view(7, 5)
     gradient = torch.zeros_like(weight)
-    dsmm.make(DsmmConfig(alpha=2.0, dim=3), weight).accumulate(weight, gradient, 1.0)
+    Dsmm(DsmmConfig(alpha=2.0, dim=3), weight).accumulate(weight, gradient, 1.0)
     assert not gradient[6].any() and gradient[:6].all()
 
 
 def test_auto_temperature_follows_the_weight() -> None:
     weight = gaussian(5000, 0.02)
-    penalty = dsmm.make(DsmmConfig(), weight)
+    penalty = Dsmm(DsmmConfig(), weight)
     assert not penalty.terms
     for scale in (1.0, 3.0):
         saved = penalty.saved(scale * weight)["alpha"]
@@ -150,19 +154,19 @@ def test_auto_temperature_follows_the_weight() -> None:
 def test_largest_magnitude_has_a_gradient_of_unit_norm_also_where_it_is_shared() -> None:
     weight = torch.tensor([0.5, -2.0, 2.0, 1.0, -2.0])
     gradient = torch.zeros_like(weight)
-    found = linf.make(LinfConfig(), weight).accumulate(weight, gradient, 1.0)
+    found = Linf(LinfConfig(), weight).accumulate(weight, gradient, 1.0)
     assert float(found.value) == 2.0
     torch.testing.assert_close(gradient, torch.tensor([0.0, -1 / 3, 1 / 3, 0.0, -1 / 3]))
     rows = gaussian(60, 1.0).view(6, 10)
     each = torch.zeros_like(rows)
-    linf.make(LinfConfig(granularity="channel", reduction="sum"), rows).accumulate(rows, each, 1.0)
+    Linf(LinfConfig(granularity="channel", reduction="sum"), rows).accumulate(rows, each, 1.0)
     torch.testing.assert_close(each.abs().sum(1), torch.ones(6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("tail", [None, 0.05, 0.3])
 def test_the_best_margin_is_the_largest_magnitude_or_the_mean_of_the_tail(tail: float | None) -> None:
     weight = gaussian(200, 1.0)
-    penalty = margin.make(MarginConfig(tail_fraction=tail), weight)
+    penalty = Margin(MarginConfig(tail_fraction=tail), weight)
     values = []
     for limit in torch.linspace(0, 4, 4001, dtype=torch.float64):
         with torch.no_grad():
@@ -175,7 +179,7 @@ def test_the_best_margin_is_the_largest_magnitude_or_the_mean_of_the_tail(tail: 
 
 def test_margin_starts_at_the_asked_deviations() -> None:
     weight = gaussian(5000, 0.3)
-    assert float(margin.make(MarginConfig(margin=2.0), weight).margin) == pytest.approx(0.6, rel=0.05)
+    assert float(Margin(MarginConfig(margin=2.0), weight).margin) == pytest.approx(0.6, rel=0.05)
 
 
 def test_kurtosis_of_known_distributions() -> None:
@@ -183,14 +187,14 @@ def test_kurtosis_of_known_distributions() -> None:
     two = torch.tensor([-1.0, 1.0] * 50, dtype=torch.float64)
     cases = ((uniform, 1.8), (gaussian(400_000), 3.0), (two, 1.0))
     for weight, wanted in cases:
-        value = float(kurtosis.make(KurtosisConfig(target=0.0), weight).accumulate(weight, None, 1.0).value)
+        value = float(Kurtosis(KurtosisConfig(target=0.0), weight).accumulate(weight, None, 1.0).value)
         assert math.sqrt(value) == pytest.approx(wanted, rel=0.02)
 
 
 @given(st.floats(0.01, 50), st.integers(0, 1000))
 def test_kurtosis_does_not_know_scale_or_place(scale: float, seed: int) -> None:
     weight = gaussian(50, 1.0, seed)
-    penalty = kurtosis.make(KurtosisConfig(), weight)
+    penalty = Kurtosis(KurtosisConfig(), weight)
     gradient = torch.zeros_like(weight)
     value = float(penalty.accumulate(weight, gradient, 1.0).value)
     assert float(penalty.accumulate(scale * weight + 0.3, None, 1.0).value) == pytest.approx(value, rel=1e-6, abs=1e-9)
@@ -201,7 +205,7 @@ def test_kurtosis_does_not_know_scale_or_place(scale: float, seed: int) -> None:
 def test_l2_is_weight_decay_and_its_proximal_step_the_minimum() -> None:
     weight = gaussian(50, 1.0)
     gradient = torch.zeros_like(weight)
-    penalty = l2.make(L2Config(), weight)
+    penalty = L2(L2Config(), weight)
     penalty.accumulate(weight, gradient, 0.3)
     torch.testing.assert_close(gradient, 0.3 * weight)
     moved = weight.clone()

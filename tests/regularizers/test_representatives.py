@@ -13,22 +13,25 @@ from torch import Tensor
 
 from qcompress.errors import ModelError
 from qcompress.registry.regularizers import CosineConfig, ExponentialConfig, MinSquaredConfig, SineConfig
-from qcompress.regularizers import cosine, exponential, min_squared, sine
+from qcompress.regularizers.cosine import Cosine
+from qcompress.regularizers.exponential import Exponential
+from qcompress.regularizers.min_squared import MinSquared
+from qcompress.regularizers.sine import Sine
 
 
 def gaussian(count: int = 500, seed: int = 0) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def value_of(penalty: sine.Sine | cosine.Cosine, x: float) -> float:
+def value_of(penalty: Sine | Cosine, x: float) -> float:
     return float(penalty.accumulate(torch.tensor([x], dtype=torch.float64), None, 1.0).value)
 
 
 def test_minima_and_maxima_of_sine_and_cosine() -> None:
     ends = (-0.5, 0.5)
     weight = gaussian()
-    waves = sine.make(SineConfig(levels=4, range=ends), weight)
-    cosines = cosine.make(CosineConfig(levels=4, range=ends), weight)
+    waves = Sine(SineConfig(levels=4, range=ends), weight)
+    cosines = Cosine(CosineConfig(levels=4, range=ends), weight)
     places = {waves: (-0.5, -1 / 6, 1 / 6, 0.5), cosines: (-0.375, -0.125, 0.125, 0.375)}
     for penalty, minima in places.items():
         saved = penalty.saved(weight)["representatives"].tolist()
@@ -41,7 +44,7 @@ def test_minima_and_maxima_of_sine_and_cosine() -> None:
 @pytest.mark.parametrize("make", ["sine", "cosine"])
 def test_beyond_the_range(make: str) -> None:
     """Periodic has more minima there, hinge rises with the steepest slope, clamp stays at zero."""
-    config, build = {"sine": (SineConfig, sine.make), "cosine": (CosineConfig, cosine.make)}[make]
+    config, build = {"sine": (SineConfig, Sine), "cosine": (CosineConfig, Cosine)}[make]
     weight = gaussian()
     found = {
         kind: build(config(levels=3, range=(0.0, 1.0), outside=kind), weight) for kind in ("periodic", "hinge", "clamp")
@@ -63,25 +66,27 @@ def test_beyond_the_range(make: str) -> None:
 def test_square_of_the_cosine_is_a_plain_cosine() -> None:
     """|cos x|^2 = (1 + cos 2x) / 2."""
     weight = gaussian()
-    penalty = cosine.make(CosineConfig(levels=4, range=(-1.0, 1.0), power=2, outside="periodic"), weight)
+    penalty = Cosine(CosineConfig(levels=4, range=(-1.0, 1.0), power=2, outside="periodic"), weight)
     wanted = ((1 + torch.cos(2 * math.pi * 4 * (weight + 1) / 2)) / 2).sum()
     assert float(penalty.accumulate(weight, None, 1.0).value) == pytest.approx(float(wanted))
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 def test_sine_on_the_grid_is_zero_exactly_on_what_round_to_nearest_gives(granularity: str) -> None:
-    from qcompress.coding.affine import decode
+    from contexts import context_at
+
+    from qcompress.coding.grids import decode
     from qcompress.methods import rtn
     from qcompress.registry import RtnConfig
 
     weight = gaussian(40 * 30).view(40, 30).float()
-    affine = rtn.encode(weight, RtnConfig(bits=3, granularity=granularity), 0)
+    affine = rtn.encode(weight, RtnConfig(bits=3, granularity=granularity), context_at(0))
     rounded = decode(affine).double()
-    penalty = sine.make(SineConfig(bits=3, granularity=granularity), weight)
+    penalty = Sine(SineConfig(bits=3, granularity=granularity), weight)
     per_weight = SineConfig(bits=3, granularity=granularity, reduction="mean")
     # Scales are stored in half precision: a step is off by up to 2^-11 of itself.
-    assert float(sine.make(per_weight, weight).accumulate(rounded, None, 1.0).value) < 0.01
-    assert float(sine.make(per_weight, weight).accumulate(weight.double(), None, 1.0).value) > 0.3
+    assert float(Sine(per_weight, weight).accumulate(rounded, None, 1.0).value) < 0.01
+    assert float(Sine(per_weight, weight).accumulate(weight.double(), None, 1.0).value) > 0.3
     levels = penalty.saved(weight)["representatives"]
     assert levels.shape == (40 if granularity == "channel" else 1, 8)
     distance = (rounded.unsqueeze(2) - levels.double().unsqueeze(1)).abs().min(2).values
@@ -92,7 +97,7 @@ def test_sine_on_the_grid_is_zero_exactly_on_what_round_to_nearest_gives(granula
 def test_sorted_search_is_the_comparison_with_every_representative(levels: int, seed: int, kind: str) -> None:
     weight = gaussian(60, seed)
     config = (MinSquaredConfig if kind == "min-squared" else ExponentialConfig)(levels=levels)
-    penalty = (min_squared if kind == "min-squared" else exponential).make(config, weight)
+    penalty = (MinSquared if kind == "min-squared" else Exponential)(config, weight)
     order = torch.randperm(levels, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         penalty.representatives.values.copy_(gaussian(levels, seed + 1)[order])
@@ -110,7 +115,7 @@ def test_sorted_search_is_the_comparison_with_every_representative(levels: int, 
 
 def test_one_step_of_the_right_length_is_one_of_lloyd() -> None:
     weight = gaussian(300)
-    penalty = min_squared.make(MinSquaredConfig(levels=5, init="quantile"), weight)
+    penalty = MinSquared(MinSquaredConfig(levels=5, init="quantile"), weight)
     before = penalty.representatives.values.detach().clone()
     found = penalty.accumulate(weight, None, 1.0)
     assert found.counts is not None
@@ -125,10 +130,10 @@ def test_exponential_is_bounded_and_has_both_limits() -> None:
     weight = gaussian(100)
 
     def value(scale: float) -> float:
-        penalty = exponential.make(ExponentialConfig(levels=4, scale=scale, init="linear"), weight)
+        penalty = Exponential(ExponentialConfig(levels=4, scale=scale, init="linear"), weight)
         return float(penalty.accumulate(weight, None, 1.0).value)
 
-    penalty = min_squared.make(MinSquaredConfig(levels=4, init="linear"), weight)
+    penalty = MinSquared(MinSquaredConfig(levels=4, init="linear"), weight)
     plain = (weight.view(-1, 1) - penalty.representatives.values.detach()).abs().min(1).values
     assert 0 <= value(1.0) < 100
     assert value(1e-6) / 1e-6 == pytest.approx(float(plain.sum()), rel=1e-4)
@@ -138,8 +143,8 @@ def test_exponential_is_bounded_and_has_both_limits() -> None:
 
 def test_proximal_steps_end_on_the_representatives_without_passing_them() -> None:
     weight = gaussian(400)
-    for config, module in ((MinSquaredConfig(levels=4), min_squared), (ExponentialConfig(levels=4), exponential)):
-        penalty = module.make(config, weight)
+    for config, member in ((MinSquaredConfig(levels=4), MinSquared), (ExponentialConfig(levels=4), Exponential)):
+        penalty = member(config, weight)
         centres = penalty.representatives.values.detach()
         nearest = centres[(weight.view(-1, 1) - centres).abs().argmin(1)]
         moved = weight.clone()
@@ -149,7 +154,7 @@ def test_proximal_steps_end_on_the_representatives_without_passing_them() -> Non
         for _ in range(400):
             penalty.shrink(moved, 0.3)
         assert len((moved * 1e6).round().unique()) <= 4
-    quadratic = min_squared.make(MinSquaredConfig(levels=4), weight)
+    quadratic = MinSquared(MinSquaredConfig(levels=4), weight)
     centres = quadratic.representatives.values.detach()
     nearest = centres[(weight.view(-1, 1) - centres).abs().argmin(1)]
     moved = weight.clone()
@@ -161,7 +166,7 @@ def test_proximal_steps_end_on_the_representatives_without_passing_them() -> Non
 def test_dead_representatives_get_a_new_place_unless_told_otherwise() -> None:
     weight = gaussian(300)
     for reseed in (True, False):
-        penalty = min_squared.make(MinSquaredConfig(levels=4, reseed=reseed), weight)
+        penalty = MinSquared(MinSquaredConfig(levels=4, reseed=reseed), weight)
         with torch.no_grad():
             penalty.representatives.values[0] = 1e6
         found = penalty.accumulate(weight, None, 1.0)
@@ -174,12 +179,10 @@ def test_kmeans_start_is_a_local_optimum_and_no_worse_than_quantiles() -> None:
     weight = gaussian(2000)
 
     def value(start: str) -> float:
-        return float(
-            min_squared.make(MinSquaredConfig(levels=6, init=start), weight).accumulate(weight, None, 1.0).value
-        )
+        return float(MinSquared(MinSquaredConfig(levels=6, init=start), weight).accumulate(weight, None, 1.0).value)
 
     assert value("kmeans") <= value("quantile")
-    penalty = min_squared.make(MinSquaredConfig(levels=6), weight)
+    penalty = MinSquared(MinSquaredConfig(levels=6), weight)
     found = penalty.accumulate(weight, None, 1.0)
     assert float((found.terms["representatives"] / found.counts).abs().max()) < 1e-2
 
@@ -188,9 +191,9 @@ def test_kmeans_start_is_a_local_optimum_and_no_worse_than_quantiles() -> None:
 def test_more_representatives_than_distinct_weights_are_refused(distinct: int) -> None:
     weight = torch.arange(60.0).remainder(distinct).view(6, 10)
     with pytest.raises(ModelError, match=f"4 representatives for {distinct} distinct weights"):
-        min_squared.make(MinSquaredConfig(levels=4), weight)
+        MinSquared(MinSquaredConfig(levels=4), weight)
 
 
 def test_a_constant_weight_has_no_range() -> None:
     with pytest.raises(ModelError, match="constant"):
-        sine.make(SineConfig(levels=4), torch.ones(3, 4))
+        Sine(SineConfig(levels=4), torch.ones(3, 4))

@@ -11,9 +11,9 @@ from qcompress.report.document import (
     LayerFigures,
     LayerReport,
     Report,
-    RunFigures,
     make_size,
 )
+from qcompress.types.run import RunFigures
 
 
 def conv_figures() -> LayerFigures:

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from qcompress.artifact.reader import read_artifact
-from qcompress.checkpoint import read_checkpoint
+from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.cli.app import run
 from qcompress.report.document import LayerFigures, LayerReport
-from qcompress.report.gather import gather_report, report_path
-
-from .examples import layer
+from qcompress.report.document_json import report_path
+from qcompress.report.gather import gather_report
+from report.examples import layer
 
 FEWEST = 5000
 
@@ -69,8 +69,8 @@ def test_magnitudes_and_ideal_bits_are_those_of_the_codes(artifact: Path) -> Non
     file = read_artifact(artifact).files[0]
     alone = 0
     for name in file.manifest.tensors:
-        codes, _ = file.lattices.codes(name)
-        uses = file.lattices.class_uses(name, codes)
+        codes, _ = file.unbounded_tensors.codes(name)
+        uses = file.unbounded_tensors.class_uses(name, codes)
         assert uses is not None
         sizes = sum(use.count * use.magnitude for use in uses)
         assert sizes == pytest.approx(float(abs(codes.astype(float)).sum()), rel=1e-9)

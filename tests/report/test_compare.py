@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from qcompress.report.compare import compare_reports
 from qcompress.report.document import AccuracyFigures, LayerFigures, Report
 from qcompress.report.render import render
-
-from .examples import layer, make_report
+from report.examples import layer, make_report
 
 
 def sized(n_bytes: int, metric: str = "top1", value: float | None = None, drop: float | None = 0.0) -> Report:

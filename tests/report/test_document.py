@@ -20,7 +20,6 @@ from qcompress.report.document import (
     LayerFigures,
     LayerReport,
     Report,
-    RunFigures,
     SizeFigures,
     SizeParts,
     make_size,
@@ -30,15 +29,15 @@ from qcompress.report.document_json import (
     SCHEMA_FILE,
     json_text,
     parse_report,
-    plain,
+    plain_fields,
     read_report,
     report_json,
     report_schema,
     report_text,
     write_report,
 )
-
-from .examples import conv_figures, full_report, kept, layer, make_report, small_report
+from qcompress.types.run import RunFigures
+from report.examples import conv_figures, full_report, kept, layer, make_report, small_report
 
 VALIDATOR = jsonschema.Draft202012Validator(report_schema())
 DOCS = Path(__file__).parents[2] / "docs"
@@ -117,7 +116,7 @@ def test_the_json_is_the_same_each_time_and_ordered() -> None:
 
 def test_gates_are_written_in_full() -> None:
     gate = GateResult(name="max-bpw", limit=2.2, value=2.2000000001, passed=False)
-    assert plain(gate)["value"] == 2.2000000001
+    assert plain_fields(gate)["value"] == 2.2000000001
 
 
 @settings(max_examples=50)
@@ -265,10 +264,12 @@ def test_a_write_that_fails_leaves_the_old_report(tmp_path: Path, monkeypatch: p
 def test_reading_checking_and_rendering_import_no_torch() -> None:
     code = (
         "import sys, qcompress.report.document_json as d, qcompress.report.gates, qcompress.report.render as r;"
+        "from qcompress.report.html.render_html import render_html;"
         "report = d.parse_report(sys.stdin.read(), 'x');"
         "[r.render([report], form) for form in r.FORMATS];"
+        "render_html([report]);"
         "assert 'rich' not in sys.modules;"
-        "r.render([report], 'table', terminal=True);"
+        "r.render([report], 'table', r.Terminal(80, True));"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], input=report_text(small_report()), text=True, check=True, timeout=60)

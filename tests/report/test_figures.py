@@ -10,16 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from qcompress.coding.affine import decode_rows, take_rows
-from qcompress.encoded import Affine
-from qcompress.report.counts import Counts, measure_counts
+from qcompress.coding.grids import decode_rows, take_rows
+from qcompress.report.counts import Counts
 from qcompress.report.document import LayerFigures
-from qcompress.report.figures import (
-    SAMPLE,
-    LayerMeter,
-    sample_stride,
-    unclipped_range,
-)
+from qcompress.report.figures import SAMPLE, LayerMeter, sample_stride, unclipped_range
+from qcompress.types.encoded import Affine
 
 torch.set_num_threads(1)
 
@@ -238,17 +233,6 @@ def test_the_input_is_not_changed() -> None:
     measure_decoded(weight, decoded, within=(torch.zeros(1, 1), torch.ones(1, 1)))
     assert torch.equal(weight, before[0])
     assert torch.equal(decoded, before[1])
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(0, 10**9), min_size=2, max_size=16).filter(any))
-@example([5, 0])
-@example([1, 1, 1, 1])
-def test_entropy_and_levels_of_any_counts(counts: list[int]) -> None:
-    figures = measure_counts(np.array(counts))
-    assert figures.levels_used == sum(1 for count in counts if count)
-    assert figures.entropy == pytest.approx(stats.entropy(counts, base=2), abs=1e-9)
-    assert math.copysign(1, figures.entropy or 0.0) == 1
 
 
 def affine(scale: list[list[float]], **grid: object) -> Affine:

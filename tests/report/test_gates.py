@@ -9,9 +9,8 @@ from qcompress.errors import Refusals, ReportError, UnmeasuredError
 from qcompress.report.document import AccuracyFigures, LayerFigures, Report
 from qcompress.report.gates import BaselineGates, check_gates, gate_error
 from qcompress.report.view import gate_words
-from qcompress.types import Gates
-
-from .examples import kept, layer, make_report
+from qcompress.types.plan import Gates
+from report.examples import kept, layer, make_report
 
 
 def report_of(*errors: float | None, **accuracy: tuple[float, float]) -> Report:

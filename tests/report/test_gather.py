@@ -9,7 +9,7 @@ import pytest
 import torch
 from artifact.examples import gaussian, rtn, run, save, save_folder
 
-from qcompress.checkpoint import read_checkpoint
+from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.errors import ReportError
 from qcompress.recipe import parse_recipe
 from qcompress.report.document import LayerReport, Report

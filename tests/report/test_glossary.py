@@ -16,12 +16,12 @@ from qcompress.report.document import (
     LayerFigures,
     LayerReport,
     Report,
-    RunFigures,
     SizeFigures,
     SizeParts,
 )
 from qcompress.report.glossary import GLOSSARY, SECTIONS, explain, find_term, glossary_markdown, nearest_terms
-from qcompress.types import Gates
+from qcompress.types.plan import Gates
+from qcompress.types.run import RunFigures
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "glossary.md"
 NOUNS = (

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompress.report.document import GateResult, Report
-from qcompress.report.render_junit import render_junit
-
-from .examples import full_report, small_report
+from qcompress.report.render import render_junit
+from report.examples import full_report, small_report
 
 
 def cases_of(text: str) -> list[ElementTree.Element]:

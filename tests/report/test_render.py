@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from qcompress.report.compare import compare_reports
 from qcompress.report.document import LayerFigures, Report
-from qcompress.report.render import FORMATS, render
-from qcompress.report.words import size_words
-
-from .examples import full_report, kept, layer, make_report, small_report
+from qcompress.report.html.render_html import render_html
+from qcompress.report.render import FORMATS, Terminal, render
+from qcompress.report.view import size_words
+from report.examples import full_report, kept, layer, make_report, small_report
 
 # What is no single figure has no column; the range has two.
 _LISTS = ("histogram", "range", "fences", "levels", "classes")
@@ -49,10 +49,10 @@ def test_golden_text(name: str, reports: list[Report], form: str) -> None:
     assert render(reports, form) == (GOLDEN / name).read_text()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [*FORMATS, "html"])
 @pytest.mark.parametrize("reports", [[make_report()], [small_report()], [small_report(), many(3)]])
 def test_every_format_of_every_report_ends_its_last_line(form: str, reports: list[Report]) -> None:
-    text = render(reports, form)  # type: ignore[arg-type]
+    text = render_html(reports) if form == "html" else render(reports, form)  # type: ignore[arg-type]
     assert text.endswith("\n")
     assert not text.endswith("\n\n")
 
@@ -74,7 +74,7 @@ def test_piped_text_has_no_boxes_no_colour_and_whole_names() -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_a_terminal_table_fits_and_loses_no_tensor(width: int) -> None:
-    text = render([many(6)], "table", terminal=True, width=width)
+    text = render([many(6)], "table", Terminal(width, color=True))
     assert "\x1b[" in text
     table = [line for line in ESCAPE.sub("", text).splitlines() if "blocks." in line and "worst" not in line]
     assert len(table) == 6
@@ -83,7 +83,7 @@ def test_a_terminal_table_fits_and_loses_no_tensor(width: int) -> None:
 
 
 def test_no_colour_means_no_escape_codes() -> None:
-    assert "\x1b" not in render([full_report()], "table", terminal=True, width=100, color=False)
+    assert "\x1b" not in render([full_report()], "table", Terminal(100, color=False))
 
 
 def test_forty_tensors_are_all_shown_and_more_are_cut_to_the_worst() -> None:
@@ -149,8 +149,8 @@ def test_a_long_comparison_shows_the_largest_changes() -> None:
 
 def test_names_cannot_steer_the_terminal_or_the_markup() -> None:
     report = make_report(layer("[red]a|b\x1b[2J\n<b>", LayerFigures(relative_error=0.1)))
-    for terminal in (False, True):
-        text = render([report], "table", terminal=terminal, width=200, color=False)
+    for terminal in (None, Terminal(200, color=False)):
+        text = render([report], "table", terminal)
         assert "\x1b" not in text
         assert r"[red]a|b\x1b[2J\n<b>" in text
     row = next(line for line in render([report], "markdown").splitlines() if line.startswith(r"| \[red"))
@@ -172,8 +172,8 @@ def test_no_text_of_a_report_file_steers_the_terminal() -> None:
     )
     for reports in ([report], [report, report]):
         for form in ("table", "markdown"):
-            for terminal in (False, True):
-                text = render(reports, form, terminal=terminal, width=300, color=False)
+            for terminal in (None, Terminal(300, color=False)):
+                text = render(reports, form, terminal)
                 assert "\x1b" not in text
                 assert "2J" in text
 

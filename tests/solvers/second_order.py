@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qcompress.solvers.grids import Grid
 from qcompress.solvers.hessian import row_levels
-from qcompress.solvers.ranges import Grid, least_squares_grid
+from qcompress.solvers.ranges import least_squares_grid
 
 
 @dataclass(frozen=True)

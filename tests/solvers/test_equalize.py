@@ -10,15 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qcompress.solvers.equalize import (
-    DEAD,
-    Chain,
-    Peaks,
-    absorbable,
-    equalize,
-    equalizing_factors,
-    live_channels,
-)
+from qcompress.solvers.equalize import DEAD, Chain, Peaks, absorbable, equalize, equalizing_factors, live_channels
 
 
 def free(channels: int) -> Tensor:

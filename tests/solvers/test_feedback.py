@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from qcompress.solvers.feedback import descend, feedback_codes
 from qcompress.solvers.hessian import damped, output_error
-
-from .second_order import correlated, fitted, moments, nearest, weights
+from solvers.second_order import correlated, fitted, moments, nearest, weights
 
 
 def losses(

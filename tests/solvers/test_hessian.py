@@ -21,8 +21,7 @@ from qcompress.solvers.hessian import (
     row_levels,
 )
 from qcompress.solvers.ranges import least_squares_grid
-
-from .second_order import Options, correlated, moments, nearest, seeded, weights
+from solvers.second_order import Options, correlated, moments, nearest, seeded, weights
 
 EXPONENT = -8
 

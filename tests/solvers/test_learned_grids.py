@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qcompress.coding.half import exponent_for, from_half, round_scale
-from qcompress.encoded import ActivationGrid
-from qcompress.model.activations import quantize_activation
+from qcompress.calibration.activations import quantize_activation
+from qcompress.coding.grids import exponent_for, from_half, round_scale
 from qcompress.solvers.learned_grids import (
     gradient_share,
     inputs_below_clip,
@@ -26,6 +25,7 @@ from qcompress.solvers.learned_grids import (
     step_start,
     weights_on_steps,
 )
+from qcompress.types.encoded import ActivationGrid
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

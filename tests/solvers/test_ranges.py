@@ -13,14 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompress.coding.affine import middle
-from qcompress.coding.half import exponent_for, from_half
+from qcompress.coding.grids import exponent_for, from_half, middle
 from qcompress.solvers import blocks as blocks_module
 from qcompress.solvers import grids as grids_module
 from qcompress.solvers import least_squares
 from qcompress.solvers.blocks import PIECE_VALUES, fold, walk
-from qcompress.solvers.grids import offset_grid, symmetric_grid, zero_point_grid
-from qcompress.solvers.ranges import least_squares_grid, minmax_grid, nearest_codes, power, shrunken_grid
+from qcompress.solvers.grids import minmax_grid, nearest_codes, offset_grid, symmetric_grid, zero_point_grid
+from qcompress.solvers.ranges import least_squares_grid, power, shrunken_grid
 
 
 def gaussian(*shape):

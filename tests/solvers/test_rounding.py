@@ -16,7 +16,7 @@ from qcompress.solvers.rounding import (
     GRAM_DAMPING,
     SoftRounding,
     beta_at,
-    make_lattice,
+    make_neighbours,
     round_by_gram,
     round_by_samples,
     rounding_penalty,
@@ -24,8 +24,7 @@ from qcompress.solvers.rounding import (
     start_from,
     undecided,
 )
-
-from .second_order import correlated, fitted, moments, nearest, seeded, weights
+from solvers.second_order import correlated, fitted, moments, nearest, seeded, weights
 
 SETTINGS = {"iterations": 300, "learning_rate": 3e-2, "strength": 0.1, "warm_up": 0.2}
 
@@ -63,12 +62,12 @@ def test_the_soft_weight_starts_as_the_weight_clipped_to_its_grid(
     weight = torch.randn(shape, generator=seeded(0), dtype=torch.float64)
     rows = rows_from_weight(weight, axis).flatten(1)
     _, scale, low = fitted(rows.float(), 2)
-    rounding = SoftRounding(make_lattice(rows, scale, low, 2), tuple(weight.shape), axis)
+    rounding = SoftRounding(make_neighbours(rows, scale, low, 2), tuple(weight.shape), axis)
     clipped = rows.clamp(min=low, max=low + 3 * scale)
     torch.testing.assert_close(
         rows_from_weight(rounding(torch.empty(0)), axis).flatten(1), clipped, rtol=1e-6, atol=1e-9
     )
-    at_rest = rounding.lattice.rest
+    at_rest = rounding.neighbours.rest
     decided = (at_rest - 0.5).abs() > 1e-6
     expected = nearest(rows, scale, low, 2)
     assert torch.equal(rounding.codes()[decided], expected[decided])
@@ -82,9 +81,9 @@ def test_codes_are_neighbours_and_no_row_is_worse_than_nearest(bits: int, groups
     clean = noisy + 0.1 * torch.randn(noisy.shape, generator=seeded(5), dtype=torch.float64)
     hessian, cross = moments(noisy), clean.transpose(1, 2) @ noisy / noisy.shape[1]
     _, scale, low = fitted(weight, bits)
-    lattice = make_lattice(weight, scale, low, bits)
-    codes = round_by_gram(weight, lattice, hessian, cross, **SETTINGS)
-    assert bool(((codes == lattice.floor) | (codes == lattice.ceiling)).all())
+    neighbours = make_neighbours(weight, scale, low, bits)
+    codes = round_by_gram(weight, neighbours, hessian, cross, **SETTINGS)
+    assert bool(((codes == neighbours.floor) | (codes == neighbours.ceiling)).all())
     quadratic, linear = damped(hessian, GRAM_DAMPING), linear_term(weight, hessian, cross)
     errors = [
         output_error(one * scale + low - weight, quadratic, linear)
@@ -98,7 +97,7 @@ def test_correlated_inputs_gain_on_data_that_was_not_seen() -> None:
     x = correlated(64, positions=6000)
     weight = weights(32, 64)
     scale, low = row_levels(minmax_grid(weight, 4, -8), 4, -8, weight)
-    codes = round_by_gram(weight, make_lattice(weight, scale, low, 4), moments(x[:, :2000]), None, **SETTINGS)
+    codes = round_by_gram(weight, make_neighbours(weight, scale, low, 4), moments(x[:, :2000]), None, **SETTINGS)
     held_out = moments(x[:, 2000:])
     errors = [
         float(output_error(one * scale + low - weight, held_out).sum())
@@ -110,9 +109,9 @@ def test_correlated_inputs_gain_on_data_that_was_not_seen() -> None:
 def test_uncorrelated_inputs_of_no_mean_give_nearest_rounding() -> None:
     weight = weights(16, 32)
     _, scale, low = fitted(weight, 3)
-    lattice = make_lattice(weight, scale, low, 3)
-    codes = round_by_gram(weight, lattice, torch.eye(32, dtype=torch.float64).unsqueeze(0), None, **SETTINGS)
-    clear = (lattice.rest - 0.5).abs() > 0.05
+    neighbours = make_neighbours(weight, scale, low, 3)
+    codes = round_by_gram(weight, neighbours, torch.eye(32, dtype=torch.float64).unsqueeze(0), None, **SETTINGS)
+    clear = (neighbours.rest - 0.5).abs() > 0.05
     assert float((codes == nearest(weight, scale, low, 3))[clear].double().mean()) >= 0.99
 
 
@@ -122,12 +121,12 @@ def test_small_layers_come_near_the_best_of_all_roundings() -> None:
     for seed in range(8):
         weight, hessian = weights(1, 12, seed), moments(correlated(12, positions=60, seed=seed))
         _, scale, low = fitted(weight, 3)
-        lattice = make_lattice(weight, scale, low, 3)
+        neighbours = make_neighbours(weight, scale, low, 3)
         quadratic = damped(hessian, GRAM_DAMPING)
         ups = torch.tensor(list(itertools.product((0.0, 1.0), repeat=12)))
-        every = lattice.floor + ups * (lattice.ceiling - lattice.floor)
+        every = neighbours.floor + ups * (neighbours.ceiling - neighbours.floor)
         best = float(output_error(every * scale + low - weight, quadratic).min())
-        codes = round_by_gram(weight, lattice, hessian, None, **SETTINGS)
+        codes = round_by_gram(weight, neighbours, hessian, None, **SETTINGS)
         found = float(output_error(codes * scale + low - weight, quadratic))
         assert found >= best * (1 - 1e-6)
         near += found <= best * 1.01
@@ -138,8 +137,8 @@ def test_sampled_rounding_on_all_samples_minimises_what_the_gram_does() -> None:
     x = correlated(16, positions=256).float()
     weight = weights(8, 16)
     scale, low = row_levels(minmax_grid(weight, 3, -8), 3, -8, weight)
-    lattice = make_lattice(weight, scale, low, 3)
-    rounding = SoftRounding(lattice, (8, 16), (0,))
+    neighbours = make_neighbours(weight, scale, low, 3)
+    rounding = SoftRounding(neighbours, (8, 16), (0,))
 
     def error(found: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         return ((x[0][chosen] @ (found - weight).T).square()).sum(1).mean()
@@ -172,6 +171,6 @@ def test_sampled_rounding_on_all_samples_minimises_what_the_gram_does() -> None:
 def test_the_same_generator_gives_the_same_codes() -> None:
     weight, hessian = weights(4, 12), moments(correlated(12))
     _, scale, low = fitted(weight, 2)
-    lattice = make_lattice(weight, scale, low, 2)
-    one, other = (round_by_gram(weight, lattice, hessian, None, **SETTINGS) for _ in range(2))
+    neighbours = make_neighbours(weight, scale, low, 2)
+    one, other = (round_by_gram(weight, neighbours, hessian, None, **SETTINGS) for _ in range(2))
     assert torch.equal(one, other)

@@ -7,87 +7,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcompress.checkpoint import read_tensors, write_checkpoint
+from qcompress.data.batches import Batch, Batches
+from qcompress.data.measurement import Measurement
+from qcompress.data.tasks import measure
 from qcompress.errors import DataError, TrainingError
-from qcompress.model.batches import Batch, Batches
-from qcompress.model.tasks import Measurement, measure
-from qcompress.registry.regularizers import DsmmConfig, L2Config, MinSquaredConfig
-from qcompress.settings import AdamW, Classification, Cosine, Sgd, Training, TrainingOptions
-from qcompress.training.attach import attach_penalties
-from qcompress.training.loop import Data, Trained, Watch, train
-from qcompress.training.losses import make_loss
-from qcompress.training.penalties import Penalties
-from qcompress.types import Rule
+from qcompress.registry.regularizers import DsmmConfig, L2Config
+from qcompress.training.loop import Data, Watch
+from qcompress.training.optimizers import rate_at
+from qcompress.training.penalties import Penalties, attach_penalties
+from qcompress.types.plan import Rule
+from qcompress.types.settings import AdamW, Classification, Cosine, Sgd, Training, TrainingOptions
 
-
-def points(count: int = 96) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, 3, 8, 8, generator=generator)
-    y = (x[:, 0].mean((1, 2)) > 0).long() + 2 * (x[:, 1].mean((1, 2)) > 0).long()
-    return x, y
-
-
-def batches(size: int = 16, count: int = 96) -> Batches:
-    x, y = points(count)
-
-    def read(indices: Sequence[int]) -> Batch:
-        chosen = torch.tensor(list(indices))
-        return Batch(args=(x[chosen],), labels=y[chosen])
-
-    return Batches(count, size, read)
-
-
-def net(*, dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(dropout),
-        nn.Linear(8, 4),
-    )
-
-
-def rules() -> list[Rule]:
-    return [
-        Rule("0.weight", "dsmm", DsmmConfig(preset="paper-dsmm"), "a"),
-        Rule("6.weight", "min-squared", MinSquaredConfig(levels=4, start=0.3, ramp=0.2), "b"),
-    ]
-
-
-def settings(**options: Any) -> Training:
-    optimizer = options.pop("optimizer", Sgd(lr=0.05, momentum=0.9, weight_decay=1e-3))
-    return Training(options=TrainingOptions(epochs=3, **options), optimizer=optimizer, schedule=Cosine())
-
-
-def learn(module: nn.Module, training: Training, watch: Watch | None = None, **more: Any) -> Trained:
-    penalties = more.pop("penalties", None)
-    penalties = attach_penalties(module, rules()) if penalties is None else penalties
-    data = more.pop("data", Data(batches(), ("flip", "crop4")))
-    return train(module, data, make_loss(Classification()), training, penalties, watch or Watch(), seed=5, **more)
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
+from .small import assert_same, batches, net, points, rules, run, settings, weights
 
 
 def test_a_loop_without_frills_is_the_textbook_one() -> None:
     module, other = net(), net()
     data = batches()
-    trained = learn(module, settings(), penalties=Penalties([]), data=Data(data))
+    trained = run(module, settings(), penalties=Penalties([]), data=Data(data))
     optimizer = torch.optim.SGD(
         [
             {"params": [p for p in other.parameters() if p.ndim >= 2], "weight_decay": 1e-3},
@@ -97,7 +40,7 @@ def test_a_loop_without_frills_is_the_textbook_one() -> None:
         momentum=0.9,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 18)
-    from qcompress.model.live import seeded_generator
+    from qcompress.types.run import seeded_generator
 
     other.train()
     for epoch in range(3):
@@ -115,7 +58,7 @@ def test_equal_seeds_give_equal_weights() -> None:
     one, other = net(dropout=0.3), net(dropout=0.3)
     for module in (one, other):
         torch.manual_seed(0)
-        learn(module, settings())
+        run(module, settings())
     assert_same(weights(one), weights(other))
 
 
@@ -139,7 +82,7 @@ def test_going_on_after_a_break_gives_the_same_bits(tmp_path: Path, optimizer: A
         return module, attach_penalties(module, rules())
 
     whole, penalties = start()
-    wanted = learn(whole, training, watch("whole"), penalties=penalties)
+    wanted = run(whole, training, watch("whole"), penalties=penalties)
     broken, lost = start()
     steps = iter(range(1, 100))
 
@@ -148,34 +91,15 @@ def test_going_on_after_a_break_gives_the_same_bits(tmp_path: Path, optimizer: A
             raise Broken
 
     with pytest.raises(Broken):
-        learn(broken, training, watch("broken"), penalties=lost, after_step=after_step)
+        run(broken, training, watch("broken"), penalties=lost, after_step=after_step)
     resumed, again = start()
     torch.manual_seed(999)
-    found = learn(resumed, training, watch("broken", resume=True), penalties=again)
+    found = run(resumed, training, watch("broken", resume=True), penalties=again)
     assert_same(weights(resumed), weights(whole))
     assert_same(again.saved(), penalties.saved())
     assert found.loss == wanted.loss
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "broken")]
     assert logs[0] == logs[1]
-
-
-def test_saved_states_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
-    state = tmp_path / "state.safetensors"
-    module = net()
-    learn(module, settings(), Watch(state=state, identity="x"))
-    tensors, metadata = read_tensors(state)
-    assert "qcompress-training" in metadata
-    with pytest.raises(TrainingError, match="another recipe"):
-        learn(net(), settings(), Watch(state=state, identity="y", resume=True))
-    write_checkpoint({"a": torch.zeros(2)}, state)
-    with pytest.raises(TrainingError, match="no saved state"):
-        learn(net(), settings(), Watch(state=state, identity="x", resume=True))
-    write_checkpoint({name: value for name, value in tensors.items() if "0.weight" not in name}, state, metadata)
-    with pytest.raises(TrainingError, match="no saved state"):
-        learn(net(), settings(), Watch(state=state, identity="x", resume=True))
-    state.write_bytes(b"not safetensors")
-    with pytest.raises(TrainingError, match="no saved state"):
-        learn(net(), settings(), Watch(state=state, identity="x", resume=True))
 
 
 def test_accumulated_batches_are_one_large_batch() -> None:
@@ -189,7 +113,7 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     rule = [Rule("0.weight", "dsmm", DsmmConfig(preset="paper-dsmm", strength=1.0), "a")]
     for module, size, accumulate in ((large, 32, 1), (small, 16, 2)):
         penalties = attach_penalties(module, rule)
-        learn(module, settings(accumulate=accumulate), penalties=penalties, data=Data(batches(size)))
+        run(module, settings(accumulate=accumulate), penalties=penalties, data=Data(batches(size)))
     for name, value in weights(large).items():
         torch.testing.assert_close(value, small.state_dict()[name], rtol=1e-4, atol=1e-6)
 
@@ -204,12 +128,12 @@ def test_the_best_epoch_is_kept_where_asked() -> None:
         return [Measurement("top1", next(scores), found.samples, 0, 1, True, found.per_sample, found.weights)]
 
     module = net()
-    trained = learn(module, settings(keep="best"), Watch(measure=measured))
+    trained = run(module, settings(keep="best"), Watch(measure=measured))
     assert trained.kept == 2 and [one["top1"] for one in trained.metrics] == [0.4, 0.9, 0.6]
     assert_same(weights(module), kept[1])
     scores = iter([0.4, 0.9, 0.6])
     last = net()
-    assert learn(last, settings(), Watch(measure=measured)).kept == 3
+    assert run(last, settings(), Watch(measure=measured)).kept == 3
     assert_same(weights(last), kept[-1])
 
 
@@ -222,22 +146,22 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step() -> None:
         return Batch(args=(x[chosen],), labels=y[chosen])
 
     with pytest.raises(TrainingError, match="step 1 of 18"):
-        learn(net(), settings(), data=Data(Batches(96, 16, read)))
+        run(net(), settings(), data=Data(Batches(96, 16, read)))
 
 
 def test_fewer_samples_than_a_step_are_refused() -> None:
     with pytest.raises(DataError, match="96 samples, fewer than the 128"):
-        learn(net(), settings(), data=Data(batches(128)))
+        run(net(), settings(), data=Data(batches(128)))
     with pytest.raises(DataError, match="fewer than the 192"):
-        learn(net(), settings(accumulate=4), data=Data(batches(48)))
+        run(net(), settings(accumulate=4), data=Data(batches(48)))
 
 
 def test_frozen_batch_norms_keep_what_they_have_seen() -> None:
     module = net()
     before = module[1].running_mean.clone()  # type: ignore[index]
-    learn(module, settings(batch_norm="frozen"))
+    run(module, settings(batch_norm="frozen"))
     assert torch.equal(module[1].running_mean, before)  # type: ignore[index]
-    learn(module, settings())
+    run(module, settings())
     assert not torch.equal(module[1].running_mean, before)  # type: ignore[index]
 
 
@@ -246,7 +170,7 @@ def test_half_precision_and_clipping_train_too() -> None:
     for options in ({"precision": "bfloat16"}, {"clip_norm": 0.1}):
         module = net()
         before = F.cross_entropy(module(x), y).detach()
-        learn(module, settings(**options))
+        run(module, settings(**options))
         assert module[0].weight.dtype == torch.float32  # type: ignore[index]
         assert float(F.cross_entropy(module(x), y).detach()) < float(before)
 
@@ -255,16 +179,92 @@ def test_strong_decay_by_a_regularizer_shrinks_only_its_weights() -> None:
     module = net()
     norm = float(module[6].weight.detach().norm())  # type: ignore[index]
     penalties = attach_penalties(module, [Rule("6.weight", "l2", L2Config(strength=5.0), "a")])
-    learn(module, settings(), penalties=penalties)
+    run(module, settings(), penalties=penalties)
     assert float(module[6].weight.detach().norm()) < 0.4 * norm  # type: ignore[index]
 
 
 def test_the_log_has_a_line_a_few_steps_and_one_an_epoch(tmp_path: Path) -> None:
     said: list[str] = []
     log = tmp_path / "log.jsonl"
-    learn(net(), settings(log_steps=5), Watch(log=log, say=said.append))
+    run(net(), settings(log_steps=5), Watch(log=log, say=said.append))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines if "epoch" not in line] == [5, 10, 15]
     assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2, 3]
     assert all({"loss", "penalty", "lr"} <= line.keys() for line in lines if "epoch" not in line)
     assert any("s left" in line for line in said) and any("epoch 3 of 3" in line for line in said)
+
+
+def one_step(**options: Any) -> tuple[nn.Module, float]:
+    """A network after one plain step with all samples, and how far its weights have moved."""
+    module = net()
+    before = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+    training = Training(options=TrainingOptions(**options), optimizer=Sgd(lr=0.5, momentum=0.0))
+    run(module, training, penalties=Penalties([]), data=Data(batches(96)))
+    return module, float((torch.nn.utils.parameters_to_vector(module.parameters()).detach() - before).norm())
+
+
+def test_a_clipped_gradient_moves_the_weights_as_far_as_its_norm_allows() -> None:
+    _, free = one_step()
+    for share in (0.5, 0.1):
+        assert one_step(clip_norm=share * free / 0.5)[1] == pytest.approx(share * free, rel=1e-3)
+    assert one_step(clip_norm=10 * free)[1] == pytest.approx(free, rel=1e-6)
+
+
+def test_rates_rise_and_fall_as_the_schedule_says_in_every_group(tmp_path: Path) -> None:
+    module, log, seen = net(), tmp_path / "log.jsonl", []
+    training = settings(warm_up=0.25, log_steps=1)
+    shares: list[float] = []
+    own = [{"params": [module[6].bias], "lr": 0.7}]  # type: ignore[index]
+    step = torch.optim.SGD.step
+
+    def watched(optimizer: torch.optim.SGD, *args: Any) -> Any:
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", watched)
+        run(module, training, Watch(log=log), penalties=Penalties([]), after_step=shares.append, groups=own)
+    wanted = [rate_at(Cosine(), 0.25, step / 18) for step in range(18)]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["lr"] for line in lines if "epoch" not in line] == pytest.approx([0.05 * rate for rate in wanted])
+    assert [rates[0] for rates in seen] == pytest.approx([0.05 * rate for rate in wanted])
+    assert [rates[-1] for rates in seen] == pytest.approx([0.7 * rate for rate in wanted])
+    assert shares == pytest.approx([step / 18 for step in range(1, 19)])
+
+
+def test_where_less_is_better_the_lowest_epoch_is_kept() -> None:
+    scores = iter([3.0, 1.0, 2.0])
+
+    def measured(module: nn.Module) -> list[Measurement]:
+        score = next(scores)
+        return [Measurement("perplexity", score, 1, score, score, False, np.ones(1), np.ones(1))]
+
+    assert run(net(), settings(keep="best"), Watch(measure=measured)).kept == 2
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    module, again = net(), net()
+    run(module, settings(), Watch(state=state))
+    shares: list[float] = []
+    found = run(again, settings(), Watch(state=state, resume=True), after_step=shares.append)
+    assert shares == [1.0] and found.steps == 18
+    assert_same(weights(again), weights(module))
+
+
+def test_a_state_is_only_gone_on_from_where_that_is_asked_for(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    one, other = net(), net()
+    run(one, settings(), Watch(state=state))
+    run(other, settings(), Watch(state=state))
+    assert_same(weights(one), weights(other))
+
+
+def test_norms_are_those_of_the_last_weights_where_batches_are_given_for_them() -> None:
+    module, other = net(), net()
+    run(module, settings(norm_batches=6), penalties=Penalties([]))
+    run(other, settings(), penalties=Penalties([]))
+    assert torch.equal(module[0].weight, other[0].weight), "norms change no gradient"  # type: ignore[index]
+    x, _ = points()
+    outputs = module[0](x).detach()  # type: ignore[index]
+    torch.testing.assert_close(module[1].running_mean, outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""PD-Quant: blocks learn rounding and activation steps together, against the network's prediction.
+"""PD-Quant learns rounding and activation steps block by block, against the network's prediction.
 
 Liu et al. 2023, arXiv 2212.07048. `preset: paper` follows the official code, with first and last layer at the width
 that is asked for. Ours starts from the roundings of least output error of each layer (solvers.rounding) around the
@@ -10,20 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qcompress.encoded import ActivationGrid, Encoded, Fitted
+from qcompress.calibration.activations import attach_activations
 from qcompress.errors import ModelError
 from qcompress.methods.pdquant.block import Block
-from qcompress.model.activations import attach_activations
 from qcompress.model.graph import make_blocks
 from qcompress.model.live import LiveModel, layer_name
 from qcompress.model.stages import Stage
 from qcompress.model.sweep import run_stage
-from qcompress.types import Decision
+from qcompress.registry import PdquantConfig
+from qcompress.types.encoded import ActivationGrid, Encoded, Fitted
+from qcompress.types.plan import Decision
+from qcompress.types.run import FitContext
 
 __all__ = ["fit"]
 
 
-def fit(live: LiveModel, decisions: Sequence[Decision]) -> Fitted:
+def fit(live: LiveModel, decisions: Sequence[Decision[PdquantConfig]], context: FitContext) -> Fitted:
     """Codes block by block, each from inputs that the quantized blocks before it give, with activation quantizers.
 
     raises  ModelError for a network that is neither traced nor cut by named blocks, and for layers that are no matrix

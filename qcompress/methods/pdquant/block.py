@@ -1,33 +1,178 @@
-"""One block while it learns."""
+"""One block learns here: its layers with their grids and roundings, its activation steps, and its loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from qcompress.encoded import Fitted
+from qcompress.calibration.activations import INPUT_BITS, grids_of_inputs
+from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.errors import ModelError
 from qcompress.methods.pdquant.inputs import Inputs, make_inputs
-from qcompress.methods.pdquant.layer import Layer, make_layer
-from qcompress.methods.pdquant.loss import Loss
-from qcompress.methods.pdquant.prediction import Rest, make_prediction
-from qcompress.methods.pdquant.step import Step
-from qcompress.model.activations import INPUT_BITS, grids_of_inputs
+from qcompress.methods.pdquant.prediction import Prediction, Rest, make_prediction
 from qcompress.model.graph import inputs_of_network
 from qcompress.model.layers import matrix_layer, measure_gram
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.stages import Stage, State, stage_output
 from qcompress.model.sweep import layer_inputs, run_stage
 from qcompress.registry import PdquantConfig
-from qcompress.settings import ActivationSettings
-from qcompress.solvers.rounding import SoftRounding, beta_at
-from qcompress.types import Decision
+from qcompress.solvers.grids import Grid
+from qcompress.solvers.hessian import choose_grid, encoded_rows, grid_exponent, least_squares_target, row_levels
+from qcompress.solvers.rounding import SoftRounding, beta_at, make_neighbours, round_by_gram
+from qcompress.types.encoded import ActivationGrid, Encoded, Fitted, for_tensor
+from qcompress.types.plan import Decision
+from qcompress.types.run import Gram
+from qcompress.types.settings import ActivationSettings
+
+EVALUATED_SAMPLES = 256
+
+
+class Step(nn.Module):
+    """The quantizer.
+
+    keep       probability that a value passes as it is
+    generator  of the coins for that
+    """
+
+    def __init__(self, grid: ActivationGrid, device: torch.device) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(grid.scale, device=device))
+        self.zero_point, self.bits = grid.zero_point, grid.bits
+        self.keep = 0.0
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        most = 2**self.bits - 1
+        steps = x / self.scale
+        rounded = steps + (steps.round() - steps).detach()
+        quantized = ((rounded + self.zero_point).clamp(0, most) - self.zero_point) * self.scale
+        if not self.keep:
+            return quantized
+        kept = torch.rand(x.shape, generator=self.generator, device=x.device) < self.keep
+        return torch.where(kept, x, quantized)
+
+    def hook(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self(args[0]), *args[1:])
+
+    def grid(self) -> ActivationGrid:
+        return ActivationGrid(self.bits, float(self.scale.detach().abs().clamp_min(2.0**-100)), self.zero_point)
+
+
+HOLD = 0.01
+"""How firmly weights that make up for drift are held at what they were, see solvers.hessian."""
+START_TRUST = 0.7
+"""How far soft rounding starts from the weight's own place towards the rounding that it starts from."""
+GRAM_START: dict[str, Any] = {"iterations": 200, "learning_rate": 3e-2, "strength": 0.1, "warm_up": 0.2}
+
+
+@dataclass
+class Layer:
+    """A layer with its grid and its roundings.
+
+    module          of the network that is quantized
+    start, nearest  codes [rows, columns]: those that learning starts from, and those of nearest rounding
+    """
+
+    decision: Decision[PdquantConfig]
+    module: nn.Module
+    grid: Grid
+    exponent: int
+    rounding: SoftRounding
+    start: Tensor
+    nearest: Tensor
+
+    def encode(self, codes: Tensor) -> Encoded:
+        return for_tensor(encoded_rows(codes, self.grid, self.decision.config, self.exponent), self.decision)
+
+    def weight(self, codes: Tensor) -> Tensor:
+        return weight_from_rows(self.rounding.neighbours.values(codes), self.rounding.shape, self.rounding.axis)
+
+
+def make_layer(
+    decision: Decision[PdquantConfig], weight: Tensor, module: nn.Module, gram: Gram, generator: torch.Generator
+) -> Layer:
+    """The layer before it learns.
+
+    weight  as it is in full precision
+    gram    of the layer's inputs
+    """
+    config = decision.config
+    rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
+    exponent = grid_exponent(rows)
+    grid = choose_grid(rows, config, config.range or "minmax", exponent, gram.hessian, generator)
+    scale, low = row_levels(grid, config.bits, exponent, rows)
+    aim = rows
+    if config.preset != "paper" and gram.cross is not None:
+        aim = least_squares_target(rows, gram.hessian, gram.cross, HOLD)
+    neighbours = make_neighbours(aim, scale, low, config.bits)
+    nearest = torch.where(neighbours.rest > 0.5, neighbours.ceiling, neighbours.floor)
+    start = nearest
+    if config.preset != "paper":
+        start = round_by_gram(aim, neighbours, gram.hessian, None, **GRAM_START)
+        towards = (start > neighbours.floor).to(rows.dtype)
+        neighbours.rest.lerp_(towards, START_TRUST)
+    rounding = SoftRounding(neighbours, tuple(weight.shape), decision.axis)
+    return Layer(decision, module, grid, exponent, rounding, start, nearest)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one block.
+
+    module      the network that is quantized
+    targets     the block's outputs in full precision from corrected inputs, of every sample
+    channels    the axis of its channels
+    prediction  None where only the outputs matter
+    """
+
+    stage: Stage
+    module: nn.Module
+    config: PdquantConfig
+    inputs: Inputs
+    targets: Tensor
+    channels: int
+    prediction: Prediction | None
+
+    def energy(self) -> float:
+        """What the squared error would be if the block gave nothing."""
+        return float(self.targets.double().square().sum()) / self._positions(self.targets)
+
+    def of(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        """Reconstruction from mixed inputs and prediction difference from noisy ones, for some samples."""
+        noisy = self.inputs.noisy_of(chosen)
+        state = self.stage.run(self.module, noisy)
+        mixed = state
+        if self.config.drop:
+            mixed = self.stage.run(self.module, self.inputs.mixed(noisy, chosen, self.config.drop, generator))
+        error = self._error(stage_output(self.stage, mixed), chosen)
+        return error if self.prediction is None else error + self.prediction.loss(chosen, state)
+
+    def whole(self) -> float:
+        """The exact loss on inputs of the quantized network, over all samples or the first so many."""
+        total, count = 0.0, min(self.inputs.samples, EVALUATED_SAMPLES)
+        size = self.config.batch_size
+        for start in range(0, count, size):
+            chosen = torch.arange(start, min(start + size, count), device=self.targets.device)
+            state = self.stage.run(self.module, self.inputs.noisy_of(chosen))
+            error = float(self._error(stage_output(self.stage, state), chosen))
+            if self.prediction is not None:
+                error += self.prediction.exact(chosen, state)
+            total += error * len(chosen)
+        return total / count
+
+    def _error(self, found: Tensor, chosen: Tensor) -> Tensor:
+        return (found - self.targets[chosen]).square().sum() / self._positions(found)
+
+    def _positions(self, y: Tensor) -> int:
+        """What the squared error is averaged over: samples and places, channels being summed."""
+        return y.numel() // y.shape[self.channels]
 
 
 @dataclass
@@ -41,7 +186,7 @@ class Block:
 
     live: LiveModel
     stages: Sequence[Stage]
-    decisions: dict[str, Decision]
+    decisions: dict[str, Decision[PdquantConfig]]
     clean: Sequence[State]
     noisy: Sequence[State]
     layers: dict[str, Layer] = field(default_factory=dict)
@@ -61,7 +206,7 @@ class Block:
             parametrize.register_parametrization(layer.module, "weight", layer.rounding, unsafe=True)
         try:
             with torch.enable_grad():
-                self.learn(loss)
+                self.trainer(loss)
         finally:
             for layer in self.layers.values():
                 parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=False)
@@ -122,7 +267,7 @@ class Block:
         channels = 1 if targets.ndim in (3, 4, 5) and convolves else -1
         return Loss(self.stage, self.live.quantized, self.config, inputs, targets, channels, prediction)
 
-    def learn(self, loss: Loss) -> None:
+    def trainer(self, loss: Loss) -> None:
         """Lower it by the roundings, which stand in the place of the weights, and by the steps."""
         config, samples = self.config, loss.inputs.samples
         # As published, or as a share of the energy.

@@ -1,4 +1,4 @@
-"""Rate-distortion: unbounded codes on grids whose steps are chosen for all tensors together, entropy coded.
+"""RD chooses unbounded codes on grids whose steps are chosen for all tensors together, to be entropy coded.
 
 Error feedback under each layer's Hessian (GPTQ, arXiv 2210.17323) on a lattice without ends (WaterSIC, arXiv
 2603.04956), inputs from the network as it is already coded, steps of equal slope with measured sensitivities, tables by
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qcompress.encoded import Fitted
 from qcompress.methods.rd.free import encode, free_step
 from qcompress.methods.rd.session import Session
 from qcompress.model.live import LiveModel
-from qcompress.types import Decision
+from qcompress.registry import RdConfig
+from qcompress.types.encoded import Fitted
+from qcompress.types.plan import Decision
+from qcompress.types.run import FitContext
 
 __all__ = ["encode", "fit", "free_step"]
 
 
-def fit(live: LiveModel, decisions: Sequence[Decision], bits: float) -> Fitted:
-    """Codes that take at most `bits` with all their side information, batch norms and biases matched to them."""
-    return Session(live, decisions).solve(bits)
+def fit(live: LiveModel, decisions: Sequence[Decision[RdConfig]], context: FitContext) -> Fitted:
+    """Codes that take at most the context's rate with all their side information, norms and biases matched to them."""
+    assert context.rate is not None
+    return Session(live, decisions).solve(context.rate * sum(decision.tensor.numel for decision in decisions))

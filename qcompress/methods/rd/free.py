@@ -1,23 +1,104 @@
-"""Rate-distortion without data: what the inputs are is a guess, and the rest is as with data."""
+"""RD without data takes a guess for the inputs, and does the rest as with data."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qcompress.coding.lengths import class_costs
 from qcompress.coding.trellis import STATES
-from qcompress.encoded import Lattice
+from qcompress.coding.unbounded.lengths import class_costs
 from qcompress.registry import RdConfig
-from qcompress.solvers.flips import flip_lattice
-from qcompress.solvers.lattice import Prices, descend_lattice, feedback_lattice
-from qcompress.solvers.lattice_grid import grid_steps, lattice_grid, root_mean_square, with_codes, with_step
-from qcompress.solvers.lattice_trellis import trellis_lattice
-from qcompress.solvers.priors import prior_hessian, split_channels
-from qcompress.types import Shape
+from qcompress.solvers.trellis import trellis_codes
+from qcompress.solvers.unbounded import (
+    BitCosts,
+    descend_unbounded,
+    feedback_unbounded,
+    grid_steps,
+    root_mean_square,
+    unbounded_grid,
+    with_codes,
+    with_step,
+)
+from qcompress.types.config import Shape
+from qcompress.types.encoded import Unbounded
+from qcompress.types.run import EncodeContext
+
+MEAN, VARIANCE = 0.4, 0.34
+"""Of a standard normal variable behind a ReLU: 1 / sqrt(2 pi) and 1/2 - 1 / (2 pi)."""
+NEIGHBOURS = 0.5
+"""The correlation of places that touch."""
+COLOURS = 0.9
+"""The correlation of an image's channels, whose mean was taken away."""
+MOST_COLOURS = 4
+MOST_COLUMNS = 1152
+"""Wider weights are taken for several layers side by side: little is left to win, and Hessians cost their cube."""
+
+
+def prior_hessian(shape: Shape) -> Tensor | None:
+    """The second moments of a convolution's inputs, float64 [columns, columns]; None for a weight of two dimensions.
+
+    Without a kernel nothing says what the inputs are, and a layer may stand behind a normalization to mean zero.
+
+    shape  of the weight, rows first: [rows, channels of a group, *kernel]
+    """
+    if len(shape) < 3:
+        return None
+    channels, kernel = shape[1], shape[2:]
+    places = torch.tensor(list(itertools.product(*map(range, kernel))), dtype=torch.float64)
+    distances = (places.unsqueeze(1) - places.unsqueeze(0)).abs().sum(2)
+    taps = NEIGHBOURS**distances
+    if channels <= MOST_COLOURS and math.prod(kernel) > 1 and channels > 1:
+        colours = COLOURS + (1 - COLOURS) * torch.eye(channels, dtype=torch.float64)
+        return torch.kron(colours, taps)
+    columns = channels * len(places)
+    return VARIANCE * torch.kron(torch.eye(channels, dtype=torch.float64), taps) + MEAN**2 * torch.ones(
+        columns, columns, dtype=torch.float64
+    )
+
+
+def split_channels(shape: Shape) -> int:
+    """Into how many equal parts the input channels go, each at most MOST_COLUMNS columns or one channel wide."""
+    channels, taps = shape[1], math.prod(shape[2:])
+    parts = max(1, min(channels, math.ceil(channels * taps / MOST_COLUMNS)))
+    while channels % parts:
+        parts += 1
+    return parts
+
+
+def flipped(wish: Tensor, codes: Tensor) -> Tensor:
+    """The codes with each row's sum of errors brought within half a step by the cheapest changes of one.
+
+    wish   weights in steps [rows, columns]
+    codes  integers of the same dtype, each the nearest to its wish or one beside it
+    """
+    error = codes - wish
+    total = error.sum(1, keepdim=True)
+    count = total.abs().round()
+    # The larger an error of the sum's sign, the less it costs to turn it over.
+    towards = error * total.sign()
+    order = towards.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    return codes - torch.where(rank < count, total.sign(), torch.zeros_like(total))
+
+
+def flip_unbounded(wish: Tensor, kernels: int) -> Tensor:
+    """The codes of weights in steps [rows, columns], flipped within kernels of `columns / kernels` and within rows.
+
+    Rounds as they come to the nearest, so that sums of rows are mended by whole kernels' cheapest values.
+    """
+    codes = wish.round()
+    columns = wish.shape[1]
+    if 1 < kernels < columns:
+        shape = (-1, columns // kernels)
+        codes = flipped(wish.reshape(shape), codes.reshape(shape)).reshape(wish.shape)
+    return flipped(wish, codes)
+
 
 PRICED_CODES = 64
 ROWS_AT_ONCE = 1 << 22
@@ -40,26 +121,24 @@ def free_step(weight: Tensor, factor: float) -> float:
     return factor * deviation**0.5 if deviation > 0 else 1.0
 
 
-def encode(weight: Tensor, config: RdConfig, exponent: int) -> Lattice:
+def encode(weight: Tensor, config: RdConfig, context: EncodeContext) -> Unbounded:
     """The codes of one weight, float32 [rows, ...], on the grid that `config.step` says.
 
     On a trellis where the effort is high and rows are not too wide for it; else as with normal effort. Steps are no
-    finer than FINEST_STEP of the largest weight.
-
-    exponent  not used: the step has its own
+    finer than FINEST_STEP of the largest weight; their exponent is their own.
     """
     assert config.step is not None
     shape = tuple(weight.shape)
     rows = weight.reshape(shape[0], math.prod(shape[1:]))
     size = (rows.shape[0], rows.shape[1])
     largest = float(rows.abs().max()) if rows.numel() else 0.0
-    grid = lattice_grid(shape, (0,), "F32", rows=None, columns=None, size=size)
+    grid = unbounded_grid(shape, (0,), "F32", rows=None, columns=None, size=size)
     grid = with_step(grid, max(free_step(weight, config.step), FINEST_STEP * largest))
     steps = grid_steps(grid, rows.device)
     if not rows.numel():
         return with_codes(grid, rows)
     if config.prior == "flips" and weight.ndim > 2:
-        return with_codes(grid, flip_lattice(rows / steps, math.prod(shape[1:2])))
+        return with_codes(grid, flip_unbounded(rows / steps, math.prod(shape[1:2])))
     hessian = _hessian(shape, config).to(rows.device)
     if config.trellis and not _is_trellis(hessian, size[1]):
         config = replace(config, effort="normal")
@@ -68,11 +147,11 @@ def encode(weight: Tensor, config: RdConfig, exponent: int) -> Lattice:
     grid = replace(grid, trellis=config.trellis)
     if config.trellis and hessian.shape[-1] == 1:
         hessian = torch.eye(size[1], dtype=torch.float64, device=rows.device).unsqueeze(0)
-    prices = None
+    bit_costs = None
     if config.rate > 0:
         ((classes, bits),) = class_costs([with_codes(grid, rows / steps)], PRICED_CODES)
-        prices = Prices(classes.long().to(rows.device), bits.to(rows.device), config.rate)
-    return with_codes(grid, _codes(rows, steps, hessian, prices, config))
+        bit_costs = BitCosts(classes.long().to(rows.device), bits.to(rows.device), config.rate)
+    return with_codes(grid, _codes(rows, steps, hessian, bit_costs, config))
 
 
 def _hessian(shape: Shape, config: RdConfig) -> Tensor:
@@ -88,7 +167,7 @@ def _is_trellis(hessian: Tensor, columns: int) -> bool:
     return hessian.shape[-1] in (1, columns) and columns <= MOST_TRELLIS_COLUMNS
 
 
-def _codes(rows: Tensor, steps: Tensor, hessian: Tensor, prices: Prices | None, config: RdConfig) -> Tensor:
+def _codes(rows: Tensor, steps: Tensor, hessian: Tensor, bit_costs: BitCosts | None, config: RdConfig) -> Tensor:
     """Codes of rows that are cut into parts of the Hessian's width, each a layer for itself."""
     width = hessian.shape[-1]
     target = rows.reshape(-1, width)
@@ -97,13 +176,13 @@ def _codes(rows: Tensor, steps: Tensor, hessian: Tensor, prices: Prices | None, 
     for start in range(0, len(target), count):
         stop = start + count
         own = None
-        if prices is not None:
-            own = Prices(prices.classes.reshape(-1, width)[start:stop], prices.bits, prices.rate)
+        if bit_costs is not None:
+            own = BitCosts(bit_costs.classes.reshape(-1, width)[start:stop], bit_costs.bits, bit_costs.lam)
         if config.trellis:
-            part = trellis_lattice(target[start:stop], steps, hessian, own, damping=config.damping)
+            part = trellis_codes(target[start:stop], steps, hessian, own, damping=config.damping)
         else:
-            part = feedback_lattice(target[start:stop], steps, hessian, own, damping=config.damping)
+            part = feedback_unbounded(target[start:stop], steps, hessian, own, damping=config.damping)
             if config.sweeps:
-                part = descend_lattice(part, target[start:stop], steps, hessian, own, sweeps=config.sweeps)
+                part = descend_unbounded(part, target[start:stop], steps, hessian, own, sweeps=config.sweeps)
         parts.append(part)
     return torch.cat(parts).reshape(rows.shape)

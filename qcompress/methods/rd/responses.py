@@ -1,4 +1,4 @@
-"""What an error in one layer's weights does to the layer's output and to the network's."""
+"""A response says what an error in one layer's weights does to the layer's output and to the network's."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
-from qcompress.model.batches import Batch
+from qcompress.data.batches import Batch
 from qcompress.model.graph import batch_norm_of
 from qcompress.model.layers import measure_gram
 from qcompress.model.live import LiveModel, find_tensor, put_tensors
 from qcompress.model.stages import Stage, State, last_output
 from qcompress.model.sweep import layer_inputs, matrix_layer_of, run_stage
+from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import output_error
-from qcompress.solvers.lattice import conditional_energies, feedback_lattice
-from qcompress.types import Decision
+from qcompress.solvers.unbounded import conditional_energies, feedback_unbounded
+from qcompress.types.plan import Decision
 
 PROBED_SAMPLES = 256
 PROBED_VALUES = 1 << 24
@@ -50,7 +51,9 @@ class Response:
     normed_slope: float
 
 
-def measure_responses(live: LiveModel, decisions: Mapping[str, Decision], *, damping: float) -> dict[str, Response]:
+def measure_responses(
+    live: LiveModel, decisions: Mapping[str, Decision[RdConfig]], *, damping: float
+) -> dict[str, Response]:
     """The response of every layer that a decision is given for, by module name, in the order in which they run.
 
     The output error is that of the logits without their mean over classes. A layer is probed with the errors of its
@@ -144,14 +147,14 @@ class _Probe:
     wanted: Tensor
     variance: float
 
-    def slopes(self, decision: Decision, rows: Tensor, hessian: Tensor, gains: Tensor) -> tuple[float, float]:
+    def slopes(self, decision: Decision[RdConfig], rows: Tensor, hessian: Tensor, gains: Tensor) -> tuple[float, float]:
         """(slope, normed slope) of a layer with these weight rows."""
         energies = conditional_energies(hessian, 0.01)
         power = float(output_error(rows, hessian).sum())
         step = (0.1 * power / max(float(energies.sum()) * len(rows) / len(hessian), 1e-300)) ** 0.5 or 1.0
         for attempt in range(3):
             steps = torch.full((1, 1), step, dtype=rows.dtype, device=rows.device)
-            error = feedback_lattice(rows, steps, hessian) * step - rows
+            error = feedback_unbounded(rows, steps, hessian) * step - rows
             share, harm = self._harm(decision, rows + error)
             if share <= 2 * LINEAR_SHARE or attempt == 2:
                 break
@@ -160,7 +163,7 @@ class _Probe:
         total, normed = float(own.sum()), float((own * gains.square()).sum())
         return harm / max(total, 1e-300), harm / max(normed, 1e-300)
 
-    def _harm(self, decision: Decision, rows: Tensor) -> tuple[float, float]:
+    def _harm(self, decision: Decision[RdConfig], rows: Tensor) -> tuple[float, float]:
         """What these rows do to the logits: as a share of their variance, and summed over classes."""
         name = decision.tensor.name
         own = find_tensor(self.module, name).detach().clone()

@@ -1,4 +1,4 @@
-"""Rate-distortion on a live model: responses measured once, then as many rates as are asked for."""
+"""A session measures a live model's responses once, and codes its weights at as many rates as are asked for."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qcompress.coding.lengths import class_costs, coded_bits
+from qcompress.calibration.corrections import match_outputs
 from qcompress.coding.rows import rows_from_weight
-from qcompress.encoded import Fitted, Kept, Lattice
+from qcompress.coding.unbounded.lengths import class_costs, coded_bits
 from qcompress.methods.rd.responses import Response, is_lookup, measure_responses
-from qcompress.model.companions import match_outputs
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
-from qcompress.model.skips import measure_skip
 from qcompress.model.stages import last_output
-from qcompress.model.sweep import LayerStep, run_stage, sweep
+from qcompress.model.sweep import LayerStep, measure_skip, run_stage, sweep
 from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import least_squares_target
-from qcompress.solvers.lattice import Prices, descend_lattice, feedback_lattice
-from qcompress.solvers.lattice_grid import (
+from qcompress.solvers.trellis import trellis_codes
+from qcompress.solvers.unbounded import (
+    BitCosts,
     bisect_rate,
     column_factors,
+    descend_unbounded,
     eighths,
+    feedback_unbounded,
     grid_steps,
-    lattice_grid,
+    unbounded_grid,
     with_codes,
     with_step,
 )
-from qcompress.solvers.lattice_trellis import trellis_lattice
-from qcompress.types import Decision
+from qcompress.types.encoded import Fitted, Kept, Unbounded
+from qcompress.types.plan import Decision
 
 HOLD = 0.01
 """How firmly the least squares target is held at the weights, as a share of the Hessian's mean diagonal."""
@@ -56,7 +57,7 @@ LEAST_COLUMN_RATE = 1.2
 class _Layer:
     """One weight, its response, and its grids of unit step under either kind of allocation."""
 
-    decision: Decision
+    decision: Decision[RdConfig]
     rows: Tensor
     response: Response
     taps: int
@@ -64,8 +65,7 @@ class _Layer:
 
     @property
     def config(self) -> RdConfig:
-        config: RdConfig = self.decision.config
-        return config
+        return self.decision.config
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _Pass:
     divergence  the mean Kullback-Leibler divergence of the network's outputs, in nats
     """
 
-    lattices: Mapping[str, Lattice]
+    unbounded_tensors: Mapping[str, Unbounded]
     adjusted: Mapping[str, Tensor]
     bits: float
     divergence: float
@@ -89,10 +89,10 @@ class Session:
     normed output that grows with its inputs. The better one is told by what it makes of the calibration data.
     """
 
-    def __init__(self, live: LiveModel, decisions: Sequence[Decision]) -> None:
+    def __init__(self, live: LiveModel, decisions: Sequence[Decision[RdConfig]]) -> None:
         self.live = live
         named = {layer_name(decision.tensor.name): decision for decision in decisions}
-        self.config: RdConfig = decisions[0].config
+        self.config = decisions[0].config
         responses = measure_responses(live, named, damping=self.config.damping)
         self.layers = {name: self._layer(name, named[name], response) for name, response in responses.items()}
         self._start = {name: value.detach().clone() for name, value in live.quantized.state_dict().items()}
@@ -100,7 +100,7 @@ class Session:
         self._wanted = _log_probabilities(live, live.module, self._samples)
         self.kind: str | None = self.config.allocation or ("relative" if self.config.effort == "fast" else None)
 
-    def _layer(self, name: str, decision: Decision, response: Response) -> _Layer:
+    def _layer(self, name: str, decision: Decision[RdConfig], response: Response) -> _Layer:
         weight = find_tensor(self.live.module, decision.tensor.name).detach()
         rows = rows_from_weight(weight, decision.axis)
         taps = math.prod(rows.shape[2:])
@@ -131,7 +131,7 @@ class Session:
             second = False
             aim = bits * (1 - SLACK)
             scale *= math.exp(SLOPE * (done.bits - aim) / self.weights)
-            done = self._pass(grids, scale, done.lattices)
+            done = self._pass(grids, scale, done.unbounded_tensors)
             if done.bits <= bits and (best is None or done.bits > best.bits or done.divergence < best.divergence):
                 best = done
         growth = 1.05
@@ -139,14 +139,14 @@ class Session:
             if best is not None:
                 break
             scale, growth = scale * growth, growth * growth
-            done = self._pass(grids, scale, done.lattices)
+            done = self._pass(grids, scale, done.unbounded_tensors)
             best = done if done.bits <= bits else None
         # Side information alone may take more than the budget: then all is zero, and the caller sees what it takes.
         best = best or done
         self._restore()
         put_tensors(self.live.quantized, best.adjusted)
-        self.live.put(best.lattices)
-        return Fitted({**best.lattices, **{name: Kept(value) for name, value in best.adjusted.items()}})
+        self.live.put(best.unbounded_tensors)
+        return Fitted({**best.unbounded_tensors, **{name: Kept(value) for name, value in best.adjusted.items()}})
 
     @property
     def weights(self) -> int:
@@ -156,11 +156,11 @@ class Session:
     def _restore(self) -> None:
         self.live.quantized.load_state_dict(self._start)
 
-    def _grids(self, kind: str, bits: float) -> dict[str, Lattice]:
+    def _grids(self, kind: str, bits: float) -> dict[str, Unbounded]:
         """Every layer's grid, whose steps wait for one common factor."""
         return {name: self._grid(layer, kind, bits / self.weights) for name, layer in self.layers.items()}
 
-    def _grid(self, layer: _Layer, kind: str, rate: float) -> Lattice:
+    def _grid(self, layer: _Layer, kind: str, rate: float) -> Unbounded:
         response, tensor = layer.response, layer.decision.tensor
         normed = kind == "relative"
         uneven = (normed or layer.is_lookup) and bool((response.gains != response.gains[0]).any())
@@ -168,7 +168,7 @@ class Session:
         columns = None
         if layer.config.columns is not False and rate > LEAST_COLUMN_RATE and not layer.is_lookup:
             columns = column_factors(response.energies, layer.taps, layer.rows.shape[0])
-        grid = lattice_grid(
+        grid = unbounded_grid(
             tensor.shape,
             layer.decision.axis,
             tensor.dtype,
@@ -189,11 +189,11 @@ class Session:
             step = (layer.rows.numel() / (max(response.slope, 1e-30) * harm)) ** 0.5
         return with_step(grid, step)
 
-    def _scaled(self, grid: Lattice, scale: float, layer: _Layer) -> Lattice:
+    def _scaled(self, grid: Unbounded, scale: float, layer: _Layer) -> Unbounded:
         finest = FINEST_STEP * float(layer.rows.abs().max())
         return with_step(grid, max(float(grid.step) * 2.0**grid.exponent * scale, finest))
 
-    def _rounded(self, grids: Mapping[str, Lattice], scale: float) -> dict[str, Lattice]:
+    def _rounded(self, grids: Mapping[str, Unbounded], scale: float) -> dict[str, Unbounded]:
         """Every weight rounded to nearest: nearly the rate of its codes by feedback, at once."""
         found = {}
         for name, grid in grids.items():
@@ -202,49 +202,51 @@ class Session:
             found[name] = with_codes(grid, rows / grid_steps(grid, rows.device))
         return found
 
-    def _first_scale(self, grids: Mapping[str, Lattice], bits: float) -> float:
+    def _first_scale(self, grids: Mapping[str, Unbounded], bits: float) -> float:
         def rate_at(log: float) -> float:
             return coded_bits([*self._rounded(grids, math.exp(log)).values()])
 
         return math.exp(bisect_rate(rate_at, bits * (1 - SLACK), -14.0, 6.0, 18))
 
-    def _pass(self, grids: Mapping[str, Lattice], scale: float, before: Mapping[str, Lattice]) -> _Pass:
+    def _pass(self, grids: Mapping[str, Unbounded], scale: float, before: Mapping[str, Unbounded]) -> _Pass:
         """One sweep in which every layer is coded for the inputs that the layers before it now give.
 
         before  codes of a like rate, from which prices are taken
         """
         self._restore()
-        prices = self._prices(before)
-        lattices: dict[str, Lattice] = {}
+        bit_costs = self._bit_costs(before)
+        unbounded_tensors: dict[str, Unbounded] = {}
         adjusted: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             if layer.is_lookup:
                 grid = self._scaled(grids[name], scale, layer)
-                lattices[name] = _code_each(layer.rows, grid, prices.get(name))
-                self.live.put({layer.decision.tensor.name: lattices[name]})
+                unbounded_tensors[name] = _code_each(layer.rows, grid, bit_costs.get(name))
+                self.live.put({layer.decision.tensor.name: unbounded_tensors[name]})
         products = [name for name, layer in self.layers.items() if not layer.is_lookup]
         for step in sweep(self.live, products):
             layer, grid = self.layers[step.name], self._scaled(grids[step.name], scale, self.layers[step.name])
-            lattices[step.name] = self._code(layer, grid, step, prices.get(step.name))
-            self.live.put({layer.decision.tensor.name: lattices[step.name]})
+            unbounded_tensors[step.name] = self._code(layer, grid, step, bit_costs.get(step.name))
+            self.live.put({layer.decision.tensor.name: unbounded_tensors[step.name]})
             if self.config.match:
                 adjusted |= match_outputs(self.live, step)
-        bits = coded_bits([*lattices.values()])
+        bits = coded_bits([*unbounded_tensors.values()])
         divergence = self._divergence()
-        return _Pass({self.layers[k].decision.tensor.name: v for k, v in lattices.items()}, adjusted, bits, divergence)
+        return _Pass(
+            {self.layers[k].decision.tensor.name: v for k, v in unbounded_tensors.items()}, adjusted, bits, divergence
+        )
 
-    def _prices(self, before: Mapping[str, Lattice]) -> dict[str, Prices]:
+    def _bit_costs(self, before: Mapping[str, Unbounded]) -> dict[str, BitCosts]:
         if self.config.rate == 0:
             return {}
         ordered = [before.get(name) or before[layer.decision.tensor.name] for name, layer in self.layers.items()]
         device, rate = self.live.device, self.config.rate
         found = class_costs(ordered, PRICED_CODES)
         return {
-            name: Prices(classes.long().to(device), bits.to(device), rate)
+            name: BitCosts(classes.long().to(device), bits.to(device), rate)
             for name, (classes, bits) in zip(self.layers, found, strict=True)
         }
 
-    def _code(self, layer: _Layer, grid: Lattice, step: LayerStep, prices: Prices | None) -> Lattice:
+    def _code(self, layer: _Layer, grid: Unbounded, step: LayerStep, bit_costs: BitCosts | None) -> Unbounded:
         gram = step.gram()
         target = layer.rows
         if gram.cross is not None:
@@ -253,11 +255,11 @@ class Session:
         target = _without_dead(target, layer.response, gram.hessian)
         steps, config = grid_steps(grid, target.device), layer.config
         if config.trellis:
-            codes = trellis_lattice(target, steps, gram.hessian, prices, damping=config.damping)
+            codes = trellis_codes(target, steps, gram.hessian, bit_costs, damping=config.damping)
         else:
-            codes = feedback_lattice(target, steps, gram.hessian, prices, damping=config.damping)
+            codes = feedback_unbounded(target, steps, gram.hessian, bit_costs, damping=config.damping)
             if config.sweeps:
-                codes = descend_lattice(codes, target, steps, gram.hessian, prices, sweeps=config.sweeps)
+                codes = descend_unbounded(codes, target, steps, gram.hessian, bit_costs, sweeps=config.sweeps)
         return with_codes(grid, codes)
 
     def _divergence(self) -> float:
@@ -265,12 +267,12 @@ class Session:
         return float((self._wanted.exp() * (self._wanted - found)).sum(-1).mean())
 
 
-def _code_each(rows: Tensor, grid: Lattice, prices: Prices | None) -> Lattice:
+def _code_each(rows: Tensor, grid: Unbounded, bit_costs: BitCosts | None) -> Unbounded:
     """Every weight for itself: the codes of a table that is looked up."""
     steps = grid_steps(grid, rows.device).expand(rows.shape).reshape(-1, 1)
     alone = torch.ones(1, 1, 1, dtype=torch.float64, device=rows.device)
-    own = None if prices is None else Prices(prices.classes.reshape(-1, 1), prices.bits, prices.rate)
-    return with_codes(grid, feedback_lattice(rows.reshape(-1, 1), steps, alone, own).reshape(rows.shape))
+    own = None if bit_costs is None else BitCosts(bit_costs.classes.reshape(-1, 1), bit_costs.bits, bit_costs.lam)
+    return with_codes(grid, feedback_unbounded(rows.reshape(-1, 1), steps, alone, own).reshape(rows.shape))
 
 
 def _without_dead(target: Tensor, response: Response, hessian: Tensor) -> Tensor:

@@ -1,0 +1,312 @@
+"""Quantizers at the inputs of layers take their ranges from what flows there; hooks apply them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qcompress.checkpoint.side_files import HESSIAN, MEAN
+from qcompress.errors import DataError
+from qcompress.model.layers import matrix_layer
+from qcompress.model.live import LiveModel
+from qcompress.model.moments import input_moments
+from qcompress.model.sweep import sweep
+from qcompress.types.encoded import ActivationGrid
+from qcompress.types.settings import ActivationSettings
+
+INPUT_BITS = 8
+"""The network's own input has 8 bits, whatever the others have."""
+LEAST_SCALE = 2.0**-100
+"""A range below it is nothing; the reciprocal of a smaller scale might not fit float32."""
+BINS = 2048
+SHRINK_STEPS = 40
+NOISE_SAMPLES = 64
+NOISE_SIGMAS = {2: 12.0, 3: 12.0, 4: 12.0, 5: 13.0, 6: 14.0, 7: 19.5, 8: 25.0}
+"""SQuant's code: the range in standard deviations of the positive part, given at 4, 6 and 8 bits."""
+
+
+def activation_grid(low: float, high: float, bits: int) -> ActivationGrid:
+    """The grid that spans [min(low, 0), max(high, 0)], its scale a float32 number."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    steps = 2**bits - 1
+    scale = float(torch.tensor((high - low) / steps, dtype=torch.float32))
+    if scale < LEAST_SCALE:
+        return ActivationGrid(bits, 1.0, 0)
+    return ActivationGrid(bits, scale, min(max(round(-low / scale), 0), steps))
+
+
+def quantize_activation(x: Tensor, grid: ActivationGrid) -> Tensor:
+    """x on its grid, shaped like x; the gradient passes straight through within the range."""
+    return torch.fake_quantize_per_tensor_affine(x, grid.scale, grid.zero_point, 0, 2**grid.bits - 1)
+
+
+def attach_activations(module: nn.Module, grids: Mapping[str, ActivationGrid]) -> list[RemovableHandle]:
+    """Quantize the first input of each named module of `module` from now on, until the handles are removed."""
+    return [
+        attach_quantizer(module.get_submodule(name), partial(quantize_activation, grid=grid))
+        for name, grid in grids.items()
+    ]
+
+
+def attach_quantizer(module: nn.Module, quantize: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Pass the first input of a module through `quantize` from now on, until the handle is removed."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (quantize(args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: quantize(kwargs[first])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def attach_caps(module: nn.Module, caps: Mapping[str, Sequence[float] | Tensor]) -> list[RemovableHandle]:
+    """Bound each channel (dimension 1) of the named modules' outputs from above, until the handles are removed."""
+
+    def make_hook(limits: Tensor) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, __: object, output: Tensor) -> Tensor:
+            bound = limits.to(output).reshape(1, -1, *[1] * (output.ndim - 2))
+            return torch.minimum(output, bound)
+
+        return hook
+
+    return [
+        module.get_submodule(name).register_forward_hook(make_hook(torch.as_tensor(one))) for name, one in caps.items()
+    ]
+
+
+def measure_activations(
+    live: LiveModel, settings: ActivationSettings, inputs: Collection[str], names: Sequence[str]
+) -> dict[str, ActivationGrid]:
+    """The quantizers of the named layers from calibration data on the quantized network, or from noise.
+
+    inputs  those that see the network's own input
+    names   the layers; those whose inputs are no floats get none
+    raises  DataError where an input holds NaN or Inf
+    """
+    bits = {name: INPUT_BITS if name in inputs else settings.bits for name in names}
+    if settings.range == "noise":
+        return _noise_grids(live, bits)
+
+    def run() -> None:
+        for batch in live.calibration:
+            live.quantized(*batch.args, **batch.kwargs)
+
+    return grids_of_inputs(live.quantized, run, settings, bits)
+
+
+def grids_of_inputs(
+    module: nn.Module, run: Callable[[], object], settings: ActivationSettings, bits: Mapping[str, int]
+) -> dict[str, ActivationGrid]:
+    """The quantizers of the layers that `bits` names, from their inputs while `run` runs parts of `module`, twice.
+
+    raises  DataError where an input holds NaN or Inf
+    """
+    ranges = _measure_ranges(module, run, [*bits])
+    if settings.range == "minmax":
+        return {name: activation_grid(*one, bits[name]) for name, one in ranges.items()}
+    counts = _measure_histograms(module, run, ranges)
+    choose: Callable[[Tensor, float, float, int], tuple[float, float]]
+    if settings.range == "percentile":
+        share = (settings.percentile or 100.0) / 100.0
+        choose = lambda count, low, high, _: percentile_range(count, low, high, share)  # noqa: E731
+    else:
+        choose = least_error_range
+    return {name: activation_grid(*choose(counts[name], *ranges[name], bits[name]), bits[name]) for name in ranges}
+
+
+@torch.no_grad()
+def batch_norm_grids(
+    live: LiveModel, bits: int, inputs: Collection[str], names: Sequence[str]
+) -> dict[str, ActivationGrid]:
+    """The quantizers of the named layers from the statistics of the quantized network's batch norms.
+
+    A range holds six deviations of every channel, and no more than the activation lets through. Where no statistics
+    reach, as at the network's own input, it is what the live model's example shows.
+
+    inputs  those that see the network's own input
+    """
+    models = input_moments(live, live.quantized)
+    ranges = {name: models[name].range for name in names if name in models}
+    unknown = [name for name in names if name not in models]
+
+    if unknown:
+        with watched_inputs(live.quantized, unknown, lambda name, x: _widen(ranges, name, x)):
+            live.quantized(*live.example.args, **live.example.kwargs)
+    return {
+        name: activation_grid(*ranges[name], INPUT_BITS if name in inputs else bits) for name in names if name in ranges
+    }
+
+
+@contextmanager
+def watched_inputs(module: nn.Module, names: Sequence[str], watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `watch` with the first input of every call of the named modules, where it is of floats."""
+
+    def make_hook(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.is_floating_point():
+                watch(name, x)
+
+        return hook
+
+    handles = [module.get_submodule(n).register_forward_pre_hook(make_hook(n), with_kwargs=True) for n in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _measure_ranges(
+    module: nn.Module, run: Callable[[], object], names: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    ranges: dict[str, tuple[float, float]] = {}
+
+    def watch(name: str, x: Tensor) -> None:
+        _widen(ranges, name, x)
+        if not all(math.isfinite(end) for end in ranges[name]):
+            raise DataError(f"layer {name}", "its inputs hold NaN or Inf", "check data.calibration and data.normalize")
+
+    with watched_inputs(module, names, watch):
+        run()
+    return ranges
+
+
+def _widen(ranges: dict[str, tuple[float, float]], name: str, x: Tensor) -> None:
+    """Make a layer's range hold x too."""
+    low, high = (float(end) for end in torch.aminmax(x))
+    before = ranges.get(name, (low, high))
+    ranges[name] = (min(low, before[0]), max(high, before[1]))
+
+
+@torch.no_grad()
+def _measure_histograms(
+    module: nn.Module, run: Callable[[], object], ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, Tensor]:
+    """Counts float64 [BINS] over each layer's range."""
+    counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in ranges}
+
+    def watch(name: str, x: Tensor) -> None:
+        low, high = ranges[name]
+        if high > low:
+            bins = (x.reshape(-1) - low).mul_(BINS / (high - low)).long().clamp_(0, BINS - 1)
+            counts[name] += torch.bincount(bins, minlength=BINS).cpu()
+
+    with watched_inputs(module, list(ranges), watch):
+        run()
+    return counts
+
+
+def percentile_range(counts: Tensor, low: float, high: float, share: float) -> tuple[float, float]:
+    """The ends that leave (1 - share) of the values beyond, half of it on each side; all of it above where none is
+    below zero.
+
+    counts  float64 [BINS] over [low, high]
+    """
+    beyond = float(counts.sum()) * (1.0 - share) / (1 if low >= 0 else 2)
+    total = counts.cumsum(0)
+    width = (high - low) / len(counts)
+    top = high - width * float((total >= total[-1] - beyond).sum() - 1)
+    bottom = low + width * float((total <= beyond).sum())
+    return (low if low >= 0 else bottom, top)
+
+
+def least_error_range(counts: Tensor, low: float, high: float, bits: int) -> tuple[float, float]:
+    """The ends within [low, high] whose grid has the least squared error on the histogram, from coarse to fine.
+
+    counts  float64 [BINS] over [low, high]
+    """
+    low, span = min(low, 0.0) if low < 0 else low, high - low
+    if span <= 0:
+        return low, high
+    centres = low + (torch.arange(len(counts), dtype=torch.float64) + 0.5) * (span / len(counts))
+    kept = counts > 0
+    centres, counts = centres[kept], counts[kept]
+    best = (min(low, 0.0), max(high, 0.0))
+    ends = best
+    radius = 1.0
+    for _ in range(3):
+        lows = _shrunken(best[0], ends[0], radius)
+        highs = _shrunken(best[1], ends[1], radius)
+        candidates = torch.cartesian_prod(lows, highs)
+        errors = _grid_errors(candidates, centres, counts, bits)
+        chosen = candidates[errors.argmin()]
+        best = (float(chosen[0]), float(chosen[1]))
+        radius /= SHRINK_STEPS / 4
+    return best
+
+
+def _shrunken(centre: float, end: float, radius: float) -> Tensor:
+    """Candidates for an end of the range around `centre`, between 0 and `end`."""
+    if end == 0.0:
+        return torch.zeros(1, dtype=torch.float64)
+    share = centre / end
+    shares = torch.linspace(max(share - radius, 0.02), min(share + radius, 1.0), SHRINK_STEPS, dtype=torch.float64)
+    return shares * end
+
+
+def _grid_errors(candidates: Tensor, centres: Tensor, counts: Tensor, bits: int) -> Tensor:
+    """The squared error of each candidate range, float64 [candidates]; in pieces."""
+    steps = 2**bits - 1
+    errors = []
+    for low, high in (part.unbind(1) for part in torch.split(candidates, 256)):
+        scale = ((high - low) / steps).clamp_min(1e-300).unsqueeze(1)
+        zero = (-low.unsqueeze(1) / scale).round().clamp(0, steps)
+        codes = (centres / scale).round_().add_(zero).clamp_(0, steps)
+        errors.append((codes.sub_(zero).mul_(scale).sub_(centres)).square_().mul_(counts).sum(1))
+    return torch.cat(errors)
+
+
+@torch.no_grad()
+def _noise_grids(live: LiveModel, bits: Mapping[str, int]) -> dict[str, ActivationGrid]:
+    """As SQuant's code: uniform noise through the network, and some standard deviations of the positive part."""
+    generator = live.generator("noise")
+    noise = [
+        torch.rand(NOISE_SAMPLES, *x.shape[1:], generator=generator, device=live.device) for x in live.example.args
+    ]
+    seen: dict[str, _Noise] = {}
+
+    def watch(name: str, x: Tensor) -> None:
+        positive = x[x > 0]
+        sigma = float(positive.std()) if positive.numel() > 1 else 0.0
+        seen[name] = _Noise(sigma, bool((x < 0).any()), float(x.abs().max()))
+
+    with watched_inputs(live.quantized, list(bits), watch):
+        live.quantized(*noise, **live.example.kwargs)
+    return {name: one.grid(bits[name]) for name, one in seen.items()}
+
+
+@dataclass(frozen=True)
+class _Noise:
+    sigma: float
+    signed: bool
+    largest: float
+
+    def grid(self, bits: int) -> ActivationGrid:
+        reach = NOISE_SIGMAS[bits] * self.sigma / (1.25 if self.signed else 1.0)
+        reach = min(reach, self.largest) if bits < 6 else reach
+        return activation_grid(-reach if self.signed else 0.0, reach, bits)
+
+
+def measure_statistics(live: LiveModel) -> dict[str, Tensor]:
+    """For each weight T of a matrix product `T.hessian` float32 [groups, columns, columns], `T.mean` [groups, columns].
+
+    They are the means over positions of x x^T and of x, the layer's inputs in the full-precision network.
+    """
+    products = [name for name in live.layers if matrix_layer(live.module.get_submodule(name)) is not None]
+    statistics: dict[str, Tensor] = {}
+    for step in sweep(live, products, sequential=False):
+        gram = step.gram()
+        statistics[f"{step.name}.weight{HESSIAN}"] = gram.hessian.float().cpu()
+        statistics[f"{step.name}.weight{MEAN}"] = gram.mean.float().cpu()
+    return statistics

@@ -1,0 +1,229 @@
+"""A checkpoint is its tensors' headers, with weights on demand: a file, a sharded folder, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcompress.checkpoint.safetensors_file import RESERVED, Container, read_container
+from qcompress.errors import CheckpointError
+from qcompress.types.plan import Axis, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Hugging Face model types whose Conv1D layers store [in, out]."""
+TRANSPOSED_LAYERS = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".q_attn.weight")
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "llama4", "llama4_text"})
+"""Hugging Face model types whose stacked experts are [expert, in, out]; the others store [expert, out, in]."""
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
+TIED_HEADS = ("lm_head.weight", "embed_out.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The headers of a checkpoint, and what its surroundings say of them.
+
+    shards  one container a file, in the order of their names
+    tied    name -> the tensor that stands for it, as metadata or config.json say; names without data of their own too
+    axes    name -> channel axes and the reason, where they are not axis 0
+    """
+
+    path: Path
+    shards: tuple[Container, ...]
+    tied: Mapping[str, str]
+    axes: Mapping[str, Axis]
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        return tuple(info for shard in self.shards for info in shard.tensors)
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(shard.file_bytes for shard in self.shards)
+
+    def shard_of(self, name: str) -> Container:
+        return next(shard for shard in self.shards if name in shard.spans)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, headers only. Raises CheckpointError."""
+    if path.is_dir():
+        shards = tuple(_folder_shards(path))
+        config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    else:
+        shards = (read_container(path, CheckpointError),)
+        config = {}
+    for shard in shards:
+        if "qcompress" in shard.metadata:
+            hint = "expand it first: qcompress export ARTIFACT --to safetensors"
+            raise CheckpointError(str(shard.path), "is compressed already", hint)
+        reserved = next((info.name for info in shard.tensors if RESERVED in info.name), None)
+        if reserved is not None:
+            what = f"tensor {reserved!r} has {RESERVED!r} in its name, which is reserved for artifacts"
+            raise CheckpointError(str(shard.path), what, "rename it")
+    checkpoint = Checkpoint(path, shards, {}, {})
+    infos = {info.name: info for info in checkpoint.tensors}
+    return Checkpoint(path, shards, _find_tied(shards, infos, config), _find_axes(infos, config))
+
+
+def _folder_shards(folder: Path) -> Iterator[Container]:
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(indices) > 1:
+        names = ", ".join(index.name for index in indices)
+        raise CheckpointError(str(folder), f"has several indices ({names})", "leave one, or name a file")
+    if indices:
+        yield from _indexed_shards(indices[0])
+    elif (folder / "model.safetensors").is_file():
+        yield read_container(folder / "model.safetensors", CheckpointError)
+    elif len(files) == 1:
+        yield read_container(files[0], CheckpointError)
+    elif files:
+        what = f"has {len(files)} .safetensors files and no *{INDEX_SUFFIX}"
+        raise CheckpointError(str(folder), what, "name one of the files, or add the index")
+    else:
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        what = "holds no .safetensors file" + (", only pickles" if pickles else "")
+        raise CheckpointError(str(folder), what, "convert it to safetensors first" if pickles else "check the path")
+
+
+def _indexed_shards(index: Path) -> Iterator[Container]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(str(index), "has no weight_map from tensor to file", "fetch or save it again")
+    seen: set[str] = set()
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise CheckpointError(str(index), f"names the file {file!r} outside its folder", "use plain file names")
+        shard = read_container(index.parent / file, CheckpointError)
+        promised = {name for name, place in weight_map.items() if place == file}
+        missing = sorted(promised - set(shard.spans))
+        surplus = sorted(set(shard.spans) - promised)
+        if missing:
+            what = f"promises {len(missing)} tensors that {file} does not hold, such as {missing[0]!r}"
+            raise CheckpointError(str(index), what, "fetch or save the checkpoint again")
+        if surplus:
+            what = f"does not list {len(surplus)} tensors of {file}, such as {surplus[0]!r}"
+            raise CheckpointError(str(index), what, "add them to weight_map or take them out of the file")
+        seen |= promised
+        yield shard
+    if not seen:
+        raise CheckpointError(str(index), "lists no tensors", "fetch or save the checkpoint again")
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(str(path), error.strerror or "cannot be read", "check the file") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(str(path), "is not JSON", "fetch or save it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(str(path), "is not a JSON object", "fetch or save it again")
+    return value
+
+
+def _find_tied(
+    shards: tuple[Container, ...], infos: Mapping[str, TensorInfo], config: Mapping[str, object]
+) -> dict[str, str]:
+    tied = {
+        alias: name
+        for shard in shards
+        for alias, name in shard.metadata.items()
+        if alias != "format" and alias not in infos and name in infos
+    }
+    if config.get("tie_word_embeddings") is True:
+        sources = sorted(
+            (n for n in infos if n.endswith(EMBEDDINGS)), key=lambda n: (not n.endswith("shared.weight"), n)
+        )
+        heads = [name for name in infos if name.endswith(TIED_HEADS)]
+        for head in heads:
+            same = [n for n in sources if n != head and n not in tied and _same_header(infos[n], infos[head])]
+            if same:
+                tied[head] = same[0]
+    return tied
+
+
+def _same_header(one: TensorInfo, other: TensorInfo) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def _find_axes(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) -> dict[str, Axis]:
+    configs = [config, *(part for part in config.values() if isinstance(part, dict))]
+    kinds = {str(part.get("model_type")) for part in configs}
+    experts = [part.get(key) for part in configs for key in EXPERT_COUNTS]
+    axes: dict[str, Axis] = {}
+    for name, info in infos.items():
+        if len(info.shape) == 2 and kinds & TRANSPOSED_MODELS and name.endswith(TRANSPOSED_LAYERS):
+            axes[name] = Axis((1,), "config.json: Conv1D, stored transposed")
+        elif len(info.shape) == 3 and "expert" in name and info.shape[0] in experts:
+            last = 2 if kinds & TRANSPOSED_EXPERTS else 1
+            axes[name] = Axis((0, last), "config.json: stacked experts")
+    return axes
+
+
+def write_checkpoint(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write plain tensors as one safetensors file."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    # The library makes files that their owner alone may read.
+    path.chmod(mode)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of one safetensors file, and its metadata. Raises CheckpointError where it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(str(path), f"cannot be read: {error}", "check the file, or make it again") from None
+
+
+def tensor_view(container: Container, info: TensorInfo) -> Tensor:
+    """A weight (F64, F32, F16 or BF16) in its own shape and dtype: backed by the mapped file, so never write to it."""
+    import torch
+
+    from qcompress.coding.grids import TORCH_DTYPES
+
+    dtype = TORCH_DTYPES[info.dtype]
+    if info.numel == 0:
+        return torch.zeros(info.shape, dtype=dtype)
+    warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+    flat = torch.frombuffer(container.mapped, dtype=torch.uint8)
+    begin, end = container.spans[info.name]
+    raw = flat[container.data_start + begin : container.data_start + end]
+    # A header of odd length leaves the data unaligned, which a view cannot express.
+    aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
+    return aligned.view(dtype).reshape(info.shape)
+
+
+def tensor_bytes(value: Tensor, info: TensorInfo) -> memoryview:
+    """A value as the bytes of the tensor that `info` describes, in its dtype: what replaces it in a file."""
+    import torch
+
+    from qcompress.coding.grids import TORCH_DTYPES
+
+    assert tuple(value.shape) == info.shape, info.name
+    stored = value.detach().cpu().to(TORCH_DTYPES[info.dtype]).contiguous()
+    # Flat first: a scalar cannot be seen as bytes.
+    return stored.reshape(-1).view(torch.uint8).numpy().data

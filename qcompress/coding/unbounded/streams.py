@@ -1,0 +1,231 @@
+"""Codes of one matrix become the streams of its chunks and back, under the tables of a pool.
+
+Chunks decode by themselves and in any order. artifact/SPEC.md, "Streams of a lattice".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompress.coding.ans import (
+    CHUNK_CODES,
+    JOB_CHUNKS,
+    Model,
+    RunReader,
+    Table,
+    chunk_count,
+    encode_runs,
+    parse_varint,
+    run_jobs,
+    varint,
+)
+from qcompress.coding.rows import tiles
+from qcompress.coding.trellis import NEXT_STATE
+from qcompress.coding.unbounded.tables import Source
+from qcompress.coding.unbounded.tokens import (
+    CLASSES,
+    CONTEXTS,
+    FIRST_OPEN,
+    TOKEN_BITS,
+    TOKEN_PARITY,
+    Codes,
+    Levels,
+    Tokens,
+    class_matrix,
+    codes_from_tokens,
+    raw_bits,
+)
+
+Tables = Mapping[int, Table]
+
+_FLUSH_BITS = 18.5
+"""What a stream takes beyond the information of its codes, about: its coder starts from a state of 24 bits."""
+_INDEX_BITS = 36
+
+
+def encode_streams(source: Source, levels: Levels, tables: Tables) -> bytes:
+    """The payload: an index, then of every chunk its raw bits and its stream."""
+    every = source.contexts(levels)
+    trellis = source.odd is not None
+    if trellis and source.codes.shape[1] > CHUNK_CODES:
+        raise ValueError(f"rows of more than {CHUNK_CODES} codes cannot drive a trellis")
+    index, parts = [], []
+    spans = list(tiles(*source.shape, CHUNK_CODES))
+    for place, span in enumerate(spans):
+        codes, tokens = source.codes[span], source.tokens[span]
+        # On a trellis codes are read column by column, and so are their raw bits.
+        raw = (raw_bits(codes.T, tokens.T) if trellis else raw_bits(codes, tokens)).tobytes()
+        stream = encode_runs(_runs(tokens, every[span], tables, trellis))
+        index.append(varint(len(raw)))
+        if place < len(spans) - 1:
+            index.append(varint(len(stream)))
+        parts += [raw, stream]
+    return b"".join([*index, *parts])
+
+
+def _runs(tokens: Tokens, contexts: NDArray[np.uint8], tables: Tables, trellis: bool) -> list[tuple[Tokens, Table]]:
+    """The tokens of a chunk in the order of their contexts; on a trellis, in that order within each column."""
+    if not trellis:
+        flat = contexts.reshape(-1)
+        ordered = tokens.reshape(-1)[np.argsort(flat, kind="stable")]
+        used = np.bincount(flat, minlength=CONTEXTS)
+        ends = np.cumsum(used)
+        return [(ordered[ends[c] - used[c] : ends[c]], tables[c]) for c in np.flatnonzero(used).tolist()]
+    keys = (np.arange(contexts.shape[1])[:, None] * CONTEXTS + contexts.T).reshape(-1)
+    order = np.argsort(keys, kind="stable")
+    ordered, keys = tokens.T.reshape(-1)[order], keys[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    ends = np.append(starts[1:], len(keys))
+    return [
+        (ordered[start:end], tables[int(keys[start]) % CONTEXTS])
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Some chunks of a payload, each (raw bits, stream, classes of its codes), and what they are decoded with."""
+
+    chunks: tuple[tuple[bytes, bytes, NDArray[np.uint8]], ...]
+    tables: Tables
+    trellis: bool
+
+
+def decode_streams(
+    data: memoryview,
+    shape: tuple[int, int],
+    levels: Levels,
+    tables: Tables,
+    trellis: bool,
+    executor: Executor | None = None,
+) -> Codes:
+    """The codes, int32 [rows, columns], of a payload that is all of `data`.
+
+    Nothing is allocated before the payload's length makes the size possible. Raises ValueError where the payload is
+    not that of a matrix of this shape under these tables.
+
+    executor  of processes, among which the chunks of a large matrix are shared
+    """
+    if trellis and shape[1] > CHUNK_CODES:
+        raise ValueError(f"rows of more than {CHUNK_CODES} codes cannot drive a trellis")
+    chunks = chunk_count(*shape)
+    if len(data) < 2 * chunks - 1:
+        raise ValueError(f"{len(data)} bytes of payload cannot hold {chunks} chunks")
+    parts = _parse_index(data, chunks)
+    classes = class_matrix(levels, *shape)
+    spans = list(tiles(*shape, CHUNK_CODES))
+    jobs = (
+        _Job(
+            tuple(
+                (bytes(raw), bytes(stream), classes[span])
+                for span, (raw, stream) in zip(spans[at : at + JOB_CHUNKS], parts[at : at + JOB_CHUNKS], strict=True)
+            ),
+            tables,
+            trellis,
+        )
+        for at in range(0, chunks, JOB_CHUNKS)
+    )
+    codes = np.empty(shape, np.int32)
+    found = run_jobs(_decode_job, jobs, chunks, executor)
+    for span, part in zip(spans, (part for done in found for part in done), strict=True):
+        codes[span] = part
+    return codes
+
+
+def _decode_job(job: _Job) -> list[NDArray[Any]]:
+    """The codes of every chunk, in the narrowest of int8, int16 and int32 that holds them."""
+    models = {context: table.model() for context, table in job.tables.items()}
+    done = []
+    for raw, stream, classes in job.chunks:
+        reader = RunReader(memoryview(stream))
+        read = _read_trellis if job.trellis else _read_plain
+        tokens = read(reader, memoryview(raw), classes, job.tables, models)
+        reader.finish()
+        found, left = codes_from_tokens(tokens, memoryview(raw))
+        if len(left):
+            raise ValueError("a chunk has raw bits that no code needs")
+        done.append(_narrow(found.T if job.trellis else found))
+    return done
+
+
+def _narrow(codes: Codes) -> NDArray[Any]:
+    largest = max(-int(codes.min(initial=0)), int(codes.max(initial=0)))
+    return codes.astype(np.int8 if largest < 2**7 else np.int16 if largest < 2**15 else np.int32)
+
+
+def _parse_index(data: memoryview, chunks: int) -> list[tuple[memoryview, memoryview]]:
+    """(raw bits, stream) of every chunk; the last stream has all that is left."""
+    sizes = []
+    at = 0
+    for place in range(chunks):
+        raw, at = parse_varint(data, at)
+        stream, at = parse_varint(data, at) if place < chunks - 1 else (0, at)
+        sizes.append((raw, stream))
+    left = len(data) - at - sum(raw + stream for raw, stream in sizes)
+    if left < 0:
+        raise ValueError(f"the chunks are longer than the payload by {-left} bytes")
+    sizes[-1] = (sizes[-1][0], left)
+    parts = []
+    for raw, stream in sizes:
+        middle = at + raw
+        parts.append((data[at:middle], data[middle : middle + stream]))
+        at = middle + stream
+    return parts
+
+
+def _read_runs(
+    reader: RunReader, contexts: NDArray[np.uint8], tables: Tables, models: Mapping[int, Model | None], into: Tokens
+) -> None:
+    """Fill `into`, uint8 [n], with the tokens of codes in these contexts, uint8 [n]: one run of the stream for each."""
+    used = np.bincount(contexts)
+    runs = []
+    for context in np.flatnonzero(used).tolist():
+        if context not in tables:
+            raise ValueError(f"class {context % CLASSES} has no table")
+        runs.append(reader.read(tables[context], models[context], int(used[context])))
+    into[np.argsort(contexts, kind="stable")] = np.concatenate(runs)
+
+
+def _read_plain(
+    reader: RunReader, _: memoryview, classes: NDArray[np.uint8], tables: Tables, models: Mapping[int, Model | None]
+) -> Tokens:
+    tokens = np.empty(classes.size, np.uint8)
+    _read_runs(reader, classes.reshape(-1), tables, models, tokens)
+    return tokens.reshape(classes.shape)
+
+
+def _read_trellis(
+    reader: RunReader, raw: memoryview, classes: NDArray[np.uint8], tables: Tables, models: Mapping[int, Model | None]
+) -> Tokens:
+    """The tokens as [columns, rows]: column by column, because a column's states follow from the one before."""
+    rows, columns = classes.shape
+    tokens = np.empty((columns, rows), np.uint8)
+    bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little")
+    place = 0
+    state = np.zeros(rows, np.uint8)
+    for column in range(columns):
+        contexts = classes[:, column] + ((state & 1) + 1) * np.uint8(CLASSES)
+        found = tokens[column]
+        _read_runs(reader, contexts, tables, models, found)
+        parity = TOKEN_PARITY.take(found, mode="clip")
+        if int(found.max()) >= FIRST_OPEN:
+            # The lowest raw bit is the parity of a code whose token leaves it open.
+            is_open = found >= FIRST_OPEN
+            ends = place + np.cumsum(TOKEN_BITS.take(found[is_open], mode="clip"))
+            if ends[-1] > len(bits):
+                raise ValueError("a chunk has fewer raw bits than its codes need")
+            parity[is_open] = bits[np.append(place, ends[:-1])]
+            place = int(ends[-1])
+        state = NEXT_STATE.reshape(-1).take(state << 1 | parity)
+    return tokens
+
+
+def overhead_bits(chunks: int) -> float:
+    """The bits of a payload of so many chunks beyond the information of its codes, on average."""
+    return chunks * _FLUSH_BITS + (chunks - 1) * _INDEX_BITS + 12

@@ -1,0 +1,264 @@
+"""The tables that codes of several matrices share, and the levels that each matrix is coded with, are chosen here.
+
+Both are chosen by actual length, for all matrices of a pool together. A table is described by the density of each bin
+of magnitudes, kept as its negative logarithm in eighths of a bit, each bin's as the difference to the bin before; the
+two signs share it. That is some 20 times shorter than the frequencies, and costs less than a thousandth of a bit a
+code. artifact/SPEC.md, "Pools".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompress.coding.ans import Table
+from qcompress.coding.rows import kernel_positions
+from qcompress.coding.trellis import trellis_states
+from qcompress.coding.unbounded.tokens import (
+    BIN_BITS,
+    CLASSES,
+    CONTEXTS,
+    TOKEN_BITS,
+    TOKENS,
+    Codes,
+    Contexts,
+    Levels,
+    Tokens,
+    class_matrix,
+    measure_levels,
+    tokens_from_codes,
+)
+from qcompress.types.encoded import ClassUse, Unbounded
+
+Slopes = NDArray[np.int32]
+
+PRECISION = 16
+"""Frequencies sum to 2**16; part of the format."""
+STEEPEST = 255
+"""Eighths of a bit by which neighbouring bins may differ; part of the format."""
+POOLED_WEIGHTS = 1 << 18
+"""A tensor of more weights has tables of its own."""
+POOL_WEIGHTS = 1 << 22
+"""The weights of a file's pool at most: the codes of all its tensors wait in memory for their tables."""
+_MOST = 511
+_RARE = 0.3
+_ROUNDS = 2
+_EXP2: tuple[int, ...] = tuple(round(2 ** (15 + i / 8)) for i in range(8))
+
+
+@dataclass(frozen=True)
+class Source:
+    """One matrix on its way to its streams.
+
+    taps  columns of one input channel
+    odd   uint8 [rows, columns], on a trellis: whether the state of a code is odd
+    """
+
+    codes: Codes
+    tokens: Tokens
+    taps: int
+    odd: NDArray[np.uint8] | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    def contexts(self, levels: Levels) -> Contexts:
+        """The table of every code, uint8 [rows, columns]."""
+        classes = class_matrix(levels, *self.shape)
+        if self.odd is None:
+            return classes
+        return np.asarray(classes + CLASSES + self.odd * np.uint8(CLASSES), np.uint8)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Levels of each matrix of a pool, and the slopes of the tables that they share, by context."""
+
+    levels: tuple[Levels, ...]
+    slopes: Mapping[int, Slopes]
+
+    @cached_property
+    def tables(self) -> dict[int, Table]:
+        """Context -> its table. Raises ValueError where slopes make none."""
+        return {context: table_from_slopes(slopes) for context, slopes in self.slopes.items()}
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How often each (context, token) occurs in one matrix, where it does at all."""
+
+    places: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+
+def make_source(unbounded: Unbounded) -> Source:
+    """The codes of a tensor with their tokens and, on a trellis, the oddness of their states."""
+    codes = np.ascontiguousarray(unbounded.codes.cpu().numpy())
+    return source_of_codes(codes, kernel_positions(unbounded.shape, unbounded.axis), trellis=unbounded.trellis)
+
+
+def source_of_codes(codes: Codes, taps: int, *, trellis: bool) -> Source:
+    """The same, of codes [rows, columns] by themselves."""
+    odd = np.asarray(trellis_states(codes) & 1, np.uint8) if trellis else None
+    return Source(codes, tokens_from_codes(codes), taps, odd)
+
+
+def pooled(sizes: Sequence[int]) -> list[bool]:
+    """Which tensors of so many weights share the pool of their file: the small ones, while it has room for them."""
+    room = POOL_WEIGHTS
+    found = [False] * len(sizes)
+    for place in sorted(range(len(sizes)), key=lambda place: sizes[place]):
+        if sizes[place] <= min(room, POOLED_WEIGHTS):
+            found[place] = True
+            room -= sizes[place]
+    return found
+
+
+def fit_pool(sources: Sequence[Source]) -> tuple[Pool, NDArray[np.int64]]:
+    """The levels and tables under which codes and side information are shortest, and int64 [CONTEXTS, TOKENS] counts.
+
+    For each matrix by itself: no levels, those of rows, of columns, or both, by length under the tables of all.
+    """
+    options = [_level_options(source) for source in sources]
+    counts = [[_count(source, levels) for levels in own] for source, own in zip(sources, options, strict=True)]
+    side = _side_bits(options)
+    # At first as if all matrices had made the same choice.
+    tables = [_ideal_bits(_total([own[choice] for own in counts])) for choice in range(len(options[0]))]
+    costs = np.array([[_cost(one, bits) for one, bits in zip(own, tables, strict=True)] for own in counts]) + side
+    chosen = costs.argmin(1)
+    for _ in range(_ROUNDS):
+        bits = _ideal_bits(_total([own[choice] for own, choice in zip(counts, chosen, strict=True)]))
+        again = (np.array([[_cost(one, bits) for one in own] for own in counts]) + side).argmin(1)
+        if (again == chosen).all():
+            break
+        chosen = again
+    total = _total([own[choice] for own, choice in zip(counts, chosen, strict=True)])
+    slopes = {int(context): fit_slopes(total[context]) for context in np.flatnonzero(total.any(1))}
+    return Pool(tuple(own[choice] for own, choice in zip(options, chosen, strict=True)), slopes), total
+
+
+def _level_options(source: Source) -> tuple[Levels, ...]:
+    full = measure_levels(source.codes, source.taps)
+    return (
+        Levels(full.base),
+        replace(full, channels=None, taps=None),
+        replace(full, rows=None),
+        full,
+    )
+
+
+def _count(source: Source, levels: Levels) -> _Counts:
+    keys = source.contexts(levels) * np.int32(TOKENS) + source.tokens
+    counts = np.bincount(keys.reshape(-1))
+    places = np.flatnonzero(counts)
+    return _Counts(places, counts[places])
+
+
+def _total(counts: Sequence[_Counts]) -> NDArray[np.int64]:
+    total = np.zeros(CONTEXTS * TOKENS, np.int64)
+    for one in counts:
+        total[one.places] += one.counts
+    return total.reshape(CONTEXTS, TOKENS)
+
+
+def _ideal_bits(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Bits of every token in every context, flat; where it does not occur, a little more than if it did once."""
+    present = np.maximum(counts, 0.5)
+    bits: NDArray[np.float64] = np.log2(np.maximum(counts.sum(1, keepdims=True), 1) / present) + TOKEN_BITS
+    return bits.reshape(-1)
+
+
+def _cost(counts: _Counts, bits: NDArray[np.float64]) -> float:
+    return float(counts.counts @ bits[counts.places])
+
+
+def _side_bits(options: Sequence[Sequence[Levels]]) -> NDArray[np.float64]:
+    """About the bits that the levels of each option take, float64 [matrices, options], from those of the full ones."""
+    bits = np.zeros((len(options), 4))
+    for part, users in (("rows", (1, 3)), ("channels", (2, 3)), ("taps", (2, 3))):
+        values = [getattr(own[3], part) for own in options]
+        flat = np.concatenate(values)
+        low = int(flat.min())
+        counts = np.bincount(flat - low)
+        cost = np.log2(len(flat) / np.maximum(counts, 1))
+        for place, own in enumerate(values):
+            bits[place, users] += cost[own - low].sum()
+    return bits
+
+
+def fit_slopes(counts: NDArray[np.int64]) -> Slopes:
+    """The slopes of the density that makes codes of these counts shortest, int32 [bins - 1].
+
+    counts  int64 [tokens], not all 0
+    """
+    bins = (int(np.flatnonzero(counts)[-1]) + 1) // 2 + 1
+    padded = np.zeros(2 * bins, np.float64)
+    padded[1:] = counts[: 2 * bins - 1]
+    by_bin = padded.reshape(bins, 2).sum(1)
+    # A bin without codes between others still needs a density; zero has no sign to choose.
+    density = np.maximum(by_bin, _RARE) * np.exp2(-BIN_BITS[:bins] - (np.arange(bins) > 0))
+    eighths = np.rint(-8 * np.log2(density / density[0])).astype(np.int32)
+    slopes: Slopes = np.clip(np.diff(eighths, prepend=0)[1:], -STEEPEST, STEEPEST)
+    return slopes
+
+
+def table_from_slopes(slopes: Slopes) -> Table:
+    """The table, in integers alone, so that it is the same on every machine. Raises ValueError where it cannot be.
+
+    slopes  int32 [bins - 1]
+    """
+    eighths = np.cumsum(slopes, dtype=np.int64)
+    if np.abs(eighths).max(initial=0) > _MOST:
+        raise ValueError("a density is beyond 2**64 times that of zero, or below its inverse")
+    weights = [_weight(0, 0)] + [_weight(int(q), int(b)) for q, b in zip(eighths, BIN_BITS[1:], strict=False)]
+    total = 2 * sum(weights) - weights[0]
+    by_bin = [max(1, weight * 2**PRECISION // total) for weight in weights]
+    frequencies = np.repeat(np.array(by_bin, np.int64), 2)[1:]
+    # What rounding has left or taken goes to the most frequent token, which has more than that.
+    frequencies[frequencies.argmax()] += 2**PRECISION - frequencies.sum()
+    codes = np.arange(len(frequencies), dtype=np.uint8)
+    return Table(PRECISION if len(codes) > 1 else 0, codes, frequencies if len(codes) > 1 else np.ones(1, np.int64))
+
+
+def _weight(eighths: int, raw_bits: int) -> int:
+    """2**(79 + raw_bits - eighths / 8), the fraction of the power rounded to 16 bits."""
+    return _EXP2[-eighths % 8] << 64 + raw_bits - -(-eighths // 8)
+
+
+def class_uses(source: Source, levels: Levels, pool: Pool) -> tuple[ClassUse, ...]:
+    """What the codes of one matrix take under each table of its pool that they use."""
+    uses = []
+    counts, known = _total([_count(source, levels)]), bits_of_tables(pool)
+    contexts, sizes = source.contexts(levels).reshape(-1), np.abs(source.codes.reshape(-1).astype(np.float64))
+    magnitudes = np.bincount(contexts, sizes, CONTEXTS)
+    for context in np.flatnonzero(counts.any(1)).tolist():
+        own, bits = counts[context], known[context]
+        used = own > 0
+        total = int(own.sum())
+        ideal = float((own[used] * (np.log2(total / own[used]) + TOKEN_BITS[used])).sum())
+        table = float(own[: len(bits)] @ bits)
+        uses.append(
+            ClassUse(
+                context=context,
+                count=total,
+                magnitude=float(magnitudes[context]) / total,
+                ideal_bits=ideal / total,
+                table_bits=table / total,
+            )
+        )
+    return tuple(uses)
+
+
+def bits_of_tables(pool: Pool) -> dict[int, NDArray[np.float64]]:
+    """Bits of every token in every context that has a table, raw bits included, float64 [tokens of the table]."""
+    found: dict[int, NDArray[np.float64]] = {}
+    for context, table in pool.tables.items():
+        found[context] = table.precision - np.log2(table.frequencies) + TOKEN_BITS[: len(table.codes)]
+    return found

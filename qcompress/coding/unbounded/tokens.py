@@ -1,0 +1,181 @@
+"""Unbounded codes become tokens of one byte here, with raw bits for what a token leaves open and a class for its table.
+
+A magnitude below 16 is a bin of its own; above, every octave has four bins. Token 0 is zero, tokens 2b - 1 and 2b are
+the positive and the negative codes of bin b. Codes of like magnitude share a table: the scale class of a code follows
+from levels of its row and column. A level is a mean magnitude in quarter octaves; a class is half an octave wide. The
+levels are side information, so that coder and decoder find the same classes. artifact/SPEC.md, "Tokens".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.uint8]
+Codes = NDArray[np.int32]
+Contexts = NDArray[np.uint8]
+Levels32 = NDArray[np.int32]
+
+LARGEST_CODE = 2**31 - 1
+CLASSES = 32
+"""Class c holds mean magnitudes of about 2**((c - 8) / 2), the outer ones all beyond; part of the format."""
+CONTEXTS = 3 * CLASSES
+"""Tables of a file at most: for codes without a trellis, and for codes in even and in odd states of one."""
+_LOWEST, _HIGHEST = -32, 124
+_EXACT = 16
+_BINS = _EXACT + 4 * 27
+_LOOKUP = 1 << 12
+
+BIN_BITS: NDArray[np.int64] = np.array([0 if b < _EXACT else (b - _EXACT) // 4 + 2 for b in range(_BINS)])
+"""Raw bits of each bin's magnitudes; a bin holds 2**bits of them."""
+
+BIN_START: NDArray[np.int64] = np.array(
+    [b if b < _EXACT else (4 + (b - _EXACT) % 4) << (b - _EXACT) // 4 + 2 for b in range(_BINS)]
+)
+"""The smallest magnitude of each bin."""
+
+TOKENS = 2 * _BINS - 1
+"""How many tokens there are: a code of magnitude LARGEST_CODE still has one."""
+
+_TOKEN_BIN = (np.arange(TOKENS) + 1) // 2
+TOKEN_BITS: NDArray[np.int64] = BIN_BITS[_TOKEN_BIN]
+"""Raw bits of each token."""
+
+TOKEN_START: NDArray[np.int32] = (BIN_START[_TOKEN_BIN] * np.where(np.arange(TOKENS) % 2, 1, -1)).astype(np.int32)
+"""The code of least magnitude of each token."""
+
+TOKEN_PARITY: NDArray[np.uint8] = (BIN_START[_TOKEN_BIN] & 1).astype(np.uint8)
+"""The parity of each token's code, where no raw bit is to come: that of an open token is its lowest raw bit."""
+
+FIRST_OPEN = 2 * _EXACT - 1
+"""The lowest token that leaves raw bits open."""
+
+
+def _bins(magnitudes: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.searchsorted(BIN_START, magnitudes, "right") - 1
+
+
+_SMALL = np.arange(-_LOOKUP, _LOOKUP + 1)
+_SMALL_TOKENS: Tokens = (2 * _bins(np.abs(_SMALL)) - (_SMALL > 0)).astype(np.uint8)
+
+
+def tokens_from_codes(codes: Codes) -> Tokens:
+    """The token of each code, uint8, in the shape of the codes. Raises ValueError for a code of -2**31."""
+    flat = codes.reshape(-1)
+    if not flat.size:
+        return np.zeros(codes.shape, np.uint8)
+    low, high = int(flat.min()), int(flat.max())
+    if low < -LARGEST_CODE:
+        raise ValueError(f"the code {low} is beyond {LARGEST_CODE}")
+    if max(-low, high) <= _LOOKUP:
+        return _SMALL_TOKENS.take(codes + _LOOKUP, mode="clip")
+    wide = codes.astype(np.int64)
+    tokens: Tokens = (2 * _bins(np.abs(wide)) - (wide > 0)).astype(np.uint8)
+    return tokens
+
+
+def raw_bits(codes: Codes, tokens: Tokens) -> NDArray[np.uint8]:
+    """The raw bits of the codes in their order, packed: lowest bit first, each code's own lowest first."""
+    counts, offsets = _open(codes, tokens)
+    bits = np.zeros(int(counts.sum()), np.uint8)
+    ends = np.cumsum(counts)
+    for bit in range(int(counts.max(initial=0))):
+        has = counts > bit
+        bits[(ends - counts)[has] + bit] = offsets[has] >> bit & 1
+    return np.packbits(bits, bitorder="little")
+
+
+def _open(codes: Codes, tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Raw bits and their value, of the codes that have any."""
+    flat, kinds = codes.reshape(-1), tokens.reshape(-1)
+    places = np.flatnonzero(kinds >= FIRST_OPEN)
+    kinds = kinds[places]
+    return TOKEN_BITS[kinds], np.abs(flat[places].astype(np.int64)) - np.abs(TOKEN_START[kinds].astype(np.int64))
+
+
+def codes_from_tokens(tokens: Tokens, raw: memoryview) -> tuple[Codes, memoryview]:
+    """The codes of tokens, and what is left of the raw bytes behind theirs.
+
+    tokens  uint8, any shape
+    raw     begins as `raw_bits` packs them
+    raises  ValueError where a token is unknown, or the raw bits are too few or not filled up with zeros
+    """
+    if int(tokens.max(initial=0)) >= TOKENS:
+        raise ValueError(f"a token is not below {TOKENS}")
+    codes = TOKEN_START.take(tokens, mode="clip")
+    flat = codes.reshape(-1)
+    places = np.flatnonzero(tokens.reshape(-1) >= FIRST_OPEN)
+    counts = TOKEN_BITS[tokens.reshape(-1)[places]]
+    total = int(counts.sum())
+    n_bytes = -(-total // 8)
+    if len(raw) < n_bytes:
+        raise ValueError(f"{len(raw)} bytes of raw bits, and the tokens need {n_bytes}")
+    bits = np.unpackbits(np.frombuffer(raw[:n_bytes], np.uint8), bitorder="little")
+    if bits[total:].any():
+        raise ValueError("the bits that fill up the raw bits are not zero")
+    starts = np.cumsum(counts) - counts
+    offsets = np.zeros(len(places), np.int32)
+    for bit in range(int(counts.max(initial=0))):
+        has = counts > bit
+        offsets[has] |= bits[starts[has] + bit].astype(np.int32) << bit
+    flat[places] += np.where(flat[places] > 0, offsets, -offsets)
+    return codes, raw[n_bytes:]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The magnitudes of one matrix of codes, in quarter octaves of the mean |code|.
+
+    base      of the matrix
+    rows      int32 [rows], to be added to the base; None: all 0
+    channels  int32 [columns / taps] and
+    taps      int32 [taps], both to be added too; both or none
+    """
+
+    base: int
+    rows: Levels32 | None = None
+    channels: Levels32 | None = None
+    taps: Levels32 | None = None
+
+
+def measure_levels(codes: Codes, taps: int) -> Levels:
+    """The levels of every row, channel and tap.
+
+    codes  int32 [rows, columns], not empty
+    taps   columns of one input channel
+    """
+    rows, columns = codes.shape
+    magnitudes = np.abs(codes)
+    row_sums = magnitudes.sum(1, dtype=np.float64)
+    column_sums = magnitudes.sum(0, dtype=np.float64).reshape(-1, taps)
+    base = int(_quarter_octaves(row_sums.sum() / (rows * columns)))
+    by_row = np.maximum(_quarter_octaves(row_sums / columns), _LOWEST)
+    expected = float(np.exp2(by_row / 4).sum())
+    by_channel = _quarter_octaves(column_sums.sum(1) / (expected * taps))
+    by_tap = _quarter_octaves(column_sums.sum(0) / (expected * np.exp2(by_channel / 4).sum()))
+    return Levels(base, by_row - base, by_channel, by_tap)
+
+
+def _quarter_octaves(means: NDArray[np.float64] | float) -> Levels32:
+    """4 * log2 of each, rounded and clipped."""
+    levels = np.rint(4 * np.log2(np.maximum(means, 2.0 ** (_LOWEST / 4))))
+    return np.asarray(np.minimum(levels, _HIGHEST), np.int32)
+
+
+def class_matrix(levels: Levels, rows: int, columns: int) -> Contexts:
+    """The class of every code, uint8 [rows, columns], maybe a view of fewer."""
+    down = np.zeros(rows, np.int32) if levels.rows is None else levels.rows
+    along = np.zeros(columns, np.int32)
+    if levels.channels is not None and levels.taps is not None:
+        along = (levels.channels[:, None] + levels.taps).reshape(-1)
+    if levels.channels is None and levels.rows is None:
+        return np.broadcast_to(_class_of(np.int32(levels.base)), (rows, columns))
+    low, high = int(down.min() + along.min()), int(down.max() + along.max())
+    lookup = _class_of(levels.base + np.arange(low, high + 1, dtype=np.int64))
+    return np.asarray(lookup[(down - low)[:, None] + along])
+
+
+def _class_of(levels: NDArray[np.int64] | np.int32) -> Contexts:
+    return np.asarray(np.clip((levels + 1 >> 1) + 8, 0, CLASSES - 1), np.uint8)

@@ -1,0 +1,116 @@
+"""A plan is applied to a live model: methods, corrections and activation quantizers, each seeing what came before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from qcompress.calibration.activations import batch_norm_grids, measure_activations
+from qcompress.calibration.corrections import run_companions
+from qcompress.encode.encode_weight import ContextSources, encode_weight, make_shared_codebooks
+from qcompress.errors import InputError, ModelError, raise_all
+from qcompress.model.graph import inputs_of_network
+from qcompress.model.live import LiveModel, find_tensor, layer_name
+from qcompress.registry import METHODS
+from qcompress.types.encoded import ActivationGrid, Encoded, Fitted, Kept
+from qcompress.types.plan import Decision, Plan
+from qcompress.types.run import FitContext
+from qcompress.types.settings import ActivationSettings
+
+ALONE = FitContext()
+"""No budget, no training, and nobody who listens."""
+
+
+def fit(
+    live: LiveModel,
+    plan: Plan,
+    sources: ContextSources,
+    context: FitContext = ALONE,
+    tune: Callable[[LiveModel, Fitted], Fitted] = lambda _, fitted: fitted,
+) -> Fitted:
+    """What the plan's methods choose for a live model: codes, adjusted tensors, activation quantizers.
+
+    Methods that need weights alone come first, then those that need the graph, then those that need data, so that the
+    later ones can make up for the earlier; `live.quantized` ends as the artifact will be.
+
+    sources  what methods that need weights alone draw on; codebooks that tensors share are made here
+    context  what methods on a live model draw on
+    tune     changes what the methods chose before corrections and activations see it
+    raises   ModelError for weights of no module, and whatever the methods raise
+    """
+    decisions = [decision for decision in plan.decisions if decision.compresses]
+    _refuse_strangers(live, decisions)
+    done = Fitted({})
+    for name in sorted({d.method or "" for d in decisions}, key=_order):
+        own = [decision for decision in decisions if decision.method == name]
+        context.say(f"{name}: {len(own)} tensors")
+        method = METHODS[name]
+        if method.needs == "weights" and not (method.rates and live.calibration):
+            found = _encode_weights(live, own, sources)
+        else:
+            found = method.load_fit()(live, own, context)
+        done = _joined(done, found)
+        live.put(found.encoded)
+    done = tune(live, done)
+    if plan.recipe.companions:
+        context.say(", ".join(plan.recipe.companions))
+        corrected = run_companions(live, plan.recipe.companions)
+        kept: dict[str, Encoded] = {name: Kept(value) for name, value in corrected.tensors.items()}
+        done = _joined(done, Fitted(kept, notes=corrected.notes))
+    bare = [name for name in live.layers if name not in done.activations]
+    if live.activations is not None and bare:
+        context.say("activation ranges")
+        done = _joined(done, Fitted({}, activations=_activation_grids(live, live.activations, bare)))
+    return done
+
+
+def _order(method: str) -> tuple[int, int]:
+    return (("weights", "graph", "calibration", "training").index(METHODS[method].needs), [*METHODS].index(method))
+
+
+def _refuse_strangers(live: LiveModel, decisions: Sequence[Decision]) -> None:
+    """A method on a live model needs the module of each of its weights to be called."""
+    errors: list[InputError] = []
+    for decision in decisions:
+        name = decision.tensor.name
+        if METHODS[decision.method or ""].needs != "weights" and layer_name(name) not in live.layers:
+            what = f"tensor {name!r} belongs to no module that a forward pass calls"
+            errors.append(
+                ModelError(live.place, what, f"give it a rule of its own, as {{match: {name!r}, squant: ...}}")
+            )
+    raise_all(errors)
+
+
+def _encode_weights(live: LiveModel, decisions: Sequence[Decision], sources: ContextSources) -> Fitted:
+    def weight_of(decision: Decision) -> Tensor:
+        return find_tensor(live.module, decision.tensor.name).detach().cpu()
+
+    sources = replace(sources, codebooks=make_shared_codebooks(decisions, weight_of, sources))
+    weights = ((one, find_tensor(live.module, one.tensor.name).detach()) for one in decisions)
+    return Fitted({one.tensor.name: encode_weight(value, one, sources, value.device) for one, value in weights})
+
+
+def _joined(before: Fitted, after: Fitted) -> Fitted:
+    compressed = {name for name, value in before.encoded.items() if not isinstance(value, Kept)}
+    adjusted = {name for name, value in after.encoded.items() if isinstance(value, Kept)}
+    return Fitted(
+        # Training sees weights that others have compressed as weights that have changed.
+        {
+            **before.encoded,
+            **{name: value for name, value in after.encoded.items() if name not in compressed & adjusted},
+        },
+        {**before.references, **after.references},
+        {**before.activations, **after.activations},
+        {**before.caps, **after.caps},
+        before.notes + after.notes,
+    )
+
+
+def _activation_grids(live: LiveModel, settings: ActivationSettings, names: Sequence[str]) -> dict[str, ActivationGrid]:
+    """The quantizers of these layers' inputs."""
+    inputs = inputs_of_network(live)
+    if settings.range == "batch-norm" or (settings.range is None and not live.calibration):
+        return batch_norm_grids(live, settings.bits, inputs, names)
+    return measure_activations(live, settings, inputs, names)

@@ -1,0 +1,160 @@
+"""A checkpoint and its plan become an artifact and a report: the arrows of the design in a row, tensor by tensor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qcompress.artifact.layout import POOL_NAME
+from qcompress.artifact.manifest import artifact_hash
+from qcompress.artifact.writer import copy_companions, refuse_existing, refuse_own_input, staged_output, write_index
+from qcompress.budget.search import refuse_gateless, spend
+from qcompress.budget.weight_costs import weight_costs
+from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
+from qcompress.encode.encode_weight import (
+    ContextSources,
+    WeightOf,
+    count_stored_entries,
+    make_shared_codebooks,
+    unweighed,
+)
+from qcompress.encode.preflight import (
+    fitting_threads,
+    refuse_full_disk,
+    refuse_nonfinite,
+    refuse_untrue_ties,
+    too_wide_for_f16,
+)
+from qcompress.encode.write_file import Run, WrittenShard, write_shard
+from qcompress.plan.allocate import read_costs, refuse_infeasible
+from qcompress.plan.files import make_shards
+from qcompress.recipe import recipe_hash
+from qcompress.report.document import ArtifactFile, LayerReport, Report, make_size
+from qcompress.report.figures import compressed_layer, kept_layer, run_figures
+from qcompress.types.encoded import Fitted, Kept
+from qcompress.types.plan import Decision, Outcomes, Plan
+from qcompress.types.run import Options, RunFigures, Say
+
+
+def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitted | None = None) -> Report:
+    """Write the artifact that `plan` describes and return its report, which has no gates yet.
+
+    fitted  what methods on a live model chose; the others encode here, tensor by tensor
+    raises  CheckpointError where a weight is not finite or tied tensors differ; OutputError where the output is in the
+            way; ResourceError where disk or memory do not suffice. Nothing is left behind then.
+    """
+    with staged(checkpoint, options) as place:
+        return compress_to(place, checkpoint, plan, options, fitted)
+
+
+def staged(checkpoint: Checkpoint, options: Options) -> AbstractContextManager[Path]:
+    """Where to build an artifact, which becomes the output on leaving without an error; see `staged_output`.
+
+    raises  OutputError where the output is in the way, or is the input
+    """
+    refuse_own_input(checkpoint.path, options.output)
+    return staged_output(options.output, force=options.force, folder=checkpoint.is_folder, resume=options.resume)
+
+
+def compress_to(
+    place: Path, checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitted | None = None
+) -> Report:
+    """`compress` where the output is staged already, to be built at `place`."""
+    started, cpu_started = time.monotonic(), time.process_time()
+    torch.set_num_threads(1)
+    refuse_untrue_ties(checkpoint, plan)
+    options = replace(options, threads=fitting_threads(plan, options))
+    fitted = fitted or Fitted({})
+    sources = _sources(checkpoint, plan, fitted, options)
+    outcomes = _outcomes(checkpoint, plan, fitted, sources)
+    shards = make_shards(checkpoint, plan, options.choice, fitted, outcomes)
+    refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
+    run, folder = Run(fitted, sources, options), checkpoint.is_folder
+    done = [write_shard(shard, place / shard.file if folder else place, run) for shard in shards]
+    index_bytes = 0
+    if folder:
+        copy_companions(checkpoint.path, place)
+    if len(done) > 1:
+        index_bytes = write_index(place, {one.shard.file: one.written.slots for one in done})
+    took = run_figures(time.monotonic() - started, time.process_time() - cpu_started, options.device)
+    report = _make_report(checkpoint, plan, done, index_bytes, options.output.name, took)
+    return replace(report, warnings=tuple(unweighed(plan, options.statistics)))
+
+
+def _weight_of(checkpoint: Checkpoint) -> WeightOf:
+    return lambda decision: tensor_view(checkpoint.shard_of(decision.tensor.name), decision.tensor)
+
+
+def _sources(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, options: Options) -> ContextSources:
+    """What encoding draws on, with the codebooks that tensors share. Raises CheckpointError, DataError."""
+    sources = ContextSources(plan.recipe.seed, options.statistics, options.representatives)
+    sharing = [d for d in plan.decisions if d.codebook.shared is not None and d.tensor.name not in fitted.encoded]
+    refuse_nonfinite(checkpoint, replace(plan, decisions=tuple(sharing)))
+    return replace(sources, codebooks=make_shared_codebooks(sharing, _weight_of(checkpoint), sources))
+
+
+def _outcomes(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, sources: ContextSources) -> Outcomes:
+    """What values decide of the plan before its files can be laid out."""
+    return Outcomes(
+        entries=count_stored_entries(plan, _weight_of(checkpoint), sources, fitted.encoded),
+        too_wide=too_wide_for_f16(checkpoint, plan, fitted),
+        adjusted=frozenset(name for name, value in fitted.encoded.items() if isinstance(value, Kept)),
+    )
+
+
+def _make_report(
+    checkpoint: Checkpoint, plan: Plan, done: Sequence[WrittenShard], index_bytes: int, name: str, took: RunFigures
+) -> Report:
+    finished = {tensor: one for shard in done for tensor, one in shard.finished.items()}
+    sizes: dict[str, dict[str, int]] = {}
+    for shard in done:
+        for slot in shard.written.slots:
+            sizes.setdefault(slot.tensor, {})[slot.name] = slot.n_bytes
+
+    def layer_of(decision: Decision) -> LayerReport:
+        name = decision.tensor.name
+        if not decision.compresses:
+            return kept_layer(decision, sum(sizes.get(name, {}).values()))
+        one = finished[name]
+        return compressed_layer(one.decision, sizes[name], one.entry, one.figures, one.side_bytes)
+
+    carried_out = {decision.tensor.name: decision for one in done for decision in one.shard.decisions}
+    layers = tuple(layer_of(carried_out[decision.tensor.name]) for decision in plan.decisions)
+    size = make_size(
+        checkpoint.file_bytes,
+        sum(shard.written.file_bytes for shard in done) + index_bytes,
+        layers,
+        header_bytes=sum(shard.written.header_bytes for shard in done),
+        index_bytes=index_bytes,
+        # Of the same name in every file.
+        pooled_bytes=sum(slot.n_bytes for shard in done for slot in shard.written.slots if slot.tensor == POOL_NAME),
+    )
+    return Report(
+        artifact=ArtifactFile(name=name, sha256=artifact_hash([(s.shard.file, s.written.sha256) for s in done])),
+        recipe_hash=recipe_hash(plan.recipe),
+        input_sha256=artifact_hash([(s.shard.file, s.input_sha256) for s in done]),
+        size=size,
+        layers=layers,
+        run=took,
+    )
+
+
+def compress_within(checkpoint: Checkpoint, plan: Plan, options: Options, sensitivity: Path | None, say: Say) -> Report:
+    """The report of the artifact of a plan with a budget, from weights alone, or with what was measured in a file.
+
+    raises  BudgetError for a budget that is too small, and what `compress` and `read_costs` raise
+    """
+    refuse_own_input(checkpoint.path, options.output)
+    refuse_existing(options.output, options.force, checkpoint.is_folder)
+    refuse_gateless(plan)
+    refuse_infeasible(checkpoint, plan, options.choice)
+    if sensitivity is not None:
+        costs = read_costs(checkpoint, plan, sensitivity)
+    else:
+        costs = weight_costs(checkpoint, plan, options.threads)
+    return spend(checkpoint, plan, options, costs, lambda closed, where: compress(checkpoint, closed, where), say)

@@ -1,0 +1,153 @@
+"""A checkpoint is compressed with its live model: measured, fitted, written, read back and measured again."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qcompress.artifact.writer import refuse_existing, refuse_own_input, staging_folder
+from qcompress.budget.search import refuse_gateless, spend
+from qcompress.budget.sensitivity import live_costs
+from qcompress.calibration.activations import measure_statistics
+from qcompress.checkpoint.checkpoint import Checkpoint
+from qcompress.checkpoint.side_files import save_statistics
+from qcompress.compress.apply_plan import fit
+from qcompress.compress.compress import compress_to, staged
+from qcompress.compress.evaluate import compare, evaluate, measure_task, open_live
+from qcompress.compress.finetune import STATE, make_trainer, run_identity
+from qcompress.compress.tune_codebooks import CodebookTuner, measure_kmeans
+from qcompress.encode.encode_weight import ContextSources, unweighed
+from qcompress.encode.preflight import refuse_nonfinite
+from qcompress.errors import BudgetError
+from qcompress.model.live import LiveModel, fresh_copy
+from qcompress.plan.allocate import Costs, is_open, read_costs, refuse_infeasible
+from qcompress.recipe import trains
+from qcompress.report.document import Report
+from qcompress.report.figures import run_figures
+from qcompress.report.training_report import training_path
+from qcompress.training.loop import Watch
+from qcompress.training.parallel import ALONE, World
+from qcompress.training.trainer import Trainer
+from qcompress.types.plan import Gates, Plan
+from qcompress.types.run import FitContext, ModelRun, Options
+
+
+@dataclass(frozen=True)
+class LiveOptions:
+    """How a live run goes.
+
+    save_statistics  where the layers' input statistics are written, if anywhere
+    sensitivity      a file of what each layer costs at each width; under a budget it is measured where there is none
+    say              called with a line on what begins
+    world            the ranks that train together
+    """
+
+    save_statistics: Path | None = None
+    sensitivity: Path | None = None
+    say: Callable[[str], None] = lambda _: None
+    world: World = ALONE
+
+
+def compress_live(
+    checkpoint: Checkpoint, plan: Plan, options: Options, model_run: ModelRun, how: LiveOptions = LiveOptions()
+) -> Report | None:
+    """Write the artifact and return its report, with accuracy where the recipe has a task and eval data.
+
+    The accuracy is that of the artifact as it lies on the disk, with its activation quantizers. No gates yet. Under a
+    budget the widths are chosen by what each layer costs on the calibration data. Of several ranks only the first
+    writes, and has a report.
+
+    raises  BudgetError for a budget that is too small, and what `compress`, `fit` and `evaluate` raise
+    """
+    started, cpu_started = time.monotonic(), time.process_time()
+    world = how.world
+    _refuse_early(checkpoint, plan, options, world)
+    live = open_live(checkpoint, plan, model_run)
+    measures = world.is_first and _measures(model_run)
+    before = measure_task(live.module, model_run, "before") if measures else []
+    if how.save_statistics is not None and world.is_first:
+        how.say("statistics of the layers' inputs")
+        save_statistics(measure_statistics(live), how.save_statistics)
+
+    def made(plan: Plan, options: Options) -> Report | None:
+        tuner = CodebookTuner(plan, model_run, how.say)
+        staging = staged(checkpoint, options) if world.is_first else contextlib.nullcontext(options.output)
+        with staging as place:
+            world.wait()
+            trainer = _make_trainer(checkpoint, plan, options, model_run, live, how)
+            sources = ContextSources(plan.recipe.seed, options.statistics, options.representatives)
+            fresh = fresh_copy(live)
+            fitted = fit(fresh, plan, sources, FitContext(options.rate, trainer, how.say), tuner)
+            if not world.is_first:
+                return None
+            kmeans = measure_kmeans(fresh, plan, model_run, tuner.untuned, sources) if measures else ()
+            report = compress_to(place, checkpoint, plan, options, fitted)
+        accuracy = compare(before, evaluate(options.output, model_run), tuner.untuned, kmeans) if measures else None
+        return replace(report, accuracy=accuracy, warnings=report.warnings + fitted.notes)
+
+    def finished(plan: Plan, options: Options) -> Report:
+        report = made(plan, options)
+        assert report is not None
+        return report
+
+    if plan.recipe.budget is None:
+        report = made(plan, options)
+    else:
+        costs = _costs(checkpoint, plan, live, model_run, how)
+        report = spend(checkpoint, plan, options, costs, finished, how.say)
+    run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, str(model_run.device))
+    return None if report is None else replace(report, run=run)
+
+
+def _refuse_early(checkpoint: Checkpoint, plan: Plan, options: Options, world: World) -> None:
+    """Raise what is known to be wrong before the network is built, and long before anything is trained."""
+    if world.size > 1 and plan.recipe.budget is not None:
+        what = "a budget is spent by one process, and this run has several ranks"
+        raise BudgetError(
+            plan.recipe.places.get("budget", "budget"), what, "give each rule its bits, or run one process"
+        )
+    refuse_own_input(checkpoint.path, options.output)
+    if world.is_first:
+        refuse_existing(options.output, options.force, checkpoint.is_folder)
+    refuse_gateless(plan)
+    refuse_infeasible(checkpoint, plan, options.choice)
+    refuse_nonfinite(checkpoint, plan)
+    unweighed(plan, options.statistics)
+
+
+def _costs(checkpoint: Checkpoint, plan: Plan, live: LiveModel, model_run: ModelRun, how: LiveOptions) -> Costs:
+    """What each width of the open tensors costs: from a file, or measured; nothing where none is open."""
+    if not is_open(plan):
+        return Costs({}, "")
+    if how.sensitivity is not None:
+        return read_costs(checkpoint, plan, how.sensitivity)
+    return live_costs(live, checkpoint, plan, model_run, how.say)
+
+
+def _measures(model_run: ModelRun) -> bool:
+    return (
+        model_run.recipe.task is not None
+        and model_run.recipe.data is not None
+        and model_run.recipe.data.eval is not None
+    )
+
+
+def _make_trainer(
+    checkpoint: Checkpoint, plan: Plan, options: Options, model_run: ModelRun, live: LiveModel, how: LiveOptions
+) -> Trainer | None:
+    """What trains, where a method needs it; with --resume its states lie where the artifact is being built."""
+    if not trains(plan.recipe):
+        return None
+    output = options.output
+    watch = Watch(
+        measure=(lambda module: measure_task(module, model_run, "after an epoch")) if _measures(model_run) else None,
+        say=how.say,
+        log=training_path(output, "log.jsonl"),
+        state=staging_folder(output) / STATE if options.resume else None,
+        resume=options.resume,
+        identity=run_identity(replace(plan.recipe, gates=Gates()), checkpoint, how.world),
+    )
+    return make_trainer(model_run, live.module, watch, how.world)

@@ -1,0 +1,225 @@
+"""A recipe's network is built, loaded from a checkpoint or an artifact, and measured by the recipe's task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.artifact.reader import Artifact, read_artifact
+from qcompress.budget.sensitivity import ALL_WIDTHS, SAMPLES, measure_sensitivity, measured_sha256, open_widths
+from qcompress.calibration.activations import attach_activations, attach_caps
+from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from qcompress.checkpoint.safetensors_file import read_container
+from qcompress.compress.load import checkpoint_state, load_state_dict
+from qcompress.compress.plan_checkpoint import plan_checkpoint
+from qcompress.data.batches import Batch
+from qcompress.data.measurement import Measurement
+from qcompress.data.sources import open_batches
+from qcompress.data.tasks import measure, paired_drop
+from qcompress.errors import ArtifactError, CheckpointError, RecipeError, ReportError
+from qcompress.model.build import build_network, load_weights
+from qcompress.model.live import LiveModel, make_live_model
+from qcompress.plan.sensitivity import Sensitivity, checkpoint_sha256, read_sensitivity
+from qcompress.report.document import AccuracyFigures
+from qcompress.report.document_json import write_whole
+from qcompress.report.view_sensitivity import sensitivity_text
+from qcompress.types.plan import Plan, Recipe
+from qcompress.types.run import ModelRun, Say
+
+REPLACE_HINT = "measure anew with --force, or keep both with --cache FILE"
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a path holds an artifact rather than a plain checkpoint; of a folder, its first file decides."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        return False
+    return "qcompress" in read_container(files[0], CheckpointError).metadata
+
+
+def is_measured(recipe: Recipe) -> bool:
+    """Whether a recipe has both a task and the data to measure it on."""
+    return recipe.task is not None and recipe.data is not None and recipe.data.eval is not None
+
+
+def load_network(model_run: ModelRun, checkpoint: Checkpoint | None) -> nn.Module:
+    """The recipe's network in float32 on the CPU, with the checkpoint's weights where there is one.
+
+    raises  ModelError, CheckpointError
+    """
+    module = build_network(model_run).float()
+    if checkpoint is not None:
+        load_weights(module, checkpoint_state(checkpoint), str(checkpoint.path))
+    return module
+
+
+def evaluate(path: Path, model_run: ModelRun) -> list[Measurement]:
+    """The task's metrics of a checkpoint or an artifact, whose activation quantizers are in place.
+
+    raises  ModelError, DataError, CheckpointError, ArtifactError, RecipeError
+    """
+    module = build_network(model_run).float()
+    if is_artifact(path):
+        artifact = read_artifact(path)
+        load_weights(module, load_state_dict(path), str(path))
+        attach_grids(module, artifact)
+    else:
+        load_weights(module, checkpoint_state(read_checkpoint(path)), str(path))
+    return measure_task(module.to(model_run.device), model_run, path.name)
+
+
+def attach_grids(module: nn.Module, artifact: Artifact) -> None:
+    """Attach an artifact's caps and activation quantizers. Raises ArtifactError where the module has no such part."""
+    try:
+        attach_caps(module, artifact.caps)
+        attach_activations(module, artifact.activations)
+    except AttributeError as error:
+        what = f"quantizes inputs of a module that is not there: {error}"
+        raise ArtifactError(str(artifact.path), what, "name the model that the artifact was made with") from None
+
+
+def measure_task(module: nn.Module, model_run: ModelRun, what: str) -> list[Measurement]:
+    """The metrics of the recipe's task on its eval data; `what` names the run to the user.
+
+    raises  RecipeError for a recipe without a task
+    """
+    task = model_run.recipe.task
+    if task is None:
+        raise RecipeError(model_run.recipe.source, "names no task", "add `task: {classification: {metric: top1}}`")
+    batches = open_batches(model_run, "eval")
+
+    def advance(done: int) -> None:
+        model_run.progress(what, done, batches.samples)
+
+    return measure(
+        task, module, batches, model_run.device, advance, root=model_run.root, allow_code=model_run.allow_code
+    )
+
+
+def compare(
+    before: Sequence[Measurement],
+    after: Sequence[Measurement],
+    untuned: Sequence[Measurement] = (),
+    kmeans: Sequence[Measurement] = (),
+) -> tuple[AccuracyFigures, ...]:
+    """The report's figures of two measurements on the same samples, the drop with its paired interval.
+
+    untuned  the artifact's before its codebooks were tuned
+    kmeans   of plain k-means with the same settings
+    """
+    figures = []
+    earlier = {one.metric: one.value for one in untuned}
+    plain = {one.metric: one.value for one in kmeans}
+    for old, new in zip(before, after, strict=True):
+        drop, low, high = paired_drop(old, new)
+        figures.append(
+            AccuracyFigures(
+                metric=old.metric,
+                baseline=old.value,
+                artifact=new.value,
+                drop=drop,
+                samples=old.samples,
+                interval=(low, high),
+                baseline_interval=(old.low, old.high),
+                artifact_interval=(new.low, new.high),
+                untuned=earlier.get(old.metric),
+                kmeans=plain.get(old.metric),
+                kmeans_ratio=_ratio(new.value, plain.get(old.metric)),
+                untuned_ratio=_ratio(earlier.get(old.metric), plain.get(old.metric)),
+            )
+        )
+    return tuple(figures)
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return None if value is None or not base else value / base
+
+
+def open_live(checkpoint: Checkpoint, plan: Plan, model_run: ModelRun) -> LiveModel:
+    """The live model of a checkpoint for the methods of a plan, with the recipe's calibration data on its device.
+
+    raises  ModelError, DataError, CheckpointError, RecipeError
+    """
+    recipe = model_run.recipe
+    assert recipe.model is not None
+    module = load_network(model_run, checkpoint)
+    data = recipe.data
+    calibration: Sequence[Batch] = ()
+    if data is not None and data.calibration is not None:
+        calibration = [batch.to(model_run.device) for batch in open_batches(model_run, "calibration")]
+    return make_live_model(
+        module,
+        plan.decisions,
+        calibration,
+        _example(model_run, calibration),
+        device=model_run.device,
+        seed=recipe.seed,
+        activations=recipe.activations,
+        blocks=recipe.model.blocks,
+        place=model_run.place("model"),
+    )
+
+
+def _example(model_run: ModelRun, calibration: Sequence[Batch]) -> Batch:
+    """A batch that shows what the model takes: of the data that there is, or noise of the shape in the recipe."""
+    if calibration:
+        return calibration[0].first(2)
+    data, model = model_run.recipe.data, model_run.recipe.model
+    if data is not None and data.eval is not None:
+        return next(iter(open_batches(model_run, "eval"))).first(2)
+    if model is not None and model.input:
+        generator = torch.Generator().manual_seed(model_run.recipe.seed)
+        noise: Tensor = torch.randn(2, *model.input, generator=generator)
+        return Batch((noise,))
+    what = "has no data that shows what it takes"
+    raise RecipeError(model_run.place("model"), what, "add `input: [3, 224, 224]`, or data.calibration or data.eval")
+
+
+def read_or_measure(
+    source: Checkpoint,
+    model_run: ModelRun,
+    kept_in: Path,
+    samples: int = SAMPLES,
+    widths: Sequence[int] | None = None,
+    *,
+    force: bool = False,
+    say: Say = lambda _: None,
+) -> Sensitivity:
+    """What the file holds of this checkpoint, recipe, samples and widths; else measured, and written there.
+
+    widths  None: all
+    force   replaces a file that holds something else
+    raises  ReportError where it is not to be replaced, and what planning and measuring raise
+    """
+    plan = open_widths(plan_checkpoint(source, model_run.recipe, model_run), ALL_WIDTHS if widths is None else widths)
+    if kept_in.exists():
+        kept = _read_own(kept_in, checkpoint_sha256(source), measured_sha256(plan, samples), force)
+        if kept is not None:
+            say(f"read from {kept_in}")
+            return kept
+    live = open_live(source, plan, model_run)
+    found = measure_sensitivity(live, source, plan, model_run, samples, say)
+    write_whole(sensitivity_text(found), kept_in)
+    return found
+
+
+def _read_own(path: Path, input_sha256: str, measured_sha256: str, force: bool) -> Sensitivity | None:
+    """What a file holds of just this; None where it holds something else and is to be replaced.
+
+    raises  ReportError where it is not to be replaced
+    """
+    try:
+        kept = read_sensitivity(path)
+        if kept.input_sha256 != input_sha256:
+            raise ReportError(str(path), "was measured on another checkpoint", REPLACE_HINT)
+        if kept.measured_sha256 != measured_sha256:
+            what = "was measured with another recipe, other samples or other widths"
+            raise ReportError(str(path), what, REPLACE_HINT)
+    except ReportError as error:
+        if force:
+            return None
+        raise ReportError(error.where, error.what, REPLACE_HINT) from None
+    return kept

@@ -1,0 +1,129 @@
+"""Artifacts and checkpoints are loaded: into tensors by name, or into a module of the original architecture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.artifact.reader import ArtifactFile, read_artifact
+from qcompress.calibration.activations import attach_activations, attach_caps
+from qcompress.coding.grids import TORCH_DTYPES, decode
+from qcompress.errors import ArtifactError, CheckpointError
+from qcompress.types.plan import TensorInfo
+
+if TYPE_CHECKING:
+    from qcompress.checkpoint.checkpoint import Checkpoint
+
+NEWER_DTYPES = {"F8_E8M0": "float8_e8m0fnu"}
+"""The dtypes that torch has had from some version on, later than the oldest that we work with."""
+
+KEPT_DTYPES = TORCH_DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    **{name: getattr(torch, dtype) for name, dtype in NEWER_DTYPES.items() if hasattr(torch, dtype)},
+}
+"""Every dtype that a kept tensor can have in torch."""
+
+
+def load_state_dict(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, workers: int = 1
+) -> dict[str, Tensor]:
+    """Every tensor of the artifact by its original name, decoded to its original shape and dtype; tied names share one.
+
+    workers  processes that share the entropy coded chunks of a large artifact; they import the main module anew, so a
+             script needs the usual guard, `if __name__ == "__main__"`
+    raises   ArtifactError where the artifact is missing, damaged or foreign
+    """
+    artifact = read_artifact(Path(path))
+    with artifact.decoding_with(workers) as shared:
+        state = {name: tensor.to(device) for file in shared.files for name, tensor in _tensors(file)}
+    state.update({name: state[twin] for name, twin in artifact.tied.items()})
+    return state
+
+
+def _tensors(file: ArtifactFile) -> Iterator[tuple[str, Tensor]]:
+    for info in file.kept:
+        yield info.name, kept_tensor(file, info)
+    for name in file.manifest.tensors:
+        yield name, decode(file.read_encoded(name))
+
+
+def kept_tensor(file: ArtifactFile, info: TensorInfo) -> Tensor:
+    """A tensor that was kept, copied out of the file. Raises ArtifactError for a dtype that torch does not have."""
+    info = file.original(info.name)
+    if info.dtype not in KEPT_DTYPES:
+        hint = "read it with: qcompress export ARTIFACT --to safetensors"
+        raise ArtifactError(f"{file.path}: tensor {info.name!r}", _no_counterpart(info), hint)
+    return _tensor_of(file.kept_bytes(info.name), info)
+
+
+def _no_counterpart(info: TensorInfo) -> str:
+    return f"dtype {info.dtype} has no counterpart in torch"
+
+
+def _tensor_of(data: memoryview, info: TensorInfo) -> Tensor:
+    """A tensor of bytes that it does not share."""
+    dtype = KEPT_DTYPES[info.dtype]
+    raw = bytearray(data)
+    if not raw:
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(raw, dtype=dtype).reshape(info.shape)
+
+
+def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name, copied out of its files; names without data of their own share one.
+
+    raises  CheckpointError for a dtype that torch does not have
+    """
+    state: dict[str, Tensor] = {}
+    for shard in checkpoint.shards:
+        for info in shard.tensors:
+            if info.dtype not in KEPT_DTYPES:
+                hint = "convert it to a dtype that torch has"
+                raise CheckpointError(f"{shard.path}: tensor {info.name!r}", _no_counterpart(info), hint)
+            state[info.name] = _tensor_of(shard.bytes_of(info.name), info)
+    return state | {name: state[twin] for name, twin in checkpoint.tied.items() if name not in state}
+
+
+def load_into(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    activations: bool = False,
+    workers: int = 1,
+) -> None:
+    """Put the artifact's weights into a module of the original architecture, and the caps that they need.
+
+    strict       refuse names that only one side has, as torch.nn.Module.load_state_dict does
+    activations  also quantize the inputs of the layers, where the artifact says how
+    workers      as for load_state_dict
+    raises       ArtifactError where the artifact is missing or damaged, or does not fit the module
+    """
+    state = load_state_dict(path, workers=workers)
+    artifact = read_artifact(Path(path))
+    try:
+        module.load_state_dict(state, strict=strict)
+        attach_caps(module, artifact.caps)
+        if activations:
+            attach_activations(module, artifact.activations)
+    except (RuntimeError, AttributeError) as error:
+        what = f"does not fit {type(module).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ArtifactError(str(path), what, "build the module that the checkpoint was saved from") from None

@@ -1,0 +1,46 @@
+"""A checkpoint is planned here with all that a recipe, its network and other files say of it. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qcompress.checkpoint.checkpoint import Checkpoint
+from qcompress.plan.plan import make_plan
+from qcompress.types.plan import Plan, Recipe
+from qcompress.types.run import ModelRun
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    model_run: ModelRun | None = None,
+    representatives: Path | None = None,
+    *,
+    skip_nonfinite: bool = False,
+) -> Plan:
+    """The plan of a recipe for a checkpoint, from headers and, where they are asked for, from these:
+
+    model_run        the network that the recipe names, which knows axes and ties that headers do not show
+    representatives  the file of what finetune-reg has learned, for the methods that take it up
+    skip_nonfinite   weights that hold NaN or Inf are kept; reads all weights once
+    raises           what `make_plan` and building the network raise
+    """
+    facts = None
+    if model_run is not None:
+        from qcompress.model.build import read_facts
+
+        facts = read_facts(model_run)
+    nonfinite = {}
+    if skip_nonfinite:
+        from qcompress.encode.preflight import count_nonfinite_weights
+
+        nonfinite = count_nonfinite_weights(checkpoint)
+    return make_plan(
+        recipe,
+        checkpoint.tensors,
+        checkpoint.tied,
+        checkpoint.axes,
+        model=facts,
+        representatives=representatives,
+        nonfinite=nonfinite,
+    )

@@ -1,0 +1,133 @@
+"""The weights of a live model are measured: their spread, and what naive quantization and k-means of them give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.coding.grids import decode
+from qcompress.coding.rows import rows_from_weight
+from qcompress.data.measurement import Measurement
+from qcompress.methods import kmeans, rtn
+from qcompress.model.build import channel_axes
+from qcompress.model.live import put_tensors
+from qcompress.registry import KmeansConfig, RtnConfig
+from qcompress.report.document import sqnr_db
+from qcompress.report.figures import LayerMeter
+from qcompress.report.training_report import WeightFigures
+from qcompress.solvers.hessian import grid_exponent
+from qcompress.types.run import EncodeContext
+
+Measure: TypeAlias = Callable[[nn.Module], Sequence[Measurement]]
+"""Module -> the task's metrics, the headline first."""
+
+TrialKind: TypeAlias = Literal["naive", "k-means"]
+Trial: TypeAlias = tuple[TrialKind, int]
+"""A kind and its bit width."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The bit widths at which all weights are tried: naive quantization a channel, k-means a tensor."""
+
+    naive: Sequence[int] = ()
+    kmeans: Sequence[int] = ()
+
+    def __iter__(self) -> Iterator[Trial]:
+        yield from (("naive", bits) for bits in self.naive)
+        yield from (("k-means", bits) for bits in self.kmeans)
+
+
+@dataclass(frozen=True)
+class WeightStats:
+    """Figures of every weight, and of all of them in each trial.
+
+    weights  weight name -> its figures
+    metrics  trial -> the task's headline; empty where nothing is measured
+    sqnr_db  trial -> over all weights together; None where it is exact
+    """
+
+    weights: Mapping[str, WeightFigures]
+    metrics: Mapping[Trial, float]
+    sqnr_db: Mapping[Trial, float | None]
+
+
+def measure_weights(
+    module: nn.Module, names: Sequence[str], trials: Trials, measure: Measure | None = None
+) -> WeightStats:
+    """The figures of some weights of a module, which stays as it is.
+
+    names  parameters of two dimensions or more
+    """
+    state = {name: value.detach().cpu().float() for name, value in module.state_dict().items() if name in set(names)}
+    energies = {name: _energy(value) for name, value in state.items()}
+    axes = channel_axes(module)
+    ratios: dict[str, dict[str, float | None]] = {name: {} for name in state}
+    metrics: dict[Trial, float] = {}
+    totals: dict[Trial, float | None] = {}
+    for trial in trials:
+        kind, bits = trial
+        rounded = {
+            name: _naive(value, axes[name].axes if name in axes else (0,), bits)
+            if kind == "naive"
+            else _clustered(value, bits)
+            for name, value in state.items()
+        }
+        errors = {name: _energy(rounded[name] - value) for name, value in state.items()}
+        if kind == "naive":
+            for name in state:
+                ratios[name][str(bits)] = _decibels(energies[name], errors[name])
+        totals[trial] = _decibels(sum(energies.values()), sum(errors.values()))
+        if measure is not None:
+            quantized = copy.deepcopy(module)
+            put_tensors(quantized, rounded)
+            metrics[trial] = measure(quantized)[0].value
+    figures = {name: _figures(value, ratios[name]) for name, value in state.items()}
+    return WeightStats(figures, metrics, totals)
+
+
+def _naive(weight: Tensor, axis: tuple[int, ...], bits: int) -> Tensor:
+    """The weight rounded to nearest on the min-max grid of each channel."""
+    rows = rows_from_weight(weight, axis)
+    encoded = rtn.encode(rows, RtnConfig(bits=bits), _context(rows))
+    return decode(replace(encoded, shape=tuple(weight.shape), axis=axis))
+
+
+def _clustered(weight: Tensor, bits: int) -> Tensor:
+    """The weight in the codebook of least squared error, one for all of it, as it would be stored."""
+    rows = weight.reshape(len(weight), -1)
+    encoded = kmeans.encode(rows, KmeansConfig(bits=bits), _context(rows))
+    return decode(encoded).reshape(weight.shape)
+
+
+def _context(rows: Tensor) -> EncodeContext:
+    return EncodeContext(grid_exponent(rows.flatten(1)), torch.Generator().manual_seed(0))
+
+
+def _figures(weight: Tensor, ratios: Mapping[str, float | None]) -> WeightFigures:
+    flat = weight.reshape(1, -1)
+    meter = LayerMeter(weight.numel())
+    meter.add(flat, flat, None)
+    found = meter.result()
+    deviation = float(weight.double().std(correction=0))
+    low, high = (float(end) for end in torch.aminmax(weight))
+    return WeightFigures(
+        range=high - low,
+        range_over_std=(high - low) / deviation if deviation > 0 else None,
+        outlier_share=found.outlier_share or 0.0,
+        kurtosis=found.kurtosis,
+        sqnr_db=ratios,
+    )
+
+
+def _energy(weight: Tensor) -> float:
+    return float(weight.double().square().sum())
+
+
+def _decibels(energy: float, error: float) -> float | None:
+    return sqnr_db(error / energy) if error > 0 and energy > 0 else None

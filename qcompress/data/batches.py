@@ -1,0 +1,156 @@
+"""A model runs on batches of inputs and labels, read when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from qcompress.errors import DataError, ModelError, QcompressError
+from qcompress.types.settings import Normalize
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that run through a network at once: module(*args, **kwargs).
+
+    args, kwargs  tensors with the samples along dimension 0
+    labels        what is right, one a sample or one a position; None where the data have none
+    lengths       int64 [samples]: what lies beyond is padding
+    texts         reference sentences, one a sample
+    """
+
+    args: tuple[Tensor, ...] = ()
+    kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    lengths: Tensor | None = None
+    texts: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Samples."""
+        return len(self.args[0] if self.args else next(iter(self.kwargs.values())))
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(
+            self,
+            args=tuple(x.to(device) for x in self.args),
+            kwargs={name: x.to(device) for name, x in self.kwargs.items()},
+            labels=None if self.labels is None else self.labels.to(device),
+            lengths=None if self.lengths is None else self.lengths.to(device),
+        )
+
+    def first(self, samples: int) -> Batch:
+        """The batch cut to its first samples."""
+        return replace(
+            self,
+            args=tuple(x[:samples] for x in self.args),
+            kwargs={name: x[:samples] for name, x in self.kwargs.items()},
+            labels=None if self.labels is None else self.labels[:samples],
+            lengths=None if self.lengths is None else self.lengths[:samples],
+            texts=self.texts[:samples],
+        )
+
+
+Reader: TypeAlias = Callable[[Sequence[int]], Batch]
+"""Indices -> the batch of those samples."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """`samples` samples in portions of `batch_size`; the same ones every time."""
+
+    samples: int
+    batch_size: int
+    read: Reader
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self.samples, self.batch_size):
+            yield self.read(range(start, min(start + self.batch_size, self.samples)))
+
+    def shuffled(
+        self, generator: torch.Generator, share: tuple[int, int] = (0, 1), *, skip: int = 0
+    ) -> Iterator[Batch]:
+        """Whole batches of one epoch in random order: of every `share[1]` samples the one numbered `share[0]`.
+
+        All shares of a generator's state are of equal size; what is left over is left out, and so are the first `skip`
+        batches.
+        """
+        rank, world = share
+        order = torch.randperm(self.samples, generator=generator).tolist()
+        own = order[rank : len(order) - len(order) % world : world]
+        for start in range(skip * self.batch_size, len(own) - self.batch_size + 1, self.batch_size):
+            yield self.read(own[start : start + self.batch_size])
+
+
+def run_model(module: nn.Module, batch: Batch) -> Tensor:
+    """The logits, or whatever the model's output holds first. Raises ModelError where it does not run."""
+    try:
+        return first_tensor(module(*batch.args, **batch.kwargs))
+    except QcompressError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        shapes = ", ".join(str(list(x.shape)) for x in (*batch.args, *batch.kwargs.values()))
+        what = f"does not run on inputs of {shapes}: {' '.join(str(error).split())[:200]}"
+        raise ModelError(type(module).__name__, what, "check the data's shapes, and model.args") from None
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The logits or whatever else an output holds first: of a tensor, a tuple, a mapping or an object with `logits`."""
+    if isinstance(output, Tensor):
+        return output
+    if getattr(output, "logits", None) is not None:
+        return first_tensor(output.logits)
+    if isinstance(output, Mapping):
+        return first_tensor(next(iter(output.values())))
+    return first_tensor(output[0])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where data come from, whatever kind they are.
+
+    root   the recipe's folder, from which its paths start; then comes QCOMPRESS_DATA
+    place  names the recipe's section in errors
+    """
+
+    root: Path
+    place: str
+    normalize: Normalize | None = None
+    allow_code: bool = False
+
+    def find(self, name: str) -> Path:
+        """The file or folder of that name. Raises DataError."""
+        base = os.environ.get("QCOMPRESS_DATA")
+        for folder in (self.root, *([Path(base)] if base else [])):
+            if (folder / name).exists():
+                return folder / name
+        where = "the recipe's folder" + (", nor in QCOMPRESS_DATA" if base else "; QCOMPRESS_DATA is not set")
+        raise DataError(
+            self.place, f"{name!r} is not in {where}", "check the path, or set QCOMPRESS_DATA to its folder"
+        )
+
+    def standardized(self, x: Tensor) -> Tensor:
+        """Images or signals [samples, channels, ...] less the mean, over the standard deviation of each channel."""
+        if self.normalize is None:
+            return x
+        mean, std = (torch.tensor(values).view(1, -1, *[1] * (x.ndim - 2)) for values in self._per_channel(x))
+        return (x - mean) / std
+
+    def _per_channel(self, x: Tensor) -> tuple[Sequence[float], Sequence[float]]:
+        assert self.normalize is not None
+        mean, std = self.normalize.mean, self.normalize.std
+        if len(mean) not in (1, x.shape[1]):
+            what = f"names {len(mean)} channels, and the data have {x.shape[1]}"
+            raise DataError(
+                self.place.rpartition(".")[0] + ".normalize", what, "give one mean and std for each channel"
+            )
+        return mean, std

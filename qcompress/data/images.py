@@ -1,0 +1,89 @@
+"""The samples of a folder of images are decoded when they are asked for."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qcompress.data.batches import Batch, Reader, Source
+from qcompress.data.user_code import import_package
+from qcompress.errors import DataError
+from qcompress.types.settings import ImagesData
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"}
+METADATA = "metadata.csv"
+
+
+def read_images(settings: ImagesData, source: Source) -> tuple[int, Reader]:
+    """The images of the folder, and how to read some of them. Raises DataError."""
+    folder = source.find(settings.images)
+    if not folder.is_dir():
+        raise DataError(str(folder), "is no folder", "name a folder of images")
+    listed = _listed(folder)
+    image = import_package("PIL.Image")
+    labelled = all(label is not None for _, label in listed)
+
+    def read(indices: Sequence[int]) -> Batch:
+        pixels = torch.stack([_pixels(image, listed[index][0], settings) for index in indices])
+        labels = torch.tensor([listed[index][1] for index in indices]) if labelled else None
+        return Batch((source.standardized(pixels.permute(0, 3, 1, 2).float() / 255).contiguous(),), labels=labels)
+
+    return len(listed), read
+
+
+def _listed(folder: Path) -> list[tuple[Path, int | None]]:
+    """Every image with its label, in the order of metadata.csv, or of the names of classes and files."""
+    if (folder / METADATA).is_file():
+        return _from_metadata(folder / METADATA)
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    if not classes:
+        return [(path, None) for path in _images(folder)]
+    return [(path, label) for label, each in enumerate(classes) for path in _images(each)]
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def _from_metadata(path: Path) -> list[tuple[Path, int | None]]:
+    with path.open(newline="", encoding="utf-8") as lines:
+        rows = csv.DictReader(lines)
+        missing = {"file_name", "label"} - set(rows.fieldnames or ())
+        if missing:
+            raise DataError(str(path), f"has no column {sorted(missing)[0]!r}", "give columns file_name and label")
+        listed: list[tuple[Path, int | None]] = []
+        for line, row in enumerate(rows, start=2):
+            try:
+                listed.append((path.parent / row["file_name"], int(row["label"])))
+            except (TypeError, ValueError):
+                what = f"has a label {row['label']!r} that is no integer"
+                raise DataError(f"{path}:{line}", what, "number the classes from 0") from None
+    absent = next((file for file, _ in listed if not file.is_file()), None)
+    if absent is not None:
+        raise DataError(str(path), f"names {absent.name!r}, which is not there", "add the file or take out its line")
+    return listed
+
+
+def _pixels(image: Any, path: Path, settings: ImagesData) -> Tensor:
+    """uint8 [crop, crop, 3]: the centre of the image, after its shorter side was resized. Raises DataError."""
+    try:
+        with image.open(path) as opened:
+            found = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(str(path), f"is no image that can be read ({error})", "remove or replace it") from None
+    if settings.resize is not None:
+        share = settings.resize / min(found.size)
+        found = found.resize([max(round(side * share), settings.resize) for side in found.size], image.BILINEAR)
+    width, height = found.size
+    crop = settings.crop
+    if min(width, height) < crop:
+        what = f"is {width} x {height}, smaller than the crop of {crop}"
+        raise DataError(str(path), what, "add `resize`, or choose a smaller `crop`")
+    left, top = (width - crop) // 2, (height - crop) // 2
+    return torch.from_numpy(np.asarray(found.crop((left, top, left + crop, top + crop))).copy())

@@ -1,0 +1,107 @@
+"""The samples of an npz file are rows of its arrays."""
+
+from __future__ import annotations
+
+import difflib
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.lib.npyio import NpzFile
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qcompress.data.batches import Batch, Reader, Source
+from qcompress.errors import DataError
+from qcompress.types.settings import NpzData
+
+Array: TypeAlias = NDArray[Any]
+
+LABELS = "y"
+
+
+def read_npz(settings: NpzData, source: Source) -> tuple[int, Reader]:
+    """The samples of the file, and how to read some of them. Raises DataError."""
+    path = source.find(settings.npz)
+    keyword = settings.inputs if isinstance(settings.inputs, dict) else {}
+    names = [settings.inputs] if isinstance(settings.inputs, str) else [*(keyword.values() or settings.inputs)]
+    labels = settings.labels
+    with _open(path, source.place) as file:
+        if labels is None and LABELS in file.files and LABELS not in names:
+            labels = LABELS
+        arrays = {name: _array(file, name, path) for name in (*names, labels, settings.lengths) if name is not None}
+    total = len(arrays[names[0]])
+    for name, array in arrays.items():
+        if array.ndim == 0 or len(array) != total:
+            what = f"array {name!r} has the shape {list(array.shape)}, and {names[0]!r} has {total} samples"
+            raise DataError(str(path), what, "give arrays with as many samples each")
+    _refuse_broken(arrays, path)
+
+    def read(indices: Sequence[int]) -> Batch:
+        chosen = slice(indices.start, indices.stop) if isinstance(indices, range) else [*indices]
+        inputs = {name: _as_input(arrays[name][chosen], settings, source) for name in names}
+        return Batch(
+            args=() if keyword else tuple(inputs[name] for name in names),
+            kwargs={key: inputs[name] for key, name in keyword.items()},
+            labels=None if labels is None else _as_labels(arrays[labels][chosen]),
+            lengths=None if settings.lengths is None else _as_labels(arrays[settings.lengths][chosen]).long(),
+        )
+
+    return total, read
+
+
+def _open(path: Path, place: str) -> NpzFile:
+    try:
+        file = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(str(path), f"is no npz file ({' '.join(str(error).split())[:80]})", f"see {place}") from None
+    if not isinstance(file, NpzFile):
+        raise DataError(str(path), "is a single array, not an npz file", "save it with numpy.savez")
+    return file
+
+
+def _array(file: NpzFile, name: str, path: Path) -> Array:
+    if name not in file:
+        close = difflib.get_close_matches(name, [*file], n=1, cutoff=0.0)
+        raise DataError(str(path), f"has no array {name!r}", f"did you mean {close[0]!r}?" if close else "it is empty")
+    try:
+        array: Array = file[name]
+    except ValueError:
+        raise DataError(str(path), f"array {name!r} holds Python objects", "save it as numbers") from None
+    if array.dtype.kind not in "biuf":
+        raise DataError(str(path), f"array {name!r} is of {array.dtype}, not of numbers", "save it as numbers")
+    return array
+
+
+def _refuse_broken(arrays: Mapping[str, Array], path: Path) -> None:
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            sample = int(np.argwhere(~np.isfinite(array))[0][0])
+            raise DataError(str(path), f"array {name!r} holds NaN or Inf, first in sample {sample}", "repair the data")
+
+
+def _as_input(values: Array, settings: NpzData, source: Source) -> Tensor:
+    """Images in bytes become float [samples, channels, height, width]; token ids stay integers."""
+    if values.dtype.kind == "f":
+        return source.standardized(torch.from_numpy(values.astype(np.float32)))
+    scaled = settings.scale is not None or settings.zero_point is not None
+    if values.dtype == np.uint8 and values.ndim == 4:
+        x = torch.from_numpy(values).permute(0, 3, 1, 2).float()
+        return source.standardized(_scaled(x, settings) if scaled else x / 255).contiguous()
+    if scaled:
+        x = _scaled(torch.from_numpy(values.astype(np.float32)), settings)
+        return source.standardized(x) if source.normalize is not None and x.ndim > 2 else x
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _scaled(x: Tensor, settings: NpzData) -> Tensor:
+    return (x - (settings.zero_point or 0.0)) * (1.0 if settings.scale is None else settings.scale)
+
+
+def _as_labels(values: Array) -> Tensor:
+    if values.dtype.kind == "f":
+        return torch.from_numpy(values.astype(np.float32))
+    return torch.from_numpy(values.astype(np.int64))

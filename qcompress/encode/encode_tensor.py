@@ -1,0 +1,311 @@
+"""One tensor of a file is surveyed, cut into row blocks, encoded, packed, measured, and handed to the writer here.
+
+Runs on a thread of its own for each tensor. Every block fits the cache, so that the passes over it cost little.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+from qcompress.artifact.layout import PARTS, grid_of, part_name, unbounded_entry
+from qcompress.artifact.manifest import Entry
+from qcompress.artifact.writer import SlotWriter
+from qcompress.checkpoint.checkpoint import tensor_view
+from qcompress.checkpoint.safetensors_file import Container
+from qcompress.coding.grids import (
+    centroid_values,
+    decode_rows,
+    exponent_for,
+    row_spans,
+    step_value,
+    take_rows,
+    with_entries,
+)
+from qcompress.coding.packing import pack, row_bytes
+from qcompress.coding.payload import encode_payload
+from qcompress.coding.rows import dim_of, rows_from_weight, stored_codebook_shape
+from qcompress.coding.unbounded.payload import encode_pool, join_side
+from qcompress.encode.encode_weight import ContextSources, encode_rows, encode_weight
+from qcompress.errors import CheckpointError
+from qcompress.registry import METHODS
+from qcompress.report.counts import codebook_figures, count_values
+from qcompress.report.document import LayerFigures
+from qcompress.report.figures import LayerMeter, unclipped_range
+from qcompress.types.config import Coding, CodingChoice
+from qcompress.types.encoded import Codebook, Coded, Encoded, Kept, Unbounded
+from qcompress.types.plan import Decision, TensorInfo, row_shape
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+Payload: TypeAlias = bytes | memoryview
+
+BLOCK_WEIGHTS = 1 << 19
+SURVEY_BYTES = 1 << 20
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+FIELDS = {**{part: part for part in PARTS}, "codebook": "centroids"}
+"""Part of a stored tensor -> the field of Affine or Codebook that it holds."""
+
+MAGNITUDES = {"F64": ("i8", "u8"), "F32": ("i4", "u4"), "F16": ("i2", "u2"), "BF16": ("i2", "u2")}
+
+
+class Stopped(Exception):
+    """Another part of the run failed or was interrupted."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a pass over a tensor's bytes tells: their CRC-32, and of weights the largest |weight|, maybe NaN or Inf."""
+
+    crc32: int
+    largest: float
+
+    @property
+    def finite(self) -> bool:
+        return self.largest <= FLOAT32_MAX
+
+
+def survey_bytes(raw: memoryview, dtype: str) -> Survey:
+    """The survey of a tensor's bytes; `largest` is 0 for dtypes that are not weights."""
+    crc, signed_top, unsigned_top = 0, 0, 0
+    formats = MAGNITUDES.get(dtype)
+    for start in range(0, len(raw), SURVEY_BYTES):
+        piece = raw[start : start + SURVEY_BYTES]
+        crc = zlib.crc32(piece, crc)
+        if formats is not None:
+            # Bit patterns of floats of one sign are ordered like their magnitudes, NaN and Inf above all.
+            top = int(np.frombuffer(piece, dtype=f"<{formats[0]}").max())
+            signed_top = max(signed_top, top & ((1 << (8 * int(formats[0][1]) - 1)) - 1))
+            unsigned_top = max(unsigned_top, int(np.frombuffer(piece, dtype=f"<{formats[1]}").max()))
+    if formats is None:
+        return Survey(crc, 0.0)
+    size = int(formats[0][1])
+    bits = max(signed_top, unsigned_top & ((1 << (8 * size - 1)) - 1))
+    return Survey(crc, _float_from_bits(bits, dtype, size))
+
+
+def _float_from_bits(bits: int, dtype: str, size: int) -> float:
+    if dtype == "BF16":
+        bits, size = bits << 16, 4
+    return float(np.frombuffer(bits.to_bytes(size, "little"), dtype=f"<f{size}")[0])
+
+
+def count_nonfinite(weight: Tensor) -> int:
+    """How many values are NaN, Inf, or beyond float32."""
+    flat = weight.reshape(-1)
+    parts = (flat[start : start + BLOCK_WEIGHTS] for start in range(0, flat.numel(), BLOCK_WEIGHTS))
+    return sum(part.numel() - int(torch.isfinite(part.float()).sum()) for part in parts)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One tensor, encoded: what manifest and report say of it, and its codes if they still have to be written.
+
+    lattice     codes that wait for the others of their pool
+    side_bytes  what of the payload is side information
+    """
+
+    decision: Decision
+    entry: Entry
+    figures: LayerFigures
+    input_crc32: int
+    payload: Payload | None
+    unbounded: Unbounded | None = None
+    side_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One weight to encode.
+
+    ready      its codes, where a method on a live model has chosen them already
+    reference  the float weight that those codes stand for, where that is not the checkpoint's
+    pooled     whether the codes, of a lattice, wait for others
+    """
+
+    source: Container
+    decision: Decision
+    writer: SlotWriter
+    choice: CodingChoice
+    device: str
+    ready: Encoded | None = None
+    reference: Tensor | None = None
+    sources: ContextSources = field(default_factory=ContextSources)
+    pooled: bool = False
+
+
+def encode_tensor(job: Job, stop: threading.Event) -> Finished:
+    """Encode one weight. Its grid goes to the writer, and its codes too where nothing but packing awaits them.
+
+    Raises CheckpointError where the weight holds NaN or Inf; Stopped once `stop` is set.
+    """
+    source, decision, writer = job.source, job.decision, job.writer
+    tensor = decision.tensor
+    survey = survey_bytes(source.bytes_of(tensor.name), tensor.dtype)
+    weight = tensor_view(source, tensor)
+    if not survey.finite:
+        raise nonfinite_error(source, tensor, count_nonfinite(weight))
+    rows = rows_from_weight(weight if job.reference is None else job.reference, decision.axis)
+    whole = _whole_codes(job, weight, survey.largest)
+    if isinstance(whole, Unbounded):
+        return _finish_unbounded(job, rows, whole, survey, stop)
+    meter = LayerMeter(tensor.numel, decision.config.bits)
+    codes = _Codes(writer, tensor.name, job.choice)
+    grids: dict[str, list[Tensor]] = {}
+    about_codebook: dict[str, Any] = {}
+    if isinstance(whole, Codebook):
+        whole = with_entries(whole, stored_codebook_shape(decision)[1])
+        about_codebook = codebook_figures(whole.codes.numpy(), centroid_values(whole).cpu().numpy())
+    # Centroids of full precision need no exponent.
+    exponent = exponent_for(survey.largest) if whole is None else whole.exponent
+    for block, encoded in _encoded_blocks(rows, job, exponent) if whole is None else _row_blocks(rows, whole):
+        if stop.is_set():
+            raise Stopped
+        assert not isinstance(encoded, Unbounded)
+        packed = pack(encoded.codes.numpy(), encoded.bits)
+        counts = torch.bincount(encoded.codes.reshape(-1), minlength=2**encoded.bits).numpy()
+        meter.add(block, decode_rows(encoded), counts, within=unclipped_range(encoded))
+        codes.add(packed)
+        if decision.config.unit != "tensor" or not grids:
+            _collect_grid(grids, encoded)
+    crc = codes.crc32
+    for part in PARTS[1:]:
+        if part in grids:
+            data = torch.cat(grids[part]).numpy().data
+            crc = zlib.crc32(data, crc)
+            if decision.codebook.stored_in is None:
+                writer.put(part_name(tensor.name, part), data)
+    coding, payload = codes.finish(decision)
+    entry = Entry(
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        axis=decision.axis,
+        bits=decision.config.code_bits,
+        grid=grid_of(decision),
+        coding=coding,
+        exponent=exponent,
+        crc32=crc,
+        dim=decision.config.dim,
+        codebook=decision.codebook.stored_in,
+    )
+    return Finished(decision, entry, replace(meter.result(), **about_codebook), survey.crc32, payload)
+
+
+def _whole_codes(job: Job, weight: Tensor, largest: float) -> Coded | None:
+    """The codes of a weight that is encoded in one piece, on the CPU; None for one that goes by row blocks."""
+    decision, method = job.decision, METHODS[job.decision.method or ""]
+    if job.ready is not None:
+        assert not isinstance(job.ready, Kept)
+        return coded_on_cpu(job.ready)
+    if method.needs == "weights" and method.family == "quantize" and decision.config.unit != "tensor":
+        return None
+    # What stands in for a live model is on the CPU.
+    device = job.device if method.needs == "weights" else "cpu"
+    return coded_on_cpu(encode_weight(weight, decision, job.sources, device, largest))
+
+
+def _finish_unbounded(job: Job, rows: Tensor, unbounded: Unbounded, survey: Survey, stop: threading.Event) -> Finished:
+    """A weight whose codes have no width; they are coded here unless they wait for others."""
+    decision = job.decision
+    meter = LayerMeter(decision.tensor.numel)
+    for block, part in _row_blocks(rows, unbounded):
+        if stop.is_set():
+            raise Stopped
+        meter.add(block, decode_rows(part), None)
+    figures = replace(meter.result(count_values(unbounded.codes.numpy())), step=step_value(unbounded))
+    finished = Finished(decision, unbounded_entry(decision, "ans"), figures, survey.crc32, None, unbounded)
+    if job.pooled:
+        return finished
+    coded = encode_pool([unbounded], job.choice)
+    payload = join_side(coded.side, coded.payloads[0])
+    return replace(
+        finished,
+        entry=unbounded_entry(decision, coded.codings[0]),
+        figures=replace(figures, classes=coded.uses[0]),
+        payload=payload,
+        unbounded=None,
+        side_bytes=len(payload) - len(coded.payloads[0]),
+    )
+
+
+def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> CheckpointError:
+    """What to say of a weight that cannot be compressed because `count` of its values are no numbers."""
+    what = f"{count} of its {tensor.numel} values are NaN, Inf or beyond float32"
+    hint = "repair the checkpoint, or pass --skip-nonfinite to keep this tensor as it is"
+    return CheckpointError(f"{source.path}: tensor {tensor.name!r}", what, hint)
+
+
+def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Tensor, Coded]]:
+    """Row blocks as float32 [rows, columns] on the CPU, each encoded by itself."""
+    count, context = rows.shape[0], job.sources.context_of(job.decision, exponent)
+    step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
+    for start in range(0, count, step):
+        block = _float_rows(rows[start : start + step])
+        found = encode_rows(block.to(job.device), job.decision, context)
+        yield block.reshape(len(block), -1), coded_on_cpu(found)
+
+
+def _row_blocks(rows: Tensor, whole: Coded) -> Iterator[tuple[Tensor, Coded]]:
+    """Row blocks of a weight that has its codes already, as `_encoded_blocks` gives them."""
+    for start, stop in row_spans(whole, BLOCK_WEIGHTS):
+        block = _float_rows(rows[start:stop])
+        yield block.reshape(len(block), -1), take_rows(whole, start, stop)
+
+
+def _float_rows(rows: Tensor) -> Tensor:
+    return rows.to(device="cpu", dtype=torch.float32).contiguous()
+
+
+def coded_on_cpu(encoded: Coded) -> Coded:
+    """The codes and their grid on the CPU."""
+    if encoded.codes.device.type == "cpu":
+        return encoded
+    values: dict[str, Any] = {part.name: getattr(encoded, part.name) for part in fields(encoded)}
+    moved: Any = {name: value.cpu() for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(encoded, **moved)
+
+
+def _collect_grid(grids: dict[str, list[Tensor]], encoded: Coded) -> None:
+    for part in PARTS[1:]:
+        value = getattr(encoded, FIELDS[part], None)
+        if value is not None:
+            grids.setdefault(part, []).append(value)
+
+
+class _Codes:
+    """Packed codes of one tensor: straight to their slot, or gathered until entropy coding can see them all."""
+
+    def __init__(self, writer: SlotWriter, tensor: str, choice: CodingChoice) -> None:
+        self.crc32 = 0
+        self._slot = part_name(tensor, "codes")
+        self._writer = writer
+        self._choice = choice
+        self._gathered: list[NDArray[np.uint8]] = []
+
+    def add(self, packed: NDArray[np.uint8]) -> None:
+        self.crc32 = zlib.crc32(packed.data, self.crc32)
+        if self._choice == "packed":
+            self._writer.put(self._slot, packed.data)
+        else:
+            self._gathered.append(packed)
+
+    def finish(self, decision: Decision) -> tuple[Coding, Payload | None]:
+        """The coding that was chosen, and the payload unless it is written already."""
+        if self._choice == "packed":
+            return "packed", None
+        bits = decision.config.code_bits
+        shape = row_shape(decision.tensor.shape, decision.axis)
+        columns = decision.tensor.numel // shape[0]
+        packed = np.concatenate(self._gathered)
+        self._gathered.clear()
+        assert packed.shape == (shape[0] // dim_of(decision), row_bytes(columns, bits))
+        return encode_payload(packed, bits, columns, self._choice)

@@ -1,0 +1,212 @@
+"""One weight is encoded here, for files and live models alike, and so are the codebooks that several weights share."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from qcompress.checkpoint.side_files import Statistics, read_representatives, read_statistics, refuse_misfit
+from qcompress.clustering.codebooks import count_entries, spread_sensitivity, vectors_from_rows
+from qcompress.clustering.kmeans import ScalarCounts
+from qcompress.clustering.kmeans_vectors import VectorSample
+from qcompress.coding.grids import exponent_for
+from qcompress.coding.rows import rows_from_weight
+from qcompress.registry import METHODS, ClusterConfig, KmeansConfig
+from qcompress.types.encoded import Codebook, Coded, Encoded, Kept, for_tensor
+from qcompress.types.plan import CodebookKey, Decision, Plan, codebook_key, row_shape, shared_groups
+from qcompress.types.run import EncodeContext, seeded_generator
+
+SharedCodebooks: TypeAlias = Mapping[CodebookKey, tuple[Tensor, int]]
+"""Codebook float [1, entries, dim] and exponent of every key."""
+WeightOf: TypeAlias = Callable[[Decision], Tensor]
+"""The weight of a decision, on the CPU, in its own dtype and shape."""
+
+
+@dataclass(frozen=True)
+class ContextSources:
+    """Where the contexts of all weights of a run come from.
+
+    statistics       the file of the layers' input statistics, for methods that can work from them
+    representatives  the file of what finetune-reg has learned
+    codebooks        those that several tensors share
+    """
+
+    seed: int = 0
+    statistics: Path | None = None
+    representatives: Path | None = None
+    codebooks: SharedCodebooks = field(default_factory=dict)
+
+    def context_of(self, decision: Decision, exponent: int) -> EncodeContext:
+        """What encoding one weight may draw on. Raises DataError where statistics hold nothing of it, or do not fit."""
+        name, key, method = decision.tensor.name, codebook_key(decision), METHODS[decision.method or ""]
+        known = None if self.statistics is None else read_statistics(self.statistics)
+        gram = None
+        if known is not None and method.needs == "calibration":
+            gram = known.gram(name)
+            refuse_misfit(gram, row_shape(decision.tensor.shape, decision.axis), f"tensor {name!r}")
+        learned = None
+        if method.representatives and self.representatives is not None:
+            learned = read_representatives(self.representatives)[name]
+        return EncodeContext(
+            exponent=exponent,
+            generator=seeded_generator(self.seed, name, "cpu"),
+            gram=gram,
+            sensitivity=None if known is None or method.family != "cluster" else sensitivity_of(decision, known),
+            shared=None if key is None else self.codebooks[key],
+            representatives=learned,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever codebooks were shared: a resumed run may only go on with the same."""
+        crcs = [
+            zlib.crc32(values.contiguous().numpy().data, exponent & 0xFF)
+            for values, exponent in self.codebooks.values()
+        ]
+        return json.dumps(crcs)
+
+
+def sensitivity_of(decision: Decision, statistics: Statistics) -> Tensor | None:
+    """float64 [groups, columns], or None for a weight that the statistics do not know. Raises DataError."""
+    return statistics.sensitivity(decision.tensor.name, row_shape(decision.tensor.shape, decision.axis))
+
+
+def encode_weight(
+    weight: Tensor,
+    decision: Decision,
+    sources: ContextSources,
+    device: torch.device | str,
+    largest: float | None = None,
+) -> Coded:
+    """The codes of a whole weight, with the shape, axes and dtype that the decision names.
+
+    A method that clusters sees the weight on the CPU in its own dtype: the few distinct values of 16 bits are what
+    makes that exact and fast. All others see it as float32 on `device`.
+
+    largest  of the magnitudes, where it is known
+    """
+    rows = rows_from_weight(weight, decision.axis)
+    if METHODS[decision.method or ""].family == "cluster":
+        rows = rows.contiguous().cpu()
+    else:
+        rows = rows.to(device=device, dtype=torch.float32).contiguous()
+    if largest is None:
+        largest = float(weight.abs().max()) if weight.numel() else 0.0
+    return for_tensor(encode_rows(rows, decision, sources.context_of(decision, exponent_for(largest))), decision)
+
+
+def encode_rows(rows: Tensor, decision: Decision, context: EncodeContext) -> Coded:
+    """The codes of rows [rows, ...] of a weight, all or some of them, by the decision's method."""
+    found = METHODS[decision.method or ""].load_encode()(rows, decision.config, context)
+    assert not isinstance(found, Kept)
+    return found
+
+
+def count_stored_entries(
+    plan: Plan, weight_of: WeightOf, sources: ContextSources, encoded: Mapping[str, Encoded]
+) -> dict[str, int]:
+    """How many entries each codebook will store, by the tensor's name.
+
+    encoded  the weights that have their codes already
+    """
+
+    def entries_of(decision: Decision) -> int | None:
+        ready = encoded.get(decision.tensor.name)
+        key = codebook_key(decision)
+        if isinstance(ready, Codebook):
+            return ready.centroids.shape[1]
+        if key is not None:
+            return sources.codebooks[key][0].shape[1]
+        if decision.codebook.entries is not None:
+            return decision.codebook.entries
+        config = decision.config
+        assert isinstance(config, ClusterConfig)
+        zero = isinstance(config, KmeansConfig) and config.zero
+        return count_entries(_matrix(decision, weight_of(decision)), config, zero=zero)
+
+    clustered = [one for one in plan.decisions if one.compresses and one.config.form == "codebook"]
+    found = {decision.tensor.name: entries_of(decision) for decision in clustered}
+    return {name: entries for name, entries in found.items() if entries is not None}
+
+
+def make_shared_codebooks(
+    decisions: Sequence[Decision], weight_of: WeightOf, sources: ContextSources
+) -> SharedCodebooks:
+    """The codebooks that several tensors share, each from all its weights, seen one tensor at a time.
+
+    With statistics, errors are weighed by them where all tensors of a codebook have some. Raises DataError.
+    """
+    return {
+        key: _make_shared_codebook(key, group, weight_of, sources) for key, group in shared_groups(decisions).items()
+    }
+
+
+def _make_shared_codebook(
+    key: CodebookKey, group: Sequence[Decision], weight_of: WeightOf, sources: ContextSources
+) -> tuple[Tensor, int]:
+    config = group[0].config
+    assert isinstance(config, KmeansConfig)
+    generator = seeded_generator(sources.seed, f"{key[0]} {config}", "cpu")
+    total = sum(d.tensor.numel for d in group)
+    counts = ScalarCounts() if config.dim == 1 else VectorSample(total // config.dim, generator)
+    known = _sensitivities(group, sources)
+    for decision in group:
+        matrix = _matrix(decision, weight_of(decision))
+        weights = None
+        if known is not None:
+            weights = spread_sensitivity(known(decision), len(matrix), config.dim).reshape(-1)
+        counts.add(matrix if config.dim == 1 else vectors_from_rows(matrix.float(), config.dim), weights)
+    entries = min(2**config.bits, total // config.dim)
+    if isinstance(counts, ScalarCounts):
+        values = counts.cluster(entries, config.init, config.zero, generator).centroids.view(1, -1, 1)
+    else:
+        values = counts.cluster(entries, config.init, generator).centroids.unsqueeze(0)
+    return values, exponent_for(float(values.abs().max()))
+
+
+def _sensitivities(group: Sequence[Decision], sources: ContextSources) -> Callable[[Decision], Tensor] | None:
+    if sources.statistics is None:
+        return None
+    statistics = read_statistics(sources.statistics)
+
+    def known(decision: Decision) -> Tensor:
+        found = sensitivity_of(decision, statistics)
+        assert found is not None
+        return found
+
+    return known if all(sensitivity_of(decision, statistics) is not None for decision in group) else None
+
+
+def unweighed(plan: Plan, statistics: Path | None) -> list[str]:
+    """A line for the codebooks that statistics hold nothing of, and one for methods that draw on none.
+
+    raises  DataError where the file is missing, or does not fit
+    """
+    if statistics is None:
+        return []
+    known = read_statistics(statistics)
+    clustered = [d for d in plan.decisions if d.compresses and METHODS[d.method or ""].family == "cluster"]
+    methods_ignoring_statistics = sorted({d.method or "" for d in clustered if not METHODS[d.method or ""].statistics})
+    lacking = sorted(
+        d.tensor.name
+        for d in clustered
+        if d.method not in methods_ignoring_statistics and sensitivity_of(d, known) is None
+    )
+    more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+    lines = [f"{method} draws on no statistics: unweighed" for method in methods_ignoring_statistics]
+    return lines + (
+        [f"{statistics.name} knows nothing of {', '.join(lacking[:3])}{more}: unweighed"] if lacking else []
+    )
+
+
+def _matrix(decision: Decision, weight: Tensor) -> Tensor:
+    """[rows, columns]; of float64 as float32, which is what is clustered."""
+    rows = rows_from_weight(weight, decision.axis).flatten(1)
+    return rows.float() if rows.dtype == torch.float64 else rows

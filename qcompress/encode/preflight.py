@@ -1,0 +1,110 @@
+"""Before anything is written, this looks at what could stop it: non-finite weights, false ties, memory and disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from qcompress.artifact.layout import make_slots
+from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
+from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, count_nonfinite, nonfinite_error, survey_bytes
+from qcompress.errors import CheckpointError, InputError, ResourceError, raise_all
+from qcompress.types.config import CodingChoice
+from qcompress.types.encoded import Fitted, Kept
+from qcompress.types.plan import WEIGHT_DTYPES, Decision, Plan
+from qcompress.types.run import Options
+
+BLOCK_COPIES = 24
+"""Float32 copies of a block that the most memory-hungry method holds at once."""
+HALF_ERROR = 2.0**-9
+"""The most that a tensor may change, relative to its size, to be stored as float16 on request."""
+
+
+def too_wide_for_f16(checkpoint: Checkpoint, plan: Plan, fitted: Fitted) -> frozenset[str]:
+    """The kept tensors that were to be stored as float16 and cannot: too large, or too small altogether."""
+    found = set()
+    for decision in plan.decisions:
+        if decision.stored is not None:
+            tensor = decision.tensor
+            adjusted = fitted.encoded.get(tensor.name)
+            value = adjusted.value if isinstance(adjusted, Kept) else None
+            if value is None:
+                value = tensor_view(checkpoint.shard_of(tensor.name), tensor)
+            if not _bears_half(value):
+                found.add(tensor.name)
+    return frozenset(found)
+
+
+def _bears_half(value: Tensor) -> bool:
+    """Whether float16 holds every number, and all together to 2**-9 of their size."""
+    exact = value.detach().double()
+    error = exact.half().double() - exact
+    return bool(error.isfinite().all()) and float(error.norm()) <= HALF_ERROR * float(exact.norm())
+
+
+def count_nonfinite_weights(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many values of each tensor are NaN or Inf, of those that have any. Reads all weights once."""
+    found = {}
+    for tensor in checkpoint.tensors:
+        source = checkpoint.shard_of(tensor.name)
+        if tensor.dtype in WEIGHT_DTYPES and not survey_bytes(source.bytes_of(tensor.name), tensor.dtype).finite:
+            found[tensor.name] = count_nonfinite(tensor_view(source, tensor))
+    return found
+
+
+def refuse_nonfinite(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raise CheckpointError (Refusals where several) for every weight to compress that holds NaN or Inf."""
+    errors: list[InputError] = []
+    for decision in plan.decisions:
+        if decision.compresses:
+            source, tensor = checkpoint.shard_of(decision.tensor.name), decision.tensor
+            if not survey_bytes(source.bytes_of(tensor.name), tensor.dtype).finite:
+                errors.append(nonfinite_error(source, tensor, count_nonfinite(tensor_view(source, tensor))))
+    raise_all(errors)
+
+
+def refuse_untrue_ties(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raise CheckpointError where a copy that would be dropped is none: its bytes are not those of its twin."""
+    for decision in plan.decisions:
+        if decision.tied_to is None:
+            continue
+        name, twin = decision.tensor.name, decision.tied_to
+        one = checkpoint.shard_of(name).bytes_of(name)
+        other = checkpoint.shard_of(twin).bytes_of(twin)
+        if one != other:
+            what = f"is called tied to {twin!r}, and their values differ"
+            hint = "name it in a rule without a wildcard, which stores it by itself"
+            raise CheckpointError(f"{checkpoint.path}: tensor {name!r}", what, hint)
+
+
+def fitting_threads(plan: Plan, options: Options) -> int:
+    """As many threads as were asked for and --max-memory allows. Raises ResourceError where not even one fits."""
+    needs = {d.tensor.name: _memory_needed(d, options.choice) for d in plan.decisions if d.compresses}
+    if options.max_memory is None or not needs:
+        return options.threads
+    name, largest = max(needs.items(), key=lambda item: item[1])
+    fitting = options.max_memory // largest
+    if fitting < 1:
+        what = f"needs about {largest} bytes of memory, more than --max-memory {options.max_memory}"
+        hint = "allow more, or use --coding packed and granularity channel or group"
+        raise ResourceError(f"tensor {name!r}", what, hint)
+    return min(options.threads, fitting)
+
+
+def _memory_needed(decision: Decision, choice: CodingChoice) -> int:
+    """Bytes that encoding one tensor takes at most, roughly: its blocks, and its codes where they wait for coding."""
+    weights = decision.tensor.numel
+    block = weights if decision.config.unit == "tensor" else min(weights, BLOCK_WEIGHTS)
+    gathered = 0 if choice == "packed" else 3 * max(slot.n_bytes for slot in make_slots(decision, choice))
+    copies = 6 if decision.config.unit == "tensor" else BLOCK_COPIES
+    return 4 * copies * block + gathered
+
+
+def refuse_full_disk(output: Path, needed: int) -> None:
+    """Raise ResourceError where the disk has fewer than `needed` bytes left for the artifact."""
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        what = f"the artifact may need {needed} bytes and the disk has {free} left"
+        raise ResourceError(str(output), what, "free some space, or write to another disk with -o")

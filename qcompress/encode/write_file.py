@@ -1,0 +1,302 @@
+"""One file of the artifact is written here: kept tensors are copied, weights encoded on threads, in slot order."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Self
+
+from qcompress.artifact.layout import PARTS, POOL_NAME, Layout, Slot, part_name, pool_of, render_header, unbounded_entry
+from qcompress.artifact.manifest import Entry, Manifest, input_hash
+from qcompress.artifact.writer import Filled, SlotWriter, Written, staging_folder
+from qcompress.checkpoint.checkpoint import tensor_bytes, tensor_view
+from qcompress.coding.packing import row_bytes
+from qcompress.coding.unbounded.payload import encode_pool
+from qcompress.encode.encode_tensor import Finished, Job, encode_tensor, survey_bytes
+from qcompress.encode.encode_weight import ContextSources
+from qcompress.plan.files import Shard
+from qcompress.report.document import LayerFigures
+from qcompress.types.encoded import ClassUse, Fitted, Kept
+from qcompress.types.plan import Decision, TensorInfo
+from qcompress.types.run import Options
+
+COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished tensor: all that the run needs to know of it later."""
+
+    tensor: str
+    entry: Entry
+    figures: LayerFigures
+    input_crc32: int
+    slots: Mapping[str, Filled]
+    side_bytes: int = 0
+
+
+def run_key(layout: Layout, manifest: Manifest, more: str) -> str:
+    """SHA-256 of everything but the weights that decides a file's bytes: recipe, headers, layout, tool, and `more`: the
+    device, and what was made of all weights together."""
+    header = render_header(layout.slots, manifest)
+    return hashlib.sha256(header + f"\n{layout.header_bytes}\n{more}".encode()).hexdigest()
+
+
+class Journal:
+    """The records of one unfinished file; only appended to."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        self.key = key
+        self._file: IO[str] | None = None
+
+    def read(self) -> list[Record]:
+        """The records of an earlier run with the same key, in its order; a line cut off by the kill ends them."""
+        try:
+            first, *lines = self.path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            return []
+        if first != json.dumps({"key": self.key}):
+            return []
+        records = []
+        for line in lines:
+            try:
+                records.append(_parse_record(json.loads(line)))
+            except (ValueError, TypeError, KeyError):
+                break
+        return records
+
+    def start(self, records: list[Record]) -> None:
+        """Begin the file anew with the records that still hold."""
+        self._file = self.path.open("w", encoding="utf-8")
+        self._file.write(json.dumps({"key": self.key}) + "\n")
+        for record in records:
+            self._write(record)
+        self._flush()
+
+    def append(self, record: Record) -> None:
+        """Note a tensor whose data are written."""
+        self._write(record)
+        self._flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, record: Record) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+
+    def _flush(self) -> None:
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _parse_record(line: Mapping[str, Any]) -> Record:
+    entry, figures = dict(line["entry"]), dict(line["figures"])
+    entry |= {key: tuple(entry[key]) for key in ("shape", "axis")}
+    figures = {key: tuple(value) if isinstance(value, list) else value for key, value in figures.items()}
+    if figures["classes"] is not None:
+        figures["classes"] = tuple(ClassUse(**one) for one in figures["classes"])
+    slots = {name: Filled(**{**slot, "shape": tuple(slot["shape"])}) for name, slot in line["slots"].items()}
+    return Record(
+        str(line["tensor"]),
+        Entry(**entry),
+        LayerFigures(**figures),
+        int(line["input_crc32"]),
+        slots,
+        int(line["side_bytes"]),
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all files of one run have in common."""
+
+    fitted: Fitted
+    sources: ContextSources
+    options: Options
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """One finished file, and what report and index say of it.
+
+    finished      tensor name -> how it was encoded, of those that were compressed
+    input_sha256  over the tensors of the input file, see `input_hash`
+    """
+
+    shard: Shard
+    written: Written
+    finished: Mapping[str, Finished]
+    input_sha256: str
+
+
+def write_shard(shard: Shard, path: Path, run: Run) -> WrittenShard:
+    """Write one file to `path` and say what it holds; with `resume` go on from what an earlier run finished of it.
+
+    raises  what `encode_tensor` raises, and ResourceError where the disk holds other bytes than were written
+    """
+    fitted, options, journal = run.fitted, run.options, _journal(shard, run)
+    with SlotWriter(path, shard.layout, reopen=journal is not None) as writer, journal or contextlib.nullcontext():
+        finished = _restore(shard, writer, journal, options) if journal is not None else {}
+        sharing = set(pool_of(shard.decisions))
+        crcs = _copy_kept(shard, writer, fitted, options)
+        for one in _encode_all(shard, writer, finished, run):
+            finished[one.decision.tensor.name] = one
+            # Pooled codes are nothing without what is written after the last of them.
+            if journal is not None and one.decision.tensor.name not in sharing:
+                journal.append(_record(writer, one))
+        crcs |= {name: one.input_crc32 for name, one in finished.items()}
+        manifest = replace(
+            shard.manifest,
+            input_sha256=input_hash(shard.source.tensors, crcs),
+            tensors={name: one.entry for name, one in finished.items()},
+        )
+
+        def render(slots: Sequence[Slot], sha256: str, crc32: str) -> bytes:
+            return render_header(slots, replace(manifest, sha256=sha256, header_crc32=crc32))
+
+        written = writer.finish(render)
+    return WrittenShard(shard, written, finished, manifest.input_sha256)
+
+
+def _journal(shard: Shard, run: Run) -> Journal | None:
+    """Where a run that can be resumed notes what it has finished."""
+    if not run.options.resume:
+        return None
+    key = run_key(shard.layout, shard.manifest, f"{run.options.device}{run.sources.fingerprint}")
+    return Journal(staging_folder(run.options.output) / f"{shard.file}.journal", key)
+
+
+def _record(writer: SlotWriter, one: Finished) -> Record:
+    name = one.decision.tensor.name
+    slots = writer.filled(part_name(name, part) for part in PARTS)
+    return Record(name, one.entry, one.figures, one.input_crc32, slots, one.side_bytes)
+
+
+def _restore(shard: Shard, writer: SlotWriter, journal: Journal, options: Options) -> dict[str, Finished]:
+    """What an earlier run finished, as far as its input and its output still hold the same bytes."""
+    finished: dict[str, Finished] = {}
+    records = []
+    for record, decision in zip(journal.read(), _in_order(shard), strict=False):
+        tensor = decision.tensor
+        same = survey_bytes(shard.source.bytes_of(tensor.name), tensor.dtype).crc32 == record.input_crc32
+        if record.tensor != tensor.name or not same or not writer.restore(record.slots):
+            break
+        finished[tensor.name] = Finished(
+            decision, record.entry, record.figures, record.input_crc32, None, side_bytes=record.side_bytes
+        )
+        records.append(record)
+        _report_progress(options, tensor)
+    journal.start(records)
+    return finished
+
+
+def _in_order(shard: Shard) -> list[Decision]:
+    """The compressing decisions in the order of their codes in the file."""
+    by_codes = {part_name(d.tensor.name, "codes"): d for d in shard.decisions if d.compresses}
+    return [by_codes[slot.name] for slot in shard.layout.slots if slot.name in by_codes]
+
+
+def _copy_kept(shard: Shard, writer: SlotWriter, fitted: Fitted, options: Options) -> dict[str, int]:
+    """Copy the kept tensors, as they are or as they were adjusted; the CRC-32 of each input, dropped copies too."""
+    crcs = {}
+    for decision in shard.decisions:
+        if decision.compresses:
+            continue
+        tensor = decision.tensor
+        raw = shard.source.bytes_of(tensor.name)
+        crcs[tensor.name] = survey_bytes(raw, "bytes").crc32
+        adjusted = fitted.encoded.get(tensor.name)
+        if isinstance(adjusted, Kept):
+            raw = tensor_bytes(adjusted.value, replace(tensor, dtype=decision.stored or tensor.dtype))
+        elif decision.stored is not None:
+            raw = tensor_bytes(tensor_view(shard.source, tensor), replace(tensor, dtype=decision.stored))
+        if decision.tied_to is None:
+            for start in range(0, len(raw), COPY_BYTES):
+                writer.put(tensor.name, raw[start : start + COPY_BYTES])
+        _report_progress(options, tensor)
+    return crcs
+
+
+def _report_progress(options: Options, tensor: TensorInfo) -> None:
+    if options.progress is not None:
+        options.progress(tensor.name, tensor.n_bytes)
+
+
+def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: Run) -> Iterator[Finished]:
+    """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
+    fitted, options = run.fitted, run.options
+    waiting = [decision for decision in reversed(_in_order(shard)) if decision.tensor.name not in already]
+    sharing = set(pool_of(shard.decisions))
+    pooled: list[Finished] = []
+    stop = threading.Event()
+    running: list[Future[Finished]] = []
+    with ThreadPoolExecutor(options.threads) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) <= options.threads:
+                    decision = waiting.pop()
+                    name = decision.tensor.name
+                    ready, reference = fitted.encoded.get(name), fitted.references.get(name)
+                    job = Job(
+                        shard.source,
+                        decision,
+                        writer,
+                        options.choice,
+                        options.device,
+                        ready,
+                        reference,
+                        run.sources,
+                        name in sharing,
+                    )
+                    running.append(pool.submit(encode_tensor, job, stop))
+                finished = running.pop(0).result()
+                if finished.unbounded is not None:
+                    pooled.append(finished)
+                    continue
+                if finished.payload is not None:
+                    _put_payload(writer, finished)
+                _report_progress(options, finished.decision.tensor)
+                yield replace(finished, payload=None)
+            if pooled:
+                yield from _encode_pool(pooled, writer, options)
+        finally:
+            stop.set()
+            for future in running:
+                future.cancel()
+
+
+def _encode_pool(pooled: Sequence[Finished], writer: SlotWriter, options: Options) -> Iterator[Finished]:
+    """Code the lattices that share tables, now that all are known; write them and what they share."""
+    coded = encode_pool([one.unbounded for one in pooled if one.unbounded is not None], options.choice)
+    for one, coding, payload, uses in zip(pooled, coded.codings, coded.payloads, coded.uses, strict=True):
+        entry, figures = unbounded_entry(one.decision, coding), replace(one.figures, classes=uses)
+        finished = replace(one, entry=entry, figures=figures, payload=payload, unbounded=None)
+        _put_payload(writer, finished)
+        _report_progress(options, finished.decision.tensor)
+        yield replace(finished, payload=None)
+    writer.put_varying(POOL_NAME, coded.side, (len(coded.side),))
+
+
+def _put_payload(writer: SlotWriter, finished: Finished) -> None:
+    name = part_name(finished.decision.tensor.name, "codes")
+    data = memoryview(finished.payload or b"")
+    entry = finished.entry
+    if entry.is_unbounded:
+        writer.put_varying(name, data, (data.nbytes,))
+        return
+    packed = (entry.code_rows, row_bytes(entry.columns, entry.bits))
+    writer.put_varying(name, data, packed if entry.coding == "packed" else (data.nbytes,))

@@ -1,0 +1,129 @@
+"""A plan is laid out in files here: which tensors each holds, and where their bytes will lie. Imports no torch.
+
+An artifact has one file for each file of its checkpoint, of the same name, each with a manifest of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from qcompress.artifact.layout import INDEX_NAME, Layout, index_text, make_layout
+from qcompress.artifact.manifest import Manifest, make_halved
+from qcompress.checkpoint.checkpoint import Checkpoint
+from qcompress.checkpoint.safetensors_file import Container
+from qcompress.recipe import recipe_hash, recipe_json
+from qcompress.types import VERSION
+from qcompress.types.config import CodingChoice
+from qcompress.types.encoded import Fitted
+from qcompress.types.plan import STORED_AS_F16, Decision, Outcomes, Plan, codebook_key, shared_groups
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One input file on its way to one output file."""
+
+    source: Container
+    decisions: tuple[Decision, ...]
+    layout: Layout
+    manifest: Manifest
+    file: str
+    seed: int
+
+
+def make_shards(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    choice: CodingChoice,
+    fitted: Fitted | None = None,
+    outcomes: Outcomes | None = None,
+) -> list[Shard]:
+    """The files of the artifact in the order of the checkpoint's, each with its layout from headers alone.
+
+    fitted    what a live model's methods chose: its quantizers are named where their weights lie
+    outcomes  of the plan's conditions; what is not known yet takes the most that it can
+    """
+    fitted, outcomes = fitted or Fitted({}), outcomes or Outcomes()
+    by_name = {decision.tensor.name: carried_out(decision, outcomes) for decision in plan.decisions}
+    recipe, recipe_sha256 = recipe_json(plan.recipe), recipe_hash(plan.recipe)
+    dropped = {d.tensor.name: d.tied_to for d in plan.decisions if d.tied_to is not None}
+    shards = []
+    for source in checkpoint.shards:
+        decisions = _with_owners(by_name[info.name] for info in source.tensors)
+        own = {d.tensor.name for d in decisions}
+        aliases = {a: t for a, t in checkpoint.tied.items() if a not in by_name and t in own}
+        tied = {name: twin for name, twin in dropped.items() if name in own}
+        tied |= {alias: dropped.get(twin, twin) for alias, twin in aliases.items()}
+        manifest = Manifest(
+            tool=f"qcompress {VERSION}",
+            recipe=recipe,
+            recipe_sha256=recipe_sha256,
+            input_bytes=source.file_bytes,
+            input_sha256="",
+            sha256="",
+            tensors={},
+            tied=tied,
+            # A copy that was dropped leaves the metadata: a name there is one that never had bytes of its own.
+            adjusted=sorted(outcomes.adjusted & own),
+            halved=make_halved(_kept_dtypes(decisions)),
+            activations=_of_modules(fitted.activations, own),
+            caps={name: caps.tolist() for name, caps in _of_modules(fitted.caps, own).items()},
+            metadata={
+                key: value
+                for key, value in source.metadata.items()
+                if (key, value) != ("format", "pt") and key not in dropped
+            },
+        )
+        layout = make_layout(decisions, choice, manifest)
+        shards.append(Shard(source, decisions, layout, manifest, source.path.name, plan.recipe.seed))
+    return shards
+
+
+def carried_out(decision: Decision, outcomes: Outcomes) -> Decision:
+    """The decision with what came of its conditions."""
+    name, reason = decision.tensor.name, decision.reason
+    if name in outcomes.entries:
+        return replace(decision, codebook=replace(decision.codebook, entries=outcomes.entries[name]))
+    if name in outcomes.too_wide:
+        reason = f"{reason.removesuffix(STORED_AS_F16)}; float16 cannot hold its values"
+        decision = replace(decision, stored=None, reason=reason)
+    return replace(decision, reason=f"{reason}; values adjusted") if name in outcomes.adjusted else decision
+
+
+def _with_owners(decisions: Iterable[Decision]) -> tuple[Decision, ...]:
+    """The decisions of one file; of those that share a codebook the first stores it."""
+    decisions = tuple(decisions)
+    owners = {key: group[0].tensor.name for key, group in shared_groups(decisions).items()}
+
+    def placed(decision: Decision) -> Decision:
+        key = codebook_key(decision)
+        owner = owners.get(key) if key is not None else None
+        if owner in (None, decision.tensor.name):
+            return decision
+        return replace(decision, codebook=replace(decision.codebook, stored_in=owner))
+
+    return tuple(map(placed, decisions))
+
+
+def planned_files(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> dict[str, int]:
+    """Bytes of each file of the artifact, from headers alone: exact where codes are packed, else the most."""
+    shards = make_shards(checkpoint, plan, choice)
+    files = {shard.file: shard.layout.file_bytes for shard in shards}
+    if checkpoint.is_folder and len(shards) > 1:
+        files[INDEX_NAME] = len(index_text({shard.file: shard.layout.slots for shard in shards}).encode())
+    return files
+
+
+def _kept_dtypes(decisions: Sequence[Decision]) -> dict[str, tuple[str, str]]:
+    """Kept tensor -> its dtype in the input, and as it is stored."""
+    kept = (d for d in decisions if not d.compresses and d.tied_to is None)
+    return {d.tensor.name: (d.tensor.dtype, d.stored or d.tensor.dtype) for d in kept}
+
+
+def _of_modules(values: Mapping[str, Value], tensors: set[str]) -> dict[str, Value]:
+    """What belongs to the modules of these tensors."""
+    modules = {name.rpartition(".")[0] for name in tensors}
+    return {module: value for module, value in values.items() if module in modules}

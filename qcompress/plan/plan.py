@@ -1,0 +1,299 @@
+"""A plan decides of each tensor what happens to it and why; or every reason why not is raised at once.
+
+Made from names, shapes and dtypes alone, so that it can be printed and refused before any weight is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import groupby
+from pathlib import Path
+
+from qcompress.checkpoint.side_files import count_representatives
+from qcompress.errors import DataError, InputError, RecipeError, raise_all
+from qcompress.registry import METHODS, ClusterConfig, RdConfig, refuse_cost
+from qcompress.types.config import MethodConfig
+from qcompress.types.plan import (
+    COMMAND_LINE,
+    KEPT,
+    STORED_AS_F16,
+    WEIGHT_DTYPES,
+    Axis,
+    CodebookSpec,
+    Decision,
+    Keep,
+    KeepDtype,
+    ModelFacts,
+    Plan,
+    Recipe,
+    Rule,
+    TensorInfo,
+    Widths,
+    row_shape,
+    shared_groups,
+)
+
+HALVED = ("F32", "F64")
+"""The dtypes that `keep_dtype: f16` changes: bfloat16 would lose range and gain nothing."""
+
+
+@dataclass(frozen=True)
+class RuleUse:
+    """What the rules of one place in a recipe do: a list of globs has become one Rule a glob, and is judged as one.
+
+    matched  names that one of the globs fits -> the rule that decides each; None where none does
+    decided  those that these rules decide, in the names' order
+    """
+
+    rules: tuple[Rule, ...]
+    matched: Mapping[str, Rule | None]
+    decided: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        return self.rules[0].where
+
+    @property
+    def globs(self) -> str | list[str]:
+        """The glob, or the list of them, as the recipe has it."""
+        globs = [rule.match for rule in self.rules]
+        return globs[0] if len(globs) == 1 else globs
+
+
+def find_deciders(
+    rules: Sequence[Rule], names: Iterable[str], reaches: Callable[[Rule, str], bool] = lambda _, __: True
+) -> dict[str, Rule | None]:
+    """Name -> the first rule that matches it and `reaches` it; None where there is none."""
+    return {
+        name: next((rule for rule in rules if fnmatchcase(name, rule.match) and reaches(rule, name)), None)
+        for name in names
+    }
+
+
+def rule_uses(rules: Sequence[Rule], deciders: Mapping[str, Rule | None]) -> Iterator[RuleUse]:
+    """What became of every rule, in their order; `deciders` is what `find_deciders` gave for the same rules."""
+    for where, group in groupby(rules, key=lambda rule: rule.where):
+        same = tuple(group)
+        matched = {name: one for name, one in deciders.items() if any(fnmatchcase(name, rule.match) for rule in same)}
+        decided = tuple(name for name, one in matched.items() if one is not None and one.where == where)
+        yield RuleUse(same, matched, decided)
+
+
+def make_plan(
+    recipe: Recipe,
+    tensors: Sequence[TensorInfo],
+    tied: Mapping[str, str],
+    axes: Mapping[str, Axis],
+    *,
+    model: ModelFacts | None = None,
+    representatives: Path | None = None,
+    nonfinite: Mapping[str, int] | None = None,
+) -> Plan:
+    """The plan of `recipe` for a checkpoint of `tensors`; `tied` and `axes` are what the checkpoint says of them.
+
+    model            what the recipe's network says, which knows channel axes and tied weights that headers do not show
+    representatives  the file of what finetune-reg has learned, read where a method takes it up
+    nonfinite        weights to keep because so many of their values are NaN or Inf
+    raises           RecipeError, or Refusals with one for each rule that decides nothing and each tensor that cannot
+                     follow its rule; DataError where learned representatives do not fit
+    """
+    names = {tensor.name for tensor in tensors}
+    facts = {name: one for name, one in (model or {}).items() if name in names}
+    tied = {name: one.tied_to for name, one in facts.items() if one.tied_to in names} | dict(tied)
+    axes = {name: one.axis for name, one in facts.items() if one.axis is not None} | dict(axes)
+    deciders = find_deciders(recipe.rules, [tensor.name for tensor in tensors])
+    twins = _stored_twins(deciders, tied)
+    decisions: list[Decision] = []
+    errors: list[InputError] = []
+    for tensor in tensors:
+        rule = deciders[tensor.name]
+        try:
+            decision = _decide(tensor, rule, twins.get(tensor.name), axes.get(tensor.name))
+            decisions.append(_stored(decision, rule, recipe.keep_dtype))
+        except RecipeError as error:
+            errors.append(error)
+    if not errors:
+        errors = [*_idle_rules(recipe, deciders, decisions), *_stepless(recipe), *_unshareable(decisions)]
+    raise_all(errors)
+    decisions = [_without_nonfinite(decision, nonfinite or {}) for decision in decisions]
+    return Plan(recipe, tuple(_learned(decisions, representatives)))
+
+
+def _without_nonfinite(decision: Decision, counts: Mapping[str, int]) -> Decision:
+    """The decision, or to keep a weight that holds NaN or Inf."""
+    count = counts.get(decision.tensor.name)
+    if count is None or not decision.compresses:
+        return decision
+    return replace(decision, method=None, config=KEPT, reason=f"{count} values are NaN or Inf (--skip-nonfinite)")
+
+
+def _learned(decisions: Iterable[Decision], path: Path | None) -> Iterator[Decision]:
+    """The decisions with the bits that their learned representatives need. Raises DataError, Refusals."""
+    errors: list[InputError] = []
+    for decision in decisions:
+        if path is not None and decision.compresses and METHODS[decision.method or ""].representatives:
+            try:
+                entries = count_representatives(path, decision.tensor.name, 2**decision.config.code_bits)
+            except DataError as error:
+                errors.append(error)
+                if error.where == str(path):
+                    break
+                continue
+            config = decision.config.changed(bits=max(1, math.ceil(math.log2(entries))))
+            decision = replace(decision, config=config, codebook=replace(decision.codebook, entries=entries))
+        yield decision
+    raise_all(errors)
+
+
+def _stepless(recipe: Recipe) -> list[InputError]:
+    """Rules of a method without widths that neither a budget nor a step of their own decides."""
+    if recipe.budget is not None:
+        return []
+    hint = "add --bpw 2.0, --target-size SIZE or a `budget`, or `step: 0.3` to the rule"
+    return [
+        RecipeError(rule.where, f"{rule.method} has no widths, and nothing says how fine its grids are", hint)
+        for rule in recipe.rules
+        if isinstance(rule.config, RdConfig) and rule.config.step is None
+    ]
+
+
+def _stored_twins(deciders: Mapping[str, Rule | None], tied: Mapping[str, str]) -> dict[str, str]:
+    """Tied name -> the tensor that is stored for it, which is no copy itself. A rule of its own unties a name."""
+    copies = {
+        name: tied[name] for name, rule in deciders.items() if name in tied and not (rule and rule.names_one_tensor)
+    }
+    twins = {}
+    for name, twin in copies.items():
+        while twin in copies:
+            twin = copies[twin]
+        twins[name] = twin
+    return twins
+
+
+def _decide(tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis | None) -> Decision:
+    if twin is not None:
+        return Decision(tensor, None, KEPT, f"tied to {twin}, stored once", tied_to=twin)
+    if rule is None:
+        return Decision(tensor, None, KEPT, "no rule matches")
+    if rule.method is None:
+        return Decision(tensor, None, KEPT, f"kept by {rule.where}")
+    because = _unfit(tensor)
+    if because is not None:
+        if rule.names_one_tensor and tensor.numel:
+            raise RecipeError(rule.where, f"{rule.method} cannot compress {tensor.name}: {because}", "use keep: {}")
+        return Decision(tensor, None, KEPT, because)
+    if len(tensor.shape) < 2 and not rule.names_one_tensor:
+        return Decision(tensor, None, KEPT, "fewer than two dimensions")
+    axis, reason = _channel_axis(tensor, rule, known)
+    accepted = _accepted(tensor, rule, axis)
+    shared = shared_by(tensor.name, accepted.share)
+    if shared is not None:
+        reason = f"{reason}; one codebook for the {shared}"
+    return Decision(tensor, rule.method, accepted, reason, axis, codebook=CodebookSpec(shared=shared))
+
+
+def _accepted(tensor: TensorInfo, rule: Rule, axis: tuple[int, ...]) -> MethodConfig:
+    """The rule's config; of open widths those that the weight can have. Raises RecipeError where it can have none."""
+    config = rule.options
+    widths = config.configs if isinstance(config, Widths) else {0: config}
+    refusals = {width: refuse(tensor, one, axis) for width, one in widths.items()}
+    accepted = {width: one for width, one in widths.items() if refusals[width] is None}
+    if not accepted:
+        what = f"{tensor.name} {list(tensor.shape)}: {refusals[max(widths)]}"
+        hint = "use -r RECIPE with a rule of its own for it, or keep: {}"
+        raise RecipeError(rule.where, what, hint if rule.where == COMMAND_LINE else "change the rule or add one")
+    return Widths(accepted) if isinstance(config, Widths) else config
+
+
+def refuse(tensor: TensorInfo, config: MethodConfig, axis: tuple[int, ...]) -> str | None:
+    """Why a tensor cannot be encoded by a config, or None; of a codebook that several share, they answer together."""
+    rows = row_shape(tensor.shape, axis)
+    refusal = config.refuse(rows)
+    if refusal is None and isinstance(config, ClusterConfig) and config.share is None:
+        refusal = refuse_cost(config, [rows], tensor.n_bytes)
+    return refusal
+
+
+def _stored(decision: Decision, rule: Rule | None, every: KeepDtype | None) -> Decision:
+    """The decision with the dtype in which a kept tensor is stored: its rule's, or else that of `every` tensor."""
+    wanted = rule.config.dtype if rule is not None and isinstance(rule.config, Keep) else every
+    tensor = decision.tensor
+    if wanted is None or decision.compresses or decision.tied_to or tensor.dtype not in HALVED or not tensor.numel:
+        return decision
+    return replace(decision, stored="F16", reason=f"{decision.reason}{STORED_AS_F16}")
+
+
+def shared_by(name: str, scope: str | None) -> str | None:
+    """What a tensor shares its codebook with: "model", "type q_proj.weight", "layer model.layers.3"; None: nothing.
+
+    A layer is all up to the first number in the name, without one the parent of the tensor's module.
+    """
+    if scope is None or scope == "model":
+        return scope
+    parts = name.split(".")
+    if scope == "type":
+        return f"type {'.'.join(parts[-2:])}"
+    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
+    prefix = parts[: numbers[0] + 1] if numbers else parts[:-2]
+    return f"layer {'.'.join(prefix)}".rstrip()
+
+
+def _unshareable(decisions: Sequence[Decision]) -> list[InputError]:
+    """An error for each codebook that its tensors cannot pay for together."""
+    errors: list[InputError] = []
+    for group in shared_groups(decisions).values():
+        first = group[0]
+        shapes = [row_shape(d.tensor.shape, d.axis) for d in group]
+        assert isinstance(first.config, ClusterConfig)
+        refusal = refuse_cost(first.config, shapes, sum(d.tensor.n_bytes for d in group))
+        if refusal is not None:
+            what = f"{first.codebook.shared}: {refusal}"
+            errors.append(RecipeError(first.reason.partition("; ")[0], what, "fewer bits, a smaller dim, or no share"))
+    return errors
+
+
+def _unfit(tensor: TensorInfo) -> str | None:
+    if tensor.dtype not in WEIGHT_DTYPES:
+        return f"dtype {tensor.dtype} is kept"
+    if tensor.numel == 0:
+        return "no elements"
+    return None
+
+
+def _channel_axis(tensor: TensorInfo, rule: Rule, known: Axis | None) -> tuple[tuple[int, ...], str]:
+    """The channel axes, normalised, and the reason to print: the recipe's, the checkpoint's, or axis 0."""
+    chosen = rule.options.axis
+    if chosen is None:
+        return (known.axes, f"{rule.where}; {known.reason}") if known else ((0,), rule.where)
+    rank = len(tensor.shape)
+    asked = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+    axes = tuple(axis + rank if axis < 0 else axis for axis in asked)
+    inside = all(0 <= axis < rank for axis in axes) and len(set(axes)) == len(axes)
+    if not inside or not 0 < len(axes) < max(rank, 2):
+        what = f"axis {chosen} is none of {tensor.name} {list(tensor.shape)}"
+        raise RecipeError(rule.where, what, f"give one to {max(rank - 1, 1)} different axes below {rank}")
+    return axes, rule.where
+
+
+def _idle_rules(recipe: Recipe, deciders: Mapping[str, Rule | None], decisions: Sequence[Decision]) -> list[InputError]:
+    """An error for each rule that decides nothing; a method's rule must compress at least one tensor."""
+    errors: list[InputError] = []
+    by_name = {decision.tensor.name: decision for decision in decisions}
+    for use in rule_uses(recipe.rules, deciders):
+        if not use.matched:
+            close = difflib.get_close_matches(use.rules[0].match, deciders, n=3, cutoff=0.0)
+            hint = f"nearest names: {', '.join(close)}" if close else "the checkpoint has no tensors"
+            errors.append(RecipeError(use.where, f"match {use.globs!r} fits no tensor", hint))
+        elif not use.decided:
+            earlier = next(rule for rule in use.matched.values() if rule is not None)
+            what = f"match {use.globs!r} decides nothing: {earlier.where} comes first"
+            errors.append(RecipeError(use.where, what, "put the narrower rule first"))
+        elif use.rules[0].method is not None and not any(by_name[name].compresses for name in use.decided):
+            first = by_name[use.decided[0]]
+            what = f"match {use.globs!r} compresses nothing: {first.tensor.name}: {first.reason}"
+            errors.append(RecipeError(use.where, what, "match weights of two dimensions or more, or use keep: {}"))
+    return errors

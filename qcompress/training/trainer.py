@@ -1,0 +1,77 @@
+"""A method that needs training is given a Trainer: it trains a module as the recipe says, and shows it data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from qcompress.data.batches import Batch
+from qcompress.training.loop import Data, Trained, Watch, refuse_few, train
+from qcompress.training.losses import Loss
+from qcompress.training.optimizers import Group
+from qcompress.training.parallel import ALONE, World
+from qcompress.training.penalties import Penalties
+from qcompress.types.run import FitContext, seeded_generator
+from qcompress.types.settings import Training
+
+INIT_SAMPLES = 256
+"""What is learned beside the weights starts from so many samples, or one batch."""
+
+
+def trainer_of(context: FitContext) -> Trainer:
+    """What trains, of a method that needs training: the plan sees to it that there is one."""
+    assert isinstance(context.trainer, Trainer)
+    return context.trainer
+
+
+@dataclass
+class Trainer:
+    """Trains a module on the recipe's data as its `finetune` section says; `trained` then says how that went."""
+
+    data: Data
+    loss: Loss
+    training: Training
+    watch: Watch
+    seed: int
+    world: World = ALONE
+    trained: Trained | None = field(default=None, init=False)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        after_step: Callable[[float], None] = lambda _: None,
+        groups: Sequence[Group] = (),
+    ) -> Trained:
+        """Train.
+
+        after_step  called after each step with the share of all steps that are done
+        groups      parameters of the module that have an optimizer's settings of their own, see `make_optimizer`
+        raises      what `train` raises
+        """
+        self.trained = train(
+            module,
+            self.data,
+            self.loss,
+            self.training,
+            Penalties([]),
+            self.watch,
+            seed=self.seed,
+            world=self.world,
+            after_step=after_step,
+            groups=groups,
+        )
+        return self.trained
+
+    def first_batches(self, device: torch.device) -> list[Batch]:
+        """A few batches of the training data, drawn by the seed, without augmentation; the same on every rank.
+
+        raises  DataError where there are fewer samples than one step takes
+        """
+        refuse_few(self.data, self.training.options.accumulate, self.world)
+        batches = self.data.batches
+        drawn = batches.shuffled(seeded_generator(self.seed, "first batches", "cpu"))
+        count = max(1, INIT_SAMPLES // batches.batch_size)
+        return [batch.to(device) for _, batch in zip(range(count), drawn, strict=False)]

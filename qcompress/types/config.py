@@ -1,0 +1,117 @@
+"""Every method's config has this base, which is what the plan, the layout and the codes read of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
+
+Shape: TypeAlias = tuple[int, ...]
+Granularity: TypeAlias = Literal["tensor", "channel", "group"]
+
+Form: TypeAlias = Literal["kept", "symmetric", "zero-point", "offset", "codebook", "lattice"]
+"""What decodes the codes: nothing, a scale alone or beside an unsigned integer zero point or a real offset, a table of
+entries, or the step of a quantizer without ends."""
+
+Convention: TypeAlias = Literal["narrow", "full", "mid-rise"]
+"""Where zero lies on a symmetric grid of b bits: at code 2**(b-1) - 1, at 2**(b-1), or at (2**b - 1) / 2."""
+
+CodebookDtype: TypeAlias = Literal["f16", "f32", "int8"]
+Share: TypeAlias = Literal["layer", "type", "model"]
+
+Rows: TypeAlias = Shape
+"""The shape (rows, ...) of a weight whose channel axes come first and became one."""
+
+STRICT: ConfigDict = {"extra": "forbid", "strict": True}
+"""How pydantic reads a config: no unknown keys, no values of another type."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What all configs have in common; what is not a config's own is as for a tensor that is kept.
+
+    bits         of a code; None where codes have no width, or where a budget has yet to choose it
+    granularity  as the recipe gives it, see `unit`
+    group_size   values of a row that share a grid, or channels that share a codebook, where `unit` is group
+    dim          neighbouring rows that have one code together
+    axis         the channel axis, or the pair of them in stacked experts; the plan's choice where None
+    codebook     how the entries of a codebook are stored
+    share        what shares one codebook; None: each tensor has its own
+
+    A dataclass field of the same name takes the place of what is read-only here.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    if TYPE_CHECKING:
+        # At run time a field `bits` without a default would take the property for one.
+        @property
+        def bits(self) -> int | None: ...
+
+    @property
+    def code_bits(self) -> int:
+        """The bits of a code, of a config whose codes have a width."""
+        assert self.bits is not None
+        return self.bits
+
+    @property
+    def form(self) -> Form:
+        """What the codes are stored with."""
+        return "kept"
+
+    @property
+    def granularity(self) -> Granularity | None:
+        return "tensor"
+
+    @property
+    def unit(self) -> Granularity:
+        """The granularity that holds: what has a grid or a codebook of its own."""
+        return self.granularity or "tensor"
+
+    @property
+    def group_size(self) -> int | None:
+        return None
+
+    @property
+    def dim(self) -> int:
+        return 1
+
+    @property
+    def axis(self) -> int | tuple[int, ...] | None:
+        return None
+
+    @property
+    def stored_convention(self) -> Convention:
+        """Where zero lies on a symmetric grid."""
+        return "full"
+
+    @property
+    def codebook(self) -> CodebookDtype:
+        return "f16"
+
+    @property
+    def share(self) -> Share | None:
+        return None
+
+    def changed(self, **options: object) -> Self:
+        """The same config but for these options."""
+        return type(self)(**{**{one.name: getattr(self, one.name) for one in fields(self)}, **options})
+
+    def refuse(self, rows: Rows) -> str | None:
+        """Why a weight of shape `rows` cannot be encoded so, or None."""
+        return None
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """What all regularizers' configs have in common: nothing that the plan reads; see registry.regularizers."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+
+Coding: TypeAlias = Literal["packed", "zstd", "ans"]
+
+
+CodingChoice: TypeAlias = Literal["auto", "packed", "zstd", "ans"]

@@ -1,0 +1,165 @@
+"""Weights become these frozen values: codes with what decodes them, and what stands beside them.
+
+A method returns Kept, Affine, Codebook or Lattice; the grid is already rounded to its dtype on the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from qcompress.types.config import Convention, Shape
+from qcompress.types.plan import Decision
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor as it is, or as a method that declares `adjusts` changed it."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """Integer codes on a uniform grid, the grid already rounded to its disk dtype.
+
+    codes       uint8 [rows, columns] in [0, 2**bits)
+    scale       float16 [1 or rows, groups], not 0; its value is scale * 2**exponent
+    zero_point  uint8, shaped like scale: weight = scale * (code - zero_point)
+    offset      float16, shaped like scale, with the same exponent: weight = scale * code + offset
+    convention  where neither is present: weight = scale * (code - middle), see Convention
+    shape       of the weight; `axis` are its channel axes, which become the rows
+    dtype       of the weight, as safetensors names it
+    """
+
+    codes: Tensor
+    bits: int
+    scale: Tensor
+    exponent: int
+    shape: Shape
+    zero_point: Tensor | None = None
+    offset: Tensor | None = None
+    convention: Convention | None = None
+    axis: tuple[int, ...] = (0,)
+    dtype: str = "F32"
+
+
+@dataclass(frozen=True, slots=True)
+class Codebook:
+    """Codes that name entries of tables of values; `dim` neighbouring rows have one code together.
+
+    codes      uint8, or int16 above 8 bits, [rows / dim, columns], below the number of entries
+    bits       1 to 12
+    centroids  float16, float32 or int8 [tables, entries, dim]: every rows / tables rows have a table of their own
+    scale      float16 [tables, 1] of int8 centroids, else None
+    exponent   a weight is centroid * scale * 2**exponent; 0 for float32 centroids
+    shape      of the weight; `axis` are its channel axes, which become the rows
+    dtype      of the weight, as safetensors names it
+    """
+
+    codes: Tensor
+    bits: int
+    centroids: Tensor
+    exponent: int
+    shape: Shape
+    scale: Tensor | None = None
+    axis: tuple[int, ...] = (0,)
+    dtype: str = "F32"
+
+    @property
+    def dim(self) -> int:
+        """Weights a vector."""
+        return int(self.centroids.shape[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Unbounded:
+    """Unbounded integer codes on a grid through zero, whose step is a product of factors; made to be entropy coded.
+
+    codes     int32 [rows, columns]
+    step      float16 [], above 0; a weight is code * step * 2**exponent * row factor * column factor
+    rows      int8 [rows] or None: the factor of a row is 2**(value / 8)
+    channels  int8 [columns / taps] or None, and
+    taps      int8 [taps] or None: the factor of column j is 2**((channels[j // taps] + taps[j % taps]) / 8)
+    trellis   whether the codes of a row drive the eight-state trellis, which halves the step of every other code
+    shape     of the weight; `axis` are its channel axes, which become the rows
+    dtype     of the weight, as safetensors names it
+    """
+
+    codes: Tensor
+    step: Tensor
+    exponent: int
+    shape: Shape
+    rows: Tensor | None = None
+    channels: Tensor | None = None
+    taps: Tensor | None = None
+    trellis: bool = False
+    axis: tuple[int, ...] = (0,)
+    dtype: str = "F32"
+
+
+Coded: TypeAlias = Affine | Codebook | Unbounded
+"""A weight that stands in codes."""
+
+Encoded: TypeAlias = Kept | Coded
+
+CodedT = TypeVar("CodedT", bound=Coded)
+
+
+def for_tensor(coded: CodedT, decision: Decision) -> CodedT:
+    """The codes of rows as those of the weight that a decision names: with its shape, channel axes and dtype."""
+    return replace(coded, shape=decision.tensor.shape, axis=decision.axis, dtype=decision.tensor.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationGrid:
+    """The quantizer at a module's input, one for the whole tensor: value = scale * (code - zero_point).
+
+    bits        1 to 8; codes lie in [0, 2**bits)
+    scale       above 0, a float32 number
+    zero_point  in [0, 2**bits), so that zero lies on the grid
+    """
+
+    bits: int
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method on a live model has chosen.
+
+    encoded      tensor name -> its codes; Kept for what a method that declares `adjusts` changed
+    references   tensor name -> the float weight that its codes stand for, where that is not the checkpoint's
+    activations  module name -> the quantizer at its input, from a method that chooses it itself
+    caps         module name -> the largest value of each channel (dimension 1) of its output, float32 [channels]
+    notes        what was skipped and why, one line each
+    """
+
+    encoded: Mapping[str, Encoded]
+    references: Mapping[str, Tensor] = field(default_factory=dict)
+    activations: Mapping[str, ActivationGrid] = field(default_factory=dict)
+    caps: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassUse:
+    """What the codes of one lattice under one table take.
+
+    context     the table: a scale class, plus 32 in even and 64 in odd states of a trellis
+    count       codes of the lattice that it codes
+    magnitude   their mean |code|
+    ideal_bits  a code, raw bits included, at the order-0 entropy of these codes
+    table_bits  a code, raw bits included, under the stored table
+    """
+
+    context: int
+    count: int
+    magnitude: float
+    ideal_bits: float
+    table_bits: float

@@ -1,0 +1,367 @@
+"""A plan has its nouns here, frozen, in the order in which data meets them; `encoded` has what weights become.
+
+checkpoint -> TensorInfo -> Recipe of Rules -> Plan of Decisions -> Encoded
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeAlias
+
+from typing_extensions import TypeVar
+
+from qcompress.types.config import (
+    STRICT,
+    CodebookDtype,
+    Convention,
+    Form,
+    Granularity,
+    MethodConfig,
+    PenaltyConfig,
+    Shape,
+    Share,
+)
+from qcompress.types.settings import ActivationSettings, Companion, DataSettings, ModelSettings, Task, Training
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
+
+DTYPE_BITS: Mapping[str, int] = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+    "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I8": 8, "U8": 8, "BOOL": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+"""Bits per element of every dtype that a safetensors header may name."""
+
+COMMAND_LINE = "command line"
+"""Where a rule is that no file holds."""
+
+WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""The dtypes whose tensors can be compressed; all others are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as a header describes it: no data."""
+
+    name: str
+    shape: Shape
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return -(-self.numel * DTYPE_BITS[self.dtype] // 8)
+
+
+def row_shape(shape: Shape, axis: tuple[int, ...]) -> Shape:
+    """The shape (rows, ...) of a weight whose channel axes come first and become one; a vector or scalar is one row."""
+    if len(shape) < 2:
+        return (1, math.prod(shape))
+    rest = tuple(size for index, size in enumerate(shape) if index not in axis)
+    return (math.prod(shape[index] for index in axis), *rest)
+
+
+Family: TypeAlias = Literal["quantize", "cluster"]
+
+
+def searched_convention(bits: int) -> Convention:
+    """The symmetric grid with the least squared error on bell-shaped weights, one for all blocks of a tensor."""
+    return "mid-rise" if bits <= 2 else "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the compressed weights may take; exactly one of the first three.
+
+    bpw          bits per compressed weight, all side information counted
+    size         bytes of the whole artifact
+    minimize     the smallest artifact that holds the gates
+    sensitivity  a file of what each layer costs at each width, as the recipe names it
+    """
+
+    bpw: float | None = None
+    size: int | None = None
+    minimize: Literal["size"] | None = None
+    sensitivity: str | None = None
+
+
+KeepDtype: TypeAlias = Literal["f16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """How tensors that are not compressed are stored.
+
+    dtype  f16 stores real numbers of more than 16 bits in 16, where their values bear it; they load in their own dtype
+    """
+
+    dtype: KeepDtype | None = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of a recipe: which tensors, and what happens to them.
+
+    `method` None keeps, and then `config` is a Keep or None; else it is the method's config, Widths under a budget, or
+    of a regularizer. `where` names the rule in errors ("recipe.yaml:7: rules[0].rtn").
+    """
+
+    match: str
+    method: str | None
+    config: MethodConfig | PenaltyConfig | Keep | None
+    where: str
+
+    @property
+    def names_one_tensor(self) -> bool:
+        return not any(character in self.match for character in "*?[")
+
+    @property
+    def options(self) -> MethodConfig:
+        """The config of a rule that compresses."""
+        assert isinstance(self.config, MethodConfig)
+        return self.config
+
+
+@dataclass(frozen=True)
+class Widths(MethodConfig):
+    """A config whose bits a budget has yet to choose: the config at each width that its method has, ascending.
+
+    All but the bits is that of the widest: what follows from them is the same.
+    """
+
+    configs: Mapping[int, MethodConfig]
+
+    @property
+    def widest(self) -> MethodConfig:
+        return self.configs[max(self.configs)]
+
+    def at(self, bits: int) -> MethodConfig:
+        return self.configs[bits]
+
+    bits: ClassVar[None] = None
+
+    @property
+    def form(self) -> Form:
+        return self.widest.form
+
+    @property
+    def granularity(self) -> Granularity | None:
+        return self.widest.granularity
+
+    @property
+    def group_size(self) -> int | None:
+        return self.widest.group_size
+
+    @property
+    def dim(self) -> int:
+        return self.widest.dim
+
+    @property
+    def axis(self) -> int | tuple[int, ...] | None:
+        return self.widest.axis
+
+    @property
+    def stored_convention(self) -> Convention:
+        return self.widest.stored_convention
+
+    @property
+    def codebook(self) -> CodebookDtype:
+        return self.widest.codebook
+
+    @property
+    def share(self) -> Share | None:
+        return self.widest.share
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Limits that turn a finished run into exit code 4. Bytes, bits per weight, decibels."""
+
+    max_size: int | None = None
+    max_bpw: float | None = None
+    min_sqnr: float | None = None
+    min_metric: Mapping[str, float] = field(default_factory=dict)
+    max_drop: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finetune:
+    """How a model is trained, and what its weights are pulled to.
+
+    regularize  rules whose methods are regularizers; None exempts
+    """
+
+    training: Training
+    regularize: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the user asked for, checked but not yet held against any tensor.
+
+    keep_dtype  how tensors that are not compressed are stored, where no rule says it; None: as they are
+    source  the recipe's file, whose folder its paths start from
+    places  where each section stands, for errors: "model" -> "recipe.yaml:3: model"
+    """
+
+    family: Family
+    rules: tuple[Rule, ...]
+    seed: int = 0
+    gates: Gates = Gates()
+    model: ModelSettings | None = None
+    data: DataSettings | None = None
+    task: Task | None = None
+    activations: ActivationSettings | None = None
+    companions: tuple[Companion, ...] = ()
+    budget: Budget | None = None
+    finetune: Finetune | None = None
+    keep_dtype: KeepDtype | None = None
+    source: str = COMMAND_LINE
+    places: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The channel axes of a weight, which become its rows, and who says so."""
+
+    axes: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """What a network says of one of its tensors.
+
+    module   the type of the module that holds it
+    axis     its channel axes, where they are not the first
+    tied_to  the earlier tensor that it is
+    called   whether a forward pass calls that module, rather than reading the weight alone
+    """
+
+    module: str
+    axis: Axis | None = None
+    tied_to: str | None = None
+    called: bool = True
+
+
+ModelFacts: TypeAlias = Mapping[str, TensorFacts]
+"""What a network says of its tensors, by their names."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookSpec:
+    """What a tensor's codebook is, beyond its settings.
+
+    entries    a table has no more, because no more values differ; None: as many as its codes can name
+    shared     what shares it: "model", "type q_proj.weight", "layer model.layers.0"; None: this tensor alone has it
+    stored_in  the tensor of the same file that stores it, where that is another one
+    """
+
+    entries: int | None = None
+    shared: str | None = None
+    stored_in: str | None = None
+
+
+@dataclass(frozen=True)
+class KeptConfig(MethodConfig):
+    """The config of what no method encodes."""
+
+    bits: ClassVar[None] = None
+
+
+KEPT = KeptConfig()
+
+ConfigT = TypeVar("ConfigT", bound=MethodConfig, covariant=True, default=MethodConfig)
+
+
+@dataclass(frozen=True)
+class Decision(Generic[ConfigT]):
+    """What happens to one tensor and why.
+
+    `method` is None and `config` KEPT where it is kept; `config` is Widths where a budget has yet to choose. `axis`
+    holds the channel axes: the weight is seen as rows, one a channel. `tied_to` names the tensor that is stored in
+    place of this one. `stored` is the dtype in which a kept tensor is stored where its values bear it, and that is not
+    its own. `sensitivity` is what the chosen width of this tensor alone costs, where that was measured. `codebook` says
+    more of a codebook.
+    """
+
+    tensor: TensorInfo
+    method: str | None
+    config: ConfigT
+    reason: str
+    axis: tuple[int, ...] = (0,)
+    tied_to: str | None = None
+    stored: str | None = None
+    sensitivity: float | None = None
+    codebook: CodebookSpec = field(default_factory=CodebookSpec)
+
+    @property
+    def compresses(self) -> bool:
+        return self.method is not None
+
+    @property
+    def is_open(self) -> bool:
+        return isinstance(self.config, Widths)
+
+    @property
+    def widths(self) -> Widths:
+        """The config of an open decision."""
+        assert isinstance(self.config, Widths)
+        return self.config
+
+
+CodebookKey: TypeAlias = tuple[str, str | None, MethodConfig]
+"""What tensors with one codebook have in common: what shares it, their method and their config."""
+
+
+def codebook_key(decision: Decision) -> CodebookKey | None:
+    """The key of a codebook that several tensors share; None for a tensor with its own."""
+    shared = decision.codebook.shared
+    return None if shared is None else (shared, decision.method, decision.config)
+
+
+def shared_groups(decisions: Iterable[Decision]) -> dict[CodebookKey, list[Decision]]:
+    """The decisions that share a codebook, by its key, in their order."""
+    groups: dict[CodebookKey, list[Decision]] = {}
+    for decision in decisions:
+        key = codebook_key(decision)
+        if key is not None and decision.compresses:
+            groups.setdefault(key, []).append(decision)
+    return groups
+
+
+STORED_AS_F16 = "; stored as F16"
+"""What a reason says of a kept tensor that is stored in half precision if its values bear it."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What came of the conditions in a plan, which only values decide.
+
+    entries   codebook entries that a tensor stores, by its name
+    too_wide  kept tensors whose values float16 cannot hold
+    adjusted  kept tensors that a method has changed
+    """
+
+    entries: Mapping[str, int] = field(default_factory=dict)
+    too_wide: frozenset[str] = frozenset()
+    adjusted: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One decision for each tensor, in the order of the checkpoint."""
+
+    recipe: Recipe
+    decisions: tuple[Decision, ...]

@@ -1,0 +1,143 @@
+"""A run is described by plain values here: its recipe and device, and what it gives a method. No torch at run time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from qcompress.types.config import CodingChoice
+from qcompress.types.plan import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Say: TypeAlias = Callable[[str], None]
+"""Called with a line on what begins."""
+
+SampleProgress: TypeAlias = Callable[[str, int, int], None]
+"""Called with what runs, the samples done and the samples in all."""
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+"""A value of JSON that is to be written; whatever is read is checked before it has a type."""
+
+Progress = Callable[[str, int], None]
+"""Called with a tensor's name and its bytes in the checkpoint once it is done."""
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """A recipe whose model and data are used, and where they run.
+
+    allow_code  whether files that the recipe names may be run
+    """
+
+    recipe: Recipe
+    device: torch.device
+    allow_code: bool = False
+    progress: SampleProgress = lambda *_: None
+
+    @property
+    def root(self) -> Path:
+        """What the recipe's paths start from."""
+        source = Path(self.recipe.source)
+        return source.parent if source.suffix else Path()
+
+    def place(self, section: str) -> str:
+        """How errors name a section of the recipe."""
+        return self.recipe.places.get(section, section)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFigures:
+    """What the run took: wall and processor seconds, the largest resident memory, where, and with which versions."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int
+    device: str
+    versions: Mapping[str, str]
+
+
+@dataclass
+class Gram:
+    """Second moments of a layer's inputs: what its output error depends on.
+
+    hessian  float64 [groups, columns, columns], the mean over positions of x^ x^T, x^ from the quantized network
+    cross    the mean of x x^^T, x from the full-precision network; None where both networks gave the same
+    mean     float64 [groups, columns], of x^; `clean_mean` of x
+    count    positions
+    """
+
+    hessian: Tensor
+    cross: Tensor | None
+    mean: Tensor
+    clean_mean: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class EncodeContext:
+    """What a method that encodes one weight may draw on beside the weight and its config.
+
+    exponent         scales, offsets and centroids of half precision count in units of 2**exponent
+    generator        random numbers of this tensor
+    gram             second moments of the layer's inputs, for methods that work from saved statistics
+    sensitivity      float64 [columns] or, one a group of channels, [groups, columns], not negative: what a squared
+                     error of a weight in that column counts; None: all alike
+    shared           codebook float [1, entries, dim] and exponent that several tensors have together
+    representatives  float [at most 2**bits]: what finetune-reg learned for this tensor
+    """
+
+    exponent: int
+    generator: torch.Generator
+    gram: Gram | None = None
+    sensitivity: Tensor | None = None
+    shared: tuple[Tensor, int] | None = None
+    representatives: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """What a method on a live model may draw on beside the model and its decisions.
+
+    rate     bits a weight that codes without widths may take, where a budget says so
+    trainer  a training.trainer.Trainer, for the methods that need training
+    say      called with a line on what begins
+    """
+
+    rate: float | None = None
+    trainer: object = None
+    say: Say = lambda _: None
+
+
+def seeded_generator(seed: int, name: str, device: torch.device | str) -> torch.Generator:
+    """Random numbers for one layer or tensor, whatever the order in which they come."""
+    import torch
+
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, not what: none of it changes the bytes, but for `choice`, `device`, `rate` and the files.
+
+    statistics       a file of the layers' input statistics, for the methods that can work from them
+    representatives  a file of what finetune-reg has learned, for the methods that take it up
+    rate             bits a weight that the codes of methods without widths may take; a budget's search sets it
+    """
+
+    output: Path
+    choice: CodingChoice = "auto"
+    force: bool = False
+    threads: int = 1
+    device: str = "cpu"
+    max_memory: int | None = None
+    resume: bool = False
+    statistics: Path | None = None
+    representatives: Path | None = None
+    rate: float | None = None
+    progress: Progress | None = None

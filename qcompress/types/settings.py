@@ -1,0 +1,413 @@
+"""A recipe sets what a live model is here: network, data, task, activation quantizers, training.
+
+Times of training are shares of all steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+
+from annotated_types import Ge, Gt, Interval, MinLen
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
+
+AUGMENTATIONS = ("flip", "crop4")
+"""Left and right exchanged by a coin; a random crop after padding by 4."""
+
+Share: TypeAlias = Annotated[float, Interval(ge=0, le=1)]
+Args: TypeAlias = dict[str, Any]
+"""Keyword arguments of a callable that a recipe names."""
+Companion: TypeAlias = Literal["bias_correction", "batch_norm"]
+"""`bias_correction` takes each layer's mean output error away; `batch_norm` re-estimates what batch norms have seen."""
+
+
+class Section:
+    """A part of a recipe: pydantic refuses unknown keys in it, and converts no values."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Section):
+    """Which network the checkpoint's weights belong to.
+
+    factory  "package.module:callable", or "path/to/file.py:function", which needs --allow-code
+    args     its keyword arguments; of a transformers class, of its Config
+    blocks   globs over module names: the units that run one after another, where the model cannot be traced
+    input    the shape of one input without its batch dimension, where no data shows it
+    """
+
+    factory: str
+    args: Args = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+    input: tuple[Annotated[int, Ge(1)], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Portion(Section):
+    """How much of a data source is used, and in which portions.
+
+    samples     the first so many, or with `shuffle` drawn by the seed; all where absent
+    batch_size  samples that run through the network at once
+    """
+
+    samples: Annotated[int, Ge(1)] | None = None
+    batch_size: Annotated[int, Ge(1)] = 64
+    shuffle: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NpzData(Portion):
+    """Arrays of an npz file: uint8 images [N, H, W, C], other integer or float arrays, token ids.
+
+    inputs      the array that the model takes, a list of them, or a mapping from its keyword arguments to arrays
+    labels      the array of labels; where absent, `y` if the file has one
+    scale       integer arrays other than ids become (x - zero_point) * scale; uint8 images x / 255 where absent
+    zero_point  see scale
+    lengths     the array of sequence lengths: what lies beyond is padding
+    """
+
+    npz: str
+    inputs: str | tuple[str, ...] | dict[str, str] = "x"
+    labels: str | None = None
+    scale: float | None = None
+    zero_point: float | None = None
+    lengths: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesData(Portion):
+    """A folder of images: a folder a class, in the order of their names, or a metadata.csv with file_name and label.
+
+    resize  the shorter side is brought to this first
+    crop    the centre that the model sees
+    """
+
+    images: str
+    resize: Annotated[int, Ge(1)] | None = None
+    crop: Annotated[int, Ge(1)] = 224
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubData(Portion):
+    """A folder that `datasets.save_to_disk` wrote.
+
+    split      of a dataset dict
+    inputs     columns that the model takes by name; with a tokenizer, one or two columns of text
+    labels     the column of labels
+    tokenizer  a folder that transformers.AutoTokenizer reads
+    length     tokens a sample at most
+    """
+
+    dataset: str
+    split: str | None = None
+    inputs: tuple[str, ...]
+    labels: str | None = "label"
+    tokenizer: str | None = None
+    length: Annotated[int, Ge(1)] = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData(Portion):
+    """Lines or running text and a tokenizer.
+
+    text       one file: running text for causal-lm, sentences for the others
+    target     the file of translations, line by line
+    labels     the file of integer labels, line by line
+    tokenizer  a folder or a tokenizer.json
+    length     tokens a sample: windows of running text, the most of a sentence
+    """
+
+    text: str
+    tokenizer: str
+    target: str | None = None
+    labels: str | None = None
+    length: Annotated[int, Ge(2)] = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactoryData(Portion):
+    """A torch Dataset from code: items are (input, label), (inputs, label) or a mapping of keyword arguments."""
+
+    factory: str
+    args: Args = field(default_factory=dict)
+
+
+Data: TypeAlias = NpzData | ImagesData | HubData | TextData | FactoryData
+
+DATA_KINDS: Mapping[str, type[Data]] = {
+    "npz": NpzData,
+    "images": ImagesData,
+    "dataset": HubData,
+    "text": TextData,
+    "factory": FactoryData,
+}
+"""The data sources by the key that tells one from another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainData:
+    """Training data and what is done to an image each time it is drawn."""
+
+    source: Data
+    augment: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalize(Section):
+    """Per channel: (x - mean) / std, after images have become numbers from 0 to 1."""
+
+    mean: Annotated[tuple[float, ...], MinLen(1)]
+    std: Annotated[tuple[float, ...], MinLen(1)]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}; give one for each channel")
+        if not all(value > 0 for value in self.std):
+            raise ValueError("std holds a value that is not above 0; give standard deviations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What a live model runs on: each part where the recipe has it."""
+
+    calibration: Data | None = None
+    eval: Data | None = None
+    train: TrainData | None = None
+    normalize: Normalize | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Section):
+    """One label for each sample from the logits [N, classes]: both metrics are measured, `metric` is the headline."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("top1", "top5")
+    metric: Literal["top1", "top5"] = "top1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClassification(Section):
+    """One label for each text, from a model that takes token ids and a mask: accuracy."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLm(Section):
+    """The next token of every position: perplexity over all tokens but the first of a row."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation(Section):
+    """Greedy or beam decoding against reference sentences: BLEU by sacrebleu.
+
+    length  most tokens of a translation
+    beams   1 is greedy
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("bleu",)
+
+    length: Annotated[int, Ge(1)] = 64
+    beams: Annotated[int, Interval(ge=1, le=64)] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction(Section):
+    """Outputs against labels of the same shape: PSNR in decibels.
+
+    peak  the largest value that a signal has
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("psnr",)
+
+    peak: Annotated[float, Gt(0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactoryTask(Section):
+    """A measure from code: the callable (outputs, batch) -> per-sample values; their mean is the metric.
+
+    metric  its name
+    higher  whether more is better
+    """
+
+    factory: str
+    args: Args = field(default_factory=dict)
+    metric: str = "score"
+    higher: bool = True
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.metric,)
+
+
+Task: TypeAlias = Classification | SequenceClassification | CausalLm | Translation | Reconstruction | FactoryTask
+
+TASKS: Mapping[str, type[Task]] = {
+    "classification": Classification,
+    "sequence-classification": SequenceClassification,
+    "causal-lm": CausalLm,
+    "translation": Translation,
+    "reconstruction": Reconstruction,
+    "factory": FactoryTask,
+}
+"""The tasks by name; `metrics` of each are what it measures, by the names that gates use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationSettings(Section):
+    """Quantizers at the inputs of the compressed modules: per tensor, asymmetric, with an integer zero point.
+
+    bits        1 to 8; the network's own input has 8 whatever this says
+    range       from calibration data: `minmax`, `mse` (least squared error) or `percentile`; without data: `batch-norm`
+                (mean + 6 standard deviations of what a batch norm gives, DFQ) or `noise` (as SQuant's code does). Where
+                absent: mse with data, else batch-norm
+    percentile  of the values that the range holds, for range: percentile
+    """
+
+    bits: Annotated[int, Interval(ge=1, le=8)] = 8
+    range: Literal["minmax", "mse", "percentile", "batch-norm", "noise"] | None = None
+    percentile: Annotated[float, Interval(gt=50, le=100)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.percentile is not None and self.range != "percentile":
+            raise ValueError("percentile needs range: percentile")
+        if self.range == "percentile" and self.percentile is None:
+            object.__setattr__(self, "percentile", 99.99)
+        if self.range == "noise" and self.bits == 1:
+            raise ValueError("range: noise has no rule for 1 bit; use another range")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgd(Section):
+    """Stochastic gradient descent.
+
+    lr            learning rate at its highest
+    weight_decay  of weights; biases, norms and what regularizers learn do not decay
+    """
+
+    lr: Annotated[float, Gt(0)]
+    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum; give momentum: 0.9")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Section):
+    """Adam with decoupled weight decay.
+
+    lr            learning rate at its highest
+    betas         of both moments
+    weight_decay  of weights; biases, norms and what regularizers learn do not decay
+    """
+
+    lr: Annotated[float, Gt(0)]
+    betas: tuple[Annotated[float, Interval(ge=0, lt=1)], Annotated[float, Interval(ge=0, lt=1)]] = (0.9, 0.999)
+    epsilon: Annotated[float, Gt(0)] = 1e-8
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+
+
+Optimizer: TypeAlias = Sgd | AdamW
+OPTIMIZERS: Mapping[str, type[Optimizer]] = {"sgd": Sgd, "adamw": AdamW}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Section):
+    """The learning rate stays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Section):
+    """Half a cosine from the learning rate down.
+
+    final  share of the learning rate at the end
+    """
+
+    final: Share = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Section):
+    """The learning rate times `factor` at each of some times.
+
+    at  shares of all steps
+    """
+
+    at: Annotated[tuple[Share, ...], MinLen(1)] = (0.5, 0.75)
+    factor: Annotated[float, Gt(0)] = 0.1
+
+
+Schedule: TypeAlias = Constant | Cosine | Step
+SCHEDULES: Mapping[str, type[Schedule]] = {"constant": Constant, "cosine": Cosine, "step": Step}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Section):
+    """How training runs.
+
+    epochs           passes over the training data
+    warm_up          share of the steps over which the learning rate rises from nothing
+    label_smoothing  share of each target that is spread over all classes
+    accumulate       batches whose gradients make one step
+    clip_norm        the gradient's norm is cut to this; not where absent
+    precision        of the forward pass; weights, gradients and regularizers stay float32
+    keep             the `last` weights, or the `best` by the task's metric on data.eval after each epoch
+    batch_norm       `frozen`: batch norms keep the statistics that they have
+    norm_batches     batches of data.train from which batch norms take their statistics anew after each epoch; 0: none
+    loss             "module:function" or "file.py:function": (output, batch) -> scalar; the task's own where absent
+    log_steps        steps between two lines of the log
+    save_steps       steps between two saved states for --resume; where absent each epoch, and every few minutes
+    naive_bits       widths at which the report tries naive quantization before and after
+    kmeans_bits      widths at which it tries k-means, one codebook a tensor
+    """
+
+    epochs: Annotated[int, Ge(1)] = 1
+    warm_up: Share = 0.0
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    accumulate: Annotated[int, Ge(1)] = 1
+    clip_norm: Annotated[float, Gt(0)] | None = None
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    keep: Literal["last", "best"] = "last"
+    batch_norm: Literal["train", "frozen"] = "train"
+    norm_batches: Annotated[int, Ge(0)] = 0
+    loss: str | None = None
+    log_steps: Annotated[int, Ge(1)] = 50
+    save_steps: Annotated[int, Ge(1)] | None = None
+    naive_bits: tuple[Annotated[int, Interval(ge=1, le=8)], ...] = (2, 3, 4)
+    kmeans_bits: tuple[Annotated[int, Interval(ge=1, le=8)], ...] = (1, 2)
+
+    def __post_init__(self) -> None:
+        if self.batch_norm == "frozen" and self.norm_batches:
+            raise ValueError("batch_norm: frozen keeps the statistics; leave norm_batches out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil(Section):
+    """Learn from the network as it was too: (1 - share) of the task's loss, and share of the distance to its outputs.
+
+    share        of the distance: temperature**2 times the Kullback-Leibler divergence of the softmaxes at that
+                 temperature; for reconstruction the mean squared error
+    temperature  of both softmaxes
+    """
+
+    share: Share = 0.5
+    temperature: Annotated[float, Gt(0)] = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A `finetune` section but for its regularizers."""
+
+    options: TrainingOptions = field(default_factory=TrainingOptions)
+    optimizer: Optimizer
+    schedule: Schedule = field(default_factory=Constant)
+    distil: Distil | None = None

@@ -1,0 +1,85 @@
+"""Which run a saved state of training belongs to, and what a recipe trains on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from artifact.examples import gaussian, save, save_folder
+from torch import nn
+
+from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.compress.finetune import FinetuneOptions, finetune, run_identity, train_data, training_loss
+from qcompress.errors import RecipeError
+from qcompress.recipe import parse_recipe
+from qcompress.training.parallel import ALONE, World
+from qcompress.types.plan import Recipe
+from qcompress.types.run import ModelRun
+
+TEXT = """
+version: 1
+model: {factory: net.py:net}
+data: {train: {npz: data.npz}}
+task: classification
+finetune: {epochs: 2, optimizer: {sgd: {lr: 0.01}}}
+"""
+
+
+def recipe(text: str = TEXT, source: str = "r.yaml") -> Recipe:
+    return parse_recipe(text, source)
+
+
+def model_run(text: str) -> ModelRun:
+    return ModelRun(recipe(text), torch.device("cpu"))
+
+
+def test_equal_runs_have_one_identity_wherever_their_files_lie(tmp_path: Path) -> None:
+    state = {"w": gaussian(4, 6), "b": gaussian(4)}
+    one = read_checkpoint(save(tmp_path / "one.safetensors", state))
+    other = read_checkpoint(save(tmp_path / "other.safetensors", state, {"format": "pt"}))
+    assert run_identity(recipe(), one, ALONE) == run_identity(recipe(source="other.yaml"), other, ALONE)
+    assert run_identity(recipe(), None, ALONE) == run_identity(recipe("# comment\n" + TEXT), None, ALONE)
+
+
+def test_recipe_values_names_and_ranks_are_parts_of_a_runs_identity(tmp_path: Path) -> None:
+    state = {"w": gaussian(4, 6), "b": gaussian(4)}
+    changed = state["w"].clone()
+    changed[3, 5] += 1
+    states = {
+        "plain": state,
+        "value": state | {"w": changed},
+        "dtype": state | {"b": state["b"].half()},
+        "shape": state | {"w": state["w"].reshape(6, 4)},
+        "name": {"v": state["w"], "b": state["b"]},
+    }
+    checkpoints = {name: read_checkpoint(save(tmp_path / f"{name}.safetensors", one)) for name, one in states.items()}
+    found = [run_identity(recipe(), one, ALONE) for one in (None, *checkpoints.values())]
+    plain = checkpoints["plain"]
+    found += [run_identity(replace(recipe(), seed=1), plain, ALONE), run_identity(recipe(), plain, World(0, 2))]
+    found.append(run_identity(recipe(TEXT.replace("0.01", "0.02")), plain, ALONE))
+    assert len(set(found)) == len(found)
+
+
+def test_every_rank_of_a_run_finds_the_same_identity() -> None:
+    assert len({run_identity(recipe(), None, World(rank, 4)) for rank in range(4)}) == 1
+
+
+def test_every_shard_counts(tmp_path: Path) -> None:
+    first, second = {"a": gaussian(3, 3)}, {"b": gaussian(3, 3, seed=1)}
+    folder = save_folder(tmp_path / "one", {"1.safetensors": first, "2.safetensors": second})
+    other = save_folder(tmp_path / "two", {"1.safetensors": first, "2.safetensors": {"b": gaussian(3, 3, seed=2)}})
+    one, two = (run_identity(recipe(), read_checkpoint(path), ALONE) for path in (folder, other))
+    assert one != two
+
+
+def test_what_training_needs_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not say how to train"):
+        text = "version: 1\nrules: [{match: a, rtn: {bits: 4}}]\n"
+        finetune(None, model_run(text), FinetuneOptions(tmp_path / "m.safetensors"))
+    with pytest.raises(RecipeError, match=r"names no data\.train"):
+        train_data(model_run(TEXT.replace("data: {train: {npz: data.npz}}\n", "")))
+    with pytest.raises(RecipeError, match="names no task"):
+        training_loss(model_run(TEXT.replace("task: classification\n", "")), nn.Identity())
+    assert [*tmp_path.iterdir()] == []

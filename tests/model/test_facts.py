@@ -1,0 +1,124 @@
+"""What a network says of its tensors, built without weights where it can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcompress.errors import ModelError, RecipeError, UsageError
+from qcompress.model.build import read_facts
+from qcompress.types.plan import ModelFacts, Recipe, TensorFacts
+from qcompress.types.run import ModelRun
+from qcompress.types.settings import ModelSettings
+
+CODE = """
+from pathlib import Path
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).parent
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.up = nn.ConvTranspose1d(4, 6, 3)
+        self.down = nn.Conv1d(6, 4, 3)
+        self.norm = nn.BatchNorm1d(4)
+        with open(HERE / "built", "a") as log:
+            log.write(self.scale.device.type + " ")
+
+def make():
+    return Net()
+
+def make_by_values():
+    net = Net()
+    net.threshold = float(net.scale.sum())
+    return net
+
+def fail():
+    Net()
+    raise ValueError("no such size")
+"""
+
+
+def run_of(folder: Path, factory: str, *, allow_code: bool = True, model: bool = True) -> ModelRun:
+    (folder / "net.py").write_text(CODE)
+    settings = ModelSettings(factory=f"net.py:{factory}") if model else None
+    recipe = Recipe("quantize", (), model=settings, source=str(folder / "recipe.yaml"))
+    return ModelRun(recipe, torch.device("cpu"), allow_code)
+
+
+def facts(folder: Path, factory: str = "make") -> ModelFacts:
+    return read_facts(run_of(folder, factory))
+
+
+def devices(folder: Path) -> list[str]:
+    """Where each network was built, one after another."""
+    return (folder / "built").read_text().split()
+
+
+def test_a_network_is_built_without_weights(tmp_path: Path) -> None:
+    assert facts(tmp_path)
+    assert devices(tmp_path) == ["meta"]
+    assert torch.ones(()).device.type == "cpu", "what comes after is made where it was"
+
+
+def test_a_constructor_that_reads_values_is_run_with_weights(tmp_path: Path) -> None:
+    assert facts(tmp_path, "make_by_values") == facts(tmp_path)
+    assert devices(tmp_path) == ["meta", "cpu", "meta"]
+
+
+def test_every_tensor_says_what_holds_it(tmp_path: Path) -> None:
+    found = facts(tmp_path)
+    assert {name: one.module for name, one in found.items()} == {
+        "scale": "Net",
+        "embed.weight": "Embedding",
+        "head.weight": "Linear",
+        "attention.in_proj_weight": "MultiheadAttention",
+        "attention.in_proj_bias": "MultiheadAttention",
+        "attention.out_proj.weight": "NonDynamicallyQuantizableLinear",
+        "attention.out_proj.bias": "NonDynamicallyQuantizableLinear",
+        **{f"up.{part}": "ConvTranspose1d" for part in ("weight", "bias")},
+        **{f"down.{part}": "Conv1d" for part in ("weight", "bias")},
+        **{
+            f"norm.{part}": "BatchNorm1d"
+            for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        },
+    }
+
+
+def test_only_what_is_unusual_is_told_of(tmp_path: Path) -> None:
+    found = facts(tmp_path)
+    assert {name: one.tied_to for name, one in found.items() if one.tied_to} == {"head.weight": "embed.weight"}
+    axes = {name: one.axis for name, one in found.items() if one.axis is not None}
+    assert {name: axis.axes for name, axis in axes.items()} == {"up.weight": (1,)}
+    assert axes["up.weight"].reason == "the model: ConvTranspose1d stores its outputs second"
+    assert {name for name, one in found.items() if not one.called} == {
+        "attention.out_proj.weight",
+        "attention.out_proj.bias",
+    }, "attention multiplies by its last weight itself"
+    assert found["down.weight"] == TensorFacts("Conv1d")
+
+
+def test_a_factory_that_fails_either_way_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="fails: ValueError: no such size"):
+        facts(tmp_path, "fail")
+    assert devices(tmp_path) == ["meta", "cpu"]
+
+
+def test_a_file_runs_with_leave_only(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--allow-code"):
+        read_facts(run_of(tmp_path, "make", allow_code=False))
+    assert not (tmp_path / "built").exists()
+
+
+def test_a_recipe_without_a_model_has_no_facts(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="names no model"):
+        read_facts(run_of(tmp_path, "make", model=False))

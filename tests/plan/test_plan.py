@@ -1,0 +1,383 @@
+"""What a plan decides, why, what it refuses, and that the sizes it foretells are those of the files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifact.examples import gaussian, plan_for, recipe, rtn, rule, save, verify
+from contexts import context_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcompress.artifact.layout import grid_of, make_slots
+from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.compress.compress import compress
+from qcompress.errors import DataError, QcompressError, RecipeError, Refusals
+from qcompress.plan.files import make_shards
+from qcompress.plan.plan import make_plan
+from qcompress.registry import METHODS, RtnConfig
+from qcompress.types.plan import KEPT, Axis, Decision, Plan, Recipe, Rule, TensorFacts, TensorInfo
+from qcompress.types.run import Options
+
+INFOS = (
+    TensorInfo("a.weight", (8, 4), "F32"),
+    TensorInfo("a.bias", (8,), "F32"),
+    TensorInfo("b.weight", (8, 2, 3), "BF16"),
+    TensorInfo("steps", (), "I64"),
+    TensorInfo("scale", (), "F32"),
+    TensorInfo("mask", (4, 4), "BOOL"),
+    TensorInfo("empty", (0, 4), "F32"),
+    TensorInfo("twin", (8, 4), "F32"),
+)
+TIED = {"twin": "a.weight"}
+
+
+def decide(
+    asked: Recipe, infos: tuple[TensorInfo, ...] = INFOS, axes: dict[str, Axis] | None = None
+) -> dict[str, Decision]:
+    plan = make_plan(asked, infos, TIED, axes or {})
+    assert [decision.tensor for decision in plan.decisions] == list(infos)
+    assert plan.recipe is asked
+    return {decision.tensor.name: decision for decision in plan.decisions}
+
+
+def refusals(asked: Recipe, infos: tuple[TensorInfo, ...] = INFOS, axes: dict[str, Axis] | None = None) -> list[str]:
+    with pytest.raises(QcompressError) as caught:
+        make_plan(asked, infos, TIED, axes or {})
+    assert isinstance(caught.value, RecipeError | Refusals)
+    assert caught.value.exit_code == 3
+    return caught.value.lines()
+
+
+def test_a_wildcard_compresses_matrices_and_says_why_it_keeps_the_rest() -> None:
+    found = decide(rtn())
+    assert {name for name, decision in found.items() if decision.compresses} == {"a.weight", "b.weight"}
+    assert {name: decision.reason for name, decision in found.items()} == {
+        "a.weight": "rule *",
+        "a.bias": "fewer than two dimensions",
+        "b.weight": "rule *",
+        "steps": "dtype I64 is kept",
+        "scale": "fewer than two dimensions",
+        "mask": "dtype BOOL is kept",
+        "empty": "no elements",
+        "twin": "tied to a.weight, stored once",
+    }
+    assert found["twin"].tied_to == "a.weight"
+
+
+def test_the_first_rule_that_matches_decides_and_the_rest_is_kept() -> None:
+    found = decide(
+        recipe(rule("b.*"), rule("a.weight", "rtn", bits=8), rule("*.weight", "rtn", bits=2)),
+        (*INFOS[:3], TensorInfo("c.weight", (2, 2), "F16")),
+    )
+    assert [(name, d.config.bits, d.reason) for name, d in found.items()] == [
+        ("a.weight", 8, "rule a.weight"),
+        ("a.bias", None, "no rule matches"),
+        ("b.weight", None, "kept by rule b.*"),
+        ("c.weight", 2, "rule *.weight"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.bias", "scale", "twin"])
+def test_a_name_without_a_wildcard_compresses_vectors_scalars_and_copies(name: str) -> None:
+    found = decide(recipe(rule(name, "rtn", bits=8)))
+    assert {one for one, decision in found.items() if decision.compresses} == {name}
+    assert found[name].tied_to is None
+
+
+def test_a_name_without_a_wildcard_keeps_a_copy_by_itself() -> None:
+    assert decide(recipe(rule("twin")))["twin"].tied_to is None
+
+
+def test_a_copy_of_a_copy_is_tied_to_what_is_stored() -> None:
+    tied = {"a.weight": "twin", "twin": "b.weight"}
+    for asked, stored in ((rtn(), "b.weight"), (recipe(rule("twin", "rtn", bits=4), rule("*", "rtn", bits=4)), "twin")):
+        plan = make_plan(asked, INFOS, tied, {})
+        found = {decision.tensor.name: decision for decision in plan.decisions}
+        assert found["a.weight"].tied_to == stored
+        assert found["a.weight"].reason == f"tied to {stored}, stored once"
+        assert found[stored].tied_to is None
+
+
+@pytest.mark.parametrize(("name", "why"), [("steps", "dtype I64 is kept"), ("mask", "dtype BOOL is kept")])
+def test_what_cannot_be_compressed_is_refused_where_it_is_named(name: str, why: str) -> None:
+    (line,) = refusals(recipe(rule(name, "rtn", bits=8)))
+    assert line == f"rule {name}: rtn cannot compress {name}: {why}; use keep: {{}}"
+
+
+def test_rules_that_decide_nothing_are_refused_all_at_once() -> None:
+    lines = refusals(
+        recipe(
+            rule("*.weight", "rtn", bits=4),
+            rule("a.weight", "rtn", bits=8),
+            rule("c.*", "rtn", bits=4),
+            rule("*.bias", "rtn", bits=4),
+            rule("b.weight"),
+            rule("mas?", "rtn", bits=4),
+            rule("nowhere*"),
+        )
+    )
+    assert len(lines) == 6
+    assert (
+        lines[0]
+        == "rule a.weight: match 'a.weight' decides nothing: rule *.weight comes first; put the narrower rule first"
+    )
+    assert lines[1].startswith("rule c.*: match 'c.*' fits no tensor; nearest names: ")
+    assert "compresses nothing: a.bias: fewer than two dimensions" in lines[2]
+    assert lines[3].startswith("rule b.weight: match 'b.weight' decides nothing")
+    assert "compresses nothing: mask: dtype BOOL is kept" in lines[4]
+    assert lines[5].startswith("rule nowhere*: match 'nowhere*' fits no tensor")
+
+
+def test_nothing_to_match_is_refused() -> None:
+    assert refusals(rtn(), ()) == ["rule *: match '*' fits no tensor; the checkpoint has no tensors"]
+
+
+def test_every_tensor_whose_groups_do_not_divide_is_named() -> None:
+    infos = (*INFOS[:3], TensorInfo("c.weight", (3, 90), "F32"))
+    lines = refusals(rtn(group_size=64), infos)
+    assert len(lines) == 3
+    assert "a.weight [8, 4]: group_size 64 does not divide its 4 values a channel; nearest that does: 4" in lines[0]
+    assert "b.weight [8, 2, 3]: group_size 64 does not divide its 6 values a channel" in lines[1]
+    assert "c.weight [3, 90]: group_size 64 does not divide its 90 values a channel; nearest that does: " in lines[2]
+
+
+def test_the_nearest_group_size_that_divides_is_named_for_any_width() -> None:
+    """A channel of a hundred million values has its divisors looked up, not tried one by one."""
+    for columns, hint in (
+        (1, "use granularity: channel"),
+        (97, "nearest that does: 97"),
+        (10**8, "nearest that does: 64"),
+        (10**8 + 7, "nearest that does: 100000007"),
+        (90, "nearest that does: 90"),
+    ):
+        size = 63 if columns == 10**8 else 64 if columns != 90 else 91
+        assert RtnConfig(bits=4, group_size=size).refuse((1, columns)) == (
+            f"group_size {size} does not divide its {columns} values a channel; {hint}"
+        )
+    for columns in range(2, 200):
+        divisors = [d for d in range(2, columns + 1) if columns % d == 0]
+        for size in (5, 16):
+            best = min(divisors, key=lambda d: (abs(math.log(d / size)), d))
+            refusal = RtnConfig(bits=4, group_size=size).refuse((3, columns))
+            assert refusal is None if columns % size == 0 else str(refusal).endswith(f": {best}")
+
+
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if method.family == "quantize" and not method.rates]
+)
+def test_every_method_refuses_groups_that_do_not_divide(method: str) -> None:
+    assert len(refusals(recipe(rule("a.weight", method, bits=4, group_size=3)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("axis", "axes"),
+    [(0, (0,)), (1, (1,)), (2, (2,)), (-1, (2,)), (-3, (0,)), ((0, 2), (0, 2)), ((2, 0), (2, 0)), ((-1, 0), (2, 0))],
+)
+def test_axes_are_counted_from_either_end(axis: Any, axes: tuple[int, ...]) -> None:
+    assert decide(recipe(rule("b.weight", "rtn", bits=4, axis=axis)))["b.weight"].axis == axes
+
+
+@pytest.mark.parametrize("axis", [3, -4, (0, 0), (0, -3), (0, 1, 2), (), (0, 3)])
+def test_axes_that_a_tensor_does_not_have_are_refused(axis: Any) -> None:
+    (line,) = refusals(recipe(rule("b.weight", "rtn", bits=4, axis=axis)))
+    assert "is none of b.weight [8, 2, 3]; give one to 2 different axes below 3" in line
+
+
+def test_the_recipe_has_its_say_on_axes_before_the_checkpoint() -> None:
+    axes = {"a.weight": Axis((1,), "config.json: Conv1D, stored transposed")}
+    found = decide(rtn(), axes=axes)
+    assert found["a.weight"].axis == (1,)
+    assert found["a.weight"].reason == "rule *; config.json: Conv1D, stored transposed"
+    found = decide(recipe(rule("a.weight", "rtn", bits=4, axis=0)), axes=axes)
+    assert (found["a.weight"].axis, found["a.weight"].reason) == ((0,), "rule a.weight")
+
+
+def test_groups_are_held_against_the_channels_of_the_axis() -> None:
+    infos = (TensorInfo("a.weight", (8, 4), "F32"),)
+    assert decide(recipe(rule("*", "rtn", bits=4, group_size=8, axis=1)), infos)["a.weight"].compresses
+    assert refusals(recipe(rule("*", "rtn", bits=4, group_size=8)), infos)
+
+
+def test_case_matters_and_brackets_are_classes() -> None:
+    infos = (TensorInfo("A.w", (2, 2), "F32"), TensorInfo("a.w", (2, 2), "F32"), TensorInfo("x[0]", (2, 2), "F32"))
+    found = decide(recipe(rule("a.*", "rtn", bits=4), rule("x[[]0]", "rtn", bits=4)), infos)
+    assert [name for name, decision in found.items() if decision.compresses] == ["a.w", "x[0]"]
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@st.composite
+def checkpoints_and_rules(draw: st.DrawFn) -> tuple[dict[str, torch.Tensor], list[Rule], dict[str, str]]:
+    names = draw(st.lists(st.text('abç"\\\n.', min_size=1, max_size=6), min_size=1, max_size=5, unique=True))
+    tensors, rules = {}, []
+    for index, name in enumerate(names):
+        shape = draw(st.lists(st.integers(1, 6), max_size=3))
+        columns = 2 * draw(st.integers(1, 4))
+        tensors[name] = gaussian(*shape, columns, seed=index, dtype=draw(st.sampled_from(DTYPES)))
+        if draw(st.booleans()) or not rules:
+            options: dict[str, Any] = {"bits": draw(st.integers(2, 8)), "symmetric": draw(st.booleans())}
+            options |= draw(st.sampled_from([{}, {"granularity": "tensor"}, {"group_size": 2}]))
+            method = draw(st.sampled_from(["rtn", "mse"]))
+            rules.append(rule(name, method, **options))
+    return (
+        tensors,
+        rules,
+        draw(st.dictionaries(st.text('xyz"ü', min_size=1, max_size=4), st.text(max_size=5), max_size=2)),
+    )
+
+
+@given(checkpoints_and_rules(), st.sampled_from(["packed", "zstd", "ans", "auto"]))
+@settings(deadline=None, max_examples=60)
+def test_the_foretold_size_is_that_of_the_file(
+    tmp_path_factory: pytest.TempPathFactory,
+    made: tuple[dict[str, torch.Tensor], list[Rule], dict[str, str]],
+    choice: Any,
+) -> None:
+    tensors, rules, metadata = made
+    folder = tmp_path_factory.mktemp("size")
+    source = save(folder / "m.safetensors", tensors, metadata or None)
+    checkpoint = read_checkpoint(source)
+    plan = plan_for(checkpoint, recipe(*rules))
+    (shard,) = make_shards(checkpoint, plan, choice)
+    compress(checkpoint, plan, Options(folder / "a.safetensors", choice=choice))
+    size = (folder / "a.safetensors").stat().st_size
+    assert size <= shard.layout.file_bytes
+    if choice == "packed":
+        assert size == shard.layout.file_bytes
+        assert shard.layout.exact
+    verify(folder / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [n for n, one in METHODS.items() if one.needs == "weights" and one.family == "quantize" and not one.rates],
+)
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 2, "granularity": "tensor"}, {"bits": 4, "group_size": 2}])
+def test_every_method_stores_the_grid_that_its_config_foretells(method: str, options: dict[str, Any]) -> None:
+    weight = gaussian(6, 8)
+    config = METHODS[method].config(**options)
+    decision = Decision(TensorInfo("w", (6, 8), "F32"), method, config, "")
+    encoded = METHODS[method].load_encode()(weight, config, context_of(weight))
+    slots = {slot.name.removeprefix("w.qc."): slot for slot in make_slots(decision, "packed")}
+    for part in ("scale", "zero_point", "offset"):
+        value = getattr(encoded, part)
+        assert (value is not None) == (part in slots)
+        assert value is None or tuple(value.shape) == slots[part].shape
+    grid = (
+        "zero-point"
+        if encoded.zero_point is not None
+        else "offset"
+        if encoded.offset is not None
+        else encoded.convention
+    )
+    assert grid_of(decision) == grid
+
+
+FACTS: dict[str, TensorFacts] = {
+    "a.weight": TensorFacts("ConvTranspose1d", Axis((1,), "the model: ConvTranspose1d stores its outputs second")),
+    "a.bias": TensorFacts("ConvTranspose1d"),
+    "b.weight": TensorFacts("Linear", tied_to="a.weight"),
+    "scale": TensorFacts("Linear", tied_to="nowhere.weight"),
+    "nowhere.weight": TensorFacts("Linear", Axis((1,), "of no tensor here")),
+}
+
+
+def with_facts(asked: Recipe, axes: dict[str, Axis] | None = None, tied: dict[str, str] | None = None) -> Plan:
+    return make_plan(asked, INFOS, TIED if tied is None else tied, axes or {}, model=FACTS)
+
+
+def test_a_network_knows_axes_and_ties_that_no_header_shows() -> None:
+    found = {decision.tensor.name: decision for decision in with_facts(rtn()).decisions}
+    assert list(found) == [info.name for info in INFOS], "names that the checkpoint lacks change nothing"
+    assert found["a.weight"].axis == (1,)
+    assert found["a.weight"].reason == "rule *; the model: ConvTranspose1d stores its outputs second"
+    assert (found["b.weight"].tied_to, found["b.weight"].config) == ("a.weight", KEPT)
+    assert found["twin"].tied_to == "a.weight", "what the checkpoint says of itself holds too"
+    assert found["scale"].tied_to is None, "a copy of what the checkpoint lacks is stored"
+
+
+def test_the_recipe_and_then_the_checkpoint_have_their_say_before_the_network() -> None:
+    known = {"a.weight": Axis((0,), "config.json: Linear")}
+    first = with_facts(rtn(), known).decisions[0]
+    assert (first.axis, first.reason) == ((0,), "rule *; config.json: Linear")
+    first = with_facts(recipe(rule("*", "rtn", bits=4, axis=-2)), known).decisions[0]
+    assert (first.axis, first.reason) == ((0,), "rule *")
+    found = {decision.tensor.name: decision for decision in with_facts(rtn(), tied={"b.weight": "twin"}).decisions}
+    assert found["b.weight"].tied_to == "twin"
+    named = with_facts(recipe(rule("b.weight", "rtn", bits=4))).decisions[2]
+    assert (named.tied_to, named.compresses) == (None, True), "a rule of its own unties a name"
+
+
+def test_groups_are_held_against_the_axis_that_the_network_knows() -> None:
+    """[8, 4] has 8 values a channel where the second axis holds the channels."""
+    assert with_facts(rtn(group_size=8, match="a.weight")).decisions[0].compresses
+    with pytest.raises(RecipeError, match="does not divide its 4 values"):
+        make_plan(rtn(group_size=8, match="a.weight"), INFOS, TIED, {})
+
+
+def test_weights_that_hold_no_numbers_are_kept_and_nothing_else_changes() -> None:
+    counts = {"a.weight": 3, "a.bias": 1, "twin": 3, "nowhere": 5}
+    plain = make_plan(rtn(), INFOS, TIED, {})
+    found = make_plan(rtn(), INFOS, TIED, {}, nonfinite=counts)
+    for before, after in zip(plain.decisions, found.decisions, strict=True):
+        if before.tensor.name == "a.weight":
+            assert (after.method, after.config) == (None, KEPT)
+            assert after.reason == "3 values are NaN or Inf (--skip-nonfinite)"
+        else:
+            assert after == before
+    assert make_plan(rtn(), INFOS, TIED, {}, nonfinite={}) == plain
+
+
+def learned_plan(path: Path, values: dict[str, torch.Tensor], **options: Any) -> Plan:
+    """The plan of `learned` for a.weight and b.weight where training left these values."""
+    save(path, {f"{name}.representatives": value for name, value in values.items()})
+    asked = replace(recipe(rule("?.weight", "learned", **options)), family="cluster")
+    return make_plan(asked, INFOS, TIED, {}, representatives=path)
+
+
+def test_learned_representatives_say_how_many_bits_their_codes_need(tmp_path: Path) -> None:
+    values = {"a.weight": torch.tensor([1.0, -2.0, 0.5, 1.0, 3.0, 7.0]), "b.weight": torch.tensor([0.25])}
+    found = {d.tensor.name: d for d in learned_plan(tmp_path / "reg.safetensors", values).decisions}
+    one, single = found["a.weight"], found["b.weight"]
+    assert (one.config.bits, one.codebook.entries) == (3, 5), "equal ones are one entry"
+    assert (single.config.bits, single.codebook.entries) == (1, 1)
+    assert one.config == METHODS["learned"].config(bits=3)
+    without = make_plan(replace(recipe(rule("?.weight", "learned")), family="cluster"), INFOS, TIED, {})
+    assert {d.config.bits for d in without.decisions if d.compresses} == {12}
+
+
+def test_representatives_that_do_not_fit_are_named_all_at_once(tmp_path: Path) -> None:
+    wrong = {
+        "a.weight": (torch.ones(2, 3), "it has a grid for each channel, [2, 3], and no one codebook"),
+        "b.weight": (torch.arange(5.0), "it has 5 representatives, more than 2 bits can name"),
+    }
+    path = tmp_path / "reg.safetensors"
+    with pytest.raises(Refusals) as caught:
+        learned_plan(path, {name: value for name, (value, _) in wrong.items()}, bits=2)
+    hint = "give it a rule of its own with kmeans, more bits, or keep: {}"
+    assert caught.value.lines() == [f"{path}: tensor {name!r}: {why}; {hint}" for name, (_, why) in wrong.items()]
+    with pytest.raises(DataError, match="its representatives hold NaN or Inf"):
+        learned_plan(tmp_path / "nan", {"a.weight": torch.tensor([0.0, float("nan")]), "b.weight": torch.ones(1)})
+    with pytest.raises(DataError, match=r"tensor 'b\.weight': no representatives were learned for it"):
+        learned_plan(tmp_path / "none", {"a.weight": torch.ones(1)})
+
+
+def test_a_missing_file_of_representatives_is_one_error_and_methods_without_them_need_none(tmp_path: Path) -> None:
+    path = tmp_path / "absent.safetensors"
+    asked = replace(recipe(rule("?.weight", "learned")), family="cluster")
+    with pytest.raises(DataError) as caught:
+        make_plan(asked, INFOS, TIED, {}, representatives=path)
+    assert len(caught.value.lines()) == 1 and "there are no learned representatives" in str(caught.value)
+    assert make_plan(rtn(), INFOS, TIED, {}, representatives=path) == make_plan(rtn(), INFOS, TIED, {})
+
+
+def test_a_plan_is_a_value() -> None:
+    asked = rtn()
+    assert make_plan(asked, INFOS, TIED, {}) == make_plan(asked, INFOS, TIED, {})

@@ -1,0 +1,155 @@
+"""Saved states: what lies in them comes back, and what is damaged or foreign is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompress.checkpoint.checkpoint import read_tensors, write_checkpoint
+from qcompress.errors import TrainingError
+from qcompress.training.loop import Watch
+from qcompress.training.optimizers import make_optimizer
+from qcompress.training.penalties import attach_penalties
+from qcompress.training.state import KEY, Progress, Trainee, last_good, load_state, save_state
+from qcompress.types.settings import AdamW, Optimizer, Sgd
+
+from .small import Tied, assert_same, net, rules, run, settings, weights
+
+IDENTITY = "x"
+
+
+def trainee(optimizer: Optimizer, steps: int = 2, seed: int = 0) -> Trainee:
+    """A run that has gone some steps."""
+    module = net()
+    penalties = attach_penalties(module, rules())
+    made = make_optimizer(optimizer, module, penalties.learned(optimizer))
+    torch.manual_seed(seed)
+    for step in range(steps):
+        made.zero_grad()
+        module(torch.randn(4, 3, 8, 8)).square().sum().backward()  # type: ignore[no-untyped-call]
+        penalties.add(step + 5, 10)
+        made.step()
+        penalties.after(step + 5, 10, 0.01)
+    progress = Progress(steps, 1, (0.5, 3), 17, [{"top1": 0.25}], 1, {"0.bias": torch.arange(8.0)}, 2.5)
+    return Trainee(module, made, penalties, progress)
+
+
+def optimizer_state(one: Trainee) -> list[Tensor]:
+    groups = one.optimizer.param_groups
+    states = [one.optimizer.state[parameter] for group in groups for parameter in group["params"]]
+    return [torch.as_tensor(state[key]) for state in states for key in sorted(state) if state[key] is not None]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_state(tmp_path / "state.safetensors", trainee(Sgd(lr=0.05)), IDENTITY)
+    return tmp_path / "state.safetensors"
+
+
+@pytest.mark.parametrize("optimizer", [Sgd(lr=0.05), AdamW(lr=0.01)], ids=["sgd", "adamw"])
+def test_all_that_changes_comes_back(tmp_path: Path, optimizer: Optimizer) -> None:
+    path = tmp_path / "state.safetensors"
+    one, other = trainee(optimizer), trainee(optimizer, steps=1, seed=7)
+    random = torch.get_rng_state()
+    save_state(path, one, IDENTITY)
+    torch.manual_seed(99)
+    load_state(path, other, IDENTITY)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert_same(weights(other.module), weights(one.module))
+    assert_same(other.penalties.saved(), one.penalties.saved())
+    found, wanted = optimizer_state(other), optimizer_state(one)
+    assert len(found) == len(wanted) > 0 and all(map(torch.equal, found, wanted))
+    assert_same(other.progress.best_state, one.progress.best_state)
+    other.progress.best_state = one.progress.best_state
+    assert other.progress == one.progress
+
+
+def test_equal_runs_leave_equal_states_and_no_other_file(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("one", "other")]
+    for path in (*paths, paths[0]):
+        save_state(path, trainee(Sgd(lr=0.05)), IDENTITY)
+    (one, document), (other, again) = (read_tensors(path) for path in paths)
+    assert_same(one, other)
+    assert document == again
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_a_tied_tensor_is_saved_once_and_stays_tied(tmp_path: Path) -> None:
+    path, module, settings = tmp_path / "state", Tied(), Sgd(lr=0.1)
+    one = Trainee(module, make_optimizer(settings, module, []), attach_penalties(module, []), Progress())
+    save_state(path, one, IDENTITY)
+    assert [name for name in read_tensors(path)[0] if name.endswith("weight")] == [
+        "model.first.weight",
+        "model.last.weight",
+    ]
+    before = module.first.weight.detach().clone()
+    with torch.no_grad():
+        module.first.weight.zero_()
+    load_state(path, one, IDENTITY)
+    assert module.second.weight is module.first.weight and torch.equal(module.first.weight, before)
+
+
+def test_a_file_that_is_cut_off_anywhere_is_refused_and_has_no_last_weights(saved: Path) -> None:
+    whole = saved.read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 60)):
+        saved.write_bytes(whole[:length])
+        with pytest.raises(TrainingError, match="no saved state of this run"):
+            load_state(saved, trainee(Sgd(lr=0.05)), IDENTITY)
+        assert last_good(saved) is None
+
+
+def test_a_state_that_lacks_any_part_is_refused(saved: Path) -> None:
+    tensors, metadata = read_tensors(saved)
+    needed = [name for name in tensors if name.startswith(("model.", "terms.", "random."))]
+    assert needed
+    for name in needed:
+        write_checkpoint({key: value for key, value in tensors.items() if key != name}, saved, metadata)
+        with pytest.raises(TrainingError, match="no saved state of this run"):
+            load_state(saved, trainee(Sgd(lr=0.05)), IDENTITY)
+    for key in json.loads(metadata[KEY]):
+        document = {name: value for name, value in json.loads(metadata[KEY]).items() if name != key}
+        write_checkpoint(tensors, saved, {KEY: json.dumps(document)})
+        if key != "scaler":
+            with pytest.raises(TrainingError, match="no saved state of this run"):
+                load_state(saved, trainee(Sgd(lr=0.05)), IDENTITY)
+
+
+def test_a_state_of_another_shape_or_run_is_refused(saved: Path) -> None:
+    with pytest.raises(TrainingError, match="another recipe"):
+        load_state(saved, trainee(Sgd(lr=0.05)), "y")
+    tensors, metadata = read_tensors(saved)
+    write_checkpoint({**tensors, "model.0.weight": torch.zeros(3, 2)}, saved, metadata)
+    with pytest.raises(TrainingError, match="no saved state of this run"):
+        load_state(saved, trainee(Sgd(lr=0.05)), IDENTITY)
+
+
+def test_the_last_weights_are_those_of_the_saved_step(saved: Path) -> None:
+    found = last_good(saved)
+    assert found is not None
+    state, step = found
+    assert step == 2
+    assert_same(state, weights(trainee(Sgd(lr=0.05)).module))
+    assert last_good(saved.with_name("none")) is None
+
+
+def test_saved_states_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    module = net()
+    run(module, settings(), Watch(state=state, identity="x"))
+    tensors, metadata = read_tensors(state)
+    assert "qcompress-training" in metadata
+    with pytest.raises(TrainingError, match="another recipe"):
+        run(net(), settings(), Watch(state=state, identity="y", resume=True))
+    write_checkpoint({"a": torch.zeros(2)}, state)
+    with pytest.raises(TrainingError, match="no saved state"):
+        run(net(), settings(), Watch(state=state, identity="x", resume=True))
+    write_checkpoint({name: value for name, value in tensors.items() if "0.weight" not in name}, state, metadata)
+    with pytest.raises(TrainingError, match="no saved state"):
+        run(net(), settings(), Watch(state=state, identity="x", resume=True))
+    state.write_bytes(b"not safetensors")
+    with pytest.raises(TrainingError, match="no saved state"):
+        run(net(), settings(), Watch(state=state, identity="x", resume=True))
