@@ -41,7 +41,8 @@ class Encode(Protocol[ConfigT_contra]):
 class Fit(Protocol[LiveT, ConfigT_contra]):
     """The codes of all weights of a live model that the decisions name, and what the method changed beside them.
 
-    live  a model.live.LiveModel; `live.quantized` ends with the decoded weights in place
+    live  a model.live.LiveModel. The decoded weights go into `live.quantized`, where whoever called puts them again: a
+          method that works layer by layer needs them there before it ends, one that trains does not
     """
 
     def __call__(
