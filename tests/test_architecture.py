@@ -75,6 +75,19 @@ ONLY_IN = {
     "jinja2": ("report/html/render_html.py",),
 }
 
+LOADS_BY_NAME = {
+    "cli/export.py",
+    "compress/apply_plan.py",
+    "data/user_code.py",
+    "encode/encode_weight.py",
+    "recipe/__init__.py",
+    "registry/__init__.py",
+    "registry/contract.py",
+    "regularizers/penalty.py",
+}
+"""Modules that load others by a name: what the registry and recipes name."""
+BY_NAME = {"importlib.import_module", "sys.modules", "qcompress.registry.load", "qcompress.registry.contract.load"}
+
 FORBIDDEN_CALLS = {"eval", "exec", "print", "compile", "__import__", "breakpoint", "input"}
 
 
@@ -103,6 +116,12 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
             assert node.level == 0, f"line {node.lineno}: a relative import"
             module = node.module or ""
             yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def module_of(path: Path) -> str:
+    """The name under which a file is imported; a package's is that of its folder."""
+    parts = ("qcompress", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def parse(path: Path) -> ast.Module:
@@ -149,11 +168,14 @@ def test_libraries_are_imported_where_they_belong(path: Path) -> None:
 
 
 def test_modules_import_one_another_in_one_direction() -> None:
-    names = {".".join(("qcompress", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    names = {module_of(path): path for path in FILES}
     graph = {
         module: {
-            other for name, _ in imports(parse(path)) for other in (name, name.rpartition(".")[0]) if other in names
+            name if name in names else name.rpartition(".")[0]
+            for name, _ in imports(parse(path))
+            if name in names or name.rpartition(".")[0] in names
         }
+        - {module}
         for module, path in names.items()
     }
     TopologicalSorter(graph).prepare()
@@ -169,6 +191,17 @@ def test_methods_do_not_import_one_another(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
+def test_modules_are_loaded_by_name_in_few_places(path: Path) -> None:
+    """Elsewhere they are imported, so that the table of rooms sees them."""
+    tree = parse(path)
+    found = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    loads = {name for name in found if name in ("importlib.import_module", "sys.modules")}
+    loads |= {name for name in found if name.endswith((".load_encode", ".load_fit"))}
+    loads |= {name for name, _ in imports(tree) if name in BY_NAME}
+    assert not loads or relative(path) in LOADS_BY_NAME, f"{relative(path)}: {sorted(loads)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
 def test_nothing_evaluates_unpickles_or_prints(path: Path) -> None:
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Call):
@@ -178,6 +211,8 @@ def test_nothing_evaluates_unpickles_or_prints(path: Path) -> None:
             )
         if isinstance(node, ast.keyword) and node.arg in ("shell", "allow_pickle", "trust_remote_code"):
             assert isinstance(node.value, ast.Constant) and node.value.value is False
+    forbidden = {"torch.load", "yaml.load", "os.system", *(f"builtins.{name}" for name in FORBIDDEN_CALLS)}
+    assert not forbidden & {name for name, _ in imports(parse(path))}
 
 
 def test_the_registry_and_the_folder_of_methods_agree() -> None:

@@ -20,7 +20,7 @@ from qcompress.types.plan import DTYPE_BITS, Decision, row_shape
 INDEX_NAME = "model.safetensors.index.json"
 
 POOL_NAME = f"{RESERVED}side"
-"""The side information of all small lattices of a file: a part of no tensor."""
+"""The side information of all small unbounded tensors of a file: a part of no tensor."""
 
 PARTS = ("codes", "scale", "zero_point", "offset", "codebook")
 """Every part of a compressed tensor, in the order in which its CRC-32 runs over them."""
@@ -148,7 +148,7 @@ def header_room(header: bytes) -> int:
 
 
 def pool_of(decisions: Iterable[Decision]) -> list[str]:
-    """The lattices of a file that share tables, by name: they are coded together, when all are known."""
+    """The unbounded tensors of a file that share tables, by name: they are coded together, when all are known."""
     unbounded_tensors = (d.tensor for d in decisions if d.compresses and d.config.form == "lattice")
     return pooled_names({tensor.name: tensor.numel for tensor in unbounded_tensors})
 
@@ -186,7 +186,7 @@ def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:
 
 
 def unbounded_entry(decision: Decision, coding: Coding) -> Entry:
-    """The entry of a lattice, of which the manifest says little."""
+    """The entry of an unbounded tensor, of which the manifest says little."""
     tensor = decision.tensor
     shape, dtype, axis = tensor.shape, tensor.dtype, decision.axis
     return Entry(shape, dtype, axis, grid="lattice", coding=coding, codebook=None, **UNBOUNDED_VALUES)

@@ -1,4 +1,4 @@
-"""After any method a layer's mean error is taken away here, and batch norms are matched to what they now see."""
+"""Corrections take away a layer's mean error after any method, and match batch norms to what they now see."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from qcompress.checkpoint.side_files import representatives_path
@@ -25,9 +24,6 @@ from qcompress.report.view import Column, Table, View, name_words, shape_words, 
 from qcompress.types.config import CodingChoice
 from qcompress.types.plan import Gates, Plan, Recipe
 from qcompress.types.run import ModelRun, Options
-
-if TYPE_CHECKING:
-    from qcompress.types.config import CodingChoice
 
 COLUMNS = (
     Column("tensor", right=False),

@@ -81,7 +81,7 @@ def store_centroids(values: Tensor, dtype: CentroidDtype, exponent: int) -> tupl
     """(centroids, scale, exponent) as Codebook has them.
 
     values    float32 or float64 [tables, entries, dim]
-    exponent  of half precision, see coding.half.exponent_for
+    exponent  of half precision, see exponent_for
     """
     if dtype == "f32":
         return values.float(), None, 0

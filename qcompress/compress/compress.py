@@ -1,4 +1,4 @@
-"""A checkpoint and its plan become an artifact and a report: the arrows of the design in a row, tensor by tensor."""
+"""A checkpoint and its plan become an artifact and a report: the steps of docs/developing.md, tensor by tensor."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from qcompress.checkpoint.checkpoint import Checkpoint
@@ -22,7 +23,7 @@ def plan_checkpoint(
 
     model_run        the network that the recipe names, which knows axes and ties that headers do not show
     representatives  the file of what finetune-reg has learned, for the methods that take it up
-    skip_nonfinite   weights that hold NaN or Inf are kept; reads all weights once
+    skip_nonfinite   weights that hold NaN or Inf are kept; reads all weights to compress once
     raises           what `make_plan` and building the network raise
     """
     facts = None
@@ -30,11 +31,11 @@ def plan_checkpoint(
         from qcompress.model.build import read_facts
 
         facts = read_facts(model_run)
-    nonfinite = {}
+    nonfinite = None
     if skip_nonfinite:
-        from qcompress.encode.preflight import count_nonfinite_weights
+        from qcompress.encode.preflight import count_nonfinite_values
 
-        nonfinite = count_nonfinite_weights(checkpoint)
+        nonfinite = partial(count_nonfinite_values, checkpoint)
     return make_plan(
         recipe,
         checkpoint.tensors,

@@ -110,7 +110,7 @@ def count_nonfinite(weight: Tensor) -> int:
 class Finished:
     """One tensor, encoded: what manifest and report say of it, and its codes if they still have to be written.
 
-    lattice     codes that wait for the others of their pool
+    unbounded   codes that wait for the others of their pool
     side_bytes  what of the payload is side information
     """
 
@@ -129,7 +129,7 @@ class Job:
 
     ready      its codes, where a method on a live model has chosen them already
     reference  the float weight that those codes stand for, where that is not the checkpoint's
-    pooled     whether the codes, of a lattice, wait for others
+    pooled     whether the codes, unbounded ones, wait for others
     """
 
     source: Container
@@ -165,7 +165,7 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     if isinstance(whole, Codebook):
         whole = with_entries(whole, stored_codebook_shape(decision)[1])
         about_codebook = codebook_figures(whole.codes.numpy(), centroid_values(whole).cpu().numpy())
-    # Centroids of full precision need no exponent.
+    # What is encoded whole knows its exponent, which of float32 centroids is 0.
     exponent = exponent_for(survey.largest) if whole is None else whole.exponent
     for block, encoded in _encoded_blocks(rows, job, exponent) if whole is None else _row_blocks(rows, whole):
         if stop.is_set():

@@ -1,4 +1,4 @@
-"""Before anything is written, this looks at what could stop it: non-finite weights, false ties, memory and disk."""
+"""Preflight checks refuse what would stop a run later: non-finite weights, false ties, too little memory or disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, count_nonfinite, nonfi
 from qcompress.errors import CheckpointError, InputError, ResourceError, raise_all
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import Fitted, Kept
-from qcompress.types.plan import WEIGHT_DTYPES, Decision, Plan
+from qcompress.types.plan import Decision, Plan, TensorInfo
 from qcompress.types.run import Options
 
 BLOCK_COPIES = 24
@@ -44,14 +44,12 @@ def _bears_half(value: Tensor) -> bool:
     return bool(error.isfinite().all()) and float(error.norm()) <= HALF_ERROR * float(exact.norm())
 
 
-def count_nonfinite_weights(checkpoint: Checkpoint) -> dict[str, int]:
-    """How many values of each tensor are NaN or Inf, of those that have any. Reads all weights once."""
-    found = {}
-    for tensor in checkpoint.tensors:
-        source = checkpoint.shard_of(tensor.name)
-        if tensor.dtype in WEIGHT_DTYPES and not survey_bytes(source.bytes_of(tensor.name), tensor.dtype).finite:
-            found[tensor.name] = count_nonfinite(tensor_view(source, tensor))
-    return found
+def count_nonfinite_values(checkpoint: Checkpoint, tensor: TensorInfo) -> int:
+    """How many values of a weight are NaN or Inf. Reads it once."""
+    source = checkpoint.shard_of(tensor.name)
+    if survey_bytes(source.bytes_of(tensor.name), tensor.dtype).finite:
+        return 0
+    return count_nonfinite(tensor_view(source, tensor))
 
 
 def refuse_nonfinite(checkpoint: Checkpoint, plan: Plan) -> None:

@@ -280,7 +280,7 @@ def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: 
 
 
 def _encode_pool(pooled: Sequence[Finished], writer: SlotWriter, options: Options) -> Iterator[Finished]:
-    """Code the lattices that share tables, now that all are known; write them and what they share."""
+    """Code the unbounded tensors that share tables, now that all are known; write them and what they share."""
     coded = encode_pool([one.unbounded for one in pooled if one.unbounded is not None], options.choice)
     for one, coding, payload, uses in zip(pooled, coded.codings, coded.payloads, coded.uses, strict=True):
         entry, figures = unbounded_entry(one.decision, coding), replace(one.figures, classes=uses)

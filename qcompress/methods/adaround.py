@@ -22,7 +22,7 @@ from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.model.operations import BatchNorm
 from qcompress.model.sweep import LayerStep, sweep
 from qcompress.registry import AdaroundConfig
-from qcompress.solvers.hessian import choose_grid, encoded_rows, grid_exponent, row_levels
+from qcompress.solvers.hessian import LEAST_EXPONENT, choose_grid, encoded_rows, grid_exponent, row_levels
 from qcompress.solvers.rounding import SoftRounding, make_neighbours, round_by_gram, round_by_samples
 from qcompress.types.encoded import Affine, Encoded, Fitted, for_tensor
 from qcompress.types.plan import Decision
@@ -60,7 +60,7 @@ def encode(weight: Tensor, config: AdaroundConfig, context: EncodeContext) -> Af
     """The codes of one weight, float32 [rows, ...], from the second moments of its layer's inputs."""
     gram = context.gram
     assert gram is not None
-    rows, exponent = weight.flatten(1).contiguous(), context.exponent
+    rows, exponent = weight.flatten(1).contiguous(), max(context.exponent, LEAST_EXPONENT)
     grid = choose_grid(rows, config, config.range or "minmax", exponent, gram.hessian, context.generator)
     scale, low = row_levels(grid, config.bits, exponent, rows)
     codes = round_by_gram(

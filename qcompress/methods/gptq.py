@@ -18,6 +18,7 @@ from qcompress.model.sweep import sweep
 from qcompress.registry import GptqConfig
 from qcompress.solvers.feedback import descend, feedback_codes
 from qcompress.solvers.hessian import (
+    LEAST_EXPONENT,
     cholesky,
     choose_grid,
     encoded_rows,
@@ -54,7 +55,7 @@ def encode(weight: Tensor, config: GptqConfig, context: EncodeContext) -> Affine
     """The codes of one weight, float32 [rows, ...], from the second moments of its layer's inputs."""
     gram = context.gram
     assert gram is not None
-    rows, exponent = weight.flatten(1).contiguous(), context.exponent
+    rows, exponent = weight.flatten(1).contiguous(), max(context.exponent, LEAST_EXPONENT)
     hessian = gram.hessian
     target = rows
     if config.asymmetric and gram.cross is not None:

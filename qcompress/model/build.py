@@ -126,10 +126,11 @@ def read_facts(model_run: ModelRun) -> ModelFacts:
         # A constructor may read values, which tensors without data do not have.
         module = build_network(model_run)
     axes, tied = channel_axes(module), tied_names(module)
-    owners = dict(module.named_modules())
+    owners = dict(module.named_modules(remove_duplicate=False))
     facts = {}
     for name in module.state_dict():
-        owner = owners[name.rpartition(".")[0]]
+        # A network may name what it saves otherwise than its modules.
+        owner = owners.get(name.rpartition(".")[0], module)
         # MultiheadAttention multiplies by its last weight itself.
         called = type(owner).__name__ != "NonDynamicallyQuantizableLinear"
         facts[name] = TensorFacts(type(owner).__name__, axes.get(name), tied.get(name), called)

@@ -91,13 +91,14 @@ def make_plan(
     *,
     model: ModelFacts | None = None,
     representatives: Path | None = None,
-    nonfinite: Mapping[str, int] | None = None,
+    nonfinite: Callable[[TensorInfo], int] | None = None,
 ) -> Plan:
     """The plan of `recipe` for a checkpoint of `tensors`; `tied` and `axes` are what the checkpoint says of them.
 
     model            what the recipe's network says, which knows channel axes and tied weights that headers do not show
     representatives  the file of what finetune-reg has learned, read where a method takes it up
-    nonfinite        weights to keep because so many of their values are NaN or Inf
+    nonfinite        how many values of a weight are NaN or Inf, asked of each that would be compressed once all else is
+                     right: one that has any is kept
     raises           RecipeError, or Refusals with one for each rule that decides nothing and each tensor that cannot
                      follow its rule; DataError where learned representatives do not fit
     """
@@ -119,14 +120,14 @@ def make_plan(
     if not errors:
         errors = [*_idle_rules(recipe, deciders, decisions), *_stepless(recipe), *_unshareable(decisions)]
     raise_all(errors)
-    decisions = [_without_nonfinite(decision, nonfinite or {}) for decision in decisions]
+    if nonfinite is not None:
+        decisions = [_without_nonfinite(d, nonfinite(d.tensor)) if d.compresses else d for d in decisions]
     return Plan(recipe, tuple(_learned(decisions, representatives)))
 
 
-def _without_nonfinite(decision: Decision, counts: Mapping[str, int]) -> Decision:
+def _without_nonfinite(decision: Decision, count: int) -> Decision:
     """The decision, or to keep a weight that holds NaN or Inf."""
-    count = counts.get(decision.tensor.name)
-    if count is None or not decision.compresses:
+    if not count:
         return decision
     return replace(decision, method=None, config=KEPT, reason=f"{count} values are NaN or Inf (--skip-nonfinite)")
 

@@ -1,4 +1,4 @@
-"""Every method and exporter is found here by name. Imports no torch.
+"""The registry finds methods and exporters by name, and in registry.regularizers regularizers. Imports no torch.
 
 A method is a new file in methods/, its config and its entry together in one of these files, its tests and its line in
 the docs; an exporter is a new file in exporters/ and an entry here.

@@ -1,4 +1,4 @@
-"""Every method's config has this base, which is what the plan, the layout and the codes read of it."""
+"""MethodConfig is the base of every method's config: what the plan, the layout and the codes read of it."""
 
 from __future__ import annotations
 

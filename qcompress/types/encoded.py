@@ -1,6 +1,6 @@
 """Weights become these frozen values: codes with what decodes them, and what stands beside them.
 
-A method returns Kept, Affine, Codebook or Lattice; the grid is already rounded to its dtype on the disk.
+A method returns Kept, Affine, Codebook or Unbounded; the grid is already rounded to its dtype on the disk.
 """
 
 from __future__ import annotations
@@ -149,10 +149,10 @@ class Fitted:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassUse:
-    """What the codes of one lattice under one table take.
+    """What the codes of one unbounded tensor under one table take.
 
     context     the table: a scale class, plus 32 in even and 64 in odd states of a trellis
-    count       codes of the lattice that it codes
+    count       codes of the tensor that it codes
     magnitude   their mean |code|
     ideal_bits  a code, raw bits included, at the order-0 entropy of these codes
     table_bits  a code, raw bits included, under the stored table

@@ -276,8 +276,8 @@ def test_the_search_starts_where_rounding_has_the_entropy_of_the_budget(source: 
     assert spent / sum(weight.numel() for weight in weights) == pytest.approx(bpw, rel=0.01)
 
 
-def test_where_wishes_go_to_and_fro_the_middle_is_tried() -> None:
-    """Bits that jump at a step of 0.5: from either side the wish overshoots, and only the middle comes near."""
+def test_where_steps_go_to_and_fro_the_middle_is_tried() -> None:
+    """Bits that jump at a step of 0.5: from either side the search overshoots, and only the middle comes near."""
     tried = {0.25: 130.0, 1.0: 80.0}
     assert next_step(tried, 100, 0.6) == 0.6
     tried[0.64] = 90.0

@@ -1,4 +1,4 @@
-"""The exit codes of the design, and one line for each thing that is wrong."""
+"""Each kind of error has its exit code, and each thing that is wrong has one line."""
 
 from __future__ import annotations
 

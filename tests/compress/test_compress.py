@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,7 @@ from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.compress.compress import compress
 from qcompress.compress.load import load_state_dict
 from qcompress.encode import encode_tensor as worker
-from qcompress.encode.preflight import count_nonfinite_weights
+from qcompress.encode.preflight import count_nonfinite_values
 from qcompress.errors import CheckpointError, OutputError, ResourceError
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
@@ -259,7 +260,7 @@ def test_tensors_with_values_that_are_no_numbers_can_be_kept(tmp_path: Path) -> 
     tensors = {name: tensor.clone() for name, tensor in NONFINITE.items()}
     tensors["w"][0, 0] = float("inf")
     checkpoint = read_checkpoint(save(tmp_path / "m.safetensors", tensors))
-    plan = plan_for(checkpoint, rtn(4), nonfinite=count_nonfinite_weights(checkpoint))
+    plan = plan_for(checkpoint, rtn(4), nonfinite=partial(count_nonfinite_values, checkpoint))
     reasons = {decision.tensor.name: decision.reason for decision in plan.decisions if not decision.compresses}
     assert reasons == {"w": "1 values are NaN or Inf (--skip-nonfinite)", "b": "fewer than two dimensions"}
     compress(checkpoint, plan, Options(tmp_path / "a.safetensors"))

@@ -92,6 +92,11 @@ SOURCES: dict[str, tuple[Callable[[Path], Data], dict[str, str]]] = {
 """Kind -> (what makes its files and settings, the change that names a file which is not there)."""
 
 
+def test_every_source_and_every_task_has_its_row() -> None:
+    assert set(SOURCES) == set(DATA_KINDS), "give SOURCES what makes the files of each data source"
+    assert set(CASES) == set(TASKS), "give CASES a network and data for each task"
+
+
 @pytest.fixture(params=DATA_KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -312,7 +317,7 @@ def run(case: Case, folder: Path, batch: Batch | None = None, size: int = SAMPLE
 
 def test_a_task_gives_what_every_sample_gave(case: Case, tmp_path: Path) -> None:
     found = run(case, tmp_path)
-    assert found and len({one.metric for one in found}) == len(found)
+    assert sorted(one.metric for one in found) == sorted(case.task.metrics), "what gates are checked against"
     for one in found:
         assert one.samples == SAMPLES and one.per_sample.shape == one.weights.shape == (SAMPLES,)
         assert one.per_sample.dtype == one.weights.dtype == np.float64

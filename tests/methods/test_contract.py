@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qcompress.coding.grids import decode
 from qcompress.registry import METHODS, ClusterConfig, GridConfig, Method, RdConfig
+from qcompress.solvers.hessian import LEAST_EXPONENT, grid_exponent
 from qcompress.types.config import MethodConfig, Rows
 from qcompress.types.encoded import Affine, Coded
 from qcompress.types.run import EncodeContext, Gram
@@ -159,7 +160,18 @@ def test_zeros_constants_and_numbers_of_any_size_stay_finite(method: Method) -> 
             assert_well_formed(encoded, (6, 12), config)
             decoded = decode(encoded)
             assert bool(decoded.isfinite().all())
-            assert float(decoded.abs().max()) <= 3 * float(weight.abs().max())
+            # What works from second moments keeps its scales normal numbers of float32, above a weight of zeros.
+            least = 2.0**LEAST_EXPONENT if method.needs == "calibration" else 0.0
+            assert float(decoded.abs().max()) <= 3 * float(weight.abs().max()) + least
+
+
+@pytest.mark.parametrize("method", [m for m in ENCODING if m.needs == "calibration"], ids=lambda method: method.name)
+def test_tiny_weights_have_the_grids_that_a_live_run_gives_them(method: Method) -> None:
+    """The least scale stays a normal number of float32, wherever the second moments come from."""
+    for weight in (torch.zeros(6, 12), 1e-36 * gaussian(6, 12)):
+        for config in some_configs(method, (6, 12)):
+            encoded = encode_with(method, weight, config)
+            assert isinstance(encoded, Affine) and encoded.exponent == grid_exponent(weight)
 
 
 @pytest.mark.parametrize("method", CLUSTERING, ids=lambda method: method.name)

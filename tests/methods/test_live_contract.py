@@ -181,7 +181,7 @@ def test_what_needs_a_graph_or_blocks_says_so(method: str) -> None:
         METHODS[method].load_fit()(found, decisions(found.module, method, bits=4), ALONE)
 
 
-@pytest.mark.parametrize("method", ["adaround", "gptq", "pdquant"])
+@pytest.mark.parametrize("method", [name for name in UNTRAINED if METHODS[name].needs == "calibration"])
 def test_calibrated_methods_beat_rounding_on_their_data(method: str) -> None:
     naive = live(Residual, "rtn", bits=2)
     encode = METHODS["rtn"].load_encode()

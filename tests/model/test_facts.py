@@ -37,6 +37,16 @@ class Net(nn.Module):
 def make():
     return Net()
 
+class Renamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = self.a
+        self.register_state_dict_post_hook(lambda _, found, *__: found.update(other=found.pop("b.bias")))
+
+def make_renamed():
+    return Renamed()
+
 def make_by_values():
     net = Net()
     net.threshold = float(net.scale.sum())
@@ -92,6 +102,15 @@ def test_every_tensor_says_what_holds_it(tmp_path: Path) -> None:
             for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         },
     }
+
+
+def test_names_of_a_shared_or_a_renamed_layer_are_told_of_too(tmp_path: Path) -> None:
+    found = facts(tmp_path, "make_renamed")
+    assert {name: one.module for name, one in found.items()} == {
+        **dict.fromkeys(("a.weight", "a.bias", "b.weight"), "Linear"),
+        "other": "Renamed",
+    }
+    assert found["b.weight"].tied_to == "a.weight"
 
 
 def test_only_what_is_unusual_is_told_of(tmp_path: Path) -> None:

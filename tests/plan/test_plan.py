@@ -323,16 +323,27 @@ def test_groups_are_held_against_the_axis_that_the_network_knows() -> None:
 
 
 def test_weights_that_hold_no_numbers_are_kept_and_nothing_else_changes() -> None:
-    counts = {"a.weight": 3, "a.bias": 1, "twin": 3, "nowhere": 5}
+    asked = []
+
+    def nonfinite(tensor: TensorInfo) -> int:
+        asked.append(tensor.name)
+        return 3 if tensor.name == "a.weight" else 0
+
     plain = make_plan(rtn(), INFOS, TIED, {})
-    found = make_plan(rtn(), INFOS, TIED, {}, nonfinite=counts)
+    found = make_plan(rtn(), INFOS, TIED, {}, nonfinite=nonfinite)
+    assert asked == [decision.tensor.name for decision in plain.decisions if decision.compresses]
     for before, after in zip(plain.decisions, found.decisions, strict=True):
         if before.tensor.name == "a.weight":
             assert (after.method, after.config) == (None, KEPT)
             assert after.reason == "3 values are NaN or Inf (--skip-nonfinite)"
         else:
             assert after == before
-    assert make_plan(rtn(), INFOS, TIED, {}, nonfinite={}) == plain
+    assert make_plan(rtn(), INFOS, TIED, {}, nonfinite=lambda _: 0) == plain
+
+
+def test_no_value_is_counted_for_a_recipe_that_is_refused() -> None:
+    with pytest.raises(RecipeError, match="fits no tensor"):
+        make_plan(rtn(match="nowhere.*"), INFOS, TIED, {}, nonfinite=lambda tensor: pytest.fail(f"read {tensor.name}"))
 
 
 def learned_plan(path: Path, values: dict[str, torch.Tensor], **options: Any) -> Plan:

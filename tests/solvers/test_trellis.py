@@ -112,7 +112,7 @@ def test_codes_are_those_of_survivors_that_each_keep_their_own_rest(lam: float) 
 
 @pytest.mark.parametrize("columns", [1, 7, 300])
 def test_what_lies_on_the_trellis_comes_back(columns: int) -> None:
-    """Decoding by coding.unbounded_steps gives what the encoder believed: rows of its values leave no error at all."""
+    """Decoding by the steps gives what the encoder believed: rows of its values leave no error at all."""
     codes = torch.randint(-9, 10, (8, columns), generator=seeded(columns), dtype=torch.int32)
     values = trellis_values(codes).double() * 0.25
     hessian = moments(correlated(columns, positions=2 * columns + 50))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from qcompress.registry.regularizers import (
@@ -33,4 +31,4 @@ def test_advice_on_settings_that_cannot_work() -> None:
     assert "widens the range" in said[0] and "diverge" in said[1] and "affine grid" in said[2]
     assert not advise_before(attach_penalties(net(), [rule("l2", L2Config())]), training, [rule("squant", None)])
     after = advise_after(penalties)
-    assert any("variance" in line for line in after) and not any(math.isnan(len(line)) for line in after)
+    assert any("variance" in line for line in after) and not any("nan" in line.split() for line in after)

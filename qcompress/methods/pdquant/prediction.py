@@ -111,7 +111,7 @@ class Prediction:
 
     plain      the block's outputs in full precision, of every sample
     quadratic  whether it is learned in its quadratic form
-    known      of every sample, its probes (see model.block_prediction) for that form, else its logits in full precision
+    known      of every sample, its probes (see Probes) for that form, else its logits in full precision
     """
 
     rest: Rest

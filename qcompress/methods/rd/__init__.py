@@ -1,8 +1,9 @@
 """RD chooses unbounded codes on grids whose steps are chosen for all tensors together, to be entropy coded.
 
-Error feedback under each layer's Hessian (GPTQ, arXiv 2210.17323) on a lattice without ends (WaterSIC, arXiv
+Error feedback under each layer's Hessian (GPTQ, arXiv 2210.17323) on unbounded codes (WaterSIC, arXiv
 2603.04956), inputs from the network as it is already coded, steps of equal slope with measured sensitivities, tables by
-scale classes (coding.classes). `fit` works on a live model with calibration data, `encode` from a weight alone.
+scale classes (coding.unbounded.tokens). `fit` works on a live model with calibration data, `encode` from
+a weight alone.
 """
 
 from __future__ import annotations

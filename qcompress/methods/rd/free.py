@@ -69,13 +69,13 @@ def split_channels(shape: Shape) -> int:
     return parts
 
 
-def flipped(wish: Tensor, codes: Tensor) -> Tensor:
+def flipped(target: Tensor, codes: Tensor) -> Tensor:
     """The codes with each row's sum of errors brought within half a step by the cheapest changes of one.
 
-    wish   weights in steps [rows, columns]
-    codes  integers of the same dtype, each the nearest to its wish or one beside it
+    target   weights in steps [rows, columns]
+    codes  integers of the same dtype, each the nearest to its target or one beside it
     """
-    error = codes - wish
+    error = codes - target
     total = error.sum(1, keepdim=True)
     count = total.abs().round()
     # The larger an error of the sum's sign, the less it costs to turn it over.
@@ -87,17 +87,17 @@ def flipped(wish: Tensor, codes: Tensor) -> Tensor:
     return codes - torch.where(rank < count, total.sign(), torch.zeros_like(total))
 
 
-def flip_unbounded(wish: Tensor, kernels: int) -> Tensor:
+def flip_unbounded(target: Tensor, kernels: int) -> Tensor:
     """The codes of weights in steps [rows, columns], flipped within kernels of `columns / kernels` and within rows.
 
     Rounds as they come to the nearest, so that sums of rows are mended by whole kernels' cheapest values.
     """
-    codes = wish.round()
-    columns = wish.shape[1]
+    codes = target.round()
+    columns = target.shape[1]
     if 1 < kernels < columns:
         shape = (-1, columns // kernels)
-        codes = flipped(wish.reshape(shape), codes.reshape(shape)).reshape(wish.shape)
-    return flipped(wish, codes)
+        codes = flipped(target.reshape(shape), codes.reshape(shape)).reshape(target.shape)
+    return flipped(target, codes)
 
 
 PRICED_CODES = 64
