@@ -68,6 +68,7 @@ def test_both_decoders_read_what_was_chosen(choice: str, trellis: bool, tmp_path
 
 
 @pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.slow
 def test_large_and_small_tensors_share_a_file_with_grids(choice: str, tmp_path: Path) -> None:
     tensors = {"a": gaussian(600, 500), "b": gaussian(9, 40, seed=1), "c": gaussian(9, 8, seed=2), "k": gaussian(3)}
     source = save(tmp_path / "in.safetensors", tensors)

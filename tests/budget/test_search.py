@@ -60,6 +60,7 @@ WEIGHTS = st.tuples(
 
 @given(WEIGHTS, st.floats(0.8, 6.0), st.sampled_from(["fast", "normal"]), st.sampled_from(["correlated", "flips"]))
 @settings(max_examples=12)
+@pytest.mark.slow
 def test_bits_per_weight_are_never_exceeded_and_nearly_used(
     drawn: tuple[int, int, int, float], bpw: float, effort: str, prior: str
 ) -> None:
@@ -216,6 +217,7 @@ def test_weights_of_any_size_are_coded_alike(tmp_path: Path) -> None:
     assert errors == pytest.approx([errors[0]] * 3, rel=0.1) and errors[0] < 0.05
 
 
+@pytest.mark.slow
 def test_a_budget_that_no_weights_need_is_not_spent(source: Path, tmp_path: Path) -> None:
     report = compressed(source, tmp_path / "a.safetensors", "bpw: 31", "effort: fast")
     assert (report.size.bits_per_weight or 99) < 31

@@ -325,6 +325,7 @@ def test_a_folder_of_pickles_says_so(tmp_path: Path) -> None:
     assert "only pickles; convert it to safetensors first" in refusal(tmp_path)
 
 
+@pytest.mark.slow
 def test_ten_thousand_tensors(tmp_path: Path) -> None:
     """Every pass over a checkpoint is linear in its tensors; a quadratic one would make this take minutes."""
     count, data = 10_000, gaussian(4, 4).numpy().tobytes()

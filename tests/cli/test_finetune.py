@@ -184,6 +184,7 @@ def test_distillation_from_the_checkpoint(run: Run, folder: Path, tmp_path: Path
     assert "distil: {share: 1.0, temperature: 4.0}" in shown.out
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(run: Run, folder: Path, tmp_path: Path) -> None:
     more = ["--resume", "--set", "finetune.epochs=20", "--set", "finetune.save_steps=1"]
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
@@ -205,6 +206,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(run: Run, folder: Path, tmp_path
     assert not (tmp_path / ".broken.safetensors.partial").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_do_what_one_process_does_with_twice_the_batch(run: Run, folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "plain.yaml"
     recipe.write_text(anchored(RECIPE, folder).replace("norm: true", "norm: false"))

@@ -84,6 +84,7 @@ def test_a_kill_leaves_the_old_file_and_the_next_run_cleans_up(
     assert {path.name for path in output.parent.iterdir()} == {"out.safetensors", "out.report.json"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bytes_of_an_unbroken_one(
     tmp_path: Path, run: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -126,6 +126,7 @@ def test_no_escape_codes_where_they_are_unwanted(
     assert ESCAPE not in text
 
 
+@pytest.mark.slow
 def test_progress_is_drawn_on_a_terminal_unless_unwanted(checkpoint: Path) -> None:
     wanted = on_terminal("quantize", checkpoint, "--bits", 2, TERM="xterm")
     assert "100%" in wanted
@@ -134,6 +135,7 @@ def test_progress_is_drawn_on_a_terminal_unless_unwanted(checkpoint: Path) -> No
     assert "100%" not in unwanted
 
 
+@pytest.mark.slow
 def test_progress_on_a_terminal_never_reaches_stdout(checkpoint: Path) -> None:
     ours, theirs = pty.openpty()
     environment = process_environment(TERM="xterm")

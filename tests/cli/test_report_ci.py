@@ -62,6 +62,7 @@ def test_the_job_keeps_what_it_says_and_holds_the_committed_report(shell: Callab
     assert run_steps(shell, folder) == {"Check the recipe": 0, "Compress": 4, "Report": 0}
 
 
+@pytest.mark.slow
 def test_what_must_not_get_worse(shell: Callable[..., Ran], run: Run, folder: Path, checkpoint: Path) -> None:
     gated = commands("qcompress report small.safetensors --baseline-report")
     small = folder / "small.safetensors"

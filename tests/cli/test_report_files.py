@@ -228,6 +228,7 @@ def test_an_unknown_figure_suggests_the_nearest(run: Run) -> None:
     assert "Missing argument" in misused(run)
 
 
+@pytest.mark.slow
 def test_none_of_it_imports_torch(run: Run, run_process: Run, artifact: Path, larger: Path, tmp_path: Path) -> None:
     # In a process where torch cannot be imported.
     (tmp_path / "torch").mkdir()

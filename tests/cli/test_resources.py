@@ -78,6 +78,7 @@ def test_a_folder_that_is_none(run: Run, checkpoint: Path, place: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["quantize", "export"])
+@pytest.mark.slow
 def test_a_limit_on_file_size(shell: Run, run: Run, checkpoint: Path, command: str) -> None:
     assert run("quantize", checkpoint, "--bits", 2).code == 0
     words = {

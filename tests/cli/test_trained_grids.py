@@ -167,6 +167,7 @@ def test_integers_and_grids_are_those_of_the_last_step(
 @pytest.mark.parametrize(
     ("method", "options"), [("lsq", "{bits: 2, granularity: tensor, start: mean}"), ("pact", "{bits: 1}")]
 )
+@pytest.mark.slow
 def test_training_brings_back_what_rounding_loses(
     run: Run, folder: Path, tmp_path: Path, method: str, options: str
 ) -> None:
@@ -221,6 +222,7 @@ def test_export_holds_the_trained_weights(run: Run, folder: Path, tmp_path: Path
     assert all(len(row.abs().unique()) == 1 for row in dense["conv.weight"])
 
 
+@pytest.mark.slow
 def test_distillation_changes_what_is_learned(run: Run, folder: Path, tmp_path: Path) -> None:
     distil = "schedule: cosine=>schedule: cosine\n  distil: {share: 1.0, temperature: 2.0}"
     trained(run, folder, tmp_path / "a.safetensors", "lsq", "{bits: 3}")
@@ -235,6 +237,7 @@ class Broken(Exception):
 
 
 @pytest.mark.parametrize(("method", "options"), [("lsq", "{bits: 2}"), ("pact", "{bits: 2}"), ("dkm", "{bits: 2}")])
+@pytest.mark.slow
 def test_a_broken_run_goes_on_to_the_same_bytes(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: str
 ) -> None:
@@ -270,6 +273,7 @@ def test_a_state_of_another_recipe_is_refused(run: Run, folder: Path, tmp_path: 
     assert done.code == 3 and "start again without --resume" in done.err
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_bytes(run: Run, folder: Path, tmp_path: Path) -> None:
     outputs = [tmp_path / f"{name}.safetensors" for name in "abc"]
     for output, seed in zip(outputs, ("1", "1", "2"), strict=True):

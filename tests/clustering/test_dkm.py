@@ -352,6 +352,7 @@ class LargeStorages(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("cluster", [soft_cluster, soft_cluster_table])
+@pytest.mark.slow
 def test_it_keeps_the_weights_only_and_never_all_scores(cluster: Any) -> None:
     count, clusters = 1 << 21, 16
     half = count * 4 // 2

@@ -193,6 +193,7 @@ def test_the_bound_holds_where_bins_are_too_few(values, clusters, zero, weighted
 
 
 @pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.slow
 def test_many_float32_are_close_to_the_least_and_say_how_close(zero):
     x = torch.randn(90_000, generator=torch.Generator().manual_seed(0))
     x[:50] *= 20

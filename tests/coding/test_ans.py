@@ -103,11 +103,13 @@ def test_a_process_that_dies_is_an_error_of_the_machine() -> None:
         list(run_jobs(_end, [1], 2 * JOB_CHUNKS, mortal))
 
 
+@pytest.mark.slow
 def test_a_matrix_of_few_chunks_stays_in_this_process(executor: Executor) -> None:
     assert list(run_jobs(_process, [1, 2], 2 * JOB_CHUNKS - 1, executor)) == [os.getpid()] * 2
     assert os.getpid() not in list(run_jobs(_process, [1, 2], 2 * JOB_CHUNKS, executor))
 
 
+@pytest.mark.slow
 def test_processes_are_started_anew_where_they_pay() -> None:
     """Forked ones would inherit locks that torch's threads hold."""
     with decoding_processes(jobs.LEAST_CODES, 2) as executor:
@@ -123,6 +125,7 @@ def test_no_processes_where_they_do_not_pay() -> None:
         assert few is None
 
 
+@pytest.mark.slow
 def test_artifacts_are_read_the_same_with_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"wide.weight": torch.randn(ROWS, COLUMNS, generator=torch.manual_seed(0))}, tmp_path / "m.safetensors")
     assert run(["quantize", str(tmp_path / "m.safetensors"), "--bits", "3", "--coding", "ans"]) == 0

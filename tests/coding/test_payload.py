@@ -438,6 +438,7 @@ def test_truncation_anywhere(bits: int, coding: Coding) -> None:
 
 @given(st.data())
 @settings(deadline=None, max_examples=300)
+@pytest.mark.slow
 def test_damage_anywhere(data: st.DataObject) -> None:
     bits, coding = data.draw(st.integers(1, 8)), data.draw(st.sampled_from(CODINGS))
     rows, columns = data.draw(st.sampled_from([(3, 5), (30, 41)]))

@@ -180,6 +180,7 @@ def test_neither_threads_nor_repetition_change_a_byte_or_a_figure(asked: Recipe,
 
 
 @pytest.mark.parametrize("asked", RECIPES.values(), ids=list(RECIPES))
+@pytest.mark.slow
 def test_block_sizes_change_no_byte(asked: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save(tmp_path / "m.safetensors", mixed())
     written = []
@@ -524,6 +525,7 @@ sys.exit(2)
 """
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_is_a_resource_that_ran_out(source: Path, tmp_path: Path) -> None:
     tests = Path(__file__).parents[1]
     command = [
@@ -593,6 +595,7 @@ def test_progress_counts_every_byte_once(source: Path, tmp_path: Path) -> None:
     assert sorted(seen) == [("b", 256), ("w", 16384)]
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     """Eight times the tensors, the same largest one: a few megabytes more at most."""
     program = (

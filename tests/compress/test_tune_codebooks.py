@@ -425,6 +425,7 @@ def test_a_temperature_that_merges_all_centroids_is_held(run: Run, folder: Path,
     assert not any("held" in line for line in with_dkm(run, folder, tmp_path / "b.safetensors", "bits: 2")["warnings"])
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_bytes(run: Run, folder: Path, tmp_path: Path) -> None:
     outputs = [tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors")]
     for output, seed in zip(outputs, ("1", "1", "2"), strict=True):

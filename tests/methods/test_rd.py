@@ -295,6 +295,7 @@ def test_codes_are_not_bounded() -> None:
     assert float(decode(unbounded)[0, 0, 0, 0]) == pytest.approx(400 * float(mixed().conv.weight.std()), rel=0.05)
 
 
+@pytest.mark.slow
 def test_columns_have_steps_of_their_own_only_where_asked() -> None:
     _, found = fitted(mixed(), images(), 3.0, columns=False)
     assert all(unbounded.channels is None and unbounded.taps is None for unbounded in unbounded_tensors(found).values())
@@ -347,6 +348,7 @@ def gaussian(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.slow
 def test_what_comes_back_is_well_formed_and_always_the_same(options: dict[str, Any]) -> None:
     for shape, step in itertools.product(SHAPES, (1e-4, 0.5, 30.0)):
         weight, config = gaussian(*shape), RdConfig(step=step, **options)
@@ -484,6 +486,7 @@ def test_steps_finer_than_float32_change_nothing(options: dict[str, Any]) -> Non
     torch.testing.assert_close(found, weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_budget_that_no_weights_need_is_not_spent() -> None:
     """Bits beyond those of float32 would make codes that no file can hold."""
     live, found = fitted(mixed(kill_layer), images(1), 30.0, effort="high")

@@ -102,6 +102,7 @@ def harm_at(layers: Mapping[str, Layer], factors: Mapping[str, float]) -> tuple[
     return sum(harm for _, harm in done), coded_bits([unbounded for unbounded, _ in done]) / weights
 
 
+@pytest.mark.slow
 def test_no_layer_would_better_have_another_step(layers: dict[str, Layer]) -> None:
     slopes = [layer.response.slope for layer in layers.values()]
     assert max(slopes) > 4 * min(slopes)

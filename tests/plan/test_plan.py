@@ -235,6 +235,7 @@ def checkpoints_and_rules(draw: st.DrawFn) -> tuple[dict[str, torch.Tensor], lis
 
 @given(checkpoints_and_rules(), st.sampled_from(["packed", "zstd", "ans", "auto"]))
 @settings(deadline=None, max_examples=60)
+@pytest.mark.slow
 def test_the_foretold_size_is_that_of_the_file(
     tmp_path_factory: pytest.TempPathFactory,
     made: tuple[dict[str, torch.Tensor], list[Rule], dict[str, str]],

@@ -121,6 +121,7 @@ def test_a_gaussian_matrix_is_as_far_from_its_bound_as_its_quantizer(artifact: P
     assert 0 < gap < 1.1 if artifact.stem == "high" else 1.2 < gap < 1.8
 
 
+@pytest.mark.slow
 def test_packed_lattices_have_no_classes(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "packed.safetensors"
     assert run(["quantize", str(source), "--bpw", "4", "--coding", "packed", "-o", str(path)]) == 0

@@ -122,6 +122,7 @@ def test_every_state_leads_to_two_and_is_reached_from_two() -> None:
     assert sorted(NEXT_STATE.reshape(-1).tolist()) == sorted([*range(8), *range(8)])
 
 
+@pytest.mark.slow
 def test_the_trellis_beats_rounding_by_most_of_a_decibel() -> None:
     """Marcellin and Fischer's eight states gain some 0.9 dB on a uniform source; plain rounding has step**2 / 12."""
     source = np.random.default_rng(0).uniform(-40, 40, 20_000)
@@ -203,6 +204,7 @@ def test_tensors_with_and_without_a_trellis_share_a_pool(choice: str) -> None:
 
 
 @pytest.mark.parametrize("trellis", [False, True])
+@pytest.mark.slow
 def test_chunks_decode_by_themselves(trellis: bool) -> None:
     rows, columns = 3 * (CHUNK_CODES // 3000) + 5, 3000
     source = make_source(make(drawn(4, rows, columns, 1.0), trellis=trellis))

@@ -242,6 +242,7 @@ def test_what_each_rule_decided() -> None:
 
 
 @pytest.mark.parametrize("count", [20, 1000])
+@pytest.mark.slow
 def test_a_large_network_is_shown_whole_and_stays_small(count: int) -> None:
     report = many(count)
     text = render_html([report])
@@ -284,6 +285,7 @@ numbers = st.floats() | st.none()
 
 @settings(max_examples=40)
 @given(numbers, st.floats(0, 2) | st.none(), numbers, st.text(st.characters(codec="utf-8"), max_size=20))
+@pytest.mark.slow
 def test_any_figures_make_a_page(error: float | None, entropy: float | None, value: float | None, name: str) -> None:
     figures = LayerFigures(
         relative_error=None if error is None else abs(error), entropy=entropy, kurtosis=value, max_error=value

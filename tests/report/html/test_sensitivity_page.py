@@ -86,6 +86,7 @@ def test_curves_follow_the_logarithm_within_their_box() -> None:
     assert float(drawn.curves[0].opacity) > float(drawn.curves[1].opacity) > 0
 
 
+@pytest.mark.slow
 def test_a_thousand_layers_make_a_page_that_can_be_sent() -> None:
     text = render_sensitivity_html(make_sensitivity(1000, widths=tuple(range(1, 9))))
     assert len(text) < 2_000_000
