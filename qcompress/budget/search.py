@@ -11,9 +11,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from qcompress.artifact.writer import refuse_existing, refuse_own_input, reporting_resources, staged_output
 from qcompress.budget.weight_costs import SAMPLED_WEIGHTS
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
+from qcompress.checkpoint.outputs import refuse_own_input
+from qcompress.checkpoint.staging import refuse_existing, reporting_resources, staged_output
 from qcompress.errors import BudgetError
 from qcompress.plan.allocate import (
     LEAST_BPW,

@@ -10,7 +10,7 @@ import typer
 
 from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, make_gates
-from qcompress.cli.output import Streams, json_document, print_result, refuse_mixed, write_text
+from qcompress.cli.output import Streams, json_document, print_result, refuse_harm, refuse_mixed, write_text
 from qcompress.cli.recipe import read_given
 from qcompress.errors import UsageError, raise_all
 
@@ -24,6 +24,7 @@ def evaluate(
     *,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,
+    force: opt.Force = False,
     streams: Streams,
     device: opt.DeviceOption = opt.Device.auto,
     seed: opt.Seed = None,
@@ -44,6 +45,7 @@ def evaluate(
     refuse_mixed(streams.json_to, streams.quiet)
     if recipe is None:
         raise UsageError("qcompress eval", "nothing says how to measure", "add -r RECIPE with model, data and task")
+    refuse_harm({"what is measured": path, "the recipe": recipe}, [], streams.json_to, force=force)
     asked = read_given(recipe, overrides, seed=seed)
     raise_all(refuse_missing(asked, measures=True))
     gates = make_gates(asked.gates, GateFlags(min_metric=min_metric))
@@ -52,6 +54,7 @@ def evaluate(
     results = check_metrics(gates.min_metric, {one.metric: one.value for one in measured})
     if streams.json_to is not None:
         document = {
+            "schema": "qcompress.eval/1",
             "file": path.name,
             "metrics": [_as_json(one) for one in measured],
             "gates": [asdict(one) for one in results],

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.output import print_result
+from qcompress.cli.output import print_result, refuse_harm
 from qcompress.errors import UsageError
 from qcompress.registry import EXPORTERS
 
@@ -35,6 +35,7 @@ def export(
     qcompress export model-w2.safetensors --to safetensors
     """
     from qcompress.artifact.reader import read_artifact
+    from qcompress.checkpoint.outputs import Write
     from qcompress.recipe import suggest
 
     exporter = EXPORTERS.get(to)
@@ -43,9 +44,10 @@ def export(
     if exporter.target is None:
         built = ", ".join(name for name, one in EXPORTERS.items() if one.target is not None)
         raise UsageError(f"--to {to}", "not available in this version", f"use {built}")
-    found = read_artifact(artifact)
     stem = artifact.name.removesuffix(".safetensors")
     target = output or artifact.with_name(f"{stem}-{to}" if artifact.is_dir() else f"{stem}-dense{exporter.suffix}")
+    refuse_harm({"the artifact": artifact}, [Write(target, "-o", folder=artifact.is_dir())], force=force)
+    found = read_artifact(artifact)
     with found.decoding_with(threads or opt.default_threads()) as shared:
         written = exporter.load()(shared, target, force=force)
     print_result(str(target) if quiet else f"{target}: {written:,} bytes")

@@ -16,6 +16,7 @@ from qcompress.cli.output import (
     print_note,
     print_output,
     print_result,
+    refuse_harm,
     refuse_mixed,
     write_text,
 )
@@ -76,13 +77,30 @@ def finetune_reg(
     from qcompress.training.parallel import join_world, launched_rank
 
     streams = replace(streams, quiet=streams.quiet or launched_rank() > 0)
-    model_run = make_model_run(asked, device, allow_code, streams, threads)
     target = output or _default_output(checkpoint, recipe)
+    _refuse_harm(checkpoint, recipe, target, streams.json_to, force=force, resume=resume)
+    model_run = make_model_run(asked, device, allow_code, streams, threads)
     with join_world(model_run.device) as world:
         options = FinetuneOptions(target, force, resume, streams.say)
         report = finetune(source, model_run, options, world)
     if report is not None:
         _finish(report, target, streams)
+
+
+def _refuse_harm(
+    checkpoint: Path | None, recipe: Path, target: Path, json_to: str | None, *, force: bool, resume: bool
+) -> None:
+    """Raise OutputError where the checkpoint, or what lies beside it, would replace what is read or is not ours."""
+    from qcompress.checkpoint.outputs import Write, is_own_json
+    from qcompress.report.training_report import BESIDE, training_path
+
+    writes = [
+        Write(target, "-o", folder=checkpoint is not None and checkpoint.is_dir()),
+        Write(training_path(target), "the report", is_own=is_own_json),
+        # A run that resumes goes on with its log, and writes anew what an earlier run left.
+        *(Write(training_path(target, kind), what, is_own=lambda _: resume) for kind, what in BESIDE.items()),
+    ]
+    refuse_harm({"the checkpoint": checkpoint, "the recipe": recipe}, writes, json_to, force=force)
 
 
 def _default_output(checkpoint: Path | None, recipe: Path) -> Path:
@@ -108,7 +126,7 @@ def _print_plan(recipe: Recipe, source: Checkpoint | None, allow_code: bool, str
 
 def _finish(report: TrainingReport, target: Path, streams: Streams) -> None:
     """Write the report beside the checkpoint and print it. Raises GateFailed."""
-    from qcompress.report.document_json import write_whole
+    from qcompress.checkpoint.staging import write_whole
     from qcompress.report.gates import raise_failed
     from qcompress.report.training_report import training_path, training_text, view_training
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from qcompress.cli import options as opt
 from qcompress.errors import RecipeError, ResourceError, UsageError
 
 if TYPE_CHECKING:
+    from qcompress.checkpoint.outputs import Write
     from qcompress.report.document import Report
     from qcompress.report.render import Terminal
     from qcompress.report.view import View
@@ -93,14 +94,40 @@ def json_document(document: Mapping[str, object]) -> str:
 
 
 def write_text(text: str, json_to: str) -> None:
-    """A JSON document's text, to stdout for "-", else to a file. Raises ResourceError."""
+    """A JSON document's text, to stdout for "-", into a pipe, else whole or not at all to a file.
+
+    Raises ResourceError.
+    """
+    from qcompress.checkpoint.outputs import is_stream
+    from qcompress.checkpoint.staging import write_whole
+
     if json_to == "-":
         print_result(text)
         return
     try:
-        Path(json_to).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(json_to, error.strerror or str(error), "choose a writable file for --json") from error
+        if is_stream(Path(json_to)):
+            Path(json_to).write_text(text, encoding="utf-8")
+        else:
+            write_whole(text, Path(json_to))
+    except (OSError, ResourceError) as error:
+        what = error.what if isinstance(error, ResourceError) else error.strerror or str(error)
+        raise ResourceError(json_to, what, "choose a writable file for --json") from error
+
+
+def refuse_harm(
+    reads: Mapping[str, Path | None], writes: Sequence[Write], json_to: str | None = None, *, force: bool = False
+) -> None:
+    """Raise OutputError where what a command writes would replace what it reads, or anything that is not its own.
+
+    reads    "the recipe" -> its file; None and "-" are none
+    json_to  of --json, which is written too
+    """
+    from qcompress.checkpoint.outputs import Read, Write, is_own_json, refuse_meeting
+
+    if json_to not in (None, "-"):
+        writes = [*writes, Write(Path(json_to), "--json", streams=True, is_own=is_own_json)]
+    found = [Read(path, what) for what, path in reads.items() if path is not None and str(path) != "-"]
+    refuse_meeting(found, writes, force=force)
 
 
 def print_output(output: Path, text: str, view: View, streams: Streams) -> None:
@@ -128,7 +155,7 @@ def print_rendered(rendered: Callable[[Terminal | None], str], output: Path | No
 
     Where --json takes stdout, nothing else is there.
     """
-    from qcompress.report.document_json import write_whole
+    from qcompress.checkpoint.staging import write_whole
 
     if output is not None:
         text = rendered(None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.output import json_document, print_result, read_stdin, refuse_mixed, write_text
+from qcompress.cli.output import json_document, print_result, read_stdin, refuse_harm, refuse_mixed, write_text
 from qcompress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,11 +52,14 @@ def check(
 
 
 @recipe.command()
-def show(path: RecipeArgument, overrides: opt.Overrides = None, json_to: opt.Json = None) -> None:
+def show(
+    path: RecipeArgument, overrides: opt.Overrides = None, json_to: opt.Json = None, force: opt.Force = False
+) -> None:
     """Print a recipe as it will run: every default filled in."""
     from qcompress.recipe import recipe_json, recipe_yaml
 
     refuse_mixed(json_to, quiet=False)
+    refuse_harm({"the recipe": path}, [], json_to, force=force)
     resolved = read_given(path, overrides)
     if json_to is not None:
         write_text(json_document(recipe_json(resolved)), json_to)

@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qcompress.checkpoint.outputs import Write
 from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, make_gates
-from qcompress.cli.output import Streams, print_note, print_rendered, print_result, refuse_mixed, write_text
+from qcompress.cli.output import (
+    Streams,
+    print_note,
+    print_rendered,
+    print_result,
+    refuse_harm,
+    refuse_mixed,
+    write_text,
+)
 from qcompress.cli.sensitivity import SensitivityFlags, find_sensitivity, print_sensitivity
-from qcompress.errors import GateFailed, OutputError, ReportError, UsageError
+from qcompress.errors import GateFailed, ReportError, UsageError
 from qcompress.types.plan import Gates
 
 if TYPE_CHECKING:
@@ -140,16 +149,20 @@ def _refuse_outputs(files: ReportFlags, inputs: Sequence[Path | None], quiet: bo
         raise UsageError(f"--json - --format {files.form}", what, "give one of them, --json FILE or -o FILE")
     named = {"-o": output, "--junit": files.junit, "--json": Path(json_to) if json_to not in (None, "-") else None}
     targets = {flag: path for flag, path in named.items() if path is not None}
-    read = [path.resolve() for path in inputs if path is not None]
     for flag, path in targets.items():
         if path.suffix == ".safetensors":
             raise UsageError(f"{flag} {path}", "is a place for weights", "name another file")
-        if path.resolve() in read:
-            raise OutputError(str(path), f"{flag} would replace what is read", "name another file")
-    if len({path.resolve() for path in targets.values()}) < len(targets):
-        raise UsageError(" ".join(targets), "name the same file twice", "name different files")
-    if output is not None and output.exists() and not files.force:
-        raise OutputError(str(output), "exists", "name another file, or replace it with --force")
+    own = {"--junit": _is_own_junit}
+    writes = [Write(path, flag, is_own=own.get(flag)) for flag, path in targets.items() if flag != "--json"]
+    refuse_harm({f"the input {path}": path for path in inputs}, writes, json_to, force=files.force)
+
+
+def _is_own_junit(path: Path) -> bool:
+    """Whether a file is JUnit XML that this tool wrote."""
+    from qcompress.report.render import JUNIT_START
+
+    with path.open("rb") as file:
+        return file.read(len(JUNIT_START)) == JUNIT_START.encode()
 
 
 def _refuse_given(flags: Mapping[str, object], what: str, hint: str) -> None:
@@ -236,7 +249,7 @@ def _parse_growth(text: str) -> float:
 
 def _write_junit(reports: Sequence[Report], path: Path) -> None:
     """The gates that were held now, else those that the reports hold. Raises UsageError where there are none."""
-    from qcompress.report.document_json import write_whole
+    from qcompress.checkpoint.staging import write_whole
     from qcompress.report.render import render_junit
 
     if not any(found.gates for found in reports):

@@ -7,10 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from qcompress.checkpoint.outputs import Write, is_own_json
 from qcompress.checkpoint.side_files import representatives_path
 from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
-from qcompress.cli.output import Streams, json_document, print_output, print_report, progress, sample_progress
+from qcompress.cli.output import (
+    Streams,
+    json_document,
+    print_output,
+    print_report,
+    progress,
+    refuse_harm,
+    sample_progress,
+)
 from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.errors import ResourceError, UsageError, raise_all
 from qcompress.plan.allocate import allocate, read_costs, sensitivity_file
@@ -20,6 +29,7 @@ from qcompress.registry import METHODS
 from qcompress.report.document import Report
 from qcompress.report.document_json import report_path, write_report
 from qcompress.report.gates import check_gates, raise_failed
+from qcompress.report.training_report import training_path
 from qcompress.report.view import Column, Table, View, name_words, shape_words, size_words
 from qcompress.types.config import CodingChoice
 from qcompress.types.plan import Gates, Plan, Recipe
@@ -68,6 +78,7 @@ def run(request: Request, streams: Streams) -> None:
             plan = allocate(source, plan, coding, read_costs(source, plan, request.sensitivity))
         print_plan(source, plan, target, coding, streams)
         return
+    _refuse_harm(request, target, streams.json_to)
     options = _make_options(request, target, coding)
     model_run = None
     if recipe.model is not None:
@@ -110,6 +121,28 @@ def _checked(request: Request) -> Request:
     if sensitivity is None and recipe.budget is not None:
         sensitivity = sensitivity_file(recipe)
     return replace(request, recipe=recipe, sensitivity=sensitivity)
+
+
+def _refuse_harm(request: Request, target: Path, json_to: str | None) -> None:
+    """Raise OutputError where the run would replace what it reads, or what is not its own."""
+    force = request.writing.force
+    writes = [
+        Write(target, "-o", folder=request.checkpoint.is_dir()),
+        Write(report_path(target), "the report", is_own=is_own_json),
+    ]
+    if request.save_statistics is not None:
+        writes.append(Write(request.save_statistics, "--save-statistics"))
+    if trains(request.recipe):
+        log = training_path(target, "log.jsonl")
+        writes.append(Write(log, "the training log", is_own=lambda _: request.running.resume))
+    reads = {
+        "the checkpoint": request.checkpoint,
+        "the recipe": request.recipe_file,
+        "the statistics": request.statistics,
+        "the file of sensitivities": request.sensitivity,
+        "the learned representatives": request.representatives or representatives_path(request.checkpoint),
+    }
+    refuse_harm(reads, writes, json_to, force=force)
 
 
 def _refuse_weights_only(request: Request) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from qcompress.cli import options as opt
-from qcompress.cli.output import json_document, print_result, refuse_mixed, write_text
+from qcompress.cli.output import json_document, print_result, refuse_harm, refuse_mixed, write_text
 
 
 def verify(
     artifact: opt.Artifact,
     threads: opt.Threads = None,
     json_to: opt.Json = None,
+    force: opt.Force = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -17,6 +18,7 @@ def verify(
     from qcompress.artifact.reader import read_artifact
 
     refuse_mixed(json_to, quiet)
+    refuse_harm({"the artifact": artifact}, [], json_to, force=force)
     found = read_artifact(artifact)
     with found.decoding_with(threads or opt.default_threads()) as shared:
         checked = [name for name, _ in shared.verify()]

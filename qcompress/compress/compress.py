@@ -12,10 +12,12 @@ import torch
 
 from qcompress.artifact.layout import POOL_NAME
 from qcompress.artifact.manifest import artifact_hash
-from qcompress.artifact.writer import copy_companions, refuse_existing, refuse_own_input, staged_output, write_index
+from qcompress.artifact.writer import copy_companions, write_index
 from qcompress.budget.search import refuse_gateless, spend
 from qcompress.budget.weight_costs import weight_costs
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
+from qcompress.checkpoint.outputs import refuse_own_input
+from qcompress.checkpoint.staging import refuse_existing, staged_output
 from qcompress.encode.encode_weight import (
     ContextSources,
     WeightOf,

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qcompress.artifact.writer import refuse_existing, refuse_own_input, staging_folder
 from qcompress.budget.search import refuse_gateless, spend
 from qcompress.budget.sensitivity import live_costs
 from qcompress.calibration.activations import measure_statistics
 from qcompress.checkpoint.checkpoint import Checkpoint
+from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.side_files import save_statistics
+from qcompress.checkpoint.staging import refuse_existing, staging_folder
 from qcompress.compress.apply_plan import fit
 from qcompress.compress.compress import compress_to, staged
 from qcompress.compress.evaluate import compare, evaluate, measure_task, open_live

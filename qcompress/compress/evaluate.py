@@ -13,6 +13,7 @@ from qcompress.budget.sensitivity import ALL_WIDTHS, SAMPLES, measure_sensitivit
 from qcompress.calibration.activations import attach_activations, attach_caps
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from qcompress.checkpoint.safetensors_file import read_container
+from qcompress.checkpoint.staging import write_whole
 from qcompress.compress.load import checkpoint_state, load_state_dict
 from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.data.batches import Batch
@@ -24,7 +25,6 @@ from qcompress.model.build import build_network, load_weights
 from qcompress.model.live import LiveModel, make_live_model
 from qcompress.plan.sensitivity import Sensitivity, checkpoint_sha256, read_sensitivity
 from qcompress.report.document import AccuracyFigures
-from qcompress.report.document_json import write_whole
 from qcompress.report.view_sensitivity import sensitivity_text
 from qcompress.types.plan import Plan, Recipe
 from qcompress.types.run import ModelRun, Say

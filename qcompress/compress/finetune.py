@@ -16,14 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompress.artifact.writer import (
-    copy_companions,
-    refuse_own_input,
-    reporting_resources,
-    staged_output,
-    staging_folder,
-)
+from qcompress.artifact.writer import copy_companions
 from qcompress.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint, write_checkpoint
+from qcompress.checkpoint.outputs import refuse_own_input
+from qcompress.checkpoint.staging import reporting_resources, staged_output, staging_folder
 from qcompress.compress.evaluate import compare, is_measured, load_network, measure_task
 from qcompress.compress.load import KEPT_DTYPES
 from qcompress.compress.weight_stats import TrialKind, Trials, WeightStats, measure_weights
@@ -263,7 +259,7 @@ def _train_and_write(
             with reporting_resources(output.parent):
                 _write(module, checkpoint, staged)
                 state.unlink(missing_ok=True)
-                write_checkpoint(penalties.saved(), training_path(output, "reg.safetensors"))
+                _write_beside(penalties.saved(), training_path(output, "reg.safetensors"))
     return trained
 
 
@@ -274,8 +270,14 @@ def _with_last_good(error: TrainingError, state: Path, output: Path) -> Training
         return error
     weights, step = found
     path = training_path(output, "last-good.safetensors")
-    write_checkpoint(weights, path)
+    _write_beside(weights, path)
     return TrainingError(error.where, f"{error.what}; the weights of step {step} are in {path.name}", error.hint)
+
+
+def _write_beside(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a file beside the output, whole or not at all; it replaces what an earlier run left there."""
+    with staged_output(path, force=True, folder=False) as staged:
+        write_checkpoint(tensors, staged)
 
 
 def _write(module: nn.Module, checkpoint: Checkpoint | None, staged: Path) -> None:

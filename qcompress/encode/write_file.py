@@ -15,8 +15,9 @@ from typing import IO, Any, Self
 
 from qcompress.artifact.layout import PARTS, POOL_NAME, Layout, Slot, part_name, pool_of, render_header, unbounded_entry
 from qcompress.artifact.manifest import Entry, Manifest, input_hash
-from qcompress.artifact.writer import Filled, SlotWriter, Written, staging_folder
+from qcompress.artifact.writer import Filled, SlotWriter, Written
 from qcompress.checkpoint.checkpoint import tensor_bytes, tensor_view
+from qcompress.checkpoint.staging import staging_folder
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.unbounded.payload import encode_pool
 from qcompress.encode.encode_tensor import Finished, Job, encode_tensor, survey_bytes

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from qcompress.artifact.layout import Layout, Slot, header_room, header_text
 from qcompress.artifact.reader import Artifact, ArtifactFile
-from qcompress.artifact.writer import SlotWriter, copy_companions, refuse_own_input, staged_output, write_index
+from qcompress.artifact.writer import SlotWriter, copy_companions, write_index
+from qcompress.checkpoint.outputs import refuse_own_input
+from qcompress.checkpoint.staging import staged_output
 from qcompress.coding.grids import decode, row_spans, take_rows
 from qcompress.errors import ArtifactError
 from qcompress.types.plan import DTYPE_BITS

@@ -8,17 +8,16 @@ within version 1 keys may be added, never changed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompress.errors import ReportError, ResourceError
+from qcompress.checkpoint.staging import write_whole
+from qcompress.errors import ReportError
 from qcompress.report.document import GateResult, Report
 from qcompress.types.run import Json
 
@@ -91,29 +90,6 @@ def plain(value: object, digits: int | None = DIGITS) -> Json:
 def write_report(report: Report, path: Path) -> None:
     """Write the report's JSON, whole or not at all. Raises ResourceError."""
     write_whole(report_text(report), path)
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write a text beside its final name, then rename: a reader finds the old file or the new one.
-
-    Raises ResourceError where the folder or the disk does not allow it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-    except OSError as error:
-        raise ResourceError(
-            str(path), f"cannot write the report: {error.strerror}", "free space or choose another folder with -o"
-        ) from error
 
 
 def read_report(path: Path) -> Report:

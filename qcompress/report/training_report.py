@@ -109,6 +109,14 @@ class TrainingReport:
     run: RunFigures | None = None
 
 
+BESIDE = {
+    "log.jsonl": "the training log",
+    "reg.safetensors": "the file of learned representatives",
+    "last-good.safetensors": "the file of last good weights",
+}
+"""What lies beside a trained checkpoint besides its report, and how it is called."""
+
+
 def training_path(output: Path, kind: str = "report.json") -> Path:
     """What lies beside a trained checkpoint: `model-dsmm.report.json`, `.log.jsonl`, `.reg.safetensors`."""
     return output.with_name(f"{output.name.removesuffix('.safetensors')}.{kind}")

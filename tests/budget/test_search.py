@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompress.artifact.reader import read_artifact
-from qcompress.artifact.writer import staging_folder
 from qcompress.budget.search import AIM, FARTHEST, entropy, first_step, make_at_rate, next_step
 from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.checkpoint.staging import staging_folder
 from qcompress.compress.compress import compress_within
 from qcompress.compress.load import load_state_dict
 from qcompress.errors import BudgetError

@@ -15,6 +15,7 @@ from colours import TRAINED_RECIPE, anchored, make_network, write_colours
 from conftest import Run, process_environment, program, run_two_ranks
 from safetensors.torch import load_file, save_file
 
+from qcompress.checkpoint.staging import MARKER
 from qcompress.report.training_report import training_schema
 
 NET = """
@@ -277,6 +278,7 @@ def test_recipes_without_training_and_saved_states_that_cannot_be_read(run: Run,
     assert done.code == 3 and "has no rules" in done.err
     partial = tmp_path / ".t.safetensors.partial"
     partial.mkdir()
+    (partial / MARKER).touch()
     (partial / "training.safetensors").write_bytes(b"broken")
     done = run(*words_of(folder, tmp_path / "t.safetensors", "--resume"))
     assert done.code == 3 and "start again without --resume" in done.err

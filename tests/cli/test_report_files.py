@@ -94,11 +94,11 @@ def test_no_file_that_exists_or_is_read_is_replaced(run: Run, artifact: Path, ch
         (artifact, *since, "--junit", stored),
         (stored, "-o", stored, "-f"),
     ):
-        assert "would replace what is read" in refused(run, *arguments)
+        assert "would replace the input" in refused(run, *arguments)
     link.unlink()
     for flag in ("-o", "--junit", "--json"):
         assert "is a place for weights" in misused(run, stored, flag, tmp_path / "new.safetensors", "--max-size", "1MB")
-    assert "the same file" in misused(run, artifact, "-o", tmp_path / "a", "--junit", tmp_path / "a")
+    assert "name the same place" in refused(run, artifact, "-o", tmp_path / "a", "--junit", tmp_path / "a")
     assert files_under(tmp_path) == before
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import qcompress
 from qcompress.artifact.reader import read_artifact
+from qcompress.checkpoint.staging import MARKER
 from qcompress.coding.grids import decode
 from qcompress.registry import LsqConfig, PactConfig
 from qcompress.training import loop
@@ -268,6 +269,7 @@ def test_a_broken_run_goes_on_to_the_same_bytes(
 def test_a_state_of_another_recipe_is_refused(run: Run, folder: Path, tmp_path: Path) -> None:
     partial = tmp_path / ".a.safetensors.partial"
     partial.mkdir()
+    (partial / MARKER).touch()
     (partial / "training.safetensors").write_bytes(b"broken")
     done = run(*words_of(folder, tmp_path / "a.safetensors", "lsq", "{bits: 2}", "--resume"))
     assert done.code == 3 and "start again without --resume" in done.err

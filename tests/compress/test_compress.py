@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.checkpoint.staging import MARKER
 from qcompress.coding.grids import decode, take_rows
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.compress.compress import compress
@@ -363,6 +364,7 @@ def test_a_folder_replaces_an_older_one_whole(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_is_cleaned(source: Path, tmp_path: Path) -> None:
     staging = tmp_path / ".a.safetensors.partial"
     (staging / "a.safetensors").mkdir(parents=True)
+    (staging / MARKER).touch()
     (staging / "a.safetensors" / "half").write_bytes(b"x")
     (staging / "other").touch()
     run(source, tmp_path / "a.safetensors", rtn(4))
@@ -373,7 +375,7 @@ def test_a_link_in_place_of_the_staging_folder_is_not_followed(source: Path, tmp
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").touch()
     (tmp_path / ".a.safetensors.partial").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ResourceError):
+    with pytest.raises(OutputError, match="did not make it"):
         run(source, tmp_path / "a.safetensors", rtn(4))
     assert_only(tmp_path / "elsewhere", "precious")
 
@@ -381,6 +383,7 @@ def test_a_link_in_place_of_the_staging_folder_is_not_followed(source: Path, tmp
 def test_of_two_runs_the_second_is_refused(source: Path, tmp_path: Path) -> None:
     staging = tmp_path / ".a.safetensors.partial"
     staging.mkdir()
+    (staging / MARKER).touch()
     (staging / "half").write_bytes(b"x")
     descriptor = os.open(staging, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from qcompress.checkpoint.staging import write_whole
 from qcompress.compress.compress import compress
 from qcompress.errors import BudgetError, Refusals, ReportError
 from qcompress.plan.allocate import (
@@ -33,7 +34,6 @@ from qcompress.plan.files import planned_files
 from qcompress.plan.plan import make_plan
 from qcompress.plan.sensitivity import LayerCosts, Sensitivity, WidthCost, checkpoint_sha256, grid_words
 from qcompress.recipe import BudgetFlag, recipe_from_flags
-from qcompress.report.document_json import write_whole
 from qcompress.report.view_sensitivity import sensitivity_text
 from qcompress.types.plan import Plan
 from qcompress.types.run import Options
