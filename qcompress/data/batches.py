@@ -61,13 +61,26 @@ Reader: TypeAlias = Callable[[Sequence[int]], Batch]
 """Indices -> the batch of those samples."""
 
 
+def unchanged(batch: Batch) -> Batch:
+    return batch
+
+
 @dataclass(frozen=True)
 class Batches:
-    """`samples` samples in portions of `batch_size`; the same ones every time."""
+    """`samples` samples in portions of `batch_size`; the same ones every time.
+
+    read_raw  gives inputs as they are stored: images in bytes, black being 0
+    finish    makes of those what the network takes, scaled and standardized
+    """
 
     samples: int
     batch_size: int
-    read: Reader
+    read_raw: Reader
+    finish: Callable[[Batch], Batch] = unchanged
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """These samples as the network takes them."""
+        return self.finish(self.read_raw(indices))
 
     def __len__(self) -> int:
         return -(-self.samples // self.batch_size)
@@ -76,19 +89,15 @@ class Batches:
         for start in range(0, self.samples, self.batch_size):
             yield self.read(range(start, min(start + self.batch_size, self.samples)))
 
-    def shuffled(
-        self, generator: torch.Generator, share: tuple[int, int] = (0, 1), *, skip: int = 0
-    ) -> Iterator[Batch]:
-        """Whole batches of one epoch in random order: of every `share[1]` samples the one numbered `share[0]`.
+    def shuffled(self, generator: torch.Generator, world: int = 1, *, skip: int = 0) -> Iterator[list[int]]:
+        """The samples of one epoch's steps in random order: each time a whole batch for each of `world` ranks.
 
-        All shares of a generator's state are of equal size; what is left over is left out, and so are the first `skip`
-        batches.
+        Of those, every `world`-th is a rank's. What is left over is left out, and so are the first `skip` steps.
         """
-        rank, world = share
         order = torch.randperm(self.samples, generator=generator).tolist()
-        own = order[rank : len(order) - len(order) % world : world]
-        for start in range(skip * self.batch_size, len(own) - self.batch_size + 1, self.batch_size):
-            yield self.read(own[start : start + self.batch_size])
+        size = self.batch_size * world
+        for start in range(skip * size, self.samples - size + 1, size):
+            yield order[start : start + size]
 
 
 def run_model(module: nn.Module, batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ METADATA = "metadata.csv"
 
 
 def read_images(settings: ImagesData, source: Source) -> tuple[int, Reader]:
-    """The images of the folder, and how to read some of them. Raises DataError."""
+    """The images of the folder, and how to read some of them: uint8 [samples, 3, crop, crop]. Raises DataError."""
     folder = source.find(settings.images)
     if not folder.is_dir():
         raise DataError(str(folder), "is no folder", "name a folder of images")
@@ -32,9 +33,14 @@ def read_images(settings: ImagesData, source: Source) -> tuple[int, Reader]:
     def read(indices: Sequence[int]) -> Batch:
         pixels = torch.stack([_pixels(image, listed[index][0], settings) for index in indices])
         labels = torch.tensor([listed[index][1] for index in indices]) if labelled else None
-        return Batch((source.standardized(pixels.permute(0, 3, 1, 2).float() / 255).contiguous(),), labels=labels)
+        return Batch((pixels.permute(0, 3, 1, 2),), labels=labels)
 
     return len(listed), read
+
+
+def finish_images(batch: Batch, source: Source) -> Batch:
+    """Images in bytes become numbers from 0 to 1, standardized: float32 [samples, 3, height, width]."""
+    return replace(batch, args=(source.standardized(batch.args[0].float() / 255).contiguous(),))
 
 
 def _listed(folder: Path) -> list[tuple[Path, int | None]]:

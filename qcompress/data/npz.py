@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +25,7 @@ LABELS = "y"
 
 
 def read_npz(settings: NpzData, source: Source) -> tuple[int, Reader]:
-    """The samples of the file, and how to read some of them. Raises DataError."""
+    """The samples of the file, and how to read some of them as they are stored. Raises DataError."""
     path = source.find(settings.npz)
     keyword = settings.inputs if isinstance(settings.inputs, dict) else {}
     names = [settings.inputs] if isinstance(settings.inputs, str) else [*(keyword.values() or settings.inputs)]
@@ -42,7 +43,7 @@ def read_npz(settings: NpzData, source: Source) -> tuple[int, Reader]:
 
     def read(indices: Sequence[int]) -> Batch:
         chosen = slice(indices.start, indices.stop) if isinstance(indices, range) else [*indices]
-        inputs = {name: _as_input(arrays[name][chosen], settings, source) for name in names}
+        inputs = {name: _as_tensor(arrays[name][chosen], settings) for name in names}
         return Batch(
             args=() if keyword else tuple(inputs[name] for name in names),
             kwargs={key: inputs[name] for key, name in keyword.items()},
@@ -83,22 +84,38 @@ def _refuse_broken(arrays: Mapping[str, Array], path: Path) -> None:
             raise DataError(str(path), f"array {name!r} holds NaN or Inf, first in sample {sample}", "repair the data")
 
 
-def _as_input(values: Array, settings: NpzData, source: Source) -> Tensor:
-    """Images in bytes become float [samples, channels, height, width]; token ids stay integers."""
+def finish_npz(batch: Batch, settings: NpzData, source: Source) -> Batch:
+    """What `read_npz` reads, scaled and standardized: float32, token ids int64. Raises DataError."""
+    return replace(
+        batch,
+        args=tuple(_finished(x, settings, source) for x in batch.args),
+        kwargs={name: _finished(x, settings, source) for name, x in batch.kwargs.items()},
+    )
+
+
+def _as_tensor(values: Array, settings: NpzData) -> Tensor:
+    """Images in bytes with channels first; other integers as int64."""
     if values.dtype.kind == "f":
-        return source.standardized(torch.from_numpy(values.astype(np.float32)))
-    scaled = settings.scale is not None or settings.zero_point is not None
+        return torch.from_numpy(values.astype(np.float32))
     if values.dtype == np.uint8 and values.ndim == 4:
-        x = torch.from_numpy(values).permute(0, 3, 1, 2).float()
-        return source.standardized(_scaled(x, settings) if scaled else x / 255).contiguous()
-    if scaled:
-        x = _scaled(torch.from_numpy(values.astype(np.float32)), settings)
-        return source.standardized(x) if source.normalize is not None and x.ndim > 2 else x
+        return torch.from_numpy(values).permute(0, 3, 1, 2)
     return torch.from_numpy(values.astype(np.int64))
 
 
+def _finished(x: Tensor, settings: NpzData, source: Source) -> Tensor:
+    if x.is_floating_point():
+        return source.standardized(x)
+    scaled = settings.scale is not None or settings.zero_point is not None
+    if x.dtype == torch.uint8:
+        return source.standardized(_scaled(x, settings) if scaled else x.float() / 255).contiguous()
+    if scaled:
+        x = _scaled(x, settings)
+        return source.standardized(x) if source.normalize is not None and x.ndim > 2 else x
+    return x
+
+
 def _scaled(x: Tensor, settings: NpzData) -> Tensor:
-    return (x - (settings.zero_point or 0.0)) * (1.0 if settings.scale is None else settings.scale)
+    return (x.float() - (settings.zero_point or 0.0)) * (1.0 if settings.scale is None else settings.scale)
 
 
 def _as_labels(values: Array) -> Tensor:

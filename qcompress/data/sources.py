@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from qcompress.data.batches import Batch, Batches, Reader, Source
+from qcompress.data.batches import Batch, Batches, Reader, Source, unchanged
 from qcompress.data.user_code import find_callable, first_line
 from qcompress.errors import DataError, QcompressError, RecipeError
 from qcompress.types.run import ModelRun
@@ -34,15 +35,18 @@ def read_data(settings: Data, source: Source, seed: int) -> Batches:
 
     raises  DataError for what is missing, damaged or does not fit; UsageError for a missing extra
     """
+    finish: Callable[[Batch], Batch] = unchanged
     match settings:
         case NpzData():
-            from qcompress.data.npz import read_npz
+            from qcompress.data.npz import finish_npz, read_npz
 
             total, read = read_npz(settings, source)
+            finish = partial(finish_npz, settings=settings, source=source)
         case ImagesData():
-            from qcompress.data.images import read_images
+            from qcompress.data.images import finish_images, read_images
 
             total, read = read_images(settings, source)
+            finish = partial(finish_images, source=source)
         case HubData():
             from qcompress.data.text import read_hub
 
@@ -60,14 +64,14 @@ def read_data(settings: Data, source: Source, seed: int) -> Batches:
     if total == 0:
         raise DataError(source.place, "there are no samples", "check the folder or the file")
     if not settings.shuffle:
-        return Batches(wanted, settings.batch_size, read)
+        return Batches(wanted, settings.batch_size, read, finish)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(total, generator=generator)[:wanted].sort().values.tolist()
 
     def read_chosen(indices: Sequence[int]) -> Batch:
         return read([chosen[index] for index in indices])
 
-    return Batches(wanted, settings.batch_size, read_chosen)
+    return Batches(wanted, settings.batch_size, read_chosen, finish)
 
 
 def read_factory(settings: FactoryData, source: Source) -> tuple[int, Reader]:

@@ -8,14 +8,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qcompress.data.augment import Draw, read_augmented
 from qcompress.data.batches import Batch, Batches, first_tensor, run_model
 from qcompress.data.measurement import Measurement
 from qcompress.errors import DataError, TrainingError
@@ -30,8 +30,6 @@ from qcompress.types.settings import Training
 SAVED_SECONDS = 300.0
 """A state is saved at least so often, where the recipe does not count steps."""
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CROP = 4
-"""Zeros around an image from which `crop4` cuts."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,10 @@ class Data:
     batches: Batches
     augment: tuple[str, ...] = ()
     place: str = "data.train"
+
+    def read(self, samples: Sequence[int], draw: Draw) -> Batch:
+        """A rank's part of a batch of these samples, augmented. Raises DataError."""
+        return read_augmented(self.batches, self.augment, samples, draw, self.place)
 
 
 @dataclass(frozen=True)
@@ -205,13 +207,12 @@ def _portions(run: _Run) -> Iterator[list[Batch]]:
     progress, accumulate = run.trainee.progress, run.training.options.accumulate
     done = progress.step - progress.epoch * run.steps_an_epoch
     order = seeded_generator(run.seed, f"order of epoch {progress.epoch}", "cpu")
-    share = (run.world.rank, run.world.size)
-    drawn = run.data.batches.shuffled(order, share, skip=done * accumulate)
+    drawn = run.data.batches.shuffled(order, run.world.size, skip=done * accumulate)
     for index in range(done, run.steps_an_epoch):
         portion = []
-        for place, batch in enumerate(itertools.islice(drawn, accumulate)):
-            random = seeded_generator(run.seed, f"images of {progress.epoch}, {index}, {place}", "cpu")
-            portion.append(augment(batch, run.data.augment, random, run.world).to(run.device))
+        for place, samples in enumerate(itertools.islice(drawn, accumulate)):
+            draw = Draw(run.seed, f"images of {progress.epoch}, {index}, {place}", run.world.rank, run.world.size)
+            portion.append(run.data.read(samples, draw).to(run.device))
         yield portion
 
 
@@ -267,9 +268,7 @@ def _end_epoch(run: _Run) -> None:
     progress.epoch += 1
     if norms:
         # On every rank, so that all of them go on from the same statistics.
-        order = seeded_generator(run.seed, "batch norms", "cpu")
-        drawn = itertools.islice(run.data.batches.shuffled(order), norms)
-        refresh_norms(run.trainee.module, (batch.to(run.device) for batch in drawn))
+        refresh_norms(run.trainee.module, (batch.to(run.device) for batch in norm_batches(run.data, norms, run.seed)))
     measured: Sequence[Measurement] = ()
     if watch.measure is not None and run.world.is_first:
         measured = watch.measure(run.trainee.module)
@@ -333,43 +332,14 @@ class _Log:
                 self.bytes = file.tell()
 
 
-def augment(batch: Batch, names: Sequence[str], generator: torch.Generator, world: World = ALONE) -> Batch:
-    """The batch with its images changed.
+def norm_batches(data: Data, count: int, seed: int) -> Iterator[Batch]:
+    """So many batches for batch norms, the same ones each time, of images as training sees them.
 
-    names      `flip`: left and right exchanged by a coin; `crop4`: a random crop after padding by 4 zeros, which are
-               the mean where images are standardized
-    generator  on the CPU, in the same state on all ranks, which together draw as one process with the whole batch would
-    raises     DataError for inputs that are no images [samples, channels, height, width]
+    Others give other statistics: black around an image takes part in those that the weights were trained with.
     """
-    if not names:
-        return batch
-    images = batch.args[0] if batch.args else next(iter(batch.kwargs.values()))
-    if images.ndim != 4:
-        what = f"`augment` is for images, and a batch of inputs is {list(images.shape)}"
-        raise DataError("data.train", what, "leave augment out")
-    count = len(images) * world.size
-    coins = torch.rand(count, generator=generator)[world.rank :: world.size]
-    places = torch.randint(0, 2 * CROP + 1, (2, count), generator=generator)[:, world.rank :: world.size]
-    if "flip" in names:
-        flipped = (coins < 0.5).to(images.device).view(-1, 1, 1, 1)
-        images = torch.where(flipped, images.flip(3), images)
-    if "crop4" in names:
-        images = _crop(images, places.to(images.device))
-    if batch.args:
-        return replace(batch, args=(images, *batch.args[1:]))
-    first = next(iter(batch.kwargs))
-    return replace(batch, kwargs={**batch.kwargs, first: images})
-
-
-def _crop(images: Tensor, places: Tensor) -> Tensor:
-    """Images of the same size from padded ones, each from its own place [2, samples]."""
-    samples, channels, height, width = images.shape
-    padded = F.pad(images, (CROP, CROP, CROP, CROP))
-    rows = places[0].view(-1, 1) + torch.arange(height, device=images.device)
-    columns = places[1].view(-1, 1) + torch.arange(width, device=images.device)
-    sample = torch.arange(samples, device=images.device).view(-1, 1, 1, 1)
-    channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
-    return padded[sample, channel, rows.view(samples, 1, -1, 1), columns.view(samples, 1, 1, -1)]
+    drawn = data.batches.shuffled(seeded_generator(seed, "batch norms", "cpu"))
+    for index, samples in enumerate(itertools.islice(drawn, count)):
+        yield data.read(samples, Draw(seed, f"images of batch norms, {index}"))
 
 
 @torch.no_grad()

@@ -74,4 +74,4 @@ class Trainer:
         batches = self.data.batches
         drawn = batches.shuffled(seeded_generator(self.seed, "first batches", "cpu"))
         count = max(1, INIT_SAMPLES // batches.batch_size)
-        return [batch.to(device) for _, batch in zip(range(count), drawn, strict=False)]
+        return [batches.read(samples).to(device) for _, samples in zip(range(count), drawn, strict=False)]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pydantic import ConfigDict
 
 AUGMENTATIONS = ("flip", "crop4")
-"""Left and right exchanged by a coin; a random crop after padding by 4."""
+"""Left and right exchanged by a coin; a random crop after padding by 4 black pixels."""
 
 Share: TypeAlias = Annotated[float, Interval(ge=0, le=1)]
 Args: TypeAlias = dict[str, Any]
@@ -362,7 +362,8 @@ class TrainingOptions(Section):
     precision        of the forward pass; weights, gradients and regularizers stay float32
     keep             the `last` weights, or the `best` by the task's metric on data.eval after each epoch
     batch_norm       `frozen`: batch norms keep the statistics that they have
-    norm_batches     batches of data.train from which batch norms take their statistics anew after each epoch; 0: none
+    norm_batches     batches of data.train, augmented as for training, from which batch norms take their statistics anew
+                     after each epoch; 0: none
     loss             "module:function" or "file.py:function": (output, batch) -> scalar; the task's own where absent
     log_steps        steps between two lines of the log
     save_steps       steps between two saved states for --resume; where absent each epoch, and every few minutes

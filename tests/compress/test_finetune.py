@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from artifact.examples import gaussian, save, save_folder
-from torch import nn
+from conftest import ROOT
+from torch import Tensor, nn
 
 from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.compress.evaluate import load_network
 from qcompress.compress.finetune import FinetuneOptions, finetune, run_identity, train_data, training_loss
+from qcompress.data.batches import run_model
+from qcompress.data.sources import open_batches
 from qcompress.errors import RecipeError
-from qcompress.recipe import parse_recipe
+from qcompress.recipe import parse_recipe, read_recipe
+from qcompress.training.loop import norm_batches, refresh_norms
 from qcompress.training.parallel import ALONE, World
 from qcompress.types.plan import Recipe
 from qcompress.types.run import ModelRun
@@ -83,3 +90,26 @@ def test_what_training_needs_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="names no task"):
         training_loss(model_run(TEXT.replace("task: classification\n", "")), nn.Identity())
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.slow
+def test_augmented_images_are_those_that_a_published_network_was_trained_on() -> None:
+    """Its batch norms take their statistics anew: with black around the images it gives almost what it gave."""
+    if "QCOMPRESS_DATA" not in os.environ:
+        pytest.skip("QCOMPRESS_DATA names no folder with real networks")
+    changes = ["data.train.batch_size=128", "data.eval.samples=2000"]
+    made = read_recipe(ROOT / "recipes" / "cifar10" / "resnet20_lsq_w4a4.yaml", changes)
+    run = ModelRun(made, torch.device("cpu"), allow_code=True)
+    module = load_network(run, read_checkpoint(Path(os.environ["QCOMPRESS_DATA"]) / "cifar10" / "resnet20.safetensors"))
+
+    @torch.no_grad()
+    def outputs() -> Tensor:
+        return torch.cat([run_model(module, batch) for batch in open_batches(run, "eval")]).log_softmax(1)
+
+    before, data = outputs(), train_data(run)
+    divergence = []
+    for augment in (data.augment, ()):
+        refresh_norms(module, norm_batches(replace(data, augment=augment), 32, made.seed))
+        divergence.append(float(F.kl_div(outputs(), before, log_target=True, reduction="batchmean")))
+    assert data.augment == ("flip", "crop4")
+    assert divergence[0] < 0.005 and divergence[1] > 0.1

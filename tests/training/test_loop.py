@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from qcompress.data.measurement import Measurement
 from qcompress.data.tasks import measure
 from qcompress.errors import DataError, TrainingError
 from qcompress.registry.regularizers import DsmmConfig, L2Config
-from qcompress.training.loop import Data, Watch
+from qcompress.training.loop import Data, Watch, norm_batches, refresh_norms
 from qcompress.training.optimizers import rate_at
 from qcompress.training.penalties import Penalties, attach_penalties
 from qcompress.types.plan import Rule
@@ -44,7 +45,8 @@ def test_a_loop_without_frills_is_the_textbook_one() -> None:
 
     other.train()
     for epoch in range(3):
-        for batch in data.shuffled(seeded_generator(5, f"order of epoch {epoch}", "cpu")):
+        for samples in data.shuffled(seeded_generator(5, f"order of epoch {epoch}", "cpu")):
+            batch = data.read(samples)
             optimizer.zero_grad()
             F.cross_entropy(other(*batch.args), batch.labels).backward()
             optimizer.step()
@@ -262,9 +264,43 @@ def test_a_state_is_only_gone_on_from_where_that_is_asked_for(tmp_path: Path) ->
 
 def test_norms_are_those_of_the_last_weights_where_batches_are_given_for_them() -> None:
     module, other = net(), net()
-    run(module, settings(norm_batches=6), penalties=Penalties([]))
-    run(other, settings(), penalties=Penalties([]))
+    plain = Data(batches())
+    run(module, settings(norm_batches=6), penalties=Penalties([]), data=plain)
+    run(other, settings(), penalties=Penalties([]), data=plain)
     assert torch.equal(module[0].weight, other[0].weight), "norms change no gradient"  # type: ignore[index]
     x, _ = points()
     outputs = module[0](x).detach()  # type: ignore[index]
     torch.testing.assert_close(module[1].running_mean, outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)  # type: ignore[index]
+
+
+def test_norms_are_taken_from_images_as_training_sees_them() -> None:
+    """Of images that are 1 everywhere, only black around them has another value."""
+    ones = Batches(32, 16, lambda indices: Batch((torch.ones(len(indices), 1, 8, 8),)))
+    spread = []
+    for augment in ((), ("flip",), ("flip", "crop4")):
+        norm = nn.BatchNorm2d(1)
+        refresh_norms(norm, norm_batches(Data(ones, augment), 2, seed=0))
+        spread.append(float(norm.running_var))  # type: ignore[arg-type]
+    assert spread[0] == spread[1] == 0 and spread[2] > 0.1
+
+
+def test_batch_norms_get_the_mean_of_the_batches_and_nothing_else_changes() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5)
+    )
+    data = [Batch((torch.randn(16, 3, 6, 6) * 2 + 1,)) for _ in range(3)]
+    before = copy.deepcopy(module.state_dict())
+    refresh_norms(module, data)
+    outputs = torch.stack([module[0](batch.args[0]) for batch in data]).detach()
+    first: Any = module[1]
+    torch.testing.assert_close(first.running_mean, outputs.mean((0, 1, 3, 4)))
+    torch.testing.assert_close(first.running_var, torch.stack([o.var((0, 2, 3)) for o in outputs]).mean(0))
+    after = module.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        f"{place}.running_{what}" for place in (1, 5) for what in ("mean", "var")
+    }
+    assert first.momentum == 0.1 and not any(one.training for one in module.modules())
+    # A second time gives the same: the statistics come from the data alone.
+    refresh_norms(module, data)
+    assert all(torch.equal(value, after[name]) for name, value in module.state_dict().items())

@@ -8,15 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from qcompress.data.augment import Draw
 from qcompress.data.batches import Batch, Batches
+from qcompress.training.loop import Data
 from qcompress.training.parallel import ALONE, World, join_world, launched_rank, launched_size
 
 
 def drawn(samples: int, batch_size: int, world: World, seed: int = 0) -> list[list[int]]:
     """The numbers of the samples of every batch that a rank trains on."""
     batches = Batches(samples, batch_size, lambda chosen: Batch((torch.tensor(list(chosen)),)))
-    generator = torch.Generator().manual_seed(seed)
-    return [batch.args[0].tolist() for batch in batches.shuffled(generator, (world.rank, world.size))]
+    steps = batches.shuffled(torch.Generator().manual_seed(seed), world.size)
+    data = Data(batches)
+    return [data.read(step, Draw(seed, "", world.rank, world.size)).args[0].tolist() for step in steps]
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.integers(0, 5))
