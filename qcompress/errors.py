@@ -13,33 +13,114 @@
     │   ├── DataError
     │   ├── OutputError
     │   ├── UnmeasuredError
-    │   └── Refusals
+    │   └── Refusals      several InputErrors
     ├── GateFailed        4
+    │   └── GatesFailed   several of them
     └── ResourceError     5
 
-Anything else that escapes is a bug and exits with 1. Every error says where, what, and a hint, on one line.
+Anything else that escapes is a bug and exits with 1. Every error says where, what, and a hint, on one line. Of many
+errors each cause is one line, which counts them and names the first.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+LONGEST_PART = 600
+"""Characters of a place, a cause or a hint that are shown; of longer ones the middle is left out."""
+MOST_CAUSES = 100
+MOST_PLACES = 3
+"""Further places of one cause that its line names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The tensor, or another of many alike, that an error is about: equal causes of several become one line."""
+
+    name: str
+    shape: tuple[int, ...] | None = None
+    kind: str = "tensor"
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r}" if self.shape is None else f"{self.name} {list(self.shape)}"
 
 
 class QcompressError(Exception):
-    """An error with its place, its cause and a hint; `str()` is one line, of Refusals one for each."""
+    """An error with its place, its cause and a hint; `str()` is one line, of Refusals one for each cause.
+
+    subject  what it is about, named between place and cause
+    cause    what the subject has in common with others, where `what` tells figures that are its own
+    """
 
     exit_code = 1
 
-    def __init__(self, where: str, what: str, hint: str) -> None:
-        super().__init__(where, what, hint)
+    def __init__(
+        self, where: str, what: str, hint: str, subject: Subject | None = None, cause: str | None = None
+    ) -> None:
+        super().__init__(where, what, hint, subject, cause)
         self.where = where
         self.what = what
         self.hint = hint
+        self.subject = subject
+        self.cause = what if cause is None else cause
 
     def __str__(self) -> str:
-        return " ".join(f"{self.where}: {self.what}; {self.hint}".split())
+        return _line(self.where, self.subject, self.what, self.hint)
 
     def lines(self) -> list[str]:
-        """One line for each thing that is wrong."""
+        """One line for each cause of what is wrong."""
         return [str(self)]
+
+
+def shorten(text: str, longest: int = LONGEST_PART) -> str:
+    """A text on one line, the middle left out where it is longer."""
+    text = " ".join(text.split())
+    if len(text) <= longest:
+        return text
+    end = longest // 3
+    return f"{text[: longest - end - 5]} ... {text[-end:]}"
+
+
+def _line(where: str, subject: object, what: str, hint: str) -> str:
+    about = () if subject is None else (shorten(str(subject)),)
+    return ": ".join((shorten(where), *about, f"{shorten(what)}; {shorten(hint)}"))
+
+
+def group_lines(errors: Iterable[QcompressError]) -> list[str]:
+    """One line for each cause, in the order of the first errors that have it.
+
+    Errors about several subjects at one place are counted, and the first is named; of an error that several places
+    have, some of the other places are named.
+    """
+    causes: dict[tuple[object, ...], list[QcompressError]] = {}
+    for error in errors:
+        about = error.subject and (error.where, error.subject.kind)
+        causes.setdefault((about, error.cause, error.hint), []).append(error)
+    found = [_grouped(alike) for alike in causes.values()]
+    more = len(found) - MOST_CAUSES
+    return found if more <= 0 else [*found[:MOST_CAUSES], f"{more} more causes are not shown; mend these first"]
+
+
+def _grouped(alike: Sequence[QcompressError]) -> str:
+    first = alike[0]
+    if first.subject is None:
+        others = list(dict.fromkeys(error.where for error in alike if error.where != first.where))
+        more = len(others) - MOST_PLACES
+        shown = ", ".join(others[:MOST_PLACES]) + (f" and {more} more" if more > 0 else "")
+        return _line(f"{first.where} (also {shown})" if others else first.where, None, first.what, first.hint)
+    subjects = list(dict.fromkeys(error.subject for error in alike if error.subject is not None))
+    if len(subjects) == 1:
+        return str(first)
+    shapes = {subject.shape for subject in subjects}
+    counted = f"{len(subjects)} {first.subject.kind}s"
+    if None in shapes:
+        about = f"{counted}, first {first.subject.name!r}"
+    elif len(shapes) > 1:
+        about = f"{counted}, first {first.subject}"
+    else:
+        about = f"{counted} of shape {list(first.subject.shape or ())}, first {first.subject.name}"
+    return _line(first.where, about, first.cause, first.hint)
 
 
 class UsageError(QcompressError):
@@ -94,33 +175,46 @@ class UnmeasuredError(InputError):
     """A gate is on something that was not measured."""
 
 
-class Refusals(InputError):
-    """Every reason at once, so that one run shows everything at once."""
+class GateFailed(QcompressError):
+    """A gate did not hold; artifact and report are written all the same."""
 
-    def __init__(self, errors: Sequence[InputError]) -> None:
+    exit_code = 4
+
+
+class _Several(QcompressError):
+    """Errors of one exit code, so that one run shows all that is wrong; `str()` has a line for each cause."""
+
+    def __init__(self, errors: Sequence[QcompressError]) -> None:
         first = errors[0]
-        super().__init__(first.where, first.what, first.hint)
-        self.errors = tuple(errors)
+        super().__init__(first.where, first.what, first.hint, first.subject, first.cause)
+        self.errors: tuple[QcompressError, ...] = tuple(
+            one for error in errors for one in (error.errors if isinstance(error, _Several) else (error,))
+        )
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
-        return [line for error in self.errors for line in error.lines()]
+        return group_lines(self.errors)
 
 
-def raise_all(errors: Sequence[InputError]) -> None:
-    """Raise the one error, or all of them as Refusals; return where there is none."""
-    if len(errors) == 1:
+class Refusals(_Several, InputError):
+    """Several inputs are wrong, or one in several ways."""
+
+
+class GatesFailed(_Several, GateFailed):
+    """Several gates did not hold, or one for several artifacts."""
+
+
+def raise_all(errors: Sequence[InputError] | Sequence[GateFailed]) -> None:
+    """Raise the one error, or all of them at once, each told once; return where there is none."""
+    different: dict[str, QcompressError] = {}
+    for error in errors:
+        different.setdefault(str(error), error)
+    if len(different) == 1:
         raise errors[0]
-    if errors:
-        raise Refusals(errors)
-
-
-class GateFailed(QcompressError):
-    """A gate did not hold; artifact and report are written all the same."""
-
-    exit_code = 4
+    if different:
+        raise (GatesFailed if isinstance(errors[0], GateFailed) else Refusals)([*different.values()])
 
 
 class ResourceError(QcompressError):

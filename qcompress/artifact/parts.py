@@ -23,7 +23,7 @@ from qcompress.coding.rows import kernel_positions
 from qcompress.coding.unbounded.payload import decode_codes, split_side
 from qcompress.coding.unbounded.side import Grid, Matrix, parse_side, unbounded_crc32
 from qcompress.coding.unbounded.tables import Pool, class_uses, source_of_codes
-from qcompress.errors import ArtifactError
+from qcompress.errors import ArtifactError, Subject
 from qcompress.types.encoded import ClassUse
 from qcompress.types.plan import TensorInfo
 
@@ -225,4 +225,4 @@ class UnboundedFile:
             raise self._damaged(name, str(error)) from None
 
     def _damaged(self, name: str, what: str) -> ArtifactError:
-        return ArtifactError(f"{self.container.path}: tensor {name!r}", what, REFETCH)
+        return ArtifactError(str(self.container.path), what, REFETCH, Subject(name))

@@ -33,7 +33,7 @@ from qcompress.checkpoint.safetensors_file import Container, parse_json, read_co
 from qcompress.coding.ans import decoding_processes
 from qcompress.coding.packing import count_codes, unpack
 from qcompress.coding.payload import decode_payload
-from qcompress.errors import ArtifactError
+from qcompress.errors import ArtifactError, InputError, Subject, raise_all
 from qcompress.types.encoded import ActivationGrid
 from qcompress.types.plan import TensorInfo
 
@@ -124,18 +124,18 @@ class ArtifactFile:
         try:
             packed = decode_payload(payload, entry.coding, entry.bits, entry.code_rows, entry.columns, self.executor)
         except ValueError as error:
-            raise ArtifactError(f"{self.path}: tensor {name!r}", str(error), REFETCH) from None
+            raise ArtifactError(str(self.path), str(error), REFETCH, Subject(name)) from None
         crc = zlib.crc32(np.ascontiguousarray(packed).data)
         for info in self.grid_of(name).values():
             crc = zlib.crc32(self.container.bytes_of(info.name), crc)
         if crc != entry.crc32:
-            raise ArtifactError(f"{self.path}: tensor {name!r}", "its checksum does not hold", REFETCH)
+            raise ArtifactError(str(self.path), "its checksum does not hold", REFETCH, Subject(name))
         if not all(np.isfinite(grid).all() for grid in self.grids(name).values()):
-            raise ArtifactError(f"{self.path}: tensor {name!r}", "its grid holds NaN or Inf", REFETCH)
+            raise ArtifactError(str(self.path), "its grid holds NaN or Inf", REFETCH, Subject(name))
         if entry.grid == "codebook":
             entries = self.grid_of(name)["codebook"].shape[1]
             if entries < 2**entry.bits and count_codes(packed, entry.bits, entry.columns)[entries:].any():
-                raise ArtifactError(f"{self.path}: tensor {name!r}", "a code is beyond its codebook", REFETCH)
+                raise ArtifactError(str(self.path), "a code is beyond its codebook", REFETCH, Subject(name))
         return packed
 
     def grids(self, name: str) -> dict[str, NDArray[Any]]:
@@ -245,12 +245,27 @@ class Artifact:
         return {replace(self.file_of(twin).original(twin), name=name): twin for name, twin in copies.items()}
 
     def verify(self) -> Iterator[tuple[str, Entry]]:
-        """Each compressed tensor once it has decoded to what was written. Raises ArtifactError at the first else."""
+        """Each compressed tensor that decodes to what was written.
+
+        raises  ArtifactError at the end, Refusals where several are damaged; of a whole file where no tensor tells
+        """
+        errors: list[InputError] = []
         for file in self.files:
-            file.check_digests()
+            damaged: list[InputError] = []
             for name, entry in file.manifest.tensors.items():
-                file.check_codes(name)
-                yield name, entry
+                try:
+                    file.check_codes(name)
+                except ArtifactError as error:
+                    damaged.append(error)
+                else:
+                    yield name, entry
+            if not damaged:
+                try:
+                    file.check_digests()
+                except ArtifactError as error:
+                    damaged.append(error)
+            errors += damaged
+        raise_all(errors)
 
 
 def read_artifact(path: Path) -> Artifact:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qcompress.checkpoint.checkpoint import read_tensors, tensor_view, write_checkpoint
 from qcompress.checkpoint.safetensors_file import Container, read_container
 from qcompress.checkpoint.staging import staged_output
-from qcompress.errors import DataError
+from qcompress.errors import DataError, Subject
 from qcompress.types.run import Gram
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def count_representatives(path: Path, name: str, most: int) -> int:
         because = "its representatives hold NaN or Inf"
     if values is None or because is not None:
         hint = "give it a rule of its own with kmeans, more bits, or keep: {}"
-        raise DataError(f"{path}: tensor {name!r}", str(because), hint)
+        raise DataError(str(path), str(because), hint, Subject(name))
     return len(torch.unique(values.float()))
 
 
@@ -104,7 +104,7 @@ class Statistics:
 
     def _error(self, tensor: str, what: str) -> DataError:
         hint = "gather them again with --save-statistics, or give this tensor a rule with squant"
-        return DataError(f"{self.container.path}: tensor {tensor!r}", f"the statistics {what}", hint)
+        return DataError(str(self.container.path), f"the statistics {what}", hint, Subject(tensor))
 
 
 def read_statistics(path: Path) -> Statistics:

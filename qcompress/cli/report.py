@@ -22,7 +22,7 @@ from qcompress.cli.output import (
     write_text,
 )
 from qcompress.cli.sensitivity import SensitivityFlags, find_sensitivity, print_sensitivity
-from qcompress.errors import GateFailed, ReportError, UsageError
+from qcompress.errors import Refusals, ReportError, Subject, UnmeasuredError, UsageError, raise_all
 from qcompress.types.plan import Gates
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _report_artifacts(
 ) -> None:
     """Gather the reports, hold the gates, write everything that was asked for. Raises GateFailed."""
     from qcompress.checkpoint.checkpoint import read_checkpoint
-    from qcompress.report.gates import check_gates
+    from qcompress.report.gates import gate_errors
     from qcompress.report.gather import gather_report
     from qcompress.report.html.render_html import render_html
     from qcompress.report.render import render
@@ -191,9 +191,11 @@ def _report_artifacts(
     limits, since = make_gates(Gates(), against_checkpoint), _baseline_gates(baseline_flags, gates.max_drop)
     original = read_checkpoint(baseline) if baseline is not None else None
     reports = [gather_report(path, original) for path in artifacts]
+    # Of several artifacts errors name each.
+    names = [str(path) if len(artifacts) > 1 else None for path in artifacts]
     checked = limits != Gates() or since is not None
     if checked:
-        reports = [replace(found, gates=check_gates(limits, found, since)) for found in reports]
+        reports = _with_gates(names, reports, limits, since)
     for found in reports:
         for warning in found.warnings:
             print_note(f"warning: {warning}")
@@ -209,7 +211,26 @@ def _report_artifacts(
         write_text(render(reports, "json"), files.json_to)
     print_rendered(rendered, files.output, streams)
     if checked:
-        _fail(dict(zip(artifacts, reports, strict=False)))
+        held = zip(names, reports, strict=True)
+        raise_all([error for name, found in held for error in gate_errors(found.gates, name)])
+
+
+def _with_gates(
+    names: Sequence[str | None], reports: Sequence[Report], limits: Gates, since: BaselineGates | None
+) -> list[Report]:
+    """The reports with the gates' results. Raises UnmeasuredError, Refusals where several, and ReportError."""
+    from qcompress.report.gates import check_gates
+
+    held, unmeasured = [], []
+    for name, found in zip(names, reports, strict=True):
+        try:
+            held.append(replace(found, gates=check_gates(limits, found, since)))
+        except (UnmeasuredError, Refusals) as caught:
+            subject = None if name is None else Subject(name, kind="artifact")
+            errors = caught.errors if isinstance(caught, Refusals) else (caught,)
+            unmeasured += [UnmeasuredError(error.where, error.what, error.hint, subject) for error in errors]
+    raise_all(unmeasured)
+    return held
 
 
 def _baseline_gates(since: BaselineFlags, max_drop: list[str] | None) -> BaselineGates | None:
@@ -255,15 +276,3 @@ def _write_junit(reports: Sequence[Report], path: Path) -> None:
     if not any(found.gates for found in reports):
         raise UsageError(f"--junit {path}", "there is no gate to tell of", "add one, such as --max-size 2MB")
     write_whole(render_junit(reports), path)
-
-
-def _fail(reports: Mapping[Path, Report]) -> None:
-    """Raise GateFailed where a gate of a report did not hold; of several it names each artifact."""
-    from qcompress.report.gates import gate_error
-
-    errors = {path: gate_error(found.gates) for path, found in reports.items()}
-    failed = {path: error for path, error in errors.items() if error is not None}
-    if failed:
-        first = next(iter(failed.values()))
-        what = "; ".join(f"{path}: {error.where} {error.what}" for path, error in failed.items())
-        raise first if len(reports) == 1 else GateFailed("gates", what, first.hint)

@@ -10,7 +10,7 @@ from torch import Tensor
 from qcompress.calibration.activations import batch_norm_grids, measure_activations
 from qcompress.calibration.corrections import run_companions
 from qcompress.encode.encode_weight import ContextSources, encode_weight, make_shared_codebooks
-from qcompress.errors import InputError, ModelError, raise_all
+from qcompress.errors import InputError, ModelError, Subject, raise_all
 from qcompress.model.graph import inputs_of_network
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.registry import METHODS
@@ -76,10 +76,9 @@ def _refuse_strangers(live: LiveModel, decisions: Sequence[Decision]) -> None:
     for decision in decisions:
         name = decision.tensor.name
         if METHODS[decision.method or ""].needs != "weights" and layer_name(name) not in live.layers:
-            what = f"tensor {name!r} belongs to no module that a forward pass calls"
-            errors.append(
-                ModelError(live.place, what, f"give it a rule of its own, as {{match: {name!r}, squant: ...}}")
-            )
+            what = "belongs to no module that a forward pass calls"
+            hint = "give it a rule of its own with a method that needs weights alone, such as mse"
+            errors.append(ModelError(live.place, what, hint, Subject(name)))
     raise_all(errors)
 
 

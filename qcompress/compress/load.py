@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qcompress.artifact.reader import ArtifactFile, read_artifact
 from qcompress.calibration.activations import attach_activations, attach_caps
 from qcompress.coding.grids import TORCH_DTYPES, decode
-from qcompress.errors import ArtifactError, CheckpointError
+from qcompress.errors import ArtifactError, CheckpointError, Subject
 from qcompress.types.plan import TensorInfo
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def kept_tensor(file: ArtifactFile, info: TensorInfo) -> Tensor:
     info = file.original(info.name)
     if info.dtype not in KEPT_DTYPES:
         hint = "read it with: qcompress export ARTIFACT --to safetensors"
-        raise ArtifactError(f"{file.path}: tensor {info.name!r}", _no_counterpart(info), hint)
+        raise ArtifactError(str(file.path), _no_counterpart(info), hint, Subject(info.name))
     return _tensor_of(file.kept_bytes(info.name), info)
 
 
@@ -97,7 +97,7 @@ def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
         for info in shard.tensors:
             if info.dtype not in KEPT_DTYPES:
                 hint = "convert it to a dtype that torch has"
-                raise CheckpointError(f"{shard.path}: tensor {info.name!r}", _no_counterpart(info), hint)
+                raise CheckpointError(str(shard.path), _no_counterpart(info), hint, Subject(info.name))
             state[info.name] = _tensor_of(shard.bytes_of(info.name), info)
     return state | {name: state[twin] for name, twin in checkpoint.tied.items() if name not in state}
 

@@ -33,7 +33,7 @@ from qcompress.coding.payload import encode_payload
 from qcompress.coding.rows import dim_of, rows_from_weight, stored_codebook_shape
 from qcompress.coding.unbounded.payload import encode_pool, join_side
 from qcompress.encode.encode_weight import ContextSources, encode_rows, encode_weight
-from qcompress.errors import CheckpointError
+from qcompress.errors import CheckpointError, Subject
 from qcompress.registry import METHODS
 from qcompress.report.counts import codebook_figures, count_values
 from qcompress.report.document import LayerFigures
@@ -240,8 +240,9 @@ def _finish_unbounded(job: Job, rows: Tensor, unbounded: Unbounded, survey: Surv
 def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> CheckpointError:
     """What to say of a weight that cannot be compressed because `count` of its values are no numbers."""
     what = f"{count} of its {tensor.numel} values are NaN, Inf or beyond float32"
-    hint = "repair the checkpoint, or pass --skip-nonfinite to keep this tensor as it is"
-    return CheckpointError(f"{source.path}: tensor {tensor.name!r}", what, hint)
+    hint = "repair the checkpoint, or pass --skip-nonfinite to keep such tensors as they are"
+    cause = "some of their values are NaN, Inf or beyond float32"
+    return CheckpointError(str(source.path), what, hint, Subject(tensor.name), cause)
 
 
 def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Tensor, Coded]]:

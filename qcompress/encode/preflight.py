@@ -10,7 +10,7 @@ from torch import Tensor
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, count_nonfinite, nonfinite_error, survey_bytes
-from qcompress.errors import CheckpointError, InputError, ResourceError, raise_all
+from qcompress.errors import CheckpointError, InputError, ResourceError, Subject, raise_all
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import Fitted, Kept
 from qcompress.types.plan import Decision, Plan, TensorInfo
@@ -65,6 +65,7 @@ def refuse_nonfinite(checkpoint: Checkpoint, plan: Plan) -> None:
 
 def refuse_untrue_ties(checkpoint: Checkpoint, plan: Plan) -> None:
     """Raise CheckpointError where a copy that would be dropped is none: its bytes are not those of its twin."""
+    errors: list[InputError] = []
     for decision in plan.decisions:
         if decision.tied_to is None:
             continue
@@ -74,7 +75,9 @@ def refuse_untrue_ties(checkpoint: Checkpoint, plan: Plan) -> None:
         if one != other:
             what = f"is called tied to {twin!r}, and their values differ"
             hint = "name it in a rule without a wildcard, which stores it by itself"
-            raise CheckpointError(f"{checkpoint.path}: tensor {name!r}", what, hint)
+            cause = "are called tied to others, and their values differ"
+            errors.append(CheckpointError(str(checkpoint.path), what, hint, Subject(name), cause))
+    raise_all(errors)
 
 
 def fitting_threads(plan: Plan, options: Options) -> int:

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from qcompress.checkpoint.side_files import count_representatives
-from qcompress.errors import DataError, InputError, RecipeError, raise_all
+from qcompress.errors import DataError, InputError, RecipeError, Subject, raise_all
 from qcompress.registry import METHODS, ClusterConfig, RdConfig, refuse_cost
 from qcompress.types.config import MethodConfig
 from qcompress.types.plan import (
@@ -141,7 +141,7 @@ def _learned(decisions: Iterable[Decision], path: Path | None) -> Iterator[Decis
                 entries = count_representatives(path, decision.tensor.name, 2**decision.config.code_bits)
             except DataError as error:
                 errors.append(error)
-                if error.where == str(path):
+                if error.subject is None:
                     break
                 continue
             config = decision.config.changed(bits=max(1, math.ceil(math.log2(entries))))
@@ -185,7 +185,8 @@ def _decide(tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis
     because = _unfit(tensor)
     if because is not None:
         if rule.names_one_tensor and tensor.numel:
-            raise RecipeError(rule.where, f"{rule.method} cannot compress {tensor.name}: {because}", "use keep: {}")
+            what = f"{rule.method} cannot compress it: {because}"
+            raise RecipeError(rule.where, what, "use keep: {}", Subject(tensor.name, tensor.shape))
         return Decision(tensor, None, KEPT, because)
     if len(tensor.shape) < 2 and not rule.names_one_tensor:
         return Decision(tensor, None, KEPT, "fewer than two dimensions")
@@ -204,9 +205,9 @@ def _accepted(tensor: TensorInfo, rule: Rule, axis: tuple[int, ...]) -> MethodCo
     refusals = {width: refuse(tensor, one, axis) for width, one in widths.items()}
     accepted = {width: one for width, one in widths.items() if refusals[width] is None}
     if not accepted:
-        what = f"{tensor.name} {list(tensor.shape)}: {refusals[max(widths)]}"
         hint = "use -r RECIPE with a rule of its own for it, or keep: {}"
-        raise RecipeError(rule.where, what, hint if rule.where == COMMAND_LINE else "change the rule or add one")
+        hint = hint if rule.where == COMMAND_LINE else "change the rule or add one"
+        raise RecipeError(rule.where, str(refusals[max(widths)]), hint, Subject(tensor.name, tensor.shape))
     return Widths(accepted) if isinstance(config, Widths) else config
 
 
@@ -273,11 +274,20 @@ def _channel_axis(tensor: TensorInfo, rule: Rule, known: Axis | None) -> tuple[t
     rank = len(tensor.shape)
     asked = (chosen,) if isinstance(chosen, int) else tuple(chosen)
     axes = tuple(axis + rank if axis < 0 else axis for axis in asked)
-    inside = all(0 <= axis < rank for axis in axes) and len(set(axes)) == len(axes)
-    if not inside or not 0 < len(axes) < max(rank, 2):
-        what = f"axis {chosen} is none of {tensor.name} {list(tensor.shape)}"
-        raise RecipeError(rule.where, what, f"give one to {max(rank - 1, 1)} different axes below {rank}")
-    return axes, rule.where
+    said = chosen if isinstance(chosen, int) else list(chosen)
+    what = None
+    if not all(0 <= axis < rank for axis in axes):
+        what = f"axis {said} is out of range"
+    elif len(set(axes)) < len(axes):
+        what = f"axis {said} names one axis twice"
+    elif not 0 < len(axes) < max(rank, 2):
+        what = f"axis {said} leaves no channels, or no columns"
+    if what is None:
+        return axes, rule.where
+    most = max(rank - 1, 1)
+    own = ", ".join(map(str, range(rank)))
+    hint = f"it has the axes {own}" if most == 1 else f"give one to {most} of its axes {own}"
+    raise RecipeError(rule.where, what, hint, Subject(tensor.name, tensor.shape))
 
 
 def _idle_rules(recipe: Recipe, deciders: Mapping[str, Rule | None], decisions: Sequence[Decision]) -> list[InputError]:

@@ -143,7 +143,7 @@ def parse_recipe(
     if budget is not None and isinstance(root.value, dict):
         root.value["budget"] = budget.node(root.value.get("budget"))
     recipe = _make_recipe(root, source, family, problems)
-    problems.raise_all(source)
+    problems.raise_all()
     return recipe
 
 

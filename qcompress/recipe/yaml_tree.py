@@ -16,10 +16,9 @@ from typing import TypeAlias, Union
 import yaml
 from yaml.reader import ReaderError
 
-from qcompress.errors import InputError, RecipeError, raise_all
+from qcompress.errors import RecipeError, raise_all
 from qcompress.recipe.hints import plain, quoted
 
-MOST_ERRORS = 100
 DEEPEST = 32
 LARGEST_INTEGER = 2**63 - 1
 
@@ -94,13 +93,9 @@ class Problems:
     def add(self, node: Node, what: str, hint: str) -> None:
         self.found.append((node.place.order, RecipeError(node.where, what, hint)))
 
-    def raise_all(self, source: str) -> None:
+    def raise_all(self) -> None:
         """Raise RecipeError, or Refusals of several; return where nothing is wrong."""
-        errors: list[InputError] = [error for _, error in sorted(self.found, key=lambda problem: problem[0])]
-        if len(errors) > MOST_ERRORS:
-            more = RecipeError(source, f"{len(errors) - MOST_ERRORS} more errors", "mend these first")
-            errors = [*errors[:MOST_ERRORS], more]
-        raise_all(errors)
+        raise_all([error for _, error in sorted(self.found, key=lambda problem: problem[0])])
 
 
 def path_of_key(path: str, key: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from qcompress.errors import GateFailed, ReportError, UnmeasuredError, raise_all
+from qcompress.errors import GateFailed, ReportError, Subject, UnmeasuredError, raise_all
 from qcompress.report.document import AccuracyFigures, GateResult, Report
 from qcompress.types.plan import Gates
 
@@ -164,22 +164,20 @@ def _at_least(name: str, limit: float, value: float | None) -> GateResult:
     return GateResult(name=name, limit=limit, value=value, passed=value is not None and value >= limit)
 
 
-def gate_error(results: Sequence[GateResult]) -> GateFailed | None:
-    """The error that names every failed gate with its value and its limit, or None."""
-    failed = [result for result in results if not result.passed]
-    if not failed:
-        return None
+def gate_errors(results: Sequence[GateResult], artifact: str | None = None) -> list[GateFailed]:
+    """An error for each gate that did not hold, with its value and its limit; `artifact` is named where given."""
+    subject = None if artifact is None else Subject(artifact, kind="artifact")
     hint = "loosen the limit or change the recipe"
-    if len(failed) == 1:
-        return GateFailed(f"gate {failed[0].name}", failure_words(failed[0]), hint)
-    return GateFailed("gates", "; ".join(f"{result.name} {failure_words(result)}" for result in failed), hint)
+    return [
+        GateFailed(f"gate {result.name}", failure_words(result), hint, subject, f"the limit is {limit_words(result)}")
+        for result in results
+        if not result.passed
+    ]
 
 
 def raise_failed(results: Sequence[GateResult]) -> None:
-    """Raise GateFailed where a gate did not hold."""
-    error = gate_error(results)
-    if error is not None:
-        raise error
+    """Raise GateFailed, of several GatesFailed, where a gate did not hold."""
+    raise_all(gate_errors(results))
 
 
 def failure_words(result: GateResult) -> str:
@@ -188,6 +186,12 @@ def failure_words(result: GateResult) -> str:
     (measured, unit), (most, _) = scaled(result.name, result.value), scaled(result.name, result.limit)
     value, limit = _apart(measured, most or 0)
     return f"{value}{unit} {sign} {limit}{unit if unit == '%' else ''}"
+
+
+def limit_words(result: GateResult) -> str:
+    """A gate's limit as its failure tells it: 2.2 bits per weight."""
+    limit, unit = scaled(result.name, result.limit)
+    return f"{_apart(None, limit or 0)[1] if not isinstance(limit, int) else f'{limit:,}'}{unit}"
 
 
 def scaled(name: str, value: float | None) -> tuple[float | None, str]:

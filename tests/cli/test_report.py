@@ -119,8 +119,14 @@ def test_gates_hold_for_each_of_several(run: Run, artifact: Path, larger: Path) 
     assert run("report", artifact, larger, "--max-size", larger.stat().st_size).code == 0
     ran = run("report", artifact, larger, "--max-size", larger.stat().st_size - 1, "-q")
     assert (ran.code, ran.out, len(ran.error_lines)) == (4, "", 1)
-    assert f"{larger}: gate max-size" in ran.err
-    assert f"{artifact}:" not in ran.err
+    assert f"gate max-size: artifact '{larger}': " in ran.err
+    assert f"{artifact}" not in ran.err
+    ran = run("report", artifact, larger, "--max-size", 1)
+    assert (ran.code, len(ran.error_lines)) == (4, 1)
+    assert f"gate max-size: 2 artifacts, first '{artifact}': the limit is 1 bytes" in ran.err
+    ran = run("report", artifact, larger, "--min-metric", "top1=1")
+    assert (ran.code, ran.out, len(ran.error_lines)) == (3, "", 1)
+    assert f"gate min-metric top1: 2 artifacts, first '{artifact}': top1 was not measured" in ran.err
     ran = run("report", artifact, larger, "--min-sqnr", 60)
     assert ran.code == 4
     assert ran.out

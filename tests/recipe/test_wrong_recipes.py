@@ -460,10 +460,19 @@ def test_one_family(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.lines() == [f"r.yaml:5: rules[2].codes: {what}; a recipe holds one family: make two recipes"]
 
 
-def test_errors_are_counted_past_a_hundred() -> None:
+def test_one_mistake_in_many_rules_is_one_line() -> None:
     with pytest.raises(InputError) as caught:
-        parse_recipe(HEAD + "  - {match: a}\n" * 150, "r.yaml")
+        parse_recipe(HEAD + "  - {match: a, rtn: {bit: 4}}\n" * 150, "r.yaml")
+    places = [f"r.yaml:{line}: rules[{line - 3}].rtn" for line in range(3, 7)]
+    keys = ", ".join(f"{place}.bit" for place in places[1:])
+    what = "unknown key `bit`; did you mean `bits`?"
+    assert caught.value.lines() == [f"{places[0]}.bit (also {keys} and 146 more): {what}"]
+
+
+def test_causes_are_counted_past_a_hundred() -> None:
+    with pytest.raises(InputError) as caught:
+        parse_recipe(HEAD + "".join(f"  - {{match: a, rtn: {{bits: {9 + n}}}}}\n" for n in range(150)), "r.yaml")
     lines = caught.value.lines()
     assert len(lines) == 101
     assert lines[0].startswith("r.yaml:3: ")
-    assert lines[-1] == "r.yaml: 50 more errors; mend these first"
+    assert lines[-1] == "50 more causes are not shown; mend these first"

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from qcompress.errors import Refusals, ReportError, UnmeasuredError
+from qcompress.errors import GateFailed, Refusals, ReportError, UnmeasuredError, group_lines
 from qcompress.report.document import AccuracyFigures, LayerFigures, Report
-from qcompress.report.gates import BaselineGates, check_gates, gate_error
+from qcompress.report.gates import BaselineGates, check_gates, gate_errors, raise_failed
 from qcompress.report.view import gate_words
 from qcompress.types.plan import Gates
 from report.examples import kept, layer, make_report
@@ -48,7 +48,7 @@ def test_each_gate(gates: Gates, value: float, passed: bool) -> None:
     (result,) = check_gates(gates, TWO)
     assert result.value == pytest.approx(value)
     assert result.passed is passed
-    assert (gate_error([result]) is None) is passed
+    assert (gate_errors([result]) == []) is passed
 
 
 def test_all_gates_are_checked_and_named_in_order() -> None:
@@ -57,7 +57,7 @@ def test_all_gates_are_checked_and_named_in_order() -> None:
     names = ["max-size", "max-bpw", "min-sqnr", "min-metric top5", "min-metric top1", "max-drop top1"]
     assert [result.name for result in results] == names
     assert check_gates(Gates(), TWO) == ()
-    assert gate_error([]) is None
+    assert gate_errors([]) == []
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,7 @@ def test_what_is_not_a_number_never_passes(bad: float | None) -> None:
     for gates in (Gates(min_metric={"top1": -math.inf}), Gates(max_drop={"top1": math.inf})):
         (result,) = check_gates(gates, report)
         assert not result.passed
-        error = gate_error([result])
-        assert error is not None
+        (error,) = gate_errors([result])
         assert "not a number" in str(error)
 
 
@@ -119,18 +118,35 @@ def test_every_unmeasured_gate_is_named_even_beside_a_failed_one() -> None:
     assert [line.split(":")[0] for line in caught.value.lines()] == ["gate min-sqnr", "gate min-metric top1"]
 
 
-def test_the_error_lists_every_failure_with_value_and_limit() -> None:
-    error = gate_error(check_gates(Gates(max_size=200, max_bpw=9, min_sqnr=12, max_drop={"top1": 0.01}), TWO))
-    assert error is not None
-    assert error.exit_code == 4
-    assert error.what == "max-size 216 bytes > 200; min-sqnr 10 dB < 12; max-drop top1 0.02 > 0.01"
-    one = gate_error(check_gates(Gates(max_size=200), TWO))
-    assert str(one).startswith("gate max-size: 216 bytes > 200; ")
+def test_every_failure_is_a_line_with_value_and_limit() -> None:
+    hint = "loosen the limit or change the recipe"
+    with pytest.raises(GateFailed) as caught:
+        raise_failed(check_gates(Gates(max_size=200, max_bpw=9, min_sqnr=12, max_drop={"top1": 0.01}), TWO))
+    assert caught.value.exit_code == 4
+    assert caught.value.lines() == [
+        f"gate max-size: 216 bytes > 200; {hint}",
+        f"gate min-sqnr: 10 dB < 12; {hint}",
+        f"gate max-drop top1: 0.02 > 0.01; {hint}",
+    ]
+    with pytest.raises(GateFailed) as one:
+        raise_failed(check_gates(Gates(max_size=200), TWO))
+    assert one.value.lines() == [f"gate max-size: 216 bytes > 200; {hint}"]
+
+
+def test_a_gate_that_several_artifacts_fail_is_one_line() -> None:
+    results = check_gates(Gates(max_size=200, min_sqnr=12.5), TWO)
+    errors = [error for name in ("a", "b", "c") for error in gate_errors(results, name)]
+    hint = "loosen the limit or change the recipe"
+    assert group_lines(errors[:1]) == [f"gate max-size: artifact 'a': 216 bytes > 200; {hint}"]
+    assert group_lines(errors) == [
+        f"gate max-size: 3 artifacts, first 'a': the limit is 200 bytes; {hint}",
+        f"gate min-sqnr: 3 artifacts, first 'a': the limit is 12.5 dB; {hint}",
+    ]
 
 
 def test_a_near_miss_shows_the_digits_that_differ() -> None:
     (result,) = check_gates(Gates(max_bpw=3 - 1e-7), TWO)
-    assert "3 bits per weight > 2.9999999" in str(gate_error([result]))
+    assert "3 bits per weight > 2.9999999" in str(gate_errors([result])[0])
 
 
 def since(report: Report, growth: float | None = None, **drops: float) -> BaselineGates:
