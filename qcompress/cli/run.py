@@ -79,7 +79,7 @@ def run(request: Request, streams: Streams) -> None:
         print_plan(source, plan, target, coding, streams)
         return
     _refuse_harm(request, target, streams.json_to)
-    options = _make_options(request, target, coding)
+    options = _make_options(request, target, coding, streams)
     model_run = None
     if recipe.model is not None:
         _refuse_weights_only(request)
@@ -165,7 +165,7 @@ def default_output(checkpoint: Path, recipe: Path | None, suffix: str) -> Path:
     return real.with_name(f"{real.name.removesuffix('.safetensors')}-{suffix}.safetensors")
 
 
-def _make_options(request: Request, target: Path, coding: CodingChoice) -> Options:
+def _make_options(request: Request, target: Path, coding: CodingChoice, streams: Streams) -> Options:
     running = request.running
     max_memory = None if running.max_memory is None else opt.parse_size_flag("--max-memory", running.max_memory)
     return Options(
@@ -177,6 +177,7 @@ def _make_options(request: Request, target: Path, coding: CodingChoice) -> Optio
         max_memory=max_memory,
         resume=running.resume,
         statistics=request.statistics,
+        say=streams.say,
     )
 
 

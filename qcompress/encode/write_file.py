@@ -26,7 +26,7 @@ from qcompress.plan.files import Shard
 from qcompress.report.document import LayerFigures
 from qcompress.types.encoded import ClassUse, Fitted, Kept
 from qcompress.types.plan import Decision, TensorInfo
-from qcompress.types.run import Options
+from qcompress.types.run import Options, Say
 
 COPY_BYTES = 1 << 22
 
@@ -51,31 +51,46 @@ def run_key(layout: Layout, manifest: Manifest, more: str) -> str:
 
 
 class Journal:
-    """The records of one unfinished file; only appended to."""
+    """The records of one unfinished file; only appended to.
+
+    Each line begins with the SHA-256 of what follows and of the line before, so that no line can be changed, moved or
+    taken out unseen; the first line's is over the key.
+    """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
         self.key = key
         self._file: IO[str] | None = None
+        self._last = key
 
-    def read(self) -> list[Record]:
-        """The records of an earlier run with the same key, in its order; a line cut off by the kill ends them."""
+    def read(self, say: Say = lambda _: None) -> list[Record]:
+        """The records of an earlier run with the same key, in its order, up to the first line that does not hold.
+
+        say  told how many lines are dropped; nothing of the last one, which a kill may have cut off
+        """
         try:
-            first, *lines = self.path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError):
+            first, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        except OSError:
             return []
         if first != json.dumps({"key": self.key}):
             return []
-        records = []
+        records: list[Record] = []
+        last = self.key
         for line in lines:
-            try:
-                records.append(_parse_record(json.loads(line)))
-            except (ValueError, TypeError, KeyError):
+            digest, _, text = line.partition(" ")
+            last = _chained(last, text)
+            if digest != last:
                 break
+            records.append(_parse_record(json.loads(text)))
+        dropped = len(lines) - 1 - len(records)
+        if dropped > 0:
+            what = f"{dropped} of {len(lines) - 1} lines are damaged and dropped"
+            say(f"{self.path.name}: {what}; those tensors are encoded again")
         return records
 
     def start(self, records: list[Record]) -> None:
         """Begin the file anew with the records that still hold."""
+        self._last = self.key
         self._file = self.path.open("w", encoding="utf-8")
         self._file.write(json.dumps({"key": self.key}) + "\n")
         for record in records:
@@ -96,12 +111,18 @@ class Journal:
 
     def _write(self, record: Record) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+        text = json.dumps(asdict(record), separators=(",", ":"))
+        self._last = _chained(self._last, text)
+        self._file.write(f"{self._last} {text}\n")
 
     def _flush(self) -> None:
         assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _chained(before: str, text: str) -> str:
+    return hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()
 
 
 def _parse_record(line: Mapping[str, Any]) -> Record:
@@ -191,7 +212,7 @@ def _restore(shard: Shard, writer: SlotWriter, journal: Journal, options: Option
     """What an earlier run finished, as far as its input and its output still hold the same bytes."""
     finished: dict[str, Finished] = {}
     records = []
-    for record, decision in zip(journal.read(), _in_order(shard), strict=False):
+    for record, decision in zip(journal.read(options.say), _in_order(shard), strict=False):
         tensor = decision.tensor
         same = survey_bytes(shard.source.bytes_of(tensor.name), tensor.dtype).crc32 == record.input_crc32
         if record.tensor != tensor.name or not same or not writer.restore(record.slots):

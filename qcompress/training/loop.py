@@ -23,7 +23,7 @@ from qcompress.training.losses import Loss
 from qcompress.training.optimizers import Group, make_optimizer, rate_at
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
-from qcompress.training.state import Progress, Trainee, load_state, save_state
+from qcompress.training.state import DamagedState, Progress, Trainee, load_state, save_state
 from qcompress.types.run import seeded_generator
 from qcompress.types.settings import Training
 
@@ -115,7 +115,10 @@ def train(
     progress = trainee.progress
     refuse_few(data, options.accumulate, world)
     if watch.resume and watch.state is not None and watch.state.exists():
-        load_state(watch.state, trainee, watch.identity)
+        try:
+            load_state(watch.state, trainee, watch.identity)
+        except DamagedState as damage:
+            watch.say(f"{watch.state.name} is dropped, and training starts anew: it {damage.what}")
     log = _Log(watch.log if world.is_first else None, progress.log_bytes)
     run = _Run(data, loss_of, training, trainee, watch, seed, world, world.wrap(module), log, highest)
     if progress.step:

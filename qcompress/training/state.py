@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +18,12 @@ from qcompress.data.user_code import first_line
 from qcompress.errors import CheckpointError, TrainingError
 from qcompress.training.penalties import Penalties
 
-KEY = "qcompress-training"
+KEY, DIGEST = "qcompress-training", "qcompress-training-sha256"
+"""Keys of the file's metadata: the JSON document, and the SHA-256 of all that the file says."""
+
+
+class DamagedState(TrainingError):
+    """A saved state does not hold what was written: it is of no use, whoever wrote it."""
 
 
 @dataclass
@@ -86,7 +92,8 @@ def save_state(path: Path, trainee: Trainee, identity: str) -> None:
     new = path.with_name(path.name + ".new")
     # Each tensor gets storage of its own: the format stores none twice.
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_checkpoint(copies, new, {KEY: json.dumps(document)})
+    text = json.dumps(document)
+    write_checkpoint(copies, new, {KEY: text, DIGEST: _digest(copies, text)})
     with new.open("rb") as file:
         os.fsync(file.fileno())
     new.replace(path)
@@ -95,29 +102,49 @@ def save_state(path: Path, trainee: Trainee, identity: str) -> None:
 def load_state(path: Path, trainee: Trainee, identity: str) -> None:
     """Bring a run to where a saved state says it was.
 
-    raises  TrainingError for a file that is damaged, foreign, or of another recipe or checkpoint
+    raises  DamagedState, before the run is touched, for a file that does not hold what was written; TrainingError for
+            one that is foreign, or of another recipe or checkpoint
     """
     hint = "start again without --resume"
     try:
-        tensors, metadata = read_tensors(path)
-        document = json.loads(metadata[KEY])
+        tensors, document = _read(path)
         if document["identity"] != identity:
             what = "was saved by a run with another recipe, checkpoint or number of processes"
             raise TrainingError(str(path), what, hint)
         _load(trainee, tensors, document)
-    except (CheckpointError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        if isinstance(error, TrainingError):
-            raise
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise TrainingError(str(path), f"is no saved state of this run: {first_line(error)}", hint) from None
 
 
 def last_good(path: Path) -> tuple[dict[str, Tensor], int] | None:
     """The weights of a saved state and their step; None where there is none that can be read."""
     try:
-        tensors, metadata = read_tensors(path)
-        return _below(tensors, "model."), int(json.loads(metadata[KEY])["progress"]["step"])
-    except (CheckpointError, KeyError, ValueError):
+        tensors, document = _read(path)
+        return _below(tensors, "model."), int(document["progress"]["step"])
+    except (TrainingError, KeyError, ValueError, TypeError):
         return None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """The tensors and the document of a saved state, as they were written. Raises DamagedState; KeyError, ValueError
+    where the file is something else."""
+    hint = "start again without --resume"
+    try:
+        tensors, metadata = read_tensors(path)
+    except CheckpointError as error:
+        raise DamagedState(str(path), error.what, hint) from None
+    if metadata[DIGEST] != _digest(tensors, metadata[KEY]):
+        raise DamagedState(str(path), "does not hold what was written: its checksum is another", hint)
+    return tensors, json.loads(metadata[KEY])
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256, in hex, over names, types, shapes and values of CPU tensors, and over the document."""
+    found = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        found.update(f"\n{name} {value.dtype} {list(value.shape)} ".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _load(trainee: Trainee, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:

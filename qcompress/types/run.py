@@ -128,6 +128,7 @@ class Options:
     statistics       a file of the layers' input statistics, for the methods that can work from them
     representatives  a file of what finetune-reg has learned, for the methods that take it up
     rate             bits a weight that the codes of methods without widths may take; a budget's search sets it
+    say              called with a line on what begins, and on what a run that resumes drops
     """
 
     output: Path
@@ -141,3 +142,4 @@ class Options:
     representatives: Path | None = None
     rate: float | None = None
     progress: Progress | None = None
+    say: Say = lambda _: None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,36 @@ def cut_journal(output: Path, checkpoint: Path) -> None:
     path.write_text(path.read_text()[:-20])
 
 
+def lines_of(output: Path, checkpoint: Path) -> tuple[Path, list[str]]:
+    path = partial(output) / f"{checkpoint.name}.journal"
+    return path, path.read_text().splitlines(keepends=True)
+
+
+def change_entry(output: Path, checkpoint: Path) -> None:
+    """As a bad disk would: another exponent halves the weights, and nothing in the data tells."""
+    path, lines = lines_of(output, checkpoint)
+    changed = re.sub(r'"exponent":(-?\d+)', lambda found: f'"exponent":{int(found[1]) - 1}', lines[2])
+    assert changed != lines[2]
+    path.write_text("".join([*lines[:2], changed, *lines[3:]]))
+
+
+def flip_bit(output: Path, checkpoint: Path) -> None:
+    path, lines = lines_of(output, checkpoint)
+    raw = bytearray("".join(lines).encode())
+    raw[len("".join(lines[:2]).encode()) + 100] ^= 1
+    path.write_bytes(raw)
+
+
+def swap_lines(output: Path, checkpoint: Path) -> None:
+    path, lines = lines_of(output, checkpoint)
+    path.write_text("".join([*lines[:2], lines[3], lines[2]]))
+
+
+def take_line_out(output: Path, checkpoint: Path) -> None:
+    path, lines = lines_of(output, checkpoint)
+    path.write_text("".join([*lines[:2], *lines[3:]]))
+
+
 def change_input(output: Path, checkpoint: Path) -> None:
     raw = bytearray(checkpoint.read_bytes())
     # The third of the weights: its name comes after the bias and two others, whose data are 4 bytes a value.
@@ -141,7 +172,10 @@ def change_input(output: Path, checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "encoded_again"),
-    [(damage_data, 4), (cut_data, 4), (cut_journal, 4), (change_input, 4)],
+    [
+        *((damage_data, 4), (cut_data, 4), (cut_journal, 4), (change_input, 4)),
+        *((change_entry, 5), (flip_bit, 5), (swap_lines, 5), (take_line_out, 5)),
+    ],
 )
 def test_what_does_not_hold_any_more_is_done_again(
     spoil: Callable[[Path, Path], None], encoded_again: int, checkpoint: Path, tmp_path: Path, encoder: Encoder
@@ -153,6 +187,20 @@ def test_what_does_not_hold_any_more_is_done_again(
     assert encoder.calls == encoded_again
     run(checkpoint, whole, rtn(3), "ans")
     assert output.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(("spoil", "dropped"), [(change_entry, 2), (flip_bit, 2), (take_line_out, 1), (cut_journal, 0)])
+def test_damaged_lines_are_dropped_with_a_word(
+    spoil: Callable[[Path, Path], None], dropped: int, checkpoint: Path, tmp_path: Path, encoder: Encoder
+) -> None:
+    output = tmp_path / "out.safetensors"
+    kill_after(3, encoder, checkpoint, output, "ans")
+    spoil(output, checkpoint)
+    said: list[str] = []
+    run(checkpoint, output, rtn(3), "ans", resume=True, say=said.append)
+    lines = [line for line in said if "damaged" in line]
+    assert len(lines) == (1 if dropped else 0)
+    assert all(f": {dropped} of " in line and "encoded again" in line for line in lines)
 
 
 def test_another_recipe_or_coding_starts_anew(checkpoint: Path, tmp_path: Path, encoder: Encoder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,17 @@ from qcompress.errors import TrainingError
 from qcompress.training.loop import Watch
 from qcompress.training.optimizers import make_optimizer
 from qcompress.training.penalties import attach_penalties
-from qcompress.training.state import KEY, Progress, Trainee, last_good, load_state, save_state
+from qcompress.training.state import (
+    DIGEST,
+    KEY,
+    DamagedState,
+    Progress,
+    Trainee,
+    _digest,
+    last_good,
+    load_state,
+    save_state,
+)
 from qcompress.types.settings import AdamW, Optimizer, Sgd
 
 from .small import Tied, assert_same, net, rules, run, settings, weights
@@ -97,9 +108,29 @@ def test_a_file_that_is_cut_off_anywhere_is_refused_and_has_no_last_weights(save
     whole = saved.read_bytes()
     for length in range(0, len(whole), max(1, len(whole) // 60)):
         saved.write_bytes(whole[:length])
-        with pytest.raises(TrainingError, match="no saved state of this run"):
+        with pytest.raises(DamagedState):
             load_state(saved, trainee(Sgd(lr=0.05)), IDENTITY)
         assert last_good(saved) is None
+
+
+def test_a_bit_that_flips_anywhere_is_seen_before_the_run_is_touched(saved: Path) -> None:
+    whole = saved.read_bytes()
+    for position in range(8, len(whole), max(1, len(whole) // 200)):
+        changed = bytearray(whole)
+        changed[position] ^= 1 << position % 8
+        saved.write_bytes(changed)
+        one = trainee(Sgd(lr=0.05), steps=1)
+        before = weights(one.module)
+        with pytest.raises(TrainingError):
+            load_state(saved, one, IDENTITY)
+        assert_same(weights(one.module), before)
+        assert last_good(saved) is None
+
+
+def rewrite(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, object]) -> None:
+    """A state file with its checksum made right again."""
+    text = json.dumps(document)
+    write_checkpoint(tensors, path, {KEY: text, DIGEST: _digest(tensors, text)})
 
 
 def test_a_state_that_lacks_any_part_is_refused(saved: Path) -> None:
@@ -107,12 +138,12 @@ def test_a_state_that_lacks_any_part_is_refused(saved: Path) -> None:
     needed = [name for name in tensors if name.startswith(("model.", "terms.", "random."))]
     assert needed
     for name in needed:
-        write_checkpoint({key: value for key, value in tensors.items() if key != name}, saved, metadata)
+        rewrite(saved, {key: value for key, value in tensors.items() if key != name}, json.loads(metadata[KEY]))
         with pytest.raises(TrainingError, match="no saved state of this run"):
             load_state(saved, trainee(Sgd(lr=0.05)), IDENTITY)
     for key in json.loads(metadata[KEY]):
         document = {name: value for name, value in json.loads(metadata[KEY]).items() if name != key}
-        write_checkpoint(tensors, saved, {KEY: json.dumps(document)})
+        rewrite(saved, tensors, document)
         if key != "scaler":
             with pytest.raises(TrainingError, match="no saved state of this run"):
                 load_state(saved, trainee(Sgd(lr=0.05)), IDENTITY)
@@ -122,7 +153,7 @@ def test_a_state_of_another_shape_or_run_is_refused(saved: Path) -> None:
     with pytest.raises(TrainingError, match="another recipe"):
         load_state(saved, trainee(Sgd(lr=0.05)), "y")
     tensors, metadata = read_tensors(saved)
-    write_checkpoint({**tensors, "model.0.weight": torch.zeros(3, 2)}, saved, metadata)
+    rewrite(saved, {**tensors, "model.0.weight": torch.zeros(3, 2)}, json.loads(metadata[KEY]))
     with pytest.raises(TrainingError, match="no saved state of this run"):
         load_state(saved, trainee(Sgd(lr=0.05)), IDENTITY)
 
@@ -136,20 +167,21 @@ def test_the_last_weights_are_those_of_the_saved_step(saved: Path) -> None:
     assert last_good(saved.with_name("none")) is None
 
 
-def test_saved_states_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+def test_saved_states_of_other_runs_are_refused_and_damaged_ones_dropped(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     module = net()
     run(module, settings(), Watch(state=state, identity="x"))
-    tensors, metadata = read_tensors(state)
-    assert "qcompress-training" in metadata
+    assert KEY in read_tensors(state)[1]
     with pytest.raises(TrainingError, match="another recipe"):
         run(net(), settings(), Watch(state=state, identity="y", resume=True))
     write_checkpoint({"a": torch.zeros(2)}, state)
     with pytest.raises(TrainingError, match="no saved state"):
         run(net(), settings(), Watch(state=state, identity="x", resume=True))
-    write_checkpoint({name: value for name, value in tensors.items() if "0.weight" not in name}, state, metadata)
-    with pytest.raises(TrainingError, match="no saved state"):
-        run(net(), settings(), Watch(state=state, identity="x", resume=True))
-    state.write_bytes(b"not safetensors")
-    with pytest.raises(TrainingError, match="no saved state"):
-        run(net(), settings(), Watch(state=state, identity="x", resume=True))
+    trained = weights(module)
+    for damaged in (state.read_bytes()[:-1], b"not safetensors"):
+        state.write_bytes(damaged)
+        said: list[str] = []
+        module = net()
+        run(module, settings(), Watch(state=state, identity="x", resume=True, say=said.append))
+        assert any("is dropped, and training starts anew" in line for line in said)
+        assert_same(weights(module), trained)
