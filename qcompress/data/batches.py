@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from qcompress.data.foreign import refuse_irregular
 from qcompress.errors import DataError, ModelError, QcompressError
 from qcompress.types.settings import Normalize
 
@@ -141,6 +142,7 @@ class Source:
         base = os.environ.get("QCOMPRESS_DATA")
         for folder in (self.root, *([Path(base)] if base else [])):
             if (folder / name).exists():
+                refuse_irregular(folder / name, self.place)
                 return folder / name
         where = "the recipe's folder" + (", nor in QCOMPRESS_DATA" if base else "; QCOMPRESS_DATA is not set")
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from qcompress.data.batches import Batch, Reader, Source
+from qcompress.data.foreign import parse_label, reading, refuse_irregular
 from qcompress.data.user_code import import_package
 from qcompress.errors import DataError
 from qcompress.types.settings import ImagesData
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"}
 METADATA = "metadata.csv"
+MOST_PIXELS = 100_000_000
 
 
 def read_images(settings: ImagesData, source: Source) -> tuple[int, Reader]:
@@ -58,34 +61,45 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _from_metadata(path: Path) -> list[tuple[Path, int | None]]:
-    with path.open(newline="", encoding="utf-8") as lines:
+    with (
+        path.open(newline="", encoding="utf-8") as lines,
+        reading(path, "is no table in UTF-8", "write it anew, with columns file_name and label"),
+    ):
         rows = csv.DictReader(lines)
         missing = {"file_name", "label"} - set(rows.fieldnames or ())
         if missing:
             raise DataError(str(path), f"has no column {sorted(missing)[0]!r}", "give columns file_name and label")
         listed: list[tuple[Path, int | None]] = []
+        folder = Path(os.path.normpath(path.parent.absolute()))
         for line, row in enumerate(rows, start=2):
-            try:
-                listed.append((path.parent / row["file_name"], int(row["label"])))
-            except (TypeError, ValueError):
-                what = f"has a label {row['label']!r} that is no integer"
-                raise DataError(f"{path}:{line}", what, "number the classes from 0") from None
+            where, name = f"{path}:{line}", row["file_name"] or ""
+            if not name or not Path(os.path.normpath(folder / name)).is_relative_to(folder):
+                raise DataError(where, f"names {name[:80]!r}, outside its folder", "name files below the folder")
+            listed.append((path.parent / name, parse_label(row["label"], where)))
     absent = next((file for file, _ in listed if not file.is_file()), None)
     if absent is not None:
         raise DataError(str(path), f"names {absent.name!r}, which is not there", "add the file or take out its line")
     return listed
 
 
+def _refuse_many(size: Sequence[int], path: Path) -> None:
+    """Raise DataError for an image of more pixels than any photo has: a small file can declare as many as it likes."""
+    if size[0] * size[1] > MOST_PIXELS:
+        what = f"would have {size[0]:,} x {size[1]:,} pixels, more than {MOST_PIXELS:,}"
+        raise DataError(str(path), what, "remove it, or make it smaller")
+
+
 def _pixels(image: Any, path: Path, settings: ImagesData) -> Tensor:
     """uint8 [crop, crop, 3]: the centre of the image, after its shorter side was resized. Raises DataError."""
-    try:
-        with image.open(path) as opened:
-            found = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(str(path), f"is no image that can be read ({error})", "remove or replace it") from None
+    refuse_irregular(path, "the folder of images")
+    with reading(path, "is no image that can be read", "remove or replace it"), image.open(path) as opened:
+        _refuse_many(opened.size, path)
+        found = opened.convert("RGB")
     if settings.resize is not None:
         share = settings.resize / min(found.size)
-        found = found.resize([max(round(side * share), settings.resize) for side in found.size], image.BILINEAR)
+        size = [max(round(side * share), settings.resize) for side in found.size]
+        _refuse_many(size, path)
+        found = found.resize(size, image.BILINEAR)
     width, height = found.size
     crop = settings.crop
     if min(width, height) < crop:

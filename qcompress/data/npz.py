@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import zipfile
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qcompress.data.batches import Batch, Reader, Source
+from qcompress.data.foreign import reading, refuse_immense
 from qcompress.errors import DataError
 from qcompress.types.settings import NpzData
 
@@ -55,10 +56,8 @@ def read_npz(settings: NpzData, source: Source) -> tuple[int, Reader]:
 
 
 def _open(path: Path, place: str) -> NpzFile:
-    try:
+    with reading(path, "is no npz file", f"see {place}"):
         file = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(str(path), f"is no npz file ({' '.join(str(error).split())[:80]})", f"see {place}") from None
     if not isinstance(file, NpzFile):
         raise DataError(str(path), "is a single array, not an npz file", "save it with numpy.savez")
     return file
@@ -68,13 +67,30 @@ def _array(file: NpzFile, name: str, path: Path) -> Array:
     if name not in file:
         close = difflib.get_close_matches(name, [*file], n=1, cutoff=0.0)
         raise DataError(str(path), f"has no array {name!r}", f"did you mean {close[0]!r}?" if close else "it is empty")
-    try:
+    with reading(path, f"array {name!r} cannot be read", "save it again, as numbers"):
+        refuse_immense(_declared(file, name), path)
         array: Array = file[name]
-    except ValueError:
-        raise DataError(str(path), f"array {name!r} holds Python objects", "save it as numbers") from None
     if array.dtype.kind not in "biuf":
         raise DataError(str(path), f"array {name!r} is of {array.dtype}, not of numbers", "save it as numbers")
     return array
+
+
+def _declared(file: NpzFile, name: str) -> int:
+    """Bytes that an array's header asks for; ValueError where its member of the archive has another length."""
+    archive = file.zip
+    assert archive is not None
+    member = name if name in archive.namelist() else f"{name}.npy"
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+        header = stream.tell()
+    declared = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    if header + declared != archive.getinfo(member).file_size:
+        raise ValueError(f"its header declares {declared} bytes of data")
+    return declared
 
 
 def _refuse_broken(arrays: Mapping[str, Array], path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qcompress.data.batches import Batch, Batches, Reader, Source, unchanged
-from qcompress.data.user_code import find_callable, first_line
+from qcompress.data.foreign import first_line
+from qcompress.data.user_code import find_callable
 from qcompress.errors import DataError, QcompressError, RecipeError
 from qcompress.types.run import ModelRun
 from qcompress.types.settings import Data, FactoryData, HubData, ImagesData, NpzData, TextData

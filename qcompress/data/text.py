@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qcompress.data.batches import Batch, Reader, Source
-from qcompress.data.user_code import first_line, import_package
-from qcompress.errors import DataError, QcompressError
+from qcompress.data.foreign import parse_label, reading
+from qcompress.data.user_code import import_package
+from qcompress.errors import DataError
 from qcompress.types.settings import HubData, TextData
 
 Sentence: TypeAlias = str | tuple[str, ...]
@@ -32,6 +33,7 @@ class Tokenizer:
     decode       ids -> text without special tokens
     padding      the id at padded places
     begin, end   the ids around a translation; None where the tokenizer does not say
+    path         names the tokenizer in errors
     """
 
     rows: Callable[[Sequence[Sentence], int], list[list[int]]]
@@ -40,10 +42,12 @@ class Tokenizer:
     padding: int = 0
     begin: int | None = None
     end: int | None = None
+    path: Path = Path()
 
     def encode(self, texts: Sequence[Sentence], length: int) -> tuple[Tensor, Tensor]:
         """int64 [texts, longest] ids padded at the end, and the mask of what is no padding."""
-        rows = self.rows(texts, length)
+        with reading(self.path, "cannot encode these texts", "check tokenizer and text"):
+            rows = self.rows(texts, length)
         return _padded(rows, self.padding), _padded([[1] * len(row) for row in rows], 0)
 
     def encode_targets(self, texts: Sequence[Sentence], length: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +57,8 @@ class Tokenizer:
         off is not answered with an end.
         """
         assert self.begin is not None
-        rows = self.target_rows(texts, length)
+        with reading(self.path, "cannot encode these texts", "check tokenizer and text"):
+            rows = self.target_rows(texts, length)
         return _padded([[self.begin, *row[:-1]] for row in rows], self.padding), _padded(rows, IGNORED)
 
 
@@ -104,13 +109,8 @@ def read_hub(settings: HubData, source: Source) -> tuple[int, Reader]:
     """The rows of a dataset on disk; inputs are columns of numbers, or of text for a tokenizer. Raises DataError."""
     folder = source.find(settings.dataset)
     datasets = import_package("datasets")
-    try:
+    with reading(folder, "is no dataset on disk", "save it with save_to_disk"):
         found = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        # The library raises many kinds for what it cannot read.
-        raise DataError(
-            str(folder), f"is no dataset on disk ({first_line(error, 120)})", "save it with save_to_disk"
-        ) from None
     if isinstance(found, dict):
         if settings.split not in found:
             names = ", ".join(found)
@@ -123,8 +123,9 @@ def read_hub(settings: HubData, source: Source) -> tuple[int, Reader]:
     tokenizer = read_tokenizer(source.find(settings.tokenizer)) if settings.tokenizer is not None else None
 
     def read(indices: Sequence[int]) -> Batch:
-        rows = found[[*indices]]
-        labels = torch.tensor(rows[settings.labels]) if settings.labels else None
+        with reading(folder, f"rows {indices[0]} to {indices[-1]} cannot be read", "save it again with save_to_disk"):
+            rows = found[[*indices]]
+            labels = torch.tensor(rows[settings.labels]) if settings.labels else None
         if tokenizer is not None:
             texts = [rows[name] for name in settings.inputs]
             ids, mask = tokenizer.encode([*zip(*texts, strict=True)] if len(texts) > 1 else texts[0], settings.length)
@@ -140,15 +141,9 @@ def read_hub(settings: HubData, source: Source) -> tuple[int, Reader]:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a folder (transformers) or of a tokenizer.json (tokenizers). Raises DataError, UsageError."""
-    try:
-        return _from_folder(path) if path.is_dir() else _from_file(path)
-    except QcompressError:
-        raise
-    except Exception as error:
-        # Both libraries raise many kinds for what they cannot read.
-        raise DataError(
-            str(path), f"is no tokenizer ({first_line(error, 120)})", "name a folder or a tokenizer.json"
-        ) from None
+    with reading(path, "is no tokenizer", "name a folder or a tokenizer.json"):
+        found = _from_folder(path) if path.is_dir() else _from_file(path)
+    return replace(found, path=path)
 
 
 def _from_folder(path: Path) -> Tokenizer:
@@ -197,17 +192,10 @@ def _windows(tokenizer: Tokenizer, text: str, length: int, path: Path) -> tuple[
 
 
 def _labels(path: Path) -> list[int]:
-    labels = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        try:
-            labels.append(int(line))
-        except ValueError:
-            raise DataError(f"{path}:{number}", f"{line[:40]!r} is no integer", "give a label a line") from None
-    return labels
+    lines = _read(path).splitlines()
+    return [parse_label(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def _read(path: Path) -> str:
-    try:
+    with reading(path, "is no text in UTF-8", "convert it"):
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(str(path), f"is no text in UTF-8 ({first_line(error, 120)})", "convert it") from None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qcompress.data.foreign import first_line
 from qcompress.errors import InputError, ModelError, UsageError
 
 EXTRAS = {
@@ -123,8 +124,3 @@ def _load_file(path: Path, place: str, kind: type[InputError]) -> Any:
         del sys.modules[name]
         raise kind(place, f"{str(path)!r} does not import: {first_line(error)}", "mend the file") from None
     return module
-
-
-def first_line(error: BaseException, length: int = 200) -> str:
-    """The kind and the words of a foreign error, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:length]

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from qcompress.data.batches import Batch, first_tensor
-from qcompress.data.user_code import first_line
+from qcompress.data.foreign import first_line
 
 Values: TypeAlias = dict[fx.Node, Any]
 """The values of the nodes that are still needed."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.checkpoint.checkpoint import read_tensors, write_checkpoint
-from qcompress.data.user_code import first_line
+from qcompress.data.foreign import first_line
 from qcompress.errors import CheckpointError, TrainingError
 from qcompress.training.penalties import Penalties
 

@@ -79,7 +79,7 @@ def test_samples_are_the_first_or_drawn_by_the_seed(folder: Path) -> None:
         (NpzData(npz="images.npz", samples=7), "7 samples are asked for and there are 6"),
         (NpzData(npz="broken.npz"), "array 'x' holds NaN or Inf, first in sample 1"),
         (NpzData(npz="uneven.npz"), r"array 'y' has the shape \[2\], and 'x' has 3 samples"),
-        (NpzData(npz="objects.npz"), "array 'x' holds Python objects"),
+        (NpzData(npz="objects.npz"), r"array 'x' cannot be read \(ValueError: it holds Python objects\)"),
     ],
 )
 def test_what_is_wrong_with_arrays_is_said(folder: Path, settings: NpzData, error: str) -> None:
@@ -183,7 +183,7 @@ def test_sentences_are_padded_and_masked(words: Path) -> None:
     assert batch.kwargs["attention_mask"].tolist() == [[1, 1], [1, 1], [1, 0]]
     assert batch.labels.tolist() == [0, 1, 0] and batch.texts == ("one", "two", "three")
     (words / "labels.txt").write_text("0\nx\n0\n")
-    with pytest.raises(DataError, match=r"labels\.txt:2: 'x' is no integer"):
+    with pytest.raises(DataError, match=r"labels\.txt:2: has a label 'x' that is no number of a class"):
         read(words, settings)
     (words / "labels.txt").write_text("0\n")
     with pytest.raises(DataError, match=r"has 1 lines, and text\.txt has 3"):

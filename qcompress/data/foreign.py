@@ -1,0 +1,63 @@
+"""One door to files that other people's libraries read: whatever such a library raises is an error of the file."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qcompress.errors import DataError, QcompressError, ResourceError
+
+LARGEST_LABEL = 2**31 - 1
+SHOWN = 120
+"""Characters of a foreign error that are shown."""
+
+
+@contextmanager
+def reading(where: Path | str, what: str, hint: str) -> Iterator[None]:
+    """Turn all that a library raises while it reads a file into DataError, and its warnings into nothing.
+
+    what  begins the error: "is no npz file"; the library's own words follow in brackets
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (QcompressError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        # Libraries written in other languages raise panics that are no Exception.
+        words = first_line(error, SHOWN)
+        raise DataError(str(where), f"{what} ({words})", hint) from None
+
+
+def first_line(error: BaseException, length: int = 200) -> str:
+    """The kind and the words of a foreign error, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:length]
+
+
+def refuse_irregular(path: Path, where: str) -> None:
+    """Raise DataError for a pipe, a device or a socket: reading one may wait for ever, and no second time succeeds."""
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(str(path), "is neither a file nor a folder", f"see {where}")
+
+
+def refuse_immense(n_bytes: int, where: Path) -> None:
+    """Raise ResourceError for data that the memory of this machine cannot hold."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_bytes > memory:
+        what = f"declares {n_bytes:,} bytes of data, and this machine has {memory:,} of memory"
+        raise ResourceError(str(where), what, "give fewer samples in a file")
+
+
+def parse_label(text: str | None, where: str) -> int:
+    """The number of a class, from 0. Raises DataError."""
+    try:
+        label = int(text or "", 10) if len(text or "") < 20 else -1
+    except ValueError:
+        label = -1
+    if not 0 <= label <= LARGEST_LABEL:
+        raise DataError(where, f"has a label {(text or '')[:40]!r} that is no number of a class", "number them from 0")
+    return label
