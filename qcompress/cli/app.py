@@ -171,6 +171,9 @@ def _report_bug(bug: Exception, arguments: list[str]) -> int:
     if isinstance(bug, RuntimeError) and "out of memory" in str(bug).lower():
         print_note("error: memory: the device ran out of it; use --device cpu, --threads 1 or --max-memory")
         return OUT_OF_RESOURCE
+    if isinstance(bug, RuntimeError) and "start new thread" in str(bug):
+        print_note("error: threads: this process may start no more of them; use --threads 1, or raise the limit")
+        return OUT_OF_RESOURCE
     if {"-v", "--verbose"} & set(arguments):
         traceback.print_exception(bug)
     else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -61,8 +62,23 @@ def read_stdin() -> str:
 
 
 def print_result(text: str) -> None:
-    """Results, and nothing else, go to stdout."""
-    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+    """Results, and nothing else, go to stdout; what its encoding cannot hold is escaped."""
+    text = text if text.endswith("\n") else f"{text}\n"
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _print_json(text: str) -> None:
+    """A JSON document on stdout; what its encoding cannot hold is escaped as JSON escapes it."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        # Outside of strings JSON is ASCII.
+        text = re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+    print_result(text)
 
 
 def print_note(text: str) -> None:
@@ -70,8 +86,10 @@ def print_note(text: str) -> None:
     from qcompress.report.view import name_words
 
     # Names come from files: one that holds control characters must not steer the terminal.
-    sys.stderr.write(f"{name_words(text)}\n")
-    sys.stderr.flush()
+    # Where stderr is full or gone, there is nobody to tell, and the work itself is not at fault.
+    with suppress(OSError):
+        sys.stderr.write(f"{name_words(text)}\n")
+        sys.stderr.flush()
 
 
 def is_drawn_on(stream: TextIO, no_color: bool) -> bool:
@@ -102,7 +120,7 @@ def write_text(text: str, json_to: str) -> None:
     from qcompress.checkpoint.staging import write_whole
 
     if json_to == "-":
-        print_result(text)
+        _print_json(text)
         return
     try:
         if is_stream(Path(json_to)):

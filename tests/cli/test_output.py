@@ -217,3 +217,31 @@ def test_verbose_names_each_tensor_on_stderr(run: Run, checkpoint: Path, tmp_pat
     assert [line.split(" after ")[1].split(",")[0] for line in verbose.err.splitlines()] != []
     for name in small_tensors():
         assert f" after {name}," in verbose.err
+
+
+def test_a_stdout_in_ascii_gets_escapes_and_sound_json(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m.safetensors", {"größe.😀.weight": small_tensors()["layer.weight"]})
+    env = process_environment(PYTHONIOENCODING="ascii")
+    words = program("quantize", checkpoint, "--bits", 2, "-o", tmp_path / "ä.safetensors", "-f")
+    plain = subprocess.run(words, env=env, capture_output=True, check=False)
+    assert plain.returncode == 0 and plain.stdout.isascii()
+    assert b"gr\\xf6\\xdfe" in plain.stdout
+    found = subprocess.run([*words, "--json", "-"], env=env, capture_output=True, check=False)
+    assert found.returncode == 0 and found.stdout.isascii()
+    assert [layer["name"] for layer in json.loads(found.stdout)["layers"]] == ["größe.😀.weight"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["--bits", 2, "-v"], 0), (["--bits", 9], 2), (["--bits", 2, "-r", "x"], 2)]
+)
+def test_a_full_stderr_changes_no_exit_code(checkpoint: Path, words: list[object], code: int) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            program("quantize", checkpoint, *words, "-f"),
+            env=process_environment(),
+            stdout=subprocess.PIPE,
+            stderr=full,
+            check=False,
+        )
+    assert done.returncode == code
+    assert bool(done.stdout) == (code == 0)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -166,3 +167,14 @@ def test_a_disk_that_returns_other_bytes_is_noticed(
 def test_json_that_cannot_be_written(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     ran = run("quantize", checkpoint, "--bits", 2, "-n", "--json", tmp_path / "missing" / "plan.json")
     assert_out_of_resource(ran, "plan.json", "--json")
+
+
+def test_a_limit_of_threads(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python says it where a limit of memory or processes leaves no room for a thread's stack."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert_out_of_resource(run("quantize", checkpoint, "--bits", 2, "--threads", 2), "--threads 1")
+    assert not list(checkpoint.parent.glob(".*partial"))
