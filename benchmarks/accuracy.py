@@ -1,7 +1,7 @@
 """What each data-free method costs in accuracy on small real networks, all convolutions and linear layers compressed.
 
     QCOMPRESS_DATA=/path/to/data python benchmarks/accuracy.py [--networks resnet20,mobilenet] [--bits 4,3,2]
-        [--methods rtn,squant] [--group-size 64] [--limit 2000] [--json results.json]
+        [--methods rtn,squant] [--group-size 64] [--limit 2000] [--json FILE|-]
 
 Prints for every network, width and method: the score, the relative squared error of all compressed weights together,
 and the bits per weight with rows padded to bytes and all side information counted. A weight has one grid per output
@@ -11,7 +11,6 @@ channel unless --group-size is given. benchmarks/networks.py holds the networks 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from networks import CASES, Case, compressible
+from timing import render, show
 from torch import Tensor
 
 from qcompress.coding.grids import decode, exponent_for
@@ -94,8 +94,6 @@ def measure(name: str, case: Case, folder: Path, arguments: argparse.Namespace) 
     baseline = case.measure(network, batches)
     if samples == case.samples and abs(baseline - case.fp32) > 5e-4 * case.fp32:
         raise SystemExit(f"{name}: the uncompressed network scores {baseline}, not {case.fp32}")
-    print(f"\n{name}: {case.score} on {samples} samples, uncompressed {baseline:.4f}")
-    print(f"{'bits':>4}  {'method':<18} {case.score:>10} {'rel. error':>10} {'bits/weight':>11}", flush=True)
     results = [Result(name, 32, "none", baseline, 0.0, 32.0, 0.0)]
     for bits in arguments.bits:
         for label in arguments.methods:
@@ -107,7 +105,6 @@ def measure(name: str, case: Case, folder: Path, arguments: argparse.Namespace) 
             network.load_state_dict(decoded, strict=False)
             score = case.measure(network, batches)
             results.append(Result(name, bits, label, score, error, stored, seconds))
-            print(f"{bits:>4}  {label:<18} {score:>10.4f} {error:>10.6f} {stored:>11.3f}", flush=True)
     return results
 
 
@@ -120,7 +117,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, help="one grid per so many weights of a channel")
     parser.add_argument("--limit", type=int, help="use only the first so many samples")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument(
+        "--json", metavar="FILE|-", help="network, method and width -> figures; - for stdout, in place of the tables"
+    )
     arguments = parser.parse_args()
     for given, known in ((arguments.networks, names), (arguments.methods, labels)):
         if unknown := sorted(set(given) - set(known)):
@@ -135,8 +134,11 @@ def main() -> None:
         sys.exit("accuracy.py: QCOMPRESS_DATA is not set; point it at the folder with the networks and their data")
     torch.set_num_threads(arguments.threads)
     results = [r for name in arguments.networks for r in measure(name, CASES[name], Path(folder), arguments)]
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for one in results:
+        figures = {"score": one.score, "relative_error": one.relative_error, "bits_per_weight": one.bits_per_weight}
+        found.setdefault(one.network, {}).setdefault(one.method, {})[f"W{one.bits}"] = figures
+    show(found, render([asdict(one) for one in results]), arguments.json)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from timing import render, show
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -109,15 +111,18 @@ def measure(form: str, bits: int, dim: int, options: argparse.Namespace) -> dict
     return {"bits": bits, "dim": dim, "form": form, **json.loads(done.stdout)}
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| bits/dim | form | core-s a step | MB | error | times less time | times less memory |")
-    print("|---|---|---:|---:|---:|---:|---:|")
-    slow: dict[str, Any] = {}
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with how many times less time and memory it takes than plain autograd of its setting."""
+    plain = {(row["bits"], row["dim"]): row for row in rows if row["form"] == PLAIN[0]}
+    found = []
     for row in rows:
-        slow = row if row["form"] == PLAIN[0] else slow
-        ratios = [f"{slow[key] / row[key]:.1f}" for key in ("seconds", "bytes")]
-        cells = [f"{row['bits']}/{row['dim']}", row["form"], f"{row['seconds']:.3f}", f"{row['bytes'] / 1e6:.0f}"]
-        print("| " + " | ".join([*cells, f"{row['error']:.1e}", *ratios]) + " |")
+        base = plain[row["bits"], row["dim"]]
+        ratios = {
+            "times less time": base["seconds"] / row["seconds"],
+            "times less memory": base["bytes"] / row["bytes"],
+        }
+        found.append({"name": f"{row['bits']}/{row['dim']} {row['form']}", **row, **ratios})
+    return found
 
 
 def main() -> None:
@@ -139,12 +144,8 @@ def main() -> None:
         for form in FORMS
         if dim == 1 or not form.startswith("table")
     ]
-    if options.json == "-":
-        print(json.dumps(rows, indent=2))
-        return
-    print_table(rows)
-    if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=2) + "\n")
+    found = with_ratios(rows)
+    show(found, render(found), options.json)
 
 
 if __name__ == "__main__":

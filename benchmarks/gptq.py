@@ -1,6 +1,6 @@
 """GPTQ: weights a core-second and output error, ours against the algorithm as its authors' code has it.
 
-    python benchmarks/gptq.py
+    python benchmarks/gptq.py [--sizes 1024,2048] [--repeats 3] [--json FILE|-]
 
 The reference is that code's loop in plain torch (float32, blocks of 128 columns, 1 % damping, min-max grid a row). Both
 get the same Hessian, so that gathering it, which is one product an input batch, is in neither.
@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from timing import seconds_of
+from timing import render, seconds_of, show
 from torch import Tensor
 
 from qcompress.coding.grids import decode
@@ -55,17 +57,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[1024, 2048])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", metavar="FILE|-")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| layer | bits | ours | M weights/core-s | time, ours/reference | output error, ours/reference |")
-    print("|---|---|---|---:|---:|---:|")
-    for size in options.sizes:
-        for bits in (4, 2):
-            measure(size, bits, options.repeats)
+    rows = [row for size in options.sizes for bits in (4, 2) for row in measure(size, bits, options.repeats)]
+    show(rows, render(rows), options.json)
 
 
-def measure(size: int, bits: int, repeats: int) -> None:
-    """Print a row for each setting, on inputs as behind a ReLU, of a quarter of the rank."""
+def measure(size: int, bits: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """A row for each setting, ratios to the reference, on inputs as behind a ReLU, of a quarter of the rank."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(size // 4, size, generator=generator)
     x = (torch.randn(4 * size, size // 4, generator=generator) @ mix).relu_()
@@ -88,8 +88,12 @@ def measure(size: int, bits: int, repeats: int) -> None:
 
         found, fast = run(), seconds_of(run, repeats)
         errors = [float((((v - weight) @ hessian) * (v - weight)).sum()) for v in (found, plain)]
-        figures = f"{weight.numel() / fast / 1e6:.2f} | {fast / slow:.2f} | {errors[0] / errors[1]:.2f}"
-        print(f"| {size}x{size} | {bits} | {name} | {figures} |", flush=True)
+        yield {
+            "name": f"{size}x{size} W{bits} {name}",
+            "M weights/core-s": weight.numel() / fast / 1e6,
+            "time": fast / slow,
+            "output error": errors[0] / errors[1],
+        }
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def scikit_learn(points: Tensor, clusters: int) -> tuple[float, float]:
 def row(name: str, count: int, seconds: float, found: Clustering, peer: tuple[float, float] | None) -> dict[str, Any]:
     error = float(found.error.sum())
     return {
-        "what": name,
+        "name": name,
         "M weights": count / 1e6,
         "core-s": seconds,
         "M/core-s": count / seconds / 1e6,

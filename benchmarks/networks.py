@@ -45,6 +45,30 @@ def cifar_batches(folder: Path, limit: int) -> Batches:
     return image_batches(pixels, labels, 255 * torch.tensor(IMAGE_MEAN), 255 * torch.tensor(IMAGE_STD), 250)
 
 
+def training_images(folder: Path) -> Batches:
+    """The last of the training images: calibration takes the first."""
+    with np.load(folder / "cifar10/train20k.npz") as data:
+        pixels, labels = data["x"][-1000:], data["y"][-1000:]
+    return image_batches(pixels, labels, 255 * torch.tensor(IMAGE_MEAN), 255 * torch.tensor(IMAGE_STD), 250)
+
+
+def training_photos(folder: Path) -> Batches:
+    """Photos of 256 x 256, their middle; without labels."""
+    from PIL import Image
+
+    paths = sorted((folder / "imagenet/calib256").glob("*.jpg"))
+    pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])[:, 16:240, 16:240]
+    middle = torch.full((3,), 127.5)
+    return image_batches(pixels, np.zeros(len(paths)), middle, middle, 32)
+
+
+def other_stories(folder: Path) -> Batches:
+    """Texts that are neither evaluated nor calibrated on."""
+    with np.load(folder / "stories/stories.npz") as data:
+        tokens = torch.from_numpy(data["valid_ids"].astype(np.int64))
+    return batched(tokens[:, :-1], tokens[:, 1:], 4)
+
+
 def photo_batches(folder: Path, limit: int) -> Batches:
     from PIL import Image
 
@@ -95,6 +119,7 @@ class Case:
     samples  what the data hold at most
     score    the metric's name: `top1` is better high, `perplexity` low
     fp32     the known score of the uncompressed weights on all samples
+    held_out data that are neither test nor calibration data of it, for choices of defaults; where there are any
     """
 
     build: Callable[[], nn.Module]
@@ -103,6 +128,7 @@ class Case:
     samples: int
     score: str
     fp32: float
+    held_out: Callable[[Path], Batches] | None = None
 
     def network(self, folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
         """The network in evaluation mode with its weights loaded, and the weights."""
@@ -118,13 +144,21 @@ class Case:
 
 
 CASES = {
-    "resnet20": Case(resnet20, "cifar10/resnet20.safetensors", cifar_batches, 5000, "top1", 0.9146),
-    "resnet32": Case(resnet32, "cifar10/resnet32.safetensors", cifar_batches, 5000, "top1", 0.9234),
+    "resnet20": Case(resnet20, "cifar10/resnet20.safetensors", cifar_batches, 5000, "top1", 0.9146, training_images),
+    "resnet32": Case(resnet32, "cifar10/resnet32.safetensors", cifar_batches, 5000, "top1", 0.9234, training_images),
     "mobilenet": Case(
-        lambda: mobilenet_v1(0.75), "imagenet/mobilenet_v1_075_224.safetensors", photo_batches, 400, "top1", 0.7875
+        lambda: mobilenet_v1(0.75),
+        "imagenet/mobilenet_v1_075_224.safetensors",
+        photo_batches,
+        400,
+        "top1",
+        0.7875,
+        training_photos,
     ),
     "dscnn": Case(ds_cnn, "kws/dscnn.safetensors", keyword_batches, 1000, "top1", 0.915),
-    "stories": Case(stories260k, "stories/stories260K.safetensors", story_batches, 300, "perplexity", 5.502),
+    "stories": Case(
+        stories260k, "stories/stories260K.safetensors", story_batches, 300, "perplexity", 5.502, other_stories
+    ),
 }
 
 

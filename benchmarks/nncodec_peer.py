@@ -6,17 +6,26 @@ Prints bytes, bits a weight of the whole file, and processor seconds as JSON in 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from nncodec.nn import decode, encode
+import torch
 from safetensors.numpy import load_file, save_file
 
 
 def main() -> None:
     checkpoint, qp, coded, dense = sys.argv[1:]
+    # Its torchvision asks for operators that a torch without them only has to name.
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    # It leaves files where it runs.
+    os.chdir(Path(coded).parent)
+    from nncodec.nn import decode, encode
+
     state = load_file(checkpoint)
     floats = {name: value.astype(np.float32) for name, value in state.items() if value.dtype.kind == "f" and value.ndim}
     started = time.process_time()

@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from timing import render, show
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -178,23 +180,17 @@ def main() -> None:
     if options.run:
         print(json.dumps(measure(options.run, options)))
         return
-    results = {}
+    rows = []
     for what in ("checkpoint", *(f"step {bits} {dim}" for bits, dim in STEPS)):
         kind, *numbers = what.split()
-        ours, peer = (call(" ".join([kind, side, *numbers]), options) for side in ("ours", "peer"))
-        results[what] = {"ours": ours, "peer": peer}
-        ratio = peer["seconds"] / ours["seconds"]
-        line = f"{what:12} {ours['seconds']:7.2f} s, peer {peer['seconds']:7.2f} s: {ratio:6.2f}"
-        line += f"; {ours['bytes'] / 1e6:6.0f} MB, peer {peer['bytes'] / 1e6:6.0f} MB"
-        if "error" in ours:
-            speeds = [one["weights"] / one["seconds"] / 1e6 for one in (ours, peer)]
-            line += (
-                f"; error {ours['error']:.5f}, peer {peer['error']:.5f}; M weights/s {speeds[0]:.1f}, {speeds[1]:.1f}"
-            )
-        print(line, file=sys.stderr)
-    if options.json:
-        text = json.dumps(results, indent=1)
-        print(text) if options.json == "-" else Path(options.json).write_text(text)
+        sides = {side: call(" ".join([kind, side, *numbers]), options) for side in ("ours", "peer")}
+        ratio = sides["peer"]["seconds"] / sides["ours"]["seconds"]
+        less = sides["peer"]["bytes"] / sides["ours"]["bytes"]
+        row = {"name": what, "times less time": ratio, "times less memory": less}
+        for side, found in sides.items():
+            row |= {f"{side} {key}": found.get(key) for key in ("seconds", "bytes", "error")}
+        rows.append(row)
+    show(rows, render(rows), options.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import sys
@@ -19,6 +18,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from timing import render, show
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -105,16 +106,8 @@ def main() -> None:
                 if turn >= 2:
                     seconds[form].append(time.process_time() - begun)
     medians = {form: statistics.median(values) for form, values in seconds.items()}
-    rows = [{"form": form, "seconds": value, "ratio": value / medians["plain"]} for form, value in medians.items()]
-    if options.json == "-":
-        print(json.dumps(rows, indent=2))
-        return
-    print("| form | core-s a step | times plain |")
-    print("|---|---:|---:|")
-    for row in rows:
-        print(f"| {row['form']} | {row['seconds']:.3f} | {row['ratio']:.2f} |")
-    if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=2) + "\n")
+    rows = [{"name": form, "seconds": value, "ratio": value / medians["plain"]} for form, value in medians.items()]
+    show(rows, render(rows), options.json)
 
 
 if __name__ == "__main__":

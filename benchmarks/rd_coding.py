@@ -84,15 +84,12 @@ def measure(
         written = write(unbounded_tensors, choice)
         n_bytes = sum(len(side) + sum(map(len, parts[2])) for _, side, parts in written)
         row = {
-            "source": name,
-            "coding": choice,
+            "name": f"{name}, {choice}",
             "entropy": entropy,
             "bits": 8 * n_bytes / weights,
             "over_percent": 100 * (8 * n_bytes / weights / entropy - 1),
             "side_bits": 8 * sum(len(side) for _, side, _ in written) / weights,
-            "model_percent": 100 * (coded_bits(unbounded_tensors) / 8 / n_bytes - 1)
-            if choice == "ans"
-            else float("nan"),
+            "model_percent": 100 * (coded_bits(unbounded_tensors) / 8 / n_bytes - 1) if choice == "ans" else None,
             "model_ms": 1000 * model_seconds,
             "encode_m": weights / seconds_of(lambda c=choice: write(unbounded_tensors, c), repeats) / 1e6,
             "decode_m": weights / seconds_of(lambda w=written: read(unbounded_tensors, w), repeats) / 1e6,
@@ -111,8 +108,8 @@ def main() -> None:
     weight = gaussian(arguments.weights)
     rows = []
     for step in (3.0, 1.2, 0.6, 0.3):
-        rows += measure("gaussian", [rounded(weight, step)], ("ans", "zstd"), arguments.repeats)
-    rows += measure("trellis", [rounded(weight, 1.2, trellis=True)], ("ans", "zstd"), arguments.repeats)
+        rows += measure(f"gaussian, step {step}", [rounded(weight, step)], ("ans", "zstd"), arguments.repeats)
+    rows += measure("trellis, step 1.2", [rounded(weight, 1.2, trellis=True)], ("ans", "zstd"), arguments.repeats)
     if "QCOMPRESS_DATA" in os.environ:
         for name in NETWORKS:
             state = load_file(Path(os.environ["QCOMPRESS_DATA"]) / f"{name}.safetensors")

@@ -1,10 +1,10 @@
 """Cost of each regularizer on one large weight against its plain autograd form, and of a ResNet-20 training step.
 
-    python benchmarks/regularizers.py [--weights 25000000] [--runs 3] [--only NAME]
+    python benchmarks/regularizers.py [--weights 25000000] [--runs 3] [--only NAME] [--json FILE|-]
 
 Both add the gradient to one that is there already, as training does: the plain form by loss.backward(). Every run is a
 process of its own with one thread: `cpu` is the median processor time of a call after one that is not counted, `floats`
-the growth of the process's peak memory in float32 numbers a weight.
+the growth of the process's peak memory in float32 numbers a weight. A step is one of ResNet-20, 128 images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from timing import seconds_of
+from timing import render, seconds_of, show
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dsmm": {"preset": "paper-dsmm"},
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--weights", type=int, default=25_000_000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only")
+    parser.add_argument("--json", metavar="FILE|-")
     parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
@@ -170,30 +171,28 @@ def main() -> None:
         found = step_overhead(9) if case == "step" else measure(case, form, asked.weights, 3)
         print(json.dumps(found))
         return
-    print(f"{asked.weights:,} weights, {asked.runs} runs\n")
-    print("| regularizer | cpu s | ns a weight | floats | plain cpu s | plain floats | cpu ratio |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for case in OPTIONS:
-        if asked.only and asked.only not in case:
-            continue
-        rows = {
-            form: [child("--weights", str(asked.weights), "--child", case, form) for _ in range(asked.runs)]
-            for form in ("ours", "plain")
-        }
-        cpu = {form: statistics.median(row["cpu"] for row in runs) for form, runs in rows.items()}
-        floats = {form: statistics.median(row["floats"] for row in runs) for form, runs in rows.items()}
-        print(
-            f"| {case} | {cpu['ours']:.3f} | {cpu['ours'] / asked.weights * 1e9:.1f} | {floats['ours']:.2f} "
-            f"| {cpu['plain']:.3f} | {floats['plain']:.2f} | {cpu['plain'] / cpu['ours']:.1f} |",
-            flush=True,
-        )
-    if not asked.only:
-        runs = [child("--child", "step", "ours") for _ in range(asked.runs)]
-        step = statistics.median(run["step"] for run in runs)
-        print(f"\nResNet-20 training step, 128 images: {step:.3f} s. Added by\n")
-        for case in OPTIONS:
-            share = statistics.median(run[case] / run["step"] for run in runs)
-            print(f"- {case}: {100 * share:.1f} %")
+    steps = [child("--child", "step", "ours") for _ in range(asked.runs)]
+    rows = [figures(case, asked, steps) for case in OPTIONS if not asked.only or asked.only in case]
+    show(rows, f"{asked.weights:,} weights, {asked.runs} runs\n{render(rows)}", asked.json)
+
+
+def figures(case: str, asked: argparse.Namespace, steps: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians of a regularizer's runs, its time against plain autograd, and what it adds to a training step."""
+    runs = {
+        form: [child("--weights", str(asked.weights), "--child", case, form) for _ in range(asked.runs)]
+        for form in ("ours", "plain")
+    }
+    cpu, floats = (
+        {form: statistics.median(row[key] for row in rows) for form, rows in runs.items()} for key in ("cpu", "floats")
+    )
+    return {
+        "name": case,
+        "ns a weight": cpu["ours"] / asked.weights * 1e9,
+        "floats": floats["ours"],
+        "plain floats": floats["plain"],
+        "times faster": cpu["plain"] / cpu["ours"],
+        "percent of a step": statistics.median(100 * run[case] / run["step"] for run in steps),
+    }
 
 
 if __name__ == "__main__":

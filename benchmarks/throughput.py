@@ -1,6 +1,6 @@
 """Speed, memory and error of data-free quantization, whole checkpoint to file, against peers in the same run.
 
-    python benchmarks/throughput.py CHECKPOINT.safetensors [--peers PYTHON] [--tools NAME ...] [--runs 3] [--json FILE]
+    python benchmarks/throughput.py CHECKPOINT [--peers PYTHON] [--tools NAME ...] [--runs 3] [--json FILE|-]
 
 Each tool runs in a process of its own with one thread: `cpu` is its processor time less its imports, `anon` the growth
 of its anonymous memory over that after the imports. The peers quantize in memory and write nothing; qcompress reads,
@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from timing import render, show
 
 GROUP = 64
 OURS: dict[str, tuple[str, int, str, dict[str, int]]] = {
@@ -227,7 +229,7 @@ def main() -> None:
     )
     parser.add_argument("--tools", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", metavar="FILE|-")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--with-error", action="store_true", help=argparse.SUPPRESS)
     if "--worker" in sys.argv:
@@ -236,21 +238,24 @@ def main() -> None:
         print(json.dumps(run(tool, path, "--with-error" in sys.argv)))
         return
     arguments = parser.parse_args()
-    results = {}
-    print(f"{'tool':28}{'cpu s':>8}{'M w/core-s':>12}{'anon MB':>10}{'bits/w':>9}{'rel. error':>12}")
+    rows = []
     for tool in arguments.tools:
         needs_peers = tool in PEERS and not tool.startswith("torch")
         if needs_peers and not arguments.peers:
             continue
         python = arguments.peers if needs_peers else sys.executable
-        one = results[tool] = measure(tool, python, arguments.checkpoint, arguments.runs)
-        error = f"{one['error']:.5f}" if "error" in one else "-"
-        rate = one["weights"] / one["cpu"] / 1e6
-        print(
-            f"{tool:28}{one['cpu']:8.2f}{rate:12.1f}{one['anon'] / 1e6:10.0f}{one['bits_per_weight']:9.3f}{error:>12}"
+        one = measure(tool, python, arguments.checkpoint, arguments.runs)
+        rows.append(
+            {
+                "name": tool,
+                "cpu": one["cpu"],
+                "M weights/core-s": one["weights"] / one["cpu"] / 1e6,
+                "memory MB": one["anon"] / 1e6,
+                "bits": one["bits_per_weight"],
+                "error": one.get("error"),
+            }
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    show(rows, render(rows), arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """Which error of the weights tells best what a width costs a network: widths chosen by each, at equal bytes.
 
-    QCOMPRESS_DATA=data python benchmarks/weightings.py [--networks resnet20,dscnn] [--bits 3,4]
+    QCOMPRESS_DATA=data python benchmarks/weightings.py [--networks resnet20,stories] [--bits 3,4]
 
 For each network and width: the divergence (nats a prediction) of the network with all tensors at that width, and at the
-widths that a budget of the same bytes chooses by squared errors over a power of the tensors' energy.
+widths that a budget of the same bytes chooses by squared errors over a power of the tensors' energy. On training data
+that are no test's: what is chosen here is a default. Prints JSON: network -> width -> figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from networks import CASES, Batches
@@ -29,8 +32,6 @@ from qcompress.recipe import BudgetFlag, recipe_from_flags
 from qcompress.types.plan import Plan
 
 POWERS = {"relative": 1.0, "over the norm": 0.5, "absolute": 0.0}
-SAMPLES = {"stories": 50, "mobilenet": 100}
-USUAL = 500
 
 
 def log_probabilities(network: nn.Module, batches: Batches) -> list[Tensor]:
@@ -50,10 +51,12 @@ def stored_bits(plan: Plan) -> float:
     return 8 * n_bytes / sum(decision.tensor.numel for decision in compressed)
 
 
-def measure(name: str, widths: list[int], folder: Path) -> None:
+def measure(name: str, widths: list[int], folder: Path) -> dict[str, Any]:
+    """Width -> bits a weight and divergences."""
     case = CASES[name]
     network, state = case.network(folder)
-    batches = case.batches(folder, SAMPLES.get(name, USUAL))
+    assert case.held_out is not None
+    batches = case.held_out(folder)
     reference = log_probabilities(network, batches)
     source = read_checkpoint(folder / case.weights)
     recipe = recipe_from_flags("squant", {}, "quantize", BudgetFlag("--bpw 8", "bpw", 8.0))
@@ -73,30 +76,31 @@ def measure(name: str, widths: list[int], folder: Path) -> None:
         network.load_state_dict(chosen, strict=False)
         return divergence(network, batches, reference)
 
-    units = make_units(plan, "packed")
+    units, rows = make_units(plan, "packed"), {}
     for bits in widths:
         uniform = close(plan, units, [bits] * len(units))
         bpw = math.ceil(stored_bits(uniform) * 1e4) / 1e4
-        cells = [f"{at(uniform):8.4f}"]
-        for power in POWERS.values():
+        row = rows[f"W{bits}"] = {"bits per weight": bpw, "one width": at(uniform)}
+        for title, power in POWERS.items():
             energy = {tensor: float(state[tensor].double().square().sum()) ** power for tensor in errors}
             of = {tensor: {b: error / energy[tensor] for b, error in errors[tensor].items()} for tensor in errors}
-            cells.append(f"{at(allocate(source, with_bpw(plan, bpw), 'packed', Costs(of, ''))):8.4f}")
-        print(f"| {name} | {bpw:.4f} | " + " | ".join(cells) + " |", flush=True)
+            row[title] = at(allocate(source, with_bpw(plan, bpw), "packed", Costs(of, "")))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=lambda text: text.split(","), default=list(CASES))
+    known = [name for name, case in CASES.items() if case.held_out is not None]
+    parser.add_argument("--networks", type=lambda text: text.split(","), default=known, help=", ".join(known))
     parser.add_argument("--bits", type=lambda text: [int(bits) for bits in text.split(",")], default=[2, 3, 4])
     arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.networks) - set(known)):
+        parser.error(f"no training data of {', '.join(unknown)}; choose from {', '.join(known)}")
     folder = os.environ.get("QCOMPRESS_DATA")
     if not folder:
         sys.exit("weightings.py: QCOMPRESS_DATA is not set")
     torch.set_num_threads(1)
-    print("| network | bits per weight | one width | " + " | ".join(POWERS) + " |\n|---|" + "---:|" * (2 + len(POWERS)))
-    for name in arguments.networks:
-        measure(name, arguments.bits, Path(folder))
+    print(json.dumps({name: measure(name, arguments.bits, Path(folder)) for name in arguments.networks}))
 
 
 if __name__ == "__main__":

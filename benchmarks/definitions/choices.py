@@ -1,0 +1,108 @@
+"""Rows by which defaults are chosen: on training images that no calibration sees, never on test images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ledger import Row
+from tables import Cell, Table, figure_of, mean
+
+from .words import MOBILENET, RESNET20, RESNET32, live
+
+NETWORKS = {"resnet20": RESNET20, "resnet32": RESNET32, "mobilenet": MOBILENET}
+TITLES = {"resnet20": "ResNet-20", "resnet32": "ResNet-32", "mobilenet": "MobileNetV1 0.75", "stories": "stories260K"}
+PRIORS = ("correlated", "flips", "none")
+PRIOR_RATES = {"resnet20": (1.5, 2.0, 3.0), "resnet32": (1.5, 2.0, 3.0), "mobilenet": (3.0, 4.0)}
+FREE_PRICES = (0.0, 0.01, 0.03, 0.06, 0.12)
+PRICES = (0.01, 0.03, 0.06, 0.12)
+TRELLIS_PRICES = (0.0, 0.06, 0.12, 0.25)
+PRICE_RATES = (1.5, 2.0)
+POWERS = ("one width", "relative", "over the norm", "absolute")
+WEIGHTED = {"resnet20": (2, 3, 4), "resnet32": (2, 3, 4), "mobilenet": (2, 3, 4), "stories": (2, 3, 4)}
+
+
+def held_out(network: str) -> str:
+    recipe = f"benchmarks/recipes/heldout_{network}.yaml"
+    return f"python benchmarks/divergence.py $OUT {NETWORKS[network]} -r {recipe}"
+
+
+def row(name: str, network: str, command: str, seconds: float) -> Row:
+    figures = {"bpw": "0.size.bits_per_weight", "divergence": "1.divergence"}
+    return Row(name=f"choices/{name}", commands=(command, held_out(network)), figures=figures, seconds=seconds)
+
+
+def free(network: str, rate: float, change: str, more: str = "") -> str:
+    checkpoint = NETWORKS[network]
+    words = (
+        f"qcompress quantize {checkpoint} -r benchmarks/recipes/rd.yaml --set rules.0.rd.{change} --bpw {rate}{more}"
+    )
+    return f"{words} --threads 1 --force -o $OUT --json -"
+
+
+def with_data(rate: float, change: str, more: str = "") -> str:
+    changes = (f"rules.0.rd.{change}", "data.eval.samples=250")
+    return live("quantize", RESNET20, "cifar10/resnet20_rd", changes, f" --bpw {rate}{more}")
+
+
+def rows() -> Iterator[Row]:
+    for network, rates in PRIOR_RATES.items():
+        for rate in rates:
+            for prior in PRIORS:
+                yield row(f"prior/{network}/{rate}/{prior}", network, free(network, rate, f"prior={prior}"), 12)
+    for network in ("resnet20", "resnet32"):
+        for rate in PRICE_RATES:
+            for price in FREE_PRICES:
+                yield row(f"free-price/{network}/{rate}/{price}", network, free(network, rate, f"price={price}"), 12)
+    for rate in PRICE_RATES:
+        for price in TRELLIS_PRICES:
+            command = free("resnet20", rate, f"price={price}", " --effort high")
+            yield row(f"free-trellis-price/resnet20/{rate}/{price}", "resnet20", command, 14)
+    for rate in PRICE_RATES:
+        for price in PRICES:
+            yield row(f"price/resnet20/{rate}/{price}", "resnet20", with_data(rate, f"price={price}"), 75)
+    for network, widths in WEIGHTED.items():
+        bits = ",".join(map(str, widths))
+        yield Row(
+            name=f"choices/weighting/{network}",
+            commands=(f"python benchmarks/weightings.py --networks {network} --bits {bits}",),
+            figures={network: f"0.{network}"},
+            seconds=90,
+        )
+
+
+ROWS = tuple(rows())
+
+
+def divergences(name: str, options: tuple[object, ...], settings: dict[str, tuple[float, ...]]) -> Table:
+    """One line a network and rate, one column an option."""
+    lines: dict[str, list[str | Cell]] = {}
+    for network, rates in settings.items():
+        for rate in rates:
+            cells = [Cell((f"choices/{name}/{network}/{rate}/{option}",), mean("divergence")) for option in options]
+            lines[f"{TITLES[network]} {rate}"] = [TITLES[network], f"{rate}", *cells]
+    columns = ("network", "bits a weight", *(f"{option}:" for option in options))
+    return Table(name=f"choices {name}", columns=columns, lines=lines)
+
+
+def weightings() -> Table:
+    lines: dict[str, list[str | Cell]] = {}
+    for network, widths in WEIGHTED.items():
+        for bits in widths:
+
+            def cell(figure: str, form: str = ".4f", network: str = network, bits: int = bits) -> Cell:
+                way = f"{network}|W{bits}|{figure}"
+                return Cell((f"choices/weighting/{network}",), lambda lines: format(figure_of(lines[0], way), form))
+
+            lines[f"{TITLES[network]} W{bits}"] = [TITLES[network], cell("bits per weight"), *map(cell, POWERS)]
+    return Table(
+        name="choices weighting", columns=("network", "bits a weight:", *(f"{p}:" for p in POWERS)), lines=lines
+    )
+
+
+TABLES = (
+    divergences("prior", PRIORS, PRIOR_RATES),
+    divergences("free-price", FREE_PRICES, dict.fromkeys(("resnet20", "resnet32"), PRICE_RATES)),
+    divergences("free-trellis-price", TRELLIS_PRICES, {"resnet20": PRICE_RATES}),
+    divergences("price", PRICES, {"resnet20": PRICE_RATES}),
+    weightings(),
+)
