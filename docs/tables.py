@@ -1,4 +1,7 @@
-"""Writes the tables of options in docs/training.md from the config dataclasses: python docs/tables.py"""
+"""Writes the tables of options in docs/: python docs/tables.py
+
+Those of docs/training.md come from the config dataclasses, those of docs/cli.md from the program.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from typer.main import get_command
+
+from qcompress.cli.app import app
+from qcompress.cli.panels import PanelCommand, panels_of
 from qcompress.recipe.configs import limits
 from qcompress.recipe.schema import recipe_schema
 from qcompress.registry.regularizers import REGULARIZERS, RegularizerConfig
 from qcompress.types.settings import TrainingOptions
 
 PAGE = Path(__file__).with_name("training.md")
+COMMANDS_PAGE = Path(__file__).with_name("cli.md")
 SHARED = [one.name for one in dataclasses.fields(RegularizerConfig)]
 OWN = ("strength", "start", "ramp")
 """Shared options whose defaults differ between regularizers."""
@@ -92,5 +100,45 @@ def _choices(option: dict[str, Any]) -> list[str]:
             return [re.sub(r"^at least (\S+)", r"\1 or more", words)]
 
 
+def commands_page() -> str:
+    """The page of commands with every table as it should be."""
+    text = COMMANDS_PAGE.read_text(encoding="utf-8")
+    return re.sub(
+        r"<!-- options of (qcompress[a-z -]*) -->\n.*?<!-- end of options -->", _command, text, flags=re.DOTALL
+    )
+
+
+def _command(found: re.Match[str]) -> str:
+    command: Any = get_command(app)
+    for word in found[1].split()[1:]:
+        command = command.commands[word]
+    context: Any = type(command).context_class(command)
+    panels = panels_of(command, context) if isinstance(command, PanelCommand) else {"": command.get_params(context)}
+    lines = [found[0].partition("\n")[0]]
+    for name, parameters in panels.items():
+        rows = [row for one in parameters if (row := _option(one, context)) is not None]
+        if rows:
+            lines += [f"**{name}**", ""] * bool(name) + ["| option | |", "|---|---|", *rows, ""]
+    return "\n".join([*lines, "<!-- end of options -->"])
+
+
+def _option(option: Any, context: Any) -> str | None:
+    """A row of the table: names and value, then what --help says."""
+    if option.param_type_name != "option" or "--help" in option.opts:
+        return None
+    names = sorted((*option.opts, *option.secondary_opts), key=lambda name: not name.startswith("--"))
+    # As help shows it: "-b, --bits N", "--device <auto|cpu|cuda>".
+    value = option.get_help_record(context)[0].rpartition("--")[2].partition(" ")[2].strip("<>")
+    text = option.help.replace("|", "\\|")
+    if "|" in value and not value.endswith("|-"):
+        text += f" Values: {', '.join(f'`{word}`' for word in value.split('|'))}."
+        value = ""
+    if option.envvar:
+        text += f" Environment: `{option.envvar}`."
+    first = f"{names[0]} {value}".rstrip().replace("|", "\\|")
+    return f"| {', '.join(f'`{name}`' for name in (first, *names[1:]))} | {text} |"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    COMMANDS_PAGE.write_text(commands_page(), encoding="utf-8")

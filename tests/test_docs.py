@@ -183,13 +183,17 @@ def section_of(words: str) -> str:
     return str(sections[0])
 
 
+def options_of(command: Any) -> list[Any]:
+    """Its options, but for those of every command."""
+    return [one for one in command.params if one.param_type_name == "option" and "--help" not in one.opts]
+
+
 @pytest.mark.parametrize("words", COMMANDS)
 def test_every_command_has_its_options_described(words: str) -> None:
     cells = re.findall(r"^\| (`-.*?) \| \S.*\|$", section_of(words), re.MULTILINE)
     described = set(re.findall(r"(?<![\w-])(--?[a-z][a-z-]*)", " ".join(cells)))
-    options = [parameter for parameter in COMMANDS[words].params if parameter.param_type_name == "option"]
-    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
-    assert described == known - {"--help", "-h"}
+    options = options_of(COMMANDS[words])
+    assert described == {name for option in options for name in (*option.opts, *option.secondary_opts)}
 
 
 def test_every_variable_is_described() -> None:
@@ -307,11 +311,22 @@ def test_the_shell_of_any_other_ci(shell: Callable[..., Ran], network: Path, tmp
     assert "a limit is broken: look at model-w3.report.json" in shell(script.replace("bpw 4", "bpw 1"), tmp_path).out
 
 
-def test_tables_of_training_options_are_fresh() -> None:
+@pytest.fixture(scope="module")
+def tables() -> Any:
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
     assert spec is not None and spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_of_the_commands_are_fresh(tables: Any) -> None:
+    assert tables.commands_page() == CLI, "run: python docs/tables.py"
+    marked = set(re.findall(r"<!-- options of (.*) -->", CLI))
+    assert marked == {words for words, command in COMMANDS.items() if options_of(command)}
+
+
+def test_tables_of_training_options_are_fresh(tables: Any) -> None:
     text = tables.page()
     assert (ROOT / "docs" / "training.md").read_text(encoding="utf-8") == text
     assert all(f"<!-- options of {name} -->" in text for name in (*REGULARIZERS, "finetune", "all"))

@@ -8,9 +8,10 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.main import get_command
 
 from qcompress.cli import options as opt
 from qcompress.cli.cluster import cluster
@@ -19,6 +20,7 @@ from qcompress.cli.export import export
 from qcompress.cli.finetune import finetune_reg
 from qcompress.cli.options import spread
 from qcompress.cli.output import print_note, print_result
+from qcompress.cli.panels import PanelCommand
 from qcompress.cli.quantize import quantize
 from qcompress.cli.recipe import recipe
 from qcompress.cli.report import report
@@ -63,11 +65,11 @@ def _root(
     """Compress the weights of neural networks: a safetensors checkpoint in, a small artifact and a report out."""
 
 
-app.command()(spread(quantize))
-app.command()(spread(cluster))
-app.command("finetune-reg")(spread(finetune_reg))
-app.command()(spread(report))
-app.command("eval")(spread(evaluate))
+app.command(cls=PanelCommand)(spread(quantize))
+app.command(cls=PanelCommand)(spread(cluster))
+app.command("finetune-reg", cls=PanelCommand)(spread(finetune_reg))
+app.command(cls=PanelCommand)(spread(report))
+app.command("eval", cls=PanelCommand)(spread(evaluate))
 app.command()(verify)
 app.command()(export)
 app.add_typer(recipe, name="recipe")
@@ -139,8 +141,9 @@ def run(arguments: list[str]) -> int:
         print_note("terminated: nothing is left half-written")
         return TERMINATED
     except MemoryError:
-        print_note("error: memory: ran out of it; use --max-memory, --threads 1 or --coding packed")
-        return OUT_OF_RESOURCE
+        return _out_of_resource(
+            "memory: ran out of it", arguments, "--max-memory 1GB", "--threads 1", "--coding packed"
+        )
     except OSError as error:
         print_note(f"error: {error.filename or 'output'}: {error.strerror or error}; check the disk and permissions")
         return OUT_OF_RESOURCE
@@ -152,6 +155,18 @@ def _leave_pipe() -> int:
     """The exit code of SIGPIPE, for the reader of stdout has left; keeps Python from flushing into the closed pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return PIPE_CLOSED
+
+
+def _out_of_resource(what: str, arguments: list[str], *flags: str) -> int:
+    """Exit code 5 and one line, which names those of the flags that the command has."""
+    command: Any = get_command(app)
+    for word in arguments[:2]:
+        command = getattr(command, "commands", {}).get(word, command)
+    known = {name for option in command.params for name in option.opts}
+    usable = [flag for flag in flags if flag.split()[0] in known]
+    hint = f"use {' or '.join(usable)}" if usable else "end other programs, or use a machine that has more"
+    print_note(f"error: {what}; {hint}")
+    return OUT_OF_RESOURCE
 
 
 def _refuse_command_line(error: Exception) -> int:
@@ -169,11 +184,12 @@ def _refuse_command_line(error: Exception) -> int:
 def _report_bug(bug: Exception, arguments: list[str]) -> int:
     """Exit code 1: the trace with -v, else one line that says how to get it."""
     if isinstance(bug, RuntimeError) and "out of memory" in str(bug).lower():
-        print_note("error: memory: the device ran out of it; use --device cpu, --threads 1 or --max-memory")
-        return OUT_OF_RESOURCE
+        return _out_of_resource(
+            "memory: the device ran out of it", arguments, "--device cpu", "--threads 1", "--max-memory 1GB"
+        )
     if isinstance(bug, RuntimeError) and "start new thread" in str(bug):
-        print_note("error: threads: this process may start no more of them; use --threads 1, or raise the limit")
-        return OUT_OF_RESOURCE
+        what = "threads: this process may start no more of them, and a higher limit would let it"
+        return _out_of_resource(what, arguments, "--threads 1")
     if {"-v", "--verbose"} & set(arguments):
         traceback.print_exception(bug)
     else:

@@ -10,23 +10,60 @@ import typer
 from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
 from qcompress.cli.output import Streams, refuse_mixed
+from qcompress.cli.panels import METHOD, MODEL
 from qcompress.cli.recipe import make_recipe
 
 
 def cluster(
     checkpoint: opt.Checkpoint,
     *,
-    bits: Annotated[int | None, typer.Option("--bits", "-b", metavar="N", help="Bits of a code, 1 to 12.")] = None,
-    dim: Annotated[int | None, typer.Option("--dim", metavar="D", help="Weights a vector, 1 to 8.")] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            "--bits",
+            "-b",
+            metavar="N",
+            help="Bits of a code, 1 to 12: a codebook has at most 2^N entries.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    dim: Annotated[
+        int | None,
+        typer.Option(
+            "--dim",
+            metavar="D",
+            help="Number of neighbouring channels whose weights share one code, 1 to 8. Without it 1.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     method: Annotated[str | None, opt.method_option("cluster")] = None,
     granularity: Annotated[
-        str | None, typer.Option("--granularity", metavar="tensor|channel|group", help="What shares a codebook.")
+        str | None,
+        typer.Option(
+            "--granularity",
+            metavar="tensor|channel|group",
+            help="Which weights share a codebook: a whole tensor (without this option), each output channel, or each "
+            "group of --group-size channels.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option("--group-size", metavar="G", help="Channels that share a codebook.")
+        int | None,
+        typer.Option(
+            "--group-size",
+            metavar="G",
+            help="Number of channels that share a codebook. Implies --granularity group.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     share: Annotated[
-        str | None, typer.Option("--share", metavar="layer|type|model", help="Tensors that have one codebook together.")
+        str | None,
+        typer.Option(
+            "--share",
+            metavar="layer|type|model",
+            help="Use one codebook for all tensors of a layer, of a type (such as q_proj.weight), or of the model.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,
@@ -37,7 +74,11 @@ def cluster(
     representatives: Annotated[
         Path | None,
         typer.Option(
-            "--representatives", metavar="FILE", help="What finetune-reg learned; beside the checkpoint if absent."
+            "--representatives",
+            metavar="FILE",
+            help="Representatives that finetune-reg has learned, for --method learned. Without it "
+            "CHECKPOINT.reg.safetensors.",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     statistics: opt.Statistics = None,

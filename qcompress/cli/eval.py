@@ -11,6 +11,7 @@ import typer
 from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, make_gates
 from qcompress.cli.output import Streams, json_document, print_result, refuse_harm, refuse_mixed, write_text
+from qcompress.cli.panels import INPUT
 from qcompress.cli.recipe import read_given
 from qcompress.errors import UsageError, raise_all
 
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT_OR_ARTIFACT", help="What to measure.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT_OR_ARTIFACT",
+            help="A checkpoint, or an artifact that qcompress wrote.",
+            rich_help_panel=INPUT,
+        ),
+    ],
     *,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,
@@ -44,7 +52,7 @@ def evaluate(
 
     refuse_mixed(streams.json_to, streams.quiet)
     if recipe is None:
-        raise UsageError("qcompress eval", "nothing says how to measure", "add -r RECIPE with model, data and task")
+        raise UsageError("qcompress eval", "no recipe is given", "add -r RECIPE with model, data.eval and task")
     refuse_harm({"what is measured": path, "the recipe": recipe}, [], streams.json_to, force=force)
     asked = read_given(recipe, overrides, seed=seed)
     raise_all(refuse_missing(asked, measures=True))

@@ -8,6 +8,7 @@ import typer
 
 from qcompress.cli import options as opt
 from qcompress.cli.output import print_result, refuse_harm
+from qcompress.cli.panels import OUTPUT
 from qcompress.errors import UsageError
 from qcompress.registry import EXPORTERS
 
@@ -21,7 +22,11 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", metavar="|".join(EXPORTERS), autocompletion=_complete_exporter, help="The format to write."
+            "--to",
+            metavar="|".join(EXPORTERS),
+            autocompletion=_complete_exporter,
+            help="Format to write. safetensors is an ordinary checkpoint again; the others are not available yet.",
+            rich_help_panel=OUTPUT,
         ),
     ],
     output: opt.Output = None,

@@ -20,6 +20,7 @@ from qcompress.cli.output import (
     refuse_mixed,
     write_text,
 )
+from qcompress.cli.panels import INPUT, RUNNING
 from qcompress.cli.recipe import read_given
 from qcompress.errors import UsageError, raise_all
 
@@ -33,7 +34,10 @@ def finetune_reg(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[CHECKPOINT]", help="Where training starts; without it, from scratch.", show_default=False
+            metavar="[CHECKPOINT]",
+            help="Weights that training starts from. Without it the network is trained from scratch.",
+            show_default=False,
+            rich_help_panel=INPUT,
         ),
     ] = None,
     *,
@@ -42,7 +46,10 @@ def finetune_reg(
     output: opt.Output = None,
     force: opt.Force = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", "-n", help="Print which weights are regularized and how, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", "-n", help="Print which weights are regularized and how, and stop.", rich_help_panel=RUNNING
+        ),
     ] = False,
     streams: Streams,
     device: opt.DeviceOption = opt.Device.auto,
@@ -65,7 +72,9 @@ def finetune_reg(
 
     refuse_mixed(streams.json_to, streams.quiet)
     if recipe is None:
-        raise UsageError("qcompress finetune-reg", "nothing says how", "add -r RECIPE with model, data, task, finetune")
+        raise UsageError(
+            "qcompress finetune-reg", "no recipe is given", "add -r RECIPE with model, data.train, task and finetune"
+        )
     asked = read_given(recipe, overrides, seed=seed)
     asked = replace(asked, gates=make_gates(asked.gates, GateFlags(min_metric=min_metric, max_drop=max_drop)))
     raise_all(refuse_untrainable(asked, from_scratch=checkpoint is None))

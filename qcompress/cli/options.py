@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from qcompress.cli.panels import BUDGET, GATES, INPUT, METHOD, MODEL, OUTPUT, RUNNING
 from qcompress.errors import UnmeasuredError, UsageError, raise_all
 from qcompress.registry import METHODS
 from qcompress.types.plan import Family, Gates
@@ -67,82 +68,288 @@ class Minimize(StrEnum):
 
 
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors file, a sharded folder, or a Hugging Face folder.")
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A .safetensors file, a sharded folder, or a Hugging Face folder.",
+        rich_help_panel=INPUT,
+    ),
 ]
-Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Artifacts, or reports of them.")]
-Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="What qcompress wrote: a file or a folder.")]
+Artifacts = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="ARTIFACT...", help="Artifacts that qcompress wrote, or their report files.", rich_help_panel=INPUT
+    ),
+]
+Artifact = Annotated[
+    Path, typer.Argument(metavar="ARTIFACT", help="An artifact that qcompress wrote: a file or a folder.")
+]
 RecipeFile = Annotated[
     Path | None,
-    typer.Option("--recipe", "-r", metavar="FILE", help="A recipe; - reads standard input."),
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="FILE",
+        help="The recipe, a YAML file; - reads it from standard input.",
+        rich_help_panel=INPUT,
+    ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one value of the recipe.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        help="Change one value of the recipe, as rules.0.rtn.bits=3. May be given several times.",
+        rich_help_panel=INPUT,
+    ),
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where to write; beside the input if absent.")
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="Where to write. Without it the output lies beside the input.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan and the exact size; read headers only.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write the result as JSON; - is stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the output's path.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more; show the trace of a bug.")]
-NoColor = Annotated[bool, typer.Option("--no-color", help="No colour and no animation, as NO_COLOR does.")]
-DeviceOption = Annotated[Device, typer.Option("--device", envvar="QCOMPRESS_DEVICE", help="Where methods compute.")]
+Force = Annotated[
+    bool, typer.Option("--force", "-f", help="Replace files that are there already.", rich_help_panel=OUTPUT)
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        "-n",
+        help="Print what would happen to each tensor and the exact size, and stop. Reads headers only, writes nothing.",
+        rich_help_panel=RUNNING,
+    ),
+]
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE|-",
+        help="Write the result as JSON to FILE too; - prints it in place of the table.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print the output's path and nothing else.", rich_help_panel=OUTPUT),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Print more progress, and the trace if qcompress has a bug.", rich_help_panel=OUTPUT
+    ),
+]
+NoColor = Annotated[
+    bool,
+    typer.Option("--no-color", help="Print without colour and animation, as NO_COLOR does.", rich_help_panel=OUTPUT),
+]
+DeviceOption = Annotated[
+    Device,
+    typer.Option(
+        "--device",
+        envvar="QCOMPRESS_DEVICE",
+        help="Where to compute; auto uses CUDA for a model where there is one, else the CPU.",
+        rich_help_panel=RUNNING,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", metavar="N", min=1, envvar="QCOMPRESS_THREADS", help="Worker threads; all cores if absent."
+        "--threads",
+        metavar="N",
+        min=1,
+        envvar="QCOMPRESS_THREADS",
+        help="Number of threads. Without it all cores up to 8; one for training.",
+        rich_help_panel=RUNNING,
     ),
 ]
 MaxMemory = Annotated[
     str | None,
-    typer.Option("--max-memory", metavar="SIZE", envvar="QCOMPRESS_MAX_MEMORY", help="Bound on working memory: 4GB."),
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        envvar="QCOMPRESS_MAX_MEMORY",
+        help="Bound on the memory that encoding uses, as 4GB.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", min=0, envvar="QCOMPRESS_SEED", help="Instead of the recipe's seed."),
+    typer.Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        envvar="QCOMPRESS_SEED",
+        help="Seed of all random numbers, in place of the recipe's.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 SkipNonfinite = Annotated[
-    bool, typer.Option("--skip-nonfinite", help="Keep tensors that hold NaN or Inf instead of refusing them.")
+    bool,
+    typer.Option(
+        "--skip-nonfinite",
+        help="Keep tensors that hold NaN or Inf as they are, instead of refusing the checkpoint.",
+        rich_help_panel=RUNNING,
+    ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run with --resume stopped.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Resume an interrupted run: keep finished work if this run is killed or fails, and continue from there "
+        "when the same command runs again. The bytes are those of an unbroken run.",
+        rich_help_panel=RUNNING,
+    ),
+]
 AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Run the Python files that the recipe names: trust it first.")
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Run the Python files that the recipe names. Only for recipes that you trust.",
+        rich_help_panel=MODEL,
+    ),
 ]
 CodingOption = Annotated[
-    Coding, typer.Option("--coding", envvar="QCOMPRESS_CODING", help="How codes are stored; auto takes the smallest.")
+    Coding,
+    typer.Option(
+        "--coding",
+        envvar="QCOMPRESS_CODING",
+        help="How codes are stored: bit-packed, compressed by zstd, or entropy coded by ANS. auto takes the smallest "
+        "where that saves 2 % over packed.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-EffortOption = Annotated[Effort | None, typer.Option("--effort", help="How long methods may search.")]
+EffortOption = Annotated[
+    Effort | None,
+    typer.Option(
+        "--effort",
+        help="How long methods that search may take, such as mse and rd.",
+        rich_help_panel=METHOD,
+    ),
+]
 KeepDtype = Annotated[
     str | None,
-    typer.Option("--keep-dtype", metavar="f16", help="Store what is not compressed in 16 bits, where it bears that."),
+    typer.Option(
+        "--keep-dtype",
+        metavar="f16",
+        help="Store tensors that are not compressed as float16, where their values change by less than 0.2 %. They "
+        "load in their own dtype.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Statistics = Annotated[
     Path | None,
-    typer.Option("--statistics", metavar="FILE", help="Input statistics, in place of model and calibration data."),
+    typer.Option(
+        "--statistics",
+        metavar="FILE",
+        help="Input statistics of the layers, from --save-statistics, in place of a model and calibration data.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Sensitivity = Annotated[
     Path | None,
-    typer.Option("--sensitivity", metavar="FILE", help="What each layer costs, from report --sensitivity."),
+    typer.Option(
+        "--sensitivity",
+        metavar="FILE",
+        help="What each layer costs at each width, from `qcompress report --sensitivity`, to spend the budget by.",
+        rich_help_panel=BUDGET,
+    ),
 ]
 SaveStatistics = Annotated[
-    Path | None, typer.Option("--save-statistics", metavar="FILE", help="Write the layers' input statistics there.")
+    Path | None,
+    typer.Option(
+        "--save-statistics",
+        metavar="FILE",
+        help="Write the input statistics of every layer to FILE, so that later runs need neither model nor data.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Bpw = Annotated[
-    float | None, typer.Option("--bpw", metavar="X", help="Budget: bits per compressed weight, all its bytes counted.")
+    float | None,
+    typer.Option(
+        "--bpw",
+        metavar="X",
+        help="Use X bits per compressed weight on average, side information counted. Each tensor gets its own width, "
+        "with rd its own step.",
+        rich_help_panel=BUDGET,
+    ),
 ]
 TargetSize = Annotated[
-    str | None, typer.Option("--target-size", metavar="SIZE", help="Budget: bytes of the whole artifact: 1.2MB.")
+    str | None,
+    typer.Option(
+        "--target-size",
+        metavar="SIZE",
+        help="Make an artifact of at most SIZE bytes in all, as 1.2MB.",
+        rich_help_panel=BUDGET,
+    ),
 ]
 MinimizeOption = Annotated[
-    Minimize | None, typer.Option("--minimize", help="Search the smallest artifact that holds --max-drop.")
+    Minimize | None,
+    typer.Option(
+        "--minimize",
+        help="Find the smallest artifact that stays within the gates, as --max-drop top1=0.005. Needs a recipe with "
+        "model, data and task.",
+        rich_help_panel=BUDGET,
+    ),
 ]
-FormatOption = Annotated[Format, typer.Option("--format", help="How to print the report.")]
-MaxSize = Annotated[str | None, typer.Option("--max-size", metavar="SIZE", help="Gate: the artifact's size: 2MB.")]
-MaxBpw = Annotated[float | None, typer.Option("--max-bpw", metavar="X", help="Gate: bits per compressed weight.")]
-MinSqnr = Annotated[float | None, typer.Option("--min-sqnr", metavar="DB", help="Gate: the worst tensor's SQNR.")]
-MinMetric = Annotated[list[str] | None, typer.Option("--min-metric", metavar="NAME=X", help="Gate: top1=0.70.")]
-MaxDrop = Annotated[list[str] | None, typer.Option("--max-drop", metavar="NAME=X", help="Gate: top1=0.01.")]
+FormatOption = Annotated[
+    Format,
+    typer.Option(
+        "--format",
+        help="Format of the report; html is one page that needs no other file and no network.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-size",
+        metavar="SIZE",
+        help="Fail (exit code 4) if the artifact is larger than SIZE, as 2MB.",
+        rich_help_panel=GATES,
+    ),
+]
+MaxBpw = Annotated[
+    float | None,
+    typer.Option(
+        "--max-bpw",
+        metavar="X",
+        help="Fail if compressed weights take more than X bits each, side information counted.",
+        rich_help_panel=GATES,
+    ),
+]
+MinSqnr = Annotated[
+    float | None,
+    typer.Option(
+        "--min-sqnr",
+        metavar="DB",
+        help="Fail if the worst tensor's signal-to-quantization-noise ratio is below DB decibels.",
+        rich_help_panel=GATES,
+    ),
+]
+MinMetric = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--min-metric",
+        metavar="NAME=X",
+        help="Fail if a metric of the recipe's task is below X, as top1=0.70.",
+        rich_help_panel=GATES,
+    ),
+]
+MaxDrop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--max-drop",
+        metavar="NAME=X",
+        help="Fail if a metric falls by more than X from the checkpoint's, as top1=0.01.",
+        rich_help_panel=GATES,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -185,7 +392,20 @@ def method_option(family: Family) -> Any:
     def complete(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
 
-    return typer.Option("--method", "-m", metavar="|".join(names), autocompletion=complete, help="With --bits.")
+    usual = "Quantization method. Without it squant, under a budget rd. The methods after hqq need more than weights: "
+    needs = "gptq and adaround --statistics or a recipe with model and data, the others such a recipe; rd a budget."
+    texts: dict[Family, str] = {
+        "quantize": usual + needs,
+        "cluster": "Clustering method. Without it kmeans. learned uses what finetune-reg has learned; dkm trains, and "
+        "needs a recipe with model and data.",
+    }
+    return typer.Option(
+        *("--method", "-m"),
+        metavar="|".join(names),
+        autocompletion=complete,
+        help=texts[family],
+        rich_help_panel=METHOD,
+    )
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

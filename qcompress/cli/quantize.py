@@ -10,6 +10,7 @@ import typer
 from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
 from qcompress.cli.output import Streams, refuse_mixed
+from qcompress.cli.panels import METHOD
 from qcompress.cli.recipe import make_recipe
 from qcompress.errors import UsageError
 
@@ -20,14 +21,39 @@ if TYPE_CHECKING:
 def quantize(
     checkpoint: opt.Checkpoint,
     *,
-    bits: Annotated[int | None, typer.Option("--bits", "-b", metavar="N", help="Bits per weight, 1 to 8.")] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option("--bits", "-b", metavar="N", help="Bits per weight, 1 to 8.", rich_help_panel=METHOD),
+    ] = None,
     method: Annotated[str | None, opt.method_option("quantize")] = None,
     granularity: Annotated[
-        str | None, typer.Option("--granularity", metavar="tensor|channel|group", help="What shares a grid.")
+        str | None,
+        typer.Option(
+            "--granularity",
+            metavar="tensor|channel|group",
+            help="Which weights share a scale: a whole tensor, each output channel (without this option), or each "
+            "group of --group-size weights of a channel.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
-    group_size: Annotated[int | None, typer.Option("--group-size", metavar="G", help="Weights a group.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            metavar="G",
+            help="Number of weights in a group, which must divide those of a channel. Implies --granularity group.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     symmetric: Annotated[
-        bool | None, typer.Option("--symmetric/--asymmetric", help="A grid around zero, or any.", show_default=False)
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Quantization levels lie symmetrically around zero and need a scale alone, or lie anywhere and need a "
+            "zero point or an offset too (asymmetric, without this option).",
+            show_default=False,
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,

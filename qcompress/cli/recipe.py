@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 recipe = typer.Typer(help="Check and show recipes.", no_args_is_help=True, rich_markup_mode=None)
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; - reads standard input.")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; - reads standard input.")
+]
 
 
 @recipe.command()
 def check(
     path: RecipeArgument,
     checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="Hold it against this checkpoint's headers too.")
+        Path | None,
+        typer.Argument(metavar="[CHECKPOINT]", help="A checkpoint whose headers the recipe is held against."),
     ] = None,
     overrides: opt.Overrides = None,
     quiet: opt.Quiet = False,
@@ -117,7 +120,7 @@ def make_recipe(
         if overrides:
             raise UsageError(f"--set {overrides[0]}", "there is no recipe to change", "add -r RECIPE")
         if not given and budget is None:
-            raise UsageError(f"qcompress {family}", "nothing says how", "add --bits N, or -r RECIPE")
+            raise UsageError(f"qcompress {family}", "no bit width or recipe is given", "add --bits N, or -r RECIPE")
         made = recipe_from_flags(method, flags, family, budget)
         return made if seed is None else replace(made, seed=seed)
     if given:

@@ -21,6 +21,7 @@ from qcompress.cli.output import (
     refuse_mixed,
     write_text,
 )
+from qcompress.cli.panels import GATES, INPUT, OUTPUT
 from qcompress.cli.sensitivity import SensitivityFlags, find_sensitivity, print_sensitivity
 from qcompress.errors import Refusals, ReportError, Subject, UnmeasuredError, UsageError, raise_all
 from qcompress.types.plan import Gates
@@ -37,12 +38,25 @@ class ReportFlags:
 
     form: opt.FormatOption = opt.Format.table
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there instead of to stdout.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the report to FILE instead of printing it.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None
     force: opt.Force = False
     json_to: opt.Json = None
     junit: Annotated[
-        Path | None, typer.Option("--junit", metavar="FILE", help="Write the gates as JUnit XML, a case for each.")
+        Path | None,
+        typer.Option(
+            "--junit",
+            metavar="FILE",
+            help="Write the gates as JUnit XML to FILE, a case for each: those given here, else those of the report.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None
 
 
@@ -52,11 +66,21 @@ class BaselineFlags:
 
     baseline_report: Annotated[
         Path | None,
-        typer.Option("--baseline-report", metavar="FILE", help="An earlier report: --max-drop is held against it."),
+        typer.Option(
+            "--baseline-report",
+            metavar="FILE",
+            help="An earlier report of the same checkpoint, which --max-drop and --max-growth compare with.",
+            rich_help_panel=GATES,
+        ),
     ] = None
     max_growth: Annotated[
         str | None,
-        typer.Option("--max-growth", metavar="X%", help="Gate: growth of the size since --baseline-report: 2%."),
+        typer.Option(
+            "--max-growth",
+            metavar="X%",
+            help="Fail if the artifact has grown by more than X % since --baseline-report.",
+            rich_help_panel=GATES,
+        ),
     ] = None
 
 
@@ -85,7 +109,13 @@ def report(
     artifacts: opt.Artifacts,
     *,
     baseline: Annotated[
-        Path | None, typer.Option("--baseline", metavar="CHECKPOINT", help="Measure errors against the original.")
+        Path | None,
+        typer.Option(
+            "--baseline",
+            metavar="CHECKPOINT",
+            help="The checkpoint that the artifact was made from: measure errors against it.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     files: ReportFlags,
     explain: Annotated[
@@ -96,7 +126,8 @@ def report(
             callback=_explain,
             is_eager=True,
             autocompletion=_complete_term,
-            help="Say what a figure means, and leave.",
+            help="Print what a figure of the report means, as sqnr, and stop. Needs no artifact.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     measuring: SensitivityFlags,

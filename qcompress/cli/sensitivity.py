@@ -19,26 +19,78 @@ if TYPE_CHECKING:
     from qcompress.report.render import Terminal
 
 
+SENSITIVITY = "Sensitivity of layers"
+
+
 @dataclass(frozen=True)
 class SensitivityFlags:
     """Whether sensitivities are to be measured, on what, and where they are kept."""
 
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Measure what each layer of a CHECKPOINT alone costs at each width.")
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Measure what quantizing each layer alone costs at each width. The argument is a checkpoint then.",
+            rich_help_panel=SENSITIVITY,
+        ),
     ] = False
-    recipe: opt.RecipeFile = None
-    overrides: opt.Overrides = None
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="FILE",
+            help="The recipe with model, data and rules; its widths do not count. - reads it from standard input.",
+            rich_help_panel=SENSITIVITY,
+        ),
+    ] = None
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY.PATH=VALUE",
+            help="Change one value of the recipe. May be given several times.",
+            rich_help_panel=SENSITIVITY,
+        ),
+    ] = None
     samples: Annotated[
-        int | None, typer.Option("--samples", metavar="N", min=1, help="With --sensitivity: samples; 256 if absent.")
+        int | None,
+        typer.Option(
+            "--samples",
+            metavar="N",
+            min=1,
+            help="Number of samples of the data to measure on. Without it 256.",
+            rich_help_panel=SENSITIVITY,
+        ),
     ] = None
     widths: Annotated[
-        str | None, typer.Option("--widths", metavar="LIST", help="With --sensitivity: which, as 2,3,4; else all.")
+        str | None,
+        typer.Option(
+            "--widths",
+            metavar="LIST",
+            help="Bit widths to measure, as 2,3,4. Without it all that the methods have.",
+            rich_help_panel=SENSITIVITY,
+        ),
     ] = None
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", metavar="FILE", help="Where sensitivities are kept; beside the checkpoint if absent."),
+        typer.Option(
+            "--cache",
+            metavar="FILE",
+            help="File that keeps what was measured and is read again. Without it CHECKPOINT.sensitivity.json. Figures "
+            "of something else are refused, or with --force replaced.",
+            rich_help_panel=SENSITIVITY,
+        ),
     ] = None
-    device: opt.DeviceOption = opt.Device.auto
+    device: Annotated[
+        opt.Device,
+        typer.Option(
+            "--device",
+            envvar="QCOMPRESS_DEVICE",
+            help="Where the network runs; auto uses CUDA where there is one, else the CPU.",
+            rich_help_panel=SENSITIVITY,
+        ),
+    ] = opt.Device.auto
     allow_code: opt.AllowCode = False
 
     @property

@@ -240,7 +240,7 @@ def _finish_unbounded(job: Job, rows: Tensor, unbounded: Unbounded, survey: Surv
 def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> CheckpointError:
     """What to say of a weight that cannot be compressed because `count` of its values are no numbers."""
     what = f"{count} of its {tensor.numel} values are NaN, Inf or beyond float32"
-    hint = "repair the checkpoint, or pass --skip-nonfinite to keep such tensors as they are"
+    hint = "repair the checkpoint, or keep such tensors, by rules or, without a model, by --skip-nonfinite"
     cause = "some of their values are NaN, Inf or beyond float32"
     return CheckpointError(str(source.path), what, hint, Subject(tensor.name), cause)
 

@@ -154,9 +154,13 @@ def _stepless(recipe: Recipe) -> list[InputError]:
     """Rules of a method without widths that neither a budget nor a step of their own decides."""
     if recipe.budget is not None:
         return []
-    hint = "add --bpw 2.0, --target-size SIZE or a `budget`, or `step: 0.3` to the rule"
+    what = "has no widths, and neither a budget nor a step says how fine its grids are"
+    flags, keys = (
+        "add --bpw 2.0 or --target-size SIZE",
+        "add `budget: {bpw: 2.0}` to the recipe, or `step: 0.3` to the rule",
+    )
     return [
-        RecipeError(rule.where, f"{rule.method} has no widths, and nothing says how fine its grids are", hint)
+        RecipeError(rule.where, f"{rule.method} {what}", flags if rule.where == COMMAND_LINE else keys)
         for rule in recipe.rules
         if isinstance(rule.config, RdConfig) and rule.config.step is None
     ]

@@ -37,7 +37,7 @@ class RegularizerConfig(PenaltyConfig):
     normalize        divide by the weight's standard deviation or variance, which the gradient takes for constants
     coupling         `coupled`: part of the loss; `decoupled`: a step of its own at the learning rate, after the
                      optimizer's; `proximal`: the exact minimum near the weight, where there is a closed form
-    every            steps between two times that it is applied, each time so many times as strong
+    every            it is applied every so many steps, scaled by their number
     learning_rate    of what the regularizer learns; the optimizer's where absent
     weight_decay     of what the regularizer learns: only 0 is meaningful
     """

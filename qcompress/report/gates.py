@@ -16,7 +16,7 @@ MAX_GROWTH = "max-growth"
 SINCE = " since the baseline"
 """Ends the name of a gate that is held against an earlier report: "max-drop top1 since the baseline"."""
 
-COMPRESS_HINT = "check the recipe's rules with --dry-run"
+COMPRESS_HINT = "compress it by rules that match some of its weights"
 METRIC_HINT = "give a recipe with model, data and task, so that the metric is measured"
 BASELINE_HINT = "commit a report whose artifact was measured like this one"
 

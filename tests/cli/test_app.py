@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -139,6 +140,27 @@ def test_what_is_raised_becomes_its_code(
     assert (ran.code, ran.out) == (code, "")
     assert words in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_command_out_of_memory_names_only_options_that_it_has(
+    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = checkpoint.with_name("model-w2.safetensors")
+    assert run("quantize", checkpoint, "--bits", 2).code == 0
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("qcompress.artifact.reader.read_artifact", fail)
+    monkeypatch.setattr("qcompress.cli.run.plan_checkpoint", fail)
+    monkeypatch.setattr("qcompress.report.gather.gather_report", fail)
+    commands = {"quantize": [checkpoint, "--bits", 2, "-f"], "verify": [artifact], "report": [artifact]}
+    for name, words in commands.items():
+        (line,) = run(name, *words).error_lines
+        known = run(name, "--help").out
+        flags = re.findall(r"--[a-z-]+", line)
+        assert all(re.search(rf"{flag}\b", known) for flag in flags), line
+        assert bool(flags) is (name != "report")
 
 
 def test_cuda_on_a_machine_without_is_5(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

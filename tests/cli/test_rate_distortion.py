@@ -210,7 +210,7 @@ REFUSED = {
     "no budget": (
         ["--method", "rd"],
         3,
-        "command line: rd has no widths, and nothing says how fine its grids are; add",
+        "command line: rd has no widths, and neither a budget nor a step says how fine its grids are; add",
     ),
     "bits": (["--method", "rd", "--bits", 2], 2, "--bits 2: not an option of `rd`; leave it out, and add --bpw 2.0"),
     "bits and a budget": (["--bpw", 2, "--bits", 3], 2, "--bits 3 --bpw 2.0: the budget decides the bits; leave one"),
