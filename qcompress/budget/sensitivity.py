@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,7 +44,7 @@ from qcompress.registry import METHODS
 from qcompress.report.figures import run_figures
 from qcompress.types.encoded import for_tensor
 from qcompress.types.plan import Decision, Plan, Widths
-from qcompress.types.run import ModelRun, Say
+from qcompress.types.run import ModelRun, Say, start_clock
 from qcompress.types.settings import CausalLm, Classification, SequenceClassification, Translation
 
 PREDICTIONS = (Classification, SequenceClassification, CausalLm, Translation)
@@ -220,7 +219,7 @@ def measure_sensitivity(
     Divergences are measured on the first `samples` samples of the calibration data (without any, of the eval data),
     metrics on those of the eval data. Activation quantizers are not in place.
     """
-    started, cpu_started = time.monotonic(), time.process_time()
+    clock = start_clock()
     probe = make_probe(live, model_run, samples)
     batches = _eval_batches(model_run, samples)
     before = _measured(live.module, batches, model_run)
@@ -255,7 +254,7 @@ def measure_sensitivity(
         higher={one.metric: one.higher for one in before},
         baseline={one.metric: one.value for one in before},
         layers=tuple(layers),
-        run=run_figures(time.monotonic() - started, time.process_time() - cpu_started, str(model_run.device)),
+        run=run_figures(clock, str(model_run.device)),
     )
 
 

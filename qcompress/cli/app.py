@@ -27,6 +27,7 @@ from qcompress.cli.report import report
 from qcompress.cli.verify import verify
 from qcompress.errors import QcompressError
 from qcompress.types import VERSION
+from qcompress.types.run import begin_command
 
 INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
 OUT_OF_RESOURCE = 5
@@ -95,6 +96,7 @@ def demo(
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
+    begin_command()
     signal.signal(signal.SIGTERM, _terminate)
     _open_closed_streams()
     sys.exit(run(sys.argv[1:]))

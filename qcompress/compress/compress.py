@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -40,7 +39,7 @@ from qcompress.report.document import ArtifactFile, LayerReport, Report, make_si
 from qcompress.report.figures import compressed_layer, kept_layer, run_figures
 from qcompress.types.encoded import Fitted, Kept
 from qcompress.types.plan import Decision, Outcomes, Plan
-from qcompress.types.run import Options, RunFigures, Say
+from qcompress.types.run import Options, RunFigures, Say, start_clock
 
 
 def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitted | None = None) -> Report:
@@ -67,7 +66,7 @@ def compress_to(
     place: Path, checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitted | None = None
 ) -> Report:
     """`compress` where the output is staged already, to be built at `place`."""
-    started, cpu_started = time.monotonic(), time.process_time()
+    clock = start_clock()
     torch.set_num_threads(1)
     refuse_untrue_ties(checkpoint, plan)
     options = replace(options, threads=fitting_threads(plan, options))
@@ -83,7 +82,7 @@ def compress_to(
         copy_companions(checkpoint.path, place)
     if len(done) > 1:
         index_bytes = write_index(place, {one.shard.file: one.written.slots for one in done})
-    took = run_figures(time.monotonic() - started, time.process_time() - cpu_started, options.device)
+    took = run_figures(clock, options.device)
     report = _make_report(checkpoint, plan, done, index_bytes, options.output.name, took)
     return replace(report, warnings=tuple(unweighed(plan, options.statistics)))
 
@@ -151,6 +150,7 @@ def compress_within(checkpoint: Checkpoint, plan: Plan, options: Options, sensit
 
     raises  BudgetError for a budget that is too small, and what `compress` and `read_costs` raise
     """
+    clock = start_clock()
     refuse_own_input(checkpoint.path, options.output)
     refuse_existing(options.output, options.force, checkpoint.is_folder)
     refuse_gateless(plan)
@@ -159,4 +159,5 @@ def compress_within(checkpoint: Checkpoint, plan: Plan, options: Options, sensit
         costs = read_costs(checkpoint, plan, sensitivity)
     else:
         costs = weight_costs(checkpoint, plan, options.threads)
-    return spend(checkpoint, plan, options, costs, lambda closed, where: compress(checkpoint, closed, where), say)
+    report = spend(checkpoint, plan, options, costs, lambda closed, where: compress(checkpoint, closed, where), say)
+    return replace(report, run=run_figures(clock, options.device))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from qcompress.training.loop import Watch
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.trainer import Trainer
 from qcompress.types.plan import Gates, Plan
-from qcompress.types.run import FitContext, ModelRun, Options
+from qcompress.types.run import FitContext, ModelRun, Options, start_clock
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def compress_live(
 
     raises  BudgetError for a budget that is too small, and what `compress`, `fit` and `evaluate` raise
     """
-    started, cpu_started = time.monotonic(), time.process_time()
+    clock = start_clock()
     world = how.world
     _refuse_early(checkpoint, plan, options, world)
     live = open_live(checkpoint, plan, model_run)
@@ -99,7 +98,7 @@ def compress_live(
     else:
         costs = _costs(checkpoint, plan, live, model_run, how)
         report = spend(checkpoint, plan, options, costs, finished, how.say)
-    run = run_figures(time.monotonic() - started, time.process_time() - cpu_started, str(model_run.device))
+    run = run_figures(clock, str(model_run.device))
     return None if report is None else replace(report, run=run)
 
 

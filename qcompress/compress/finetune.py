@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ from qcompress.training.state import last_good
 from qcompress.training.trainer import Trainer
 from qcompress.training.warnings import advise_after, advise_before
 from qcompress.types.plan import Gates, Recipe
-from qcompress.types.run import ModelRun, Say
+from qcompress.types.run import ModelRun, Say, start_clock
 
 STATE = "training.safetensors"
 """The file of saved states, where the output is being built."""
@@ -73,7 +72,7 @@ def finetune(
     recipe = model_run.recipe
     if recipe.finetune is None:
         raise RecipeError(recipe.source, "does not say how to train", "add `finetune: {epochs: 5, optimizer: ...}`")
-    started, cpu_started = time.monotonic(), time.process_time()
+    clock = start_clock()
     if checkpoint is not None:
         refuse_own_input(checkpoint.path, options.output)
     training = recipe.finetune.training
@@ -108,7 +107,7 @@ def finetune(
         layers=_layers(module, penalties, before, after),
         warnings=tuple(warnings),
         gates=_check_gates(recipe.gates, metrics, accuracy),
-        run=run_figures(time.monotonic() - started, time.process_time() - cpu_started, str(model_run.device)),
+        run=run_figures(clock, str(model_run.device)),
     )
 
 

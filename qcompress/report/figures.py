@@ -27,7 +27,7 @@ from qcompress.report.document import BINS, LayerFigures, LayerReport
 from qcompress.types import VERSION
 from qcompress.types.encoded import Affine, Coded
 from qcompress.types.plan import Decision
-from qcompress.types.run import RunFigures
+from qcompress.types.run import Clock, RunFigures
 
 Sample: TypeAlias = NDArray[Any]
 
@@ -351,12 +351,12 @@ def compressed_layer(
     )
 
 
-def run_figures(seconds: float, cpu_seconds: float, device: str) -> RunFigures:
-    """What a run took, with the largest resident memory of this process so far and all that figures depend on."""
+def run_figures(clock: Clock, device: str) -> RunFigures:
+    """What a run has taken, with the largest resident memory of this process so far and all that figures depend on."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return RunFigures(
-        seconds=seconds,
-        cpu_seconds=cpu_seconds,
+        seconds=clock.seconds,
+        cpu_seconds=clock.cpu_seconds,
         peak_memory_bytes=peak if platform.system() == "Darwin" else peak * 1024,
         device=device,
         versions={

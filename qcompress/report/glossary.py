@@ -180,8 +180,8 @@ SECTIONS: Mapping[str, Mapping[str, Term]] = {
     },
     "Run": {
         "run": Term("run", "what making the artifact took"),
-        "seconds": Term("seconds", "wall time"),
-        "cpu_seconds": Term("processor seconds", "processor time of all threads"),
+        "seconds": Term("seconds", "wall time of the whole command"),
+        "cpu_seconds": Term("processor seconds", "processor time of the whole command, all threads and processes"),
         "peak_memory_bytes": Term("peak memory", "the largest resident memory of the process"),
         "device": Term("device", "where the methods computed"),
         "versions": Term("versions", "of qcompress and of what its figures may depend on"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import resource
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -48,6 +51,43 @@ class ModelRun:
     def place(self, section: str) -> str:
         """How errors name a section of the recipe."""
         return self.recipe.places.get(section, section)
+
+
+def _processor_seconds() -> float:
+    """Of this process since it began, all its threads, and of the processes that it started and waited for."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What a run's seconds count from: the wall clock and the processor seconds of the process when it began."""
+
+    wall: float = field(default_factory=time.monotonic)
+    processor: float = field(default_factory=_processor_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.monotonic() - self.wall
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all threads and of processes that have ended, since the run began."""
+        return _processor_seconds() - self.processor
+
+
+_command: ContextVar[Clock | None] = ContextVar("command", default=None)
+
+
+def begin_command() -> None:
+    """This process is one command: from now on every run in it counts from the start of the process."""
+    _command.set(Clock(time.monotonic() - _processor_seconds(), 0.0))
+
+
+def start_clock() -> Clock:
+    """The clock of a run that begins: that of the command which this process is, else a new one."""
+    return _command.get() or Clock()
 
 
 @dataclass(frozen=True, kw_only=True)

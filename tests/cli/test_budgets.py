@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Run, files_under, refused, small_tensors, write_checkpoint
+from conftest import (
+    Run,
+    files_under,
+    process_environment,
+    program,
+    refused,
+    small_tensors,
+    write_checkpoint,
+)
 
 from qcompress.report.document_json import read_report, report_path
 
@@ -213,3 +223,20 @@ def test_a_shown_recipe_reads_as_the_same(run: Run, tmp_path: Path, recipe: Path
     assert run("recipe", "show", again).out == shown
     assert "budget:\n  bpw: 3.0\n" in shown
     assert "bits" not in shown
+
+
+@pytest.mark.parametrize(
+    "words", ["--bpw 2 --effort fast", "--minimize size --min-sqnr 10 --effort fast", "--bpw 3 --method rtn"]
+)
+def test_the_report_counts_the_processor_time_of_the_whole_command(checkpoint: Path, words: str) -> None:
+    """All attempts and all that was imported: what the system says of the process, but for what it takes to end."""
+    output = checkpoint.with_name("a.safetensors")
+    command = program("quantize", checkpoint, *words.split(), "-o", output, "-q")
+    process = subprocess.Popen(command, env=process_environment(), stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    run = read_report(report_path(output)).run
+    assert run is not None
+    whole = used.ru_utime + used.ru_stime
+    assert 0.6 * whole <= run.cpu_seconds <= whole
+    assert run.seconds >= 0.5 * run.cpu_seconds
