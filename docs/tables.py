@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def _section(found: re.Match[str]) -> str:
         names = {one.name for one in dataclasses.fields(TrainingOptions)}
         options = {key: value for key, value in schema["properties"]["finetune"]["properties"].items() if key in names}
         rows = [_row(key, option, _default(option.get("default"))) for key, option in options.items()]
+    elif name == "augment":
+        rows = [*_augmentations(schema)]
     elif name == "all":
         options = schema["$defs"]["regularizer-l2"]["properties"]
         rows = [_row(key, options[key], "" if key in OWN else _default(options[key].get("default"))) for key in SHARED]
@@ -55,6 +58,13 @@ def _section(found: re.Match[str]) -> str:
             if key not in SHARED or key in OWN
         ]
     return "\n".join([f"<!-- options of {name} -->", "| option | values | default | |", "|---|---|---|---|", *rows])
+
+
+def _augmentations(schema: dict[str, Any]) -> Iterator[str]:
+    for name, one in schema["$defs"]["augmentation"]["anyOf"][0]["properties"].items():
+        yield f"| `{name}` | | | {one['description']} |"
+        for key, option in one["properties"].items():
+            yield _row(key, option, _default(option.get("default"))).replace("| `", f"| `{name}.", 1)
 
 
 def _row(name: str, option: dict[str, Any], default: str) -> str:
@@ -74,7 +84,7 @@ def _default(value: Any) -> str:
         case bool() | str():
             return f"`{str(value).lower()}`"
         case list() | tuple():
-            return f"[{', '.join(map(str, value))}]"
+            return f"[{', '.join(f'{one:.4g}' if isinstance(one, float) else str(one) for one in value)}]"
         case _:
             return f"{value:g}"
 

@@ -22,6 +22,7 @@ from qcompress.checkpoint.staging import reporting_resources, staged_output, sta
 from qcompress.compress.evaluate import compare, is_measured, load_network, measure_task
 from qcompress.compress.load import KEPT_DTYPES
 from qcompress.compress.weight_stats import TrialKind, Trials, WeightStats, measure_weights
+from qcompress.data.augment import load_augmentations
 from qcompress.data.batches import Source
 from qcompress.data.measurement import Measurement
 from qcompress.data.sources import read_data
@@ -153,6 +154,7 @@ def train_data(model_run: ModelRun) -> Data:
         raise RecipeError(recipe.source, "names no data.train", "add `data: {train: {npz: train.npz}}`")
     place = model_run.place("data.train")
     where = Source(model_run.root, place, recipe.data.normalize, model_run.allow_code)
+    load_augmentations(recipe.data.train.augment)
     return Data(read_data(recipe.data.train.source, where, recipe.seed), recipe.data.train.augment, place)
 
 

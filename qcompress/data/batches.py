@@ -48,18 +48,28 @@ class Batch:
 
     def first(self, samples: int) -> Batch:
         """The batch cut to its first samples."""
+        return self.part(slice(samples))
+
+    def part(self, samples: slice) -> Batch:
+        """The batch of these samples."""
         return replace(
             self,
-            args=tuple(x[:samples] for x in self.args),
-            kwargs={name: x[:samples] for name, x in self.kwargs.items()},
-            labels=None if self.labels is None else self.labels[:samples],
-            lengths=None if self.lengths is None else self.lengths[:samples],
-            texts=self.texts[:samples],
+            args=tuple(x[samples] for x in self.args),
+            kwargs={name: x[samples] for name, x in self.kwargs.items()},
+            labels=None if self.labels is None else self.labels[samples],
+            lengths=None if self.lengths is None else self.lengths[samples],
+            texts=self.texts[samples],
         )
 
 
 Reader: TypeAlias = Callable[[Sequence[int]], Batch]
 """Indices -> the batch of those samples."""
+
+Cut: TypeAlias = Callable[[Tensor, int], Tensor]
+"""A whole image [channels, height, width] and its place among those that are read -> a part of it."""
+
+CutReader: TypeAlias = Callable[[Sequence[int], Cut], Batch]
+"""Indices and how to cut the images -> the batch of those samples."""
 
 
 def unchanged(batch: Batch) -> Batch:
@@ -72,12 +82,14 @@ class Batches:
 
     read_raw  gives inputs as they are stored: images in bytes, black being 0
     finish    makes of those what the network takes, scaled and standardized
+    read_cut  gives them cut as one likes, where `read_raw` does not give all that is stored
     """
 
     samples: int
     batch_size: int
     read_raw: Reader
     finish: Callable[[Batch], Batch] = unchanged
+    read_cut: CutReader | None = None
 
     def read(self, indices: Sequence[int]) -> Batch:
         """These samples as the network takes them."""

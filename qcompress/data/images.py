@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompress.data.batches import Batch, Reader, Source
+from qcompress.data.batches import Batch, Cut, CutReader, Reader, Source
 from qcompress.data.foreign import parse_label, reading, refuse_irregular
 from qcompress.data.user_code import import_package
 from qcompress.errors import DataError
@@ -24,8 +24,11 @@ METADATA = "metadata.csv"
 MOST_PIXELS = 100_000_000
 
 
-def read_images(settings: ImagesData, source: Source) -> tuple[int, Reader]:
-    """The images of the folder, and how to read some of them: uint8 [samples, 3, crop, crop]. Raises DataError."""
+def read_images(settings: ImagesData, source: Source) -> tuple[int, Reader, CutReader]:
+    """How many images there are, and how to read some: their centres or parts, uint8 [samples, 3, height, width].
+
+    raises  DataError
+    """
     folder = source.find(settings.images)
     if not folder.is_dir():
         raise DataError(str(folder), "is no folder", "name a folder of images")
@@ -33,12 +36,16 @@ def read_images(settings: ImagesData, source: Source) -> tuple[int, Reader]:
     image = import_package("PIL.Image")
     labelled = all(label is not None for _, label in listed)
 
-    def read(indices: Sequence[int]) -> Batch:
-        pixels = torch.stack([_pixels(image, listed[index][0], settings) for index in indices])
+    def read(indices: Sequence[int], cut: Cut | None = None) -> Batch:
+        parts = []
+        for place, index in enumerate(indices):
+            path = listed[index][0]
+            whole = _pixels(image, path, settings.resize)
+            parts.append(_centre(whole, settings.crop, path) if cut is None else cut(whole, place))
         labels = torch.tensor([listed[index][1] for index in indices]) if labelled else None
-        return Batch((pixels.permute(0, 3, 1, 2),), labels=labels)
+        return Batch((torch.stack(parts),), labels=labels)
 
-    return len(listed), read
+    return len(listed), read, read
 
 
 def finish_images(batch: Batch, source: Source) -> Batch:
@@ -89,21 +96,24 @@ def _refuse_many(size: Sequence[int], path: Path) -> None:
         raise DataError(str(path), what, "remove it, or make it smaller")
 
 
-def _pixels(image: Any, path: Path, settings: ImagesData) -> Tensor:
-    """uint8 [crop, crop, 3]: the centre of the image, after its shorter side was resized. Raises DataError."""
+def _pixels(image: Any, path: Path, resize: int | None) -> Tensor:
+    """uint8 [3, height, width]: the image, its shorter side resized where that is asked for. Raises DataError."""
     refuse_irregular(path, "the folder of images")
     with reading(path, "is no image that can be read", "remove or replace it"), image.open(path) as opened:
         _refuse_many(opened.size, path)
         found = opened.convert("RGB")
-    if settings.resize is not None:
-        share = settings.resize / min(found.size)
-        size = [max(round(side * share), settings.resize) for side in found.size]
+    if resize is not None:
+        share = resize / min(found.size)
+        size = [max(round(side * share), resize) for side in found.size]
         _refuse_many(size, path)
         found = found.resize(size, image.BILINEAR)
-    width, height = found.size
-    crop = settings.crop
+    return torch.from_numpy(np.asarray(found).copy()).permute(2, 0, 1)
+
+
+def _centre(whole: Tensor, crop: int, path: Path) -> Tensor:
+    height, width = whole.shape[1:]
     if min(width, height) < crop:
         what = f"is {width} x {height}, smaller than the crop of {crop}"
         raise DataError(str(path), what, "add `resize`, or choose a smaller `crop`")
     left, top = (width - crop) // 2, (height - crop) // 2
-    return torch.from_numpy(np.asarray(found.crop((left, top, left + crop, top + crop))).copy())
+    return whole[:, top : top + crop, left : left + crop]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qcompress.data.batches import Batch, Batches, Reader, Source, unchanged
+from qcompress.data.batches import Batch, Batches, Cut, CutReader, Reader, Source, unchanged
 from qcompress.data.foreign import first_line
 from qcompress.data.user_code import find_callable
 from qcompress.errors import DataError, QcompressError, RecipeError
@@ -37,6 +37,7 @@ def read_data(settings: Data, source: Source, seed: int) -> Batches:
     raises  DataError for what is missing, damaged or does not fit; UsageError for a missing extra
     """
     finish: Callable[[Batch], Batch] = unchanged
+    read_cut: CutReader | None = None
     match settings:
         case NpzData():
             from qcompress.data.npz import finish_npz, read_npz
@@ -46,7 +47,7 @@ def read_data(settings: Data, source: Source, seed: int) -> Batches:
         case ImagesData():
             from qcompress.data.images import finish_images, read_images
 
-            total, read = read_images(settings, source)
+            total, read, read_cut = read_images(settings, source)
             finish = partial(finish_images, source=source)
         case HubData():
             from qcompress.data.text import read_hub
@@ -65,14 +66,21 @@ def read_data(settings: Data, source: Source, seed: int) -> Batches:
     if total == 0:
         raise DataError(source.place, "there are no samples", "check the folder or the file")
     if not settings.shuffle:
-        return Batches(wanted, settings.batch_size, read, finish)
+        return Batches(wanted, settings.batch_size, read, finish, read_cut)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(total, generator=generator)[:wanted].sort().values.tolist()
 
-    def read_chosen(indices: Sequence[int]) -> Batch:
-        return read([chosen[index] for index in indices])
+    def of_chosen(indices: Sequence[int]) -> list[int]:
+        return [chosen[index] for index in indices]
 
-    return Batches(wanted, settings.batch_size, read_chosen, finish)
+    def read_chosen(indices: Sequence[int]) -> Batch:
+        return read(of_chosen(indices))
+
+    def cut_chosen(indices: Sequence[int], cut: Cut) -> Batch:
+        assert read_cut is not None
+        return read_cut(of_chosen(indices), cut)
+
+    return Batches(wanted, settings.batch_size, read_chosen, finish, None if read_cut is None else cut_chosen)
 
 
 def read_factory(settings: FactoryData, source: Source) -> tuple[int, Reader]:

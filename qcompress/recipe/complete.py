@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from qcompress.errors import InputError, RecipeError
 from qcompress.registry import METHODS, AdaroundConfig, ClusterConfig, DfqConfig, Tune
 from qcompress.types.plan import Recipe, Rule
-from qcompress.types.settings import Task
+from qcompress.types.settings import MIXING, TASKS, Classification, Task, augmentation_name
 
 DATA_FREE_RANGES = ("batch-norm", "noise")
 LEARNED_INPUTS = ("lsq", "pact")
@@ -42,6 +42,7 @@ def refuse_untrainable(recipe: Recipe, *, from_scratch: bool = False) -> list[In
         what = f"names no {' and no '.join(lacking)}"
         errors.append(RecipeError(recipe.source, what, "add what is to be trained, and how"))
     errors += _unmeasured_best(recipe)
+    errors += _unmixable_labels(recipe)
     if from_scratch and recipe.finetune is not None and recipe.finetune.training.distil is not None:
         where = _place(recipe, "finetune")
         errors.append(
@@ -142,6 +143,7 @@ def _missing_for_training(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
         what = f"{rule.method} trains weights that regularizers do not reach"
         yield RecipeError(rule.where, what, "take `finetune.regularize` out; train with it before")
     yield from _unmeasured_best(recipe)
+    yield from _unmixable_labels(recipe)
     if recipe.companions:
         what = f"companions compare layers with those of the network as it was, and {rule.method} trains it"
         yield RecipeError(_place(recipe, "companions"), what, "leave them out")
@@ -162,6 +164,15 @@ def _unmeasured_best(recipe: Recipe) -> Iterator[InputError]:
         yield RecipeError(where, "keep: best needs something to measure on", "add `data.eval`")
 
 
+def _unmixable_labels(recipe: Recipe) -> Iterator[InputError]:
+    train = recipe.data.train if recipe.data is not None else None
+    mixing = [step for step in train.augment if isinstance(step, MIXING)] if train is not None else []
+    if mixing and recipe.task is not None and not isinstance(recipe.task, Classification):
+        task = next(name for name, kind in TASKS.items() if isinstance(recipe.task, kind))
+        what = f"{augmentation_name(mixing[0])} mixes images and their classes, and the task is {task}"
+        yield RecipeError(_place(recipe, "data.train"), what, "leave it out of augment")
+
+
 def _training_parts(recipe: Recipe) -> dict[str, bool]:
     return {
         "model": recipe.model is not None,
@@ -175,6 +186,7 @@ def _missing_for_tuning(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
     lacking = [f"`{name}`" for name, there in _training_parts(recipe).items() if not there and name != "finetune"]
     if lacking:
         yield RecipeError(rule.where, "tune trains the entries of codebooks", f"add {', '.join(lacking)}")
+    yield from _unmixable_labels(recipe)
     others = {tune for one in recipe.rules if (tune := _tune_of(one)) is not None}
     if len(others) > 1:
         yield RecipeError(rule.where, "the rules tune in different ways", "give all of them the same `tune`")

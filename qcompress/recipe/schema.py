@@ -107,9 +107,10 @@ def _sections(defs: Schema) -> Schema:
     augment = {
         "description": "What is done to an image each time it is drawn",
         "type": "array",
-        "items": {"enum": list(AUGMENTATIONS)},
+        "items": {"$ref": "#/$defs/augmentation"},
         "uniqueItems": True,
     }
+    defs["augmentation"] = _choice("In order; random_resized_crop comes first, mixup and cutmix last", AUGMENTATIONS)
     for kind, options in kinds.items():
         defs |= options.pop("$defs", {})
         defs[f"data-{kind}"] = options

@@ -29,6 +29,7 @@ from qcompress.types.settings import (
     SCHEDULES,
     TASKS,
     ActivationSettings,
+    Augmentation,
     Companion,
     Data,
     DataSettings,
@@ -154,8 +155,25 @@ def _make_train(node: Node, problems: Problems) -> TrainData | None:
         return None
     rest = {name: child for name, child in keys.items() if name != "augment"}
     source = _make_source(replace(node, value=rest), problems)
-    augment = _make_names(keys["augment"], AUGMENTATIONS, "augmentation", problems) if "augment" in keys else ()
-    return TrainData(source=source, augment=augment) if source is not None else None
+    augment = _make_augment(keys["augment"], problems) if "augment" in keys else ()
+    if source is None:
+        return None
+    try:
+        return TrainData(source=source, augment=augment)
+    except ValueError as error:
+        what, _, hint = str(error).partition("; ")
+        problems.add(keys["augment"], what, hint)
+        return None
+
+
+def _make_augment(node: Node, problems: Problems) -> tuple[Augmentation, ...]:
+    steps = []
+    for item in make_list(node, problems, f"give a list of {listed(AUGMENTATIONS)}"):
+        if isinstance(item.value, str) and item.value not in AUGMENTATIONS:
+            problems.add(item, f"unknown augmentation {shown(item.value)}", suggest(item.value, AUGMENTATIONS))
+        else:
+            steps.append(_make_choice(item, AUGMENTATIONS, "augmentation", problems, several="augmentations"))
+    return tuple(step for step in steps if step is not None)
 
 
 def _make_task(node: Node, problems: Problems) -> Task | None:

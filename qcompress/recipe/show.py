@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcompress.recipe.sections import VERSION
 from qcompress.types.plan import Finetune, Recipe, Rule, Widths
-from qcompress.types.settings import OPTIMIZERS, SCHEDULES, TASKS
+from qcompress.types.settings import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TASKS, Augmentation, augmentation_name
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -78,7 +78,7 @@ def _sections(recipe: Recipe) -> dict[str, object]:
         found["model"] = _written(recipe.model)
     if recipe.data is not None:
         data, train = recipe.data, recipe.data.train
-        augment = {} if train is None else {"augment": list(train.augment)}
+        augment = {} if train is None else {"augment": [_short(step) for step in train.augment]}
         parts: dict[str, dict[str, object]] = {
             "calibration": _written(data.calibration),
             "eval": _written(data.eval),
@@ -134,6 +134,11 @@ def _named(chosen: DataclassInstance, kinds: Mapping[str, type]) -> dict[str, ob
     """One of a few kinds under its name."""
     (kind,) = (kind for kind, config in kinds.items() if type(chosen) is config)
     return {kind: _written(chosen)}
+
+
+def _short(step: Augmentation) -> object:
+    """An augmentation by its name alone where it has no options."""
+    return _named(step, AUGMENTATIONS) if _written(step) else augmentation_name(step)
 
 
 def _written(settings: DataclassInstance | None) -> dict[str, object]:

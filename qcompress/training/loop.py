@@ -25,7 +25,7 @@ from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
 from qcompress.training.state import DamagedState, Progress, Trainee, load_state, save_state
 from qcompress.types.run import seeded_generator
-from qcompress.types.settings import Training
+from qcompress.types.settings import Augmentation, Training
 
 SAVED_SECONDS = 300.0
 """A state is saved at least so often, where the recipe does not count steps."""
@@ -37,7 +37,7 @@ class Data:
     """What is trained on; `place` names it in errors."""
 
     batches: Batches
-    augment: tuple[str, ...] = ()
+    augment: tuple[Augmentation, ...] = ()
     place: str = "data.train"
 
     def read(self, samples: Sequence[int], draw: Draw) -> Batch:
@@ -214,7 +214,8 @@ def _portions(run: _Run) -> Iterator[list[Batch]]:
     for index in range(done, run.steps_an_epoch):
         portion = []
         for place, samples in enumerate(itertools.islice(drawn, accumulate)):
-            draw = Draw(run.seed, f"images of {progress.epoch}, {index}, {place}", run.world.rank, run.world.size)
+            epoch, batch = f"images of {progress.epoch}", f"{index}, {place}"
+            draw = Draw(run.seed, epoch, batch, run.world.rank, run.world.size)
             portion.append(run.data.read(samples, draw).to(run.device))
         yield portion
 
@@ -342,7 +343,7 @@ def norm_batches(data: Data, count: int, seed: int) -> Iterator[Batch]:
     """
     drawn = data.batches.shuffled(seeded_generator(seed, "batch norms", "cpu"))
     for index, samples in enumerate(itertools.islice(drawn, count)):
-        yield data.read(samples, Draw(seed, f"images of batch norms, {index}"))
+        yield data.read(samples, Draw(seed, "images of batch norms", str(index)))
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ def make_loss(
 ) -> Loss:
     """The loss of a task: cross-entropy over labels or tokens, or the mean squared error.
 
+    Labels of classes are int64 [samples], or class probabilities, float32 [samples, at most the model's classes].
+
     smoothing  share of each target that is spread over all classes
     name       "module:function" or "file.py:function" in its place
     raises     ModelError for a task that has no loss of its own, as one from code, and for a name that is no
@@ -108,12 +110,17 @@ def _labels(batch: Batch) -> Tensor:
 
 def _labels_loss(output: Tensor, batch: Batch, smoothing: float) -> Tensor:
     labels = _labels(batch)
-    if output.ndim != 2 or labels.shape != output.shape[:1]:
+    are_shares = labels.is_floating_point() and labels.ndim == 2
+    if output.ndim != 2 or labels.shape[: labels.ndim - are_shares] != output.shape[:1]:
         what = f"the model gives {list(output.shape)} for labels of {list(labels.shape)}"
         raise DataError("data.train", what, "give one label a sample, and a model that gives [samples, classes]")
-    if int(labels.max()) >= output.shape[1] or int(labels.min()) < 0:
-        what = f"label {int(labels.max())} is outside the model's {output.shape[1]} classes"
+    low, high = (0, labels.shape[1] - 1) if are_shares else (int(labels.min()), int(labels.max()))
+    if high >= output.shape[1] or low < 0:
+        what = f"label {high} is outside the model's {output.shape[1]} classes"
         raise DataError("data.train", what, "check the labels, and the model's number of classes")
+    if are_shares:
+        # Classes beyond those of the batch have no share in it.
+        labels = F.pad(labels, (0, output.shape[1] - labels.shape[1]))
     return F.cross_entropy(output.float(), labels, label_smoothing=smoothing)
 
 

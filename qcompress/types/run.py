@@ -153,12 +153,16 @@ class FitContext:
     say: Say = lambda _: None
 
 
+def forked_seed(seed: int, name: str) -> int:
+    """A seed of one's own for whatever has this name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
+
+
 def seeded_generator(seed: int, name: str, device: torch.device | str) -> torch.Generator:
     """Random numbers for one layer or tensor, whatever the order in which they come."""
     import torch
 
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator(device).manual_seed(forked_seed(seed, name))
 
 
 @dataclass(frozen=True)

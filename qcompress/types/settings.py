@@ -14,9 +14,6 @@ from annotated_types import Ge, Gt, Interval, MinLen
 if TYPE_CHECKING:
     from pydantic import ConfigDict
 
-AUGMENTATIONS = ("flip", "crop4")
-"""Left and right exchanged by a coin; a random crop after padding by 4 black pixels."""
-
 Share: TypeAlias = Annotated[float, Interval(ge=0, le=1)]
 Args: TypeAlias = dict[str, Any]
 """Keyword arguments of a callable that a recipe names."""
@@ -149,11 +146,125 @@ DATA_KINDS: Mapping[str, type[Data]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Flip(Section):
+    """Left and right are exchanged by a coin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop4(Section):
+    """A random crop of the same size, after padding by 4 black pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop(Section):
+    """A random part of the image, resized to a square; of a folder's images the whole ones are cut, in place of `crop`.
+
+    size   height and width of the result
+    scale  the part's share of the area, from and to
+    ratio  its width over its height, from and to
+    """
+
+    size: Annotated[int, Ge(1)]
+    scale: tuple[Annotated[float, Gt(0)], Annotated[float, Interval(gt=0, le=1)]] = (0.08, 1.0)
+    ratio: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if low > high:
+                raise ValueError(f"{name} goes from {low:g} down to {high:g}; give the smaller one first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorJitter(Section):
+    """Random changes of colour, in random order: factors from 1 - x to 1 + x, and a turn of the hue.
+
+    brightness  x, from 0
+    contrast    x
+    saturation  x
+    hue         the turn at most, in full circles
+    """
+
+    brightness: Annotated[float, Ge(0)] = 0.0
+    contrast: Annotated[float, Ge(0)] = 0.0
+    saturation: Annotated[float, Ge(0)] = 0.0
+    hue: Annotated[float, Interval(ge=0, le=0.5)] = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.brightness or self.contrast or self.saturation or self.hue):
+            raise ValueError("color_jitter changes nothing; give brightness, contrast, saturation or hue")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandAugment(Section):
+    """Some of fourteen changes of shape and colour, drawn for each image (Cubuk et al. 2020, arXiv 1909.13719).
+
+    num_ops    how many
+    magnitude  how far each goes
+    """
+
+    num_ops: Annotated[int, Ge(1)] = 2
+    magnitude: Annotated[int, Interval(ge=0, le=30)] = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixUp(Section):
+    """Each image and its label are mixed with another's of the batch (Zhang et al. 2018, arXiv 1710.09412).
+
+    alpha  of the Beta distribution that a batch's share is drawn from
+    """
+
+    alpha: Annotated[float, Gt(0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutMix(Section):
+    """A rectangle of each image comes from another of the batch, as its label does in part (arXiv 1905.04899).
+
+    alpha  of the Beta distribution that the rectangle's share is drawn from
+    """
+
+    alpha: Annotated[float, Gt(0)] = 1.0
+
+
+Augmentation: TypeAlias = Flip | Crop4 | RandomResizedCrop | ColorJitter | RandAugment | MixUp | CutMix
+
+AUGMENTATIONS: Mapping[str, type[Augmentation]] = {
+    "flip": Flip,
+    "crop4": Crop4,
+    "random_resized_crop": RandomResizedCrop,
+    "color_jitter": ColorJitter,
+    "rand_augment": RandAugment,
+    "mixup": MixUp,
+    "cutmix": CutMix,
+}
+"""What can be done to an image each time it is drawn, by name."""
+
+MIXING = (MixUp, CutMix)
+"""What mixes finished images of a batch, and their labels."""
+
+
+def augmentation_name(step: Augmentation) -> str:
+    return next(name for name, kind in AUGMENTATIONS.items() if type(step) is kind)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainData:
     """Training data and what is done to an image each time it is drawn."""
 
     source: Data
-    augment: tuple[str, ...] = ()
+    augment: tuple[Augmentation, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [augmentation_name(step) for step in self.augment]
+        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+        if twice is not None:
+            raise ValueError(f"augment has {twice} twice; remove one")
+        if "random_resized_crop" in names[1:]:
+            raise ValueError("random_resized_crop is not the first of augment; put it there: it cuts whole images")
+        mixed = [isinstance(step, MIXING) for step in self.augment]
+        if mixed != sorted(mixed):
+            first = names[mixed.index(True)]
+            raise ValueError(f"{first} is not at the end of augment; put it there: it mixes finished images")
 
 
 @dataclass(frozen=True, kw_only=True)

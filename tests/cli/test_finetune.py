@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,20 @@ def test_distillation_from_the_checkpoint(run: Run, folder: Path, tmp_path: Path
     assert "distil: {share: 1.0, temperature: 4.0}" in shown.out
 
 
+AUGMENTED = [
+    "[flip, crop4]",
+    pytest.param(
+        "[{random_resized_crop: {size: 8}}, flip, {color_jitter: {hue: 0.1}}, rand_augment, mixup, cutmix]",
+        marks=pytest.mark.skipif(not find_spec("torchvision"), reason="torchvision is not installed"),
+    ),
+]
+
+
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bytes(run: Run, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("augment", AUGMENTED)
+def test_a_killed_run_goes_on_to_the_same_bytes(run: Run, folder: Path, tmp_path: Path, augment: str) -> None:
     more = ["--resume", "--set", "finetune.epochs=20", "--set", "finetune.save_steps=1"]
+    more += ["--set", f"data.train.augment={augment}"]
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     assert run(*words_of(folder, whole, *more)).code == 0
     started = subprocess.Popen(
@@ -208,9 +220,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(run: Run, folder: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_two_ranks_do_what_one_process_does_with_twice_the_batch(run: Run, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("augment", AUGMENTED)
+def test_two_ranks_do_what_one_process_does_with_twice_the_batch(
+    run: Run, folder: Path, tmp_path: Path, augment: str
+) -> None:
     recipe = tmp_path / "plain.yaml"
-    recipe.write_text(anchored(RECIPE, folder).replace("norm: true", "norm: false"))
+    recipe.write_text(anchored(RECIPE, folder).replace("norm: true", "norm: false").replace("[flip]", augment))
     words = ["finetune-reg", str(folder / "plain.safetensors"), "-r", str(recipe), "--allow-code", "-q"]
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     assert run(*words, "-o", one, "--set", "data.train.batch_size=32").code == 0
@@ -252,6 +267,12 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "no data": (["--set", "data.train.npz=none.npz"], 3, "none.npz"),
     "no match": (["--set", "finetune.regularize.0.match=x"], 3, "decides nothing"),
     "metric": (["--min-metric", "bleu=1"], 3, "does not measure 'bleu'"),
+    "no size": (["--set", "data.train.augment=[random_resized_crop]"], 3, "`size` is missing"),
+    "mixed pixels": (
+        ["--set", "data.train.augment=[mixup]", "--set", "task=reconstruction"],
+        3,
+        "mixup mixes images and their classes, and the task is reconstruction",
+    ),
     "no leave": (["--no-color"], 2, "--allow-code"),
 }
 

@@ -24,6 +24,7 @@ from qcompress.training.loop import norm_batches, refresh_norms
 from qcompress.training.parallel import ALONE, World
 from qcompress.types.plan import Recipe
 from qcompress.types.run import ModelRun
+from qcompress.types.settings import Crop4, Flip
 
 TEXT = """
 version: 1
@@ -111,5 +112,5 @@ def test_augmented_images_are_those_that_a_published_network_was_trained_on() ->
     for augment in (data.augment, ()):
         refresh_norms(module, norm_batches(replace(data, augment=augment), 32, made.seed))
         divergence.append(float(F.kl_div(outputs(), before, log_target=True, reduction="batchmean")))
-    assert data.augment == ("flip", "crop4")
+    assert data.augment == (Flip(), Crop4())
     assert divergence[0] < 0.005 and divergence[1] > 0.1

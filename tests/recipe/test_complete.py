@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qcompress.recipe import parse_recipe, refuse_missing
+from qcompress.recipe import parse_recipe, refuse_missing, refuse_untrainable
 
 MODEL = "model: {factory: a:b}\n"
 CALIBRATION = "data: {calibration: {npz: c.npz}}\n"
@@ -57,6 +57,19 @@ def test_what_is_complete(method: str, sections: str) -> None:
 def test_what_is_missing_is_said_with_its_mend(method: str, sections: str, what: str) -> None:
     errors = lacks(method, sections)
     assert len(errors) == 1 and what in errors[0] and errors[0].startswith(("r.yaml:", "gates."))
+
+
+@pytest.mark.parametrize("task", ["reconstruction", "translation", "{factory: {factory: a:b}}", "classification"])
+def test_only_classes_are_mixed_whatever_trains(task: str) -> None:
+    data = "data: {train: {npz: t.npz, augment: [flip, cutmix]}, eval: {npz: e.npz}}\n"
+    finetune = "finetune: {optimizer: {sgd: {lr: 0.1}}}\n"
+    sections = f"{MODEL}{data}task: {task}\n{finetune}"
+    what = "cutmix mixes images and their classes, and the task is"
+    found = [lacks(method, sections) for method in ("lsq: {bits: 4}", "kmeans: {bits: 4, tune: {}}")]
+    found.append([*map(str, refuse_untrainable(parse_recipe("version: 1\n" + sections, "r.yaml")))])
+    for errors in found:
+        assert (errors == []) == (task == "classification")
+        assert all(error.startswith("r.yaml:3: data.train: " + what) for error in errors)
 
 
 def test_statistics_stand_in_for_model_and_data() -> None:

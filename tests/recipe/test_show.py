@@ -150,6 +150,20 @@ def test_shown_recipe() -> None:
     ]
 
 
+def test_augmentations_are_shown_as_they_are_written() -> None:
+    text = "version: 1\nrules: [{match: a, rtn: {bits: 2}}]\ndata: {train: {npz: a, augment: AUGMENT}}\n"
+    written = "[{random_resized_crop: {size: 8}}, flip, {color_jitter: {hue: 0.1}}, rand_augment, {cutmix: {}}]"
+    recipe = parse_recipe(text.replace("AUGMENT", written), "r.yaml")
+    assert recipe_json(recipe)["data"]["train"]["augment"] == [
+        {"random_resized_crop": {"size": 8, "scale": [0.08, 1.0], "ratio": [0.75, 4 / 3]}},
+        "flip",
+        {"color_jitter": {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.1}},
+        {"rand_augment": {"num_ops": 2, "magnitude": 9}},
+        {"cutmix": {"alpha": 1.0}},
+    ]
+    assert parse_recipe(recipe_yaml(recipe), "again").data == recipe.data
+
+
 def test_canonical_data() -> None:
     data = recipe_json(parse_recipe(SMALL, "r.yaml"))
     assert data == {

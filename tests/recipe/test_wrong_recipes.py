@@ -215,6 +215,43 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         RULE + "data: {train: {npz: a, augment: [flop]}}\n",
         ["r.yaml:4: data.train.augment[0]: unknown augmentation `flop`; did you mean `flip`?"],
     ),
+    "an augmentation without its size": (
+        RULE + "data: {train: {npz: a, augment: [random_resized_crop]}}\n",
+        ["r.yaml:4: data.train.augment[0].random_resized_crop: `size` is missing; add `size`, an integer at least 1"],
+    ),
+    "an unknown option of an augmentation": (
+        RULE + "data: {train: {npz: a, augment: [flip, {mixup: {alfa: 1}}]}}\n",
+        ["r.yaml:4: data.train.augment[1].mixup.alfa: unknown key `alfa`; did you mean `alpha`?"],
+    ),
+    "an augmentation that changes nothing": (
+        RULE + "data: {train: {npz: a, augment: [color_jitter]}}\n",
+        [
+            "r.yaml:4: data.train.augment[0].color_jitter: color_jitter changes nothing; "
+            "give brightness, contrast, saturation or hue"
+        ],
+    ),
+    "a range from large to small": (
+        RULE + "data: {train: {npz: a, augment: [{random_resized_crop: {size: 8, scale: [0.9, 0.5]}}]}}\n",
+        [
+            "r.yaml:4: data.train.augment[0].random_resized_crop: scale goes from 0.9 down to 0.5; "
+            "give the smaller one first"
+        ],
+    ),
+    "an augmentation twice": (
+        RULE + "data: {train: {npz: a, augment: [flip, crop4, flip]}}\n",
+        ["r.yaml:4: data.train.augment: augment has flip twice; remove one"],
+    ),
+    "a cut of the whole image after a change of it": (
+        RULE + "data: {train: {npz: a, augment: [flip, {random_resized_crop: {size: 8}}]}}\n",
+        [
+            "r.yaml:4: data.train.augment: random_resized_crop is not the first of augment; "
+            "put it there: it cuts whole images"
+        ],
+    ),
+    "a change of mixed images": (
+        RULE + "data: {train: {npz: a, augment: [mixup, flip]}}\n",
+        ["r.yaml:4: data.train.augment: mixup is not at the end of augment; put it there: it mixes finished images"],
+    ),
     "unknown task": (
         RULE + "task: {clasification: {}}\n",
         ["r.yaml:4: task.clasification: unknown task `clasification`; did you mean `classification`?"],

@@ -19,7 +19,7 @@ from qcompress.training.losses import make_loss
 from qcompress.training.penalties import attach_penalties
 from qcompress.training.trainer import Trainer
 from qcompress.types.plan import Decision, Rule, TensorInfo
-from qcompress.types.settings import Classification, Cosine, Sgd, Training, TrainingOptions
+from qcompress.types.settings import Classification, Cosine, Crop4, Flip, Sgd, Training, TrainingOptions
 
 
 def points(count: int = 96) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def settings(**options: Any) -> Training:
 def run(module: nn.Module, training: Training, watch: Watch | None = None, **more: Any) -> Trained:
     penalties = more.pop("penalties", None)
     penalties = attach_penalties(module, rules()) if penalties is None else penalties
-    data = more.pop("data", Data(batches(), ("flip", "crop4")))
+    data = more.pop("data", Data(batches(), (Flip(), Crop4())))
     return train(module, data, make_loss(Classification()), training, penalties, watch or Watch(), seed=5, **more)
 
 

@@ -23,7 +23,7 @@ from qcompress.training.loop import Data, Watch, norm_batches, refresh_norms
 from qcompress.training.optimizers import rate_at
 from qcompress.training.penalties import Penalties, attach_penalties
 from qcompress.types.plan import Rule
-from qcompress.types.settings import AdamW, Classification, Cosine, Sgd, Training, TrainingOptions
+from qcompress.types.settings import AdamW, Classification, Cosine, Crop4, Flip, Sgd, Training, TrainingOptions
 
 from .small import assert_same, batches, net, points, rules, run, settings, weights
 
@@ -277,7 +277,7 @@ def test_norms_are_taken_from_images_as_training_sees_them() -> None:
     """Of images that are 1 everywhere, only black around them has another value."""
     ones = Batches(32, 16, lambda indices: Batch((torch.ones(len(indices), 1, 8, 8),)))
     spread = []
-    for augment in ((), ("flip",), ("flip", "crop4")):
+    for augment in ((), (Flip(),), (Flip(), Crop4())):
         norm = nn.BatchNorm2d(1)
         refresh_norms(norm, norm_batches(Data(ones, augment), 2, seed=0))
         spread.append(float(norm.running_var))  # type: ignore[arg-type]

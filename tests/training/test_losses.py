@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,23 @@ def test_distillation_is_the_cross_entropy_with_soft_labels(temperature: float) 
         loss.double(), 0.75 * plain(output, batch).double() + 0.25 * distance, rtol=1e-5, atol=1e-6
     )
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_labels_may_be_class_probabilities(share: float) -> None:
+    """The loss is that of each label, by its share; classes that the batch does not show have none."""
+    torch.manual_seed(0)
+    output, batch, teacher = torch.randn(6, 5), labelled(), nn.Linear(3, 5)
+    loss = distilled(make_loss(Classification(), 0.1), Classification(), teacher, Distil(share=share))
+    assert batch.labels is not None
+    other = batch.labels.roll(1)
+    mixed = 0.7 * F.one_hot(batch.labels, 4) + 0.3 * F.one_hot(other, 4)
+    found = loss(output, replace(batch, labels=mixed))
+    torch.testing.assert_close(found, 0.7 * loss(output, batch) + 0.3 * loss(output, replace(batch, labels=other)))
+    with pytest.raises(DataError, match="label 3 is outside the model's 3 classes"):
+        make_loss(Classification())(output[:, :3], replace(batch, labels=mixed))
+    with pytest.raises(DataError, match="one label a sample"):
+        make_loss(Classification())(output, replace(batch, labels=mixed[:4]))
 
 
 def test_a_network_is_at_no_distance_from_itself() -> None:

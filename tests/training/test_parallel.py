@@ -19,7 +19,7 @@ def drawn(samples: int, batch_size: int, world: World, seed: int = 0) -> list[li
     batches = Batches(samples, batch_size, lambda chosen: Batch((torch.tensor(list(chosen)),)))
     steps = batches.shuffled(torch.Generator().manual_seed(seed), world.size)
     data = Data(batches)
-    return [data.read(step, Draw(seed, "", world.rank, world.size)).args[0].tolist() for step in steps]
+    return [data.read(step, Draw(seed, "", "", world.rank, world.size)).args[0].tolist() for step in steps]
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.integers(0, 5))

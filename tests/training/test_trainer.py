@@ -10,6 +10,7 @@ from model.networks import Residual
 
 from qcompress.errors import DataError
 from qcompress.training.trainer import INIT_SAMPLES
+from qcompress.types.settings import Crop4, Flip
 
 from .small import assert_same, make_trainer, weights
 
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 def test_the_first_batches_are_drawn_by_the_seed_and_not_augmented() -> None:
     trainer = make_trainer(Residual)
     found = trainer.first_batches(CPU)
-    augmented = replace(trainer, data=replace(trainer.data, augment=("flip", "crop4"))).first_batches(CPU)
+    augmented = replace(trainer, data=replace(trainer.data, augment=(Flip(), Crop4()))).first_batches(CPU)
     (whole,) = replace(trainer.data.batches, batch_size=48)
     for batch, again in zip(found, augmented, strict=True):
         assert torch.equal(batch.args[0], again.args[0])
