@@ -37,6 +37,7 @@ from qcompress.training.loop import Data, Trained, Watch, train
 from qcompress.training.losses import Loss, distilled, make_loss
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties, attach_penalties, weight_kinds
+from qcompress.training.runaway import leave_out_tiny
 from qcompress.training.state import last_good
 from qcompress.training.trainer import Trainer
 from qcompress.training.warnings import advise_after, advise_before
@@ -80,7 +81,8 @@ def finetune(
     torch.manual_seed(recipe.seed)
     module = load_network(model_run, checkpoint).to(model_run.device)
     penalties = attach_penalties(module, recipe.finetune.regularize)
-    warnings = advise_before(penalties, training, recipe.rules)
+    penalties, warnings = leave_out_tiny(penalties, training.optimizer.lr)
+    warnings += advise_before(penalties, training, recipe.rules)
     watch = _watch(checkpoint, model_run, options, world)
     teacher = copy.deepcopy(module).eval() if training.distil else module
     trainer = make_trainer(model_run, teacher, watch, world)
@@ -89,7 +91,7 @@ def finetune(
     if not world.is_first:
         return None
     after = _judge(module, model_run, "after")
-    warnings += advise_after(penalties)
+    warnings += [*trained.warnings, *advise_after(penalties)]
     accuracy = compare(before.metrics, after.metrics) if before is not None and before.metrics else None
     metrics = {one.metric: one.value for one in after.metrics}
     return TrainingReport(
@@ -293,12 +295,21 @@ def _write(module: nn.Module, checkpoint: Checkpoint | None, staged: Path) -> No
             tensors = {
                 info.name: values[info.name].to(KEPT_DTYPES[info.dtype]).contiguous().clone() for info in shard.tensors
             }
+            _refuse_overflow(tensors, values)
             path = staged / shard.path.name if checkpoint.is_folder else staged
             write_checkpoint(tensors, path, shard.metadata)
         if checkpoint.is_folder:
             copy_companions(checkpoint.path, staged)
             for index in checkpoint.path.glob(f"*{INDEX_SUFFIX}"):
                 shutil.copyfile(index, staged / index.name)
+
+
+def _refuse_overflow(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Raise TrainingError where a trained value has outgrown the dtype of the checkpoint."""
+    for name, stored in tensors.items():
+        if stored.is_floating_point() and bool((values[name].isfinite() & ~stored.isfinite()).any()):
+            what = f"{name!r} holds values that {str(stored.dtype).removeprefix('torch.')} does not"
+            raise TrainingError("training", what, "lower the learning rate or the strength, or set clip_norm")
 
 
 def _trials(kind: TrialKind, widths: Sequence[int], before: _Judged | None, after: _Judged) -> tuple[TrialFigures, ...]:

@@ -20,6 +20,7 @@ from qcompress.registry import LsqConfig
 from qcompress.solvers.learned_grids import (
     affine_of_blocks,
     blocks_of,
+    expected_size,
     gradient_share,
     inputs_on_steps,
     least_error_step,
@@ -87,10 +88,19 @@ class LearnedStep(nn.Module):
         config = decision.config
         self.decision, self.bits = decision, config.bits
         blocks = blocks_of(weight.detach(), decision)
-        self.exponent = exponent_for(float(blocks.abs().max()))
+        most = 2 ** (self.bits - 1) - 1
+        mean = step_start(blocks.abs().mean(1), most)
+        start = mean if config.start == "mean" else least_error_step(blocks, self.bits)
+        if not bool((start > 0).any()):
+            # A layer that is zero has no step of its own, and would stay zero for ever on the least step there is.
+            expected = expected_size(decision)
+            self.exponent = exponent_for(expected)
+            start = torch.full_like(start, float(step_start(torch.tensor(expected / 2), most)))
+        else:
+            self.exponent = exponent_for(float(blocks.abs().max()))
+            start = torch.where(start > 0, start, start.sum() / (start > 0).sum())
         floor = least_scale(self.exponent)
-        mean = step_start(blocks.abs().mean(1), 2 ** (self.bits - 1) - 1)
-        start = (mean if config.start == "mean" else least_error_step(blocks, self.bits)).clamp_min(floor)
+        start = start.clamp_min(floor)
         self.step = nn.Parameter(start)
         self.register_buffer("least", (start * LEAST_SHARE).clamp_min(floor), persistent=False)
         self.least: Tensor

@@ -23,6 +23,7 @@ from qcompress.registry import PactConfig
 from qcompress.solvers.learned_grids import (
     affine_of_blocks,
     blocks_of,
+    expected_size,
     inputs_below_clip,
     least_scale,
     nearest_middle,
@@ -82,7 +83,9 @@ class SquashedWeight(nn.Module):
         super().__init__()
         self.config = decision.config
         self.decision = decision
-        self.exponent = exponent_for(float(self._squash(blocks_of(weight.detach(), decision)).abs().max()))
+        largest = float(self._squash(blocks_of(weight.detach(), decision)).abs().max())
+        # A layer that is zero would stay zero for ever on the scales that the least exponent allows.
+        self.exponent = exponent_for(largest or expected_size(decision))
 
     def forward(self, weight: Tensor) -> Tensor:
         squashed = self._squash(blocks_of(weight, self.decision))

@@ -59,6 +59,13 @@ def affine_of_blocks(codes: Tensor, scale: Tensor, exponent: int, decision: Deci
     )
 
 
+def expected_size(decision: Decision) -> float:
+    """Of what size a layer's weights are expected to become that is zero: the bound that layers are initialized in,
+    1 / sqrt(fan-in)."""
+    rows = row_shape(decision.tensor.shape, decision.axis)
+    return 1 / math.sqrt(max(math.prod(rows[1:]), 1))
+
+
 def step_start(mean: Tensor, most: int) -> Tensor:
     """Where a step starts: 2 mean|v| / sqrt(Qp).
 

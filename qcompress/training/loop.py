@@ -23,6 +23,7 @@ from qcompress.training.losses import Loss
 from qcompress.training.optimizers import Group, make_optimizer, rate_at
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
+from qcompress.training.runaway import growth_words, refuse_runaway, sizes_of
 from qcompress.training.state import DamagedState, Progress, Trainee, load_state, save_state
 from qcompress.types.run import seeded_generator
 from qcompress.types.settings import Augmentation, Training
@@ -74,6 +75,7 @@ class Trained:
     loss     mean of the last epoch's steps, penalties not counted
     kept     the epoch whose weights were kept, from 1
     metrics  after each epoch: metric -> value; empty where nothing is measured
+    warnings what is to be said of the weights that came out
     """
 
     steps: int
@@ -81,6 +83,7 @@ class Trained:
     loss: float
     kept: int
     metrics: tuple[Mapping[str, float], ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def train(
@@ -104,7 +107,7 @@ def train(
     after_step  called after each step with the share of all steps that are done, and before the first of a resumed run
     groups      parameters of the module that have an optimizer's settings of their own, see `make_optimizer`
     raises      DataError for fewer samples than a batch; TrainingError for a loss that is not finite, and for a saved
-                state that does not fit
+                state that does not fit; TrainingError for weights that have run away
     """
     options = training.options
     optimizer = make_optimizer(training.optimizer, module, penalties.learned(training.optimizer), groups)
@@ -119,6 +122,7 @@ def train(
             load_state(watch.state, trainee, watch.identity)
         except DamagedState as damage:
             watch.say(f"{watch.state.name} is dropped, and training starts anew: it {damage.what}")
+    progress.sizes = progress.sizes or sizes_of(module)
     log = _Log(watch.log if world.is_first else None, progress.log_bytes)
     run = _Run(data, loss_of, training, trainee, watch, seed, world, world.wrap(module), log, highest)
     if progress.step:
@@ -142,7 +146,8 @@ def train(
         kept = progress.best_epoch
         module.load_state_dict(progress.best_state)
     module.eval()
-    return Trained(run.total, progress.seconds, run.loss, kept, tuple(progress.metrics))
+    grown = tuple(growth_words(progress.sizes, sizes_of(module)))
+    return Trained(run.total, progress.seconds, run.loss, kept, tuple(progress.metrics), grown)
 
 
 def refuse_few(data: Data, accumulate: int, world: World) -> None:
@@ -304,6 +309,8 @@ def _is_due(run: _Run) -> bool:
 
 
 def _save(run: _Run) -> None:
+    """Save the state where one is asked for. Raises TrainingError for a run gone astray; the state before stays."""
+    refuse_runaway(run.trainee.module, run.trainee.penalties, run.trainee.progress.step)
     run.saved = time.monotonic()
     run.trainee.progress.seconds = run.spent + run.saved - run.started
     run.trainee.progress.log_bytes = run.log.bytes

@@ -38,6 +38,7 @@ class Progress:
     best_epoch  the epoch of the best headline metric so far, from 1; 0 for none
     best_state  the weights that had it, where those are kept
     seconds     that training took so far
+    sizes       root mean square of each weight before training
     """
 
     step: int = 0
@@ -48,6 +49,7 @@ class Progress:
     best_epoch: int = 0
     best_state: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    sizes: dict[str, float] = field(default_factory=dict)
 
 
 _PLAIN = tuple(one.name for one in fields(Progress) if one.name != "best_state")

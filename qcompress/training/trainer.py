@@ -63,6 +63,8 @@ class Trainer:
             after_step=after_step,
             groups=groups,
         )
+        for line in self.trained.warnings:
+            self.watch.say(f"warning: {line}")
         return self.trained
 
     def first_batches(self, device: torch.device) -> list[Batch]:
