@@ -42,6 +42,8 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "squant symmetric": ("squant", {"symmetric": True}),
     "squant EK": ("squant", {"stages": "EK"}),
     "squant EC": ("squant", {"stages": "EC"}),
+    "squant paper": ("squant", {"preset": "paper"}),
+    "squant paper EK": ("squant", {"preset": "paper", "stages": "EK"}),
     "squant minmax": ("squant", {"range": "minmax"}),
     "squant minmax EK": ("squant", {"range": "minmax", "stages": "EK"}),
     "squant minmax E": ("squant", {"range": "minmax", "stages": "E"}),

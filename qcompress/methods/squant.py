@@ -13,7 +13,7 @@ from qcompress.coding.grids import from_half, middle, round_offset, round_scale
 from qcompress.coding.rows import blocks_from_rows, grid_shape
 from qcompress.registry import SquantConfig
 from qcompress.solvers.blocks import extremes, fold
-from qcompress.solvers.grids import Grid, minmax_grid, symmetric_grid
+from qcompress.solvers.grids import Grid, affine_from_codes, minmax_grid, symmetric_grid, zero_point_grid
 from qcompress.solvers.ranges import least_squares_grid
 from qcompress.types.encoded import Affine
 from qcompress.types.run import EncodeContext
@@ -74,14 +74,15 @@ def encode(weight: Tensor, config: SquantConfig, context: EncodeContext) -> Affi
     Of equal errors the first flips first. Under group granularity sums never mix scales: stage C works on each group,
     stage K on each part of a kernel that lies within one group.
 
-    Range `minmax` spans the weights, as published. Range `clip` is ours: the grid of least squared error; in
-    convolutions (three dimensions or more) weights and grid are then stretched about their means so that what is coded
-    keeps the size of the weights, see `_gains`.
+    Range `minmax` spans the weights: with `preset: paper` on a grid with an integer zero point, as published, else with
+    a real offset, which is ours. So is range `clip`: the grid of least squared error; in convolutions (three dimensions
+    or more) weights and grid are then stretched about their means so that what is coded keeps the size of the weights,
+    see `_gains`.
 
-    Source: Guo et al. 2022, arXiv 2202.07471, sections 3.3 and 3.4. Differs from the published code: errors are
-    counted after clamping, so that neighbours make up for clipped weights; a kernel whose errors sum to zero nominates
-    nothing; the offset is a real number, and scale and offset are rounded to float16 before anything else; positions
-    are rounded to 2**-16 of a step.
+    Source: Guo et al. 2022, arXiv 2202.07471, sections 3.3 and 3.4. Differs from the published code, with the preset
+    too: errors are counted after clamping, so that neighbours make up for clipped weights; a kernel whose errors sum to
+    zero nominates nothing; a range with a zero point always holds zero, so that the zero point is a code; scale and
+    offset are rounded to float16 before anything else; positions are rounded to 2**-16 of a step.
     """
     exponent = context.exponent
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
@@ -99,15 +100,8 @@ def encode(weight: Tensor, config: SquantConfig, context: EncodeContext) -> Affi
         if gains is not None:
             positions = _inflated(positions, cut, gains[grids], config.bits)
         codes[chunk] = flipped_codes(positions, cut, config.bits, config.stages)
-    return Affine(
-        codes=codes,
-        bits=config.bits,
-        scale=grid.scale.reshape(grid_rows, groups),
-        exponent=exponent,
-        shape=tuple(weight.shape),
-        offset=None if grid.offset is None else grid.offset.reshape(grid_rows, groups),
-        convention=grid.convention,
-    )
+    affine = affine_from_codes(codes, grid, config.bits, exponent, (grid_rows, groups))
+    return replace(affine, shape=tuple(weight.shape))
 
 
 def _make_grid(blocks: Tensor, config: SquantConfig, exponent: int) -> Grid:
@@ -115,6 +109,8 @@ def _make_grid(blocks: Tensor, config: SquantConfig, exponent: int) -> Grid:
         return least_squares_grid(blocks, config.bits, bool(config.symmetric), exponent)
     if config.symmetric:
         return symmetric_grid(*extremes(blocks), config.bits, config.stored_convention, exponent)
+    if config.form == "zero-point":
+        return zero_point_grid(*extremes(blocks), config.bits, exponent)
     return minmax_grid(blocks, config.bits, exponent)
 
 
@@ -169,6 +165,8 @@ def _positions(values: Tensor, grid: Grid, grids: slice, bits: int, exponent: in
     if grid.offset is not None:
         steps.sub_(from_half(grid.offset[grids], 0).unsqueeze(1))
     steps.div_(scale)
+    if grid.zero_point is not None:
+        steps.add_(grid.zero_point[grids].unsqueeze(1))
     if grid.convention is not None:
         steps.add_(middle(grid.convention, bits))
     steps.clamp_(-REACH, 2**bits - 1 + REACH)

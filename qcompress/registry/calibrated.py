@@ -1,37 +1,28 @@
-"""Methods that work on a live model have their configs and entries here: from its graph, data, or training.
-
-`preset: paper` fills what is left open with the defaults of the official code; without it, with what measures best.
-"""
+"""Methods that work on a live model have their configs and entries here: from its graph, data, or training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
 from qcompress.registry.contract import Method
-from qcompress.registry.grids import GridConfig
+from qcompress.registry.grids import Given, GridConfig, PresetConfig
 from qcompress.types.config import Convention, Form, MethodConfig
 
-Preset = Literal["paper"]
 Effort = Literal["fast", "normal", "high"]
 Range = Literal["minmax", "mse", "tf-enhanced", "hessian"]
-Given: TypeAlias = Mapping[str, object]
-"""Options by name, for those that the recipe leaves open."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiveConfig(GridConfig):
+class LiveConfig(PresetConfig):
     """What the methods on a live model share.
 
-    preset  `paper`: whatever is not given is as in the official code
     range   how the grid's range is chosen: `minmax`; `mse`, the least squared error of the weights; `tf-enhanced`,
             AIMET's histogram; `hessian`, the least error of the layer's output, which needs calibration data
     """
 
-    preset: Preset | None = None
     range: Range | None = None
 
     @property
@@ -43,12 +34,6 @@ class LiveConfig(GridConfig):
     @property
     def stored_convention(self) -> Convention:
         return "full" if self.range == "tf-enhanced" else super().stored_convention
-
-    def _fill(self, paper: Given, fast: Given) -> None:
-        """Set every option that was not given from the preset."""
-        for name, value in (paper if self.preset == "paper" else fast).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +63,7 @@ class DfqConfig(LiveConfig):
             object.__setattr__(self, "granularity", "tensor")
         either: Given = {"range": "tf-enhanced"}
         official = {**either, "symmetric": True, "relu6": "relax", "fold": True, "equalize": True, "absorb": True}
-        self._fill(official, {**either, "relu6": "skip", "equalize": self.granularity == "tensor", "absorb": False})
+        self._follow(official, {**either, "relu6": "skip", "equalize": self.granularity == "tensor", "absorb": False})
         if self.range == "hessian":
             raise ValueError("range: hessian needs the inputs of each layer, which dfq never sees; use mse")
         super().__post_init__()
@@ -120,11 +105,11 @@ class AdaroundConfig(LiveConfig):
             "range": "tf-enhanced",
         }
         fast: Given = {"objective": "gram", "fold": False, "range": "hessian"}
-        self._fill(official, fast)
+        self._follow(official, fast)
         gram = self.objective == "gram"
         usual: Given = {"iterations": 500, "learning_rate": 3e-2, "strength": 0.1}
         published: Given = {"iterations": 10_000, "learning_rate": 1e-3, "strength": 0.01}
-        self._fill(published, usual if gram else published)
+        self._fill(usual if gram else published)
         super().__post_init__()
 
 
@@ -182,7 +167,7 @@ class PdquantConfig(LiveConfig):
             "drop": 0.0,
             "range": "hessian",
         }
-        self._fill(official, fast)
+        self._follow(official, fast)
         super().__post_init__()
 
     @property
@@ -211,7 +196,7 @@ class GptqConfig(LiveConfig):
 
     def __post_init__(self) -> None:
         official: Given = {"act_order": False, "asymmetric": False, "descent": 0, "range": "minmax"}
-        self._fill(official, {"act_order": True, "asymmetric": True, "descent": 2, "range": "hessian"})
+        self._follow(official, {"act_order": True, "asymmetric": True, "descent": 2, "range": "hessian"})
         super().__post_init__()
 
 

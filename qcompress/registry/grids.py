@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
@@ -13,6 +14,10 @@ from qcompress.types.config import Convention, Form, Granularity, MethodConfig, 
 from qcompress.types.plan import searched_convention
 
 DEFAULT_GROUP_SIZE = 64
+
+Preset = Literal["paper"]
+Given: TypeAlias = Mapping[str, object]
+"""Options by name, for those that the recipe leaves open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,16 +132,41 @@ class MseConfig(GridConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SquantConfig(GridConfig):
+class PresetConfig(GridConfig):
+    """What methods share that can be asked to be as published; without a preset they are as measures best.
+
+    preset  `paper`: whatever is not given is as in the official code
+    """
+
+    preset: Preset | None = None
+
+    def _follow(self, paper: Given, usual: Given) -> None:
+        """Set every option that was not given: from the first with the preset, else from the second."""
+        self._fill(paper if self.preset == "paper" else usual)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquantConfig(PresetConfig):
     """SQuant: flip roundings until the errors of each kernel and each channel sum to nearly nothing.
 
-    range   `minmax` as published, or `clip`: the least-squares range, in convolutions stretched so that what is coded
-            keeps its size, with the clipped error counted in the sums
+    preset  `paper`: range minmax and stages EKC, on a grid with an integer zero point
+    range   `minmax`: from the least to the largest weight; `clip`: the least-squares range, in convolutions stretched
+            so that what is coded keeps its size, with the clipped error counted in the sums; clip where absent
     stages  E rounds, K flips within kernels, C flips within channels
     """
 
-    range: Literal["minmax", "clip"] = "clip"
+    range: Literal["minmax", "clip"] | None = None
     stages: Literal["E", "EK", "EC", "EKC"] = "EKC"
+
+    def __post_init__(self) -> None:
+        if self.preset == "paper" and self.range == "clip":
+            raise ValueError("range: clip is not the published method; leave preset out, or range")
+        self._follow({"range": "minmax"}, {"range": "clip"})
+        super().__post_init__()
+
+    @property
+    def form(self) -> Form:
+        return "zero-point" if self.preset == "paper" and not self.symmetric else super().form
 
 
 @dataclass(frozen=True, kw_only=True)

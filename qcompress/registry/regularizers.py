@@ -74,12 +74,6 @@ class RegularizerConfig(PenaltyConfig):
         """How many minima or representatives of its own it pulls weights to; None where it has none."""
         return None
 
-    def _fill(self, values: Mapping[str, object]) -> None:
-        """Set every option that was not given."""
-        for name, value in values.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DsmmConfig(RegularizerConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
 
@@ -29,7 +30,20 @@ STRICT: ConfigDict = {"extra": "forbid", "strict": True}
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class Options:
+    """What a recipe can say of one rule: every field an option, and those that it leaves out are None or a default."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def _fill(self, values: Mapping[str, object]) -> None:
+        """Set every option of these that was not given: what a recipe says comes before any preset."""
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class MethodConfig(Options):
     """What all configs have in common; what is not a config's own is as for a tensor that is kept.
 
     bits         of a code; None where codes have no width, or where a budget has yet to choose it
@@ -42,8 +56,6 @@ class MethodConfig:
 
     A dataclass field of the same name takes the place of what is read-only here.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     if TYPE_CHECKING:
         # At run time a field `bits` without a default would take the property for one.
@@ -105,10 +117,8 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
-class PenaltyConfig:
+class PenaltyConfig(Options):
     """What all regularizers' configs have in common: nothing that the plan reads; see registry.regularizers."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
 
 Coding: TypeAlias = Literal["packed", "zstd", "ans"]

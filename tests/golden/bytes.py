@@ -439,6 +439,7 @@ def grid_cases() -> Iterator[tuple[str, Case]]:
             f"squant-{span}-{stages}": f"squant: {{bits: 3, range: {span}, stages: {stages}}}"
             for span, stages in product(("minmax", "clip"), ("E", "EK", "EC", "EKC"))
         },
+        **{f"squant-paper-{bits}": f"squant: {{bits: {bits}, preset: paper}}" for bits in (2, 4, 8)},
     }
     for name, options in variants.items():
         yield f"grid/{name}", compressed("quantize", WEIGHTS, recipe=bare(options))

@@ -45,8 +45,11 @@ def stored_positions(weight: Tensor, encoded: Affine) -> np.ndarray:
     rows, groups = encoded.scale.shape
     values = weight.numpy().reshape(rows, groups, -1)
     scale = from_half(encoded.scale, encoded.exponent).numpy()[..., None]
-    assert encoded.offset is not None
-    steps = (values - from_half(encoded.offset, encoded.exponent).numpy()[..., None]) / scale
+    if encoded.zero_point is None:
+        assert encoded.offset is not None
+        steps = (values - from_half(encoded.offset, encoded.exponent).numpy()[..., None]) / scale
+    else:
+        steps = values / scale + encoded.zero_point.numpy()[..., None]
     return np.round(steps * np.float32(65536)).astype(np.float64).reshape(weight.shape[0], -1) / 65536
 
 
@@ -112,24 +115,88 @@ def reference_codes(positions: np.ndarray, bits: int, kernel: int, length: int, 
     return torch.tensor(rows, dtype=torch.uint8)
 
 
+@pytest.mark.parametrize("preset", [None, "paper"])
 @pytest.mark.parametrize("stages", ["E", "EK", "EC", "EKC"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_codes_are_those_of_the_reference(bits: int, shape: tuple[int, ...], stages: str) -> None:
+def test_codes_are_those_of_the_reference(bits: int, shape: tuple[int, ...], stages: str, preset: str | None) -> None:
     weight = gaussian(*shape, seed=bits)
-    encoded = coded(weight, bits=bits, stages=stages)
+    encoded = coded(weight, bits=bits, stages=stages, preset=preset)
     kernel, columns = math.prod(shape[2:]), math.prod(shape[1:])
     expected = reference_codes(stored_positions(weight, encoded), bits, kernel, columns, stages)
     assert torch.equal(encoded.codes, expected)
+
+
+def published(weight: Tensor, bits: int, stages: str) -> Tensor:
+    """The weight as the paper's code decodes it, in its own formulas: signed codes on a scale that multiplies.
+
+    Scale S = (2**b - 1) / (max - min) and zero point z = round(S min) + 2**(b-1) for each channel; a weight lies at
+    S w - z and comes back as (code + z) / S.
+    """
+    rows = weight.flatten(1).double().numpy()
+    half = 2 ** (bits - 1)
+    scale = (2**bits - 1) / (rows.max(1, keepdims=True) - rows.min(1, keepdims=True))
+    zero_point = np.round(scale * rows.min(1, keepdims=True)) + half
+    positions = scale * rows - zero_point
+    kernel = math.prod(weight.shape[2:])
+    codes = reference_codes(positions + half, bits, kernel, rows.shape[1], stages).double().numpy() - half
+    return torch.from_numpy((codes + zero_point) / scale).float().view(weight.shape)
+
+
+def on_lattice(weight: Tensor, bits: int) -> Tensor:
+    """The weight with every channel clipped so that its range is 2**bits - 1 steps that float16 holds, and with every
+    value a multiple of 2**-16 of a step: then nothing is rounded but codes and zero point."""
+    rows = weight.flatten(1)
+    step = torch.pow(2.0, torch.arange(len(rows)).fmod(5) - 4).unsqueeze(1)
+    low = -(2**bits - 1) * (0.3 + 0.4 * torch.rand(len(rows), 1, generator=torch.Generator().manual_seed(bits)))
+    low = (low * 65536).round() / 65536
+    places = (rows * 2**bits / 4 * 65536).round() / 65536
+    places = places.clamp(low, low + 2**bits - 1)
+    places[:, 1:2], places[:, 4:5] = low, low + 2**bits - 1
+    return (places * step).view(weight.shape)
+
+
+@pytest.mark.parametrize("stages", ["E", "EK", "EC", "EKC"])
+@pytest.mark.parametrize("shape", [(9, 12, 3, 3), (7, 1, 3, 3), (6, 40)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_preset_gives_the_weights_that_the_published_formulas_give(
+    bits: int, shape: tuple[int, ...], stages: str
+) -> None:
+    weight = on_lattice(gaussian(*shape, seed=bits), bits)
+    encoded = coded(weight, bits=bits, stages=stages, preset="paper")
+    assert torch.equal(decode(encoded), published(weight, bits, stages))
+
+
+def test_the_preset_has_a_zero_that_channels_of_one_sign_keep_in_range() -> None:
+    weight = gaussian(6, 5, 3, 3)
+    weight[:, 2] = 0
+    weight[0], weight[1] = weight[0].abs() + 1, -weight[1].abs() - 1
+    for bits in (2, 4, 8):
+        encoded = coded(weight, bits=bits, stages="E", preset="paper")
+        assert encoded.zero_point is not None and encoded.offset is None
+        zeros = encoded.zero_point.int().flatten()
+        assert (int(zeros[0]), int(zeros[1])) == (0, 2**bits - 1)
+        assert bool((decode(encoded)[2:, 2] == 0).all())
+
+
+def test_the_preset_is_overridden_by_what_is_given_and_refuses_our_range() -> None:
+    plain = SquantConfig(bits=4, preset="paper")
+    assert (plain.form, plain.unit, plain.range, plain.stages) == ("zero-point", "channel", "minmax", "EKC")
+    assert SquantConfig(bits=4, preset="paper", symmetric=True).form == "symmetric"
+    assert SquantConfig(bits=4, preset="paper", stages="EK", granularity="tensor").stages == "EK"
+    assert SquantConfig(bits=4).range == "clip"
+    with pytest.raises(ValueError, match="not the published method"):
+        SquantConfig(bits=4, preset="paper", range="clip")
 
 
 @pytest.mark.parametrize("group_size", [3, 6, 9, 12, 18, 15])
 @pytest.mark.parametrize("stages", ["EK", "EKC"])
 def test_groups_never_mix_scales(group_size: int, stages: str) -> None:
     weight = gaussian(4, 20, 3, 3) * torch.logspace(-2, 2, 20).view(1, 20, 1, 1)
-    encoded = coded(weight, bits=3, stages=stages, group_size=group_size)
-    expected = reference_codes(stored_positions(weight, encoded), 3, 9, group_size, stages)
-    assert torch.equal(encoded.codes, expected)
+    for preset in (None, "paper"):
+        encoded = coded(weight, bits=3, stages=stages, group_size=group_size, preset=preset)
+        expected = reference_codes(stored_positions(weight, encoded), 3, 9, group_size, stages)
+        assert torch.equal(encoded.codes, expected)
 
 
 def test_one_grid_for_the_tensor_flips_within_channels_all_the_same() -> None:
@@ -271,14 +338,14 @@ def test_clip_keeps_the_sums_of_kernels() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("chosen", ["minmax", "clip"])
+@pytest.mark.parametrize("options", [{"range": "minmax"}, {"range": "clip"}, {"preset": "paper"}], ids=str)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_zeros_and_constants_come_back(bits: int, chosen: str, symmetric: bool) -> None:
+def test_zeros_and_constants_come_back(bits: int, options: dict[str, str], symmetric: bool) -> None:
     for value in (0.0, 0.7, -0.3, 1e-30):
         weight = torch.full((3, 4, 3, 3), value)
-        # A symmetric scale is off by its rounding, which the flips would make up for in the sums.
-        stages = "E" if symmetric else "EKC"
-        decoded = decode(coded(weight, bits=bits, range=chosen, symmetric=symmetric, stages=stages))
+        # Without an offset a scale is off by its rounding, which the flips would make up for in the sums.
+        stages = "E" if symmetric or "preset" in options else "EKC"
+        decoded = decode(coded(weight, bits=bits, symmetric=symmetric, stages=stages, **options))
         assert torch.allclose(decoded, weight, rtol=2.0**-10, atol=1e-9 * abs(value) if value else 1e-6)
 
 
@@ -288,13 +355,13 @@ def test_permuting_input_channels_permutes_the_codes() -> None:
     assert torch.equal(straight.codes.view(5, 12, 9)[:, order], permuted.codes.view(5, 12, 9))
 
 
-@pytest.mark.parametrize("chosen", ["minmax", "clip"])
+@pytest.mark.parametrize("options", [{}, {"range": "clip"}, {"preset": "paper"}], ids=str)
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_chunks_do_not_show(chosen: str, granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_show(options: dict[str, str], granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = gaussian(11, 8, 3, 3)
-    whole = coded(weight, bits=3, range=chosen, granularity=granularity)
+    whole = coded(weight, bits=3, granularity=granularity, **options)
     monkeypatch.setattr(squant, "CHUNK_WEIGHTS", 200)
-    parts = coded(weight, bits=3, range=chosen, granularity=granularity)
+    parts = coded(weight, bits=3, granularity=granularity, **options)
     assert torch.equal(whole.codes, parts.codes)
     assert torch.equal(whole.scale, parts.scale)
 

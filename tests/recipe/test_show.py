@@ -61,7 +61,12 @@ RANGE = st.sampled_from([None, "minmax", "mse", "tf-enhanced", "hessian"])
 CONFIGS = {
     "rtn": made(RtnConfig, convention=st.sampled_from(["full-range", "narrow", "aimet", "gptq", "mid-rise"])),
     "mse": made(MseConfig, search=st.sampled_from(["als", "grid"]), norm=POSITIVE),
-    "squant": made(SquantConfig, range=st.sampled_from(["minmax", "clip"]), stages=st.sampled_from(["E", "EK", "EKC"])),
+    "squant": made(
+        SquantConfig,
+        preset=PRESET,
+        range=st.sampled_from(["minmax", "clip"]),
+        stages=st.sampled_from(["E", "EK", "EKC"]),
+    ),
     "hqq": made(HqqConfig, norm=st.floats(0.01, 1), beta=POSITIVE, round_zero=st.booleans()),
     "dfq": made(DfqConfig, preset=PRESET, relu6=st.sampled_from(["skip", "caps"]), fold=st.booleans()),
     "adaround": made(AdaroundConfig, preset=PRESET, range=RANGE, objective=st.sampled_from(["gram", "sampled"])),

@@ -67,6 +67,8 @@ FORMS: list[tuple[MethodConfig, str]] = [
     (MseConfig(bits=4), "offset"),
     (MseConfig(bits=4, search="grid"), "zero-point"),
     (SquantConfig(bits=4), "offset"),
+    (SquantConfig(bits=4, preset="paper"), "zero-point"),
+    (SquantConfig(bits=4, preset="paper", symmetric=True), "symmetric"),
     (HqqConfig(bits=4), "offset"),
     (GptqConfig(bits=4), "offset"),
     (GptqConfig(bits=4, preset="paper"), "zero-point"),
