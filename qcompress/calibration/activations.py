@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qcompress.checkpoint.side_files import HESSIAN, MEAN
-from qcompress.errors import DataError
 from qcompress.model.layers import matrix_layer
 from qcompress.model.live import LiveModel
 from qcompress.model.moments import input_moments
-from qcompress.model.sweep import sweep
+from qcompress.model.sweep import refuse_unusable, sweep
 from qcompress.types.encoded import ActivationGrid
 from qcompress.types.settings import ActivationSettings
 
@@ -173,9 +171,8 @@ def _measure_ranges(
     ranges: dict[str, tuple[float, float]] = {}
 
     def watch(name: str, x: Tensor) -> None:
+        refuse_unusable(name, x)
         _widen(ranges, name, x)
-        if not all(math.isfinite(end) for end in ranges[name]):
-            raise DataError(f"layer {name}", "its inputs hold NaN or Inf", "check data.calibration and data.normalize")
 
     with watched_inputs(module, names, watch):
         run()

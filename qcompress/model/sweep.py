@@ -16,6 +16,8 @@ from qcompress.model.operations import inputs_of, kind_of
 from qcompress.model.stages import Stage, State, TracedStage
 from qcompress.types.run import Gram
 
+LARGEST_INPUT = 1e18
+"""A magnitude whose square float32 still holds."""
 SMALLEST_GAIN = 0.05
 """Channels whose batch norm multiplies by less than this share of the median make up for nothing."""
 
@@ -58,7 +60,6 @@ def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) 
         for name in names:
             inputs = from_clean.pop(name)
             also = layer_inputs(stage, live.quantized, noisy, [name])[name] if sequential else inputs
-            _refuse_nonfinite(name, inputs)
             layer, generator = matrix_layer_of(live, name), live.generator(name)
             yield LayerStep(name, layer, also, inputs, generator, stage, noisy, clean)
         clean = run_stage(stage, live.module, clean)
@@ -74,11 +75,14 @@ def matrix_layer_of(live: LiveModel, name: str) -> MatrixLayer:
     return layer
 
 
-def _refuse_nonfinite(name: str, inputs: Sequence[Tensor]) -> None:
-    for index, x in enumerate(inputs):
-        if not bool(x.isfinite().all()):
-            what = f"its inputs hold NaN or Inf in calibration batch {index}"
-            raise DataError(f"layer {name}", what, "check data.calibration and data.normalize, and the checkpoint")
+def refuse_unusable(name: str, x: Tensor) -> None:
+    """Raise DataError where no statistics can be made of a layer's input: NaN, Inf, or squares beyond float32.
+
+    x  floats or, of a lookup, integers
+    """
+    if x.is_floating_point() and x.numel() and not float(x.abs().amax()) <= LARGEST_INPUT:
+        what = f"its inputs hold NaN, Inf or values beyond {LARGEST_INPUT:g}"
+        raise DataError(f"layer {name}", what, "check data.calibration and data.normalize, and the checkpoint")
 
 
 @torch.no_grad()
@@ -90,7 +94,20 @@ def run_stage(stage: Stage, module: nn.Module, states: Sequence[State]) -> list[
 def layer_inputs(
     stage: Stage, module: nn.Module, states: Sequence[State], names: Sequence[str]
 ) -> dict[str, list[Tensor]]:
-    """The first argument of every call of the named layers while the stage runs: one tensor a call and batch."""
+    """The first argument of every call of the named layers while the stage runs: one tensor a call and batch.
+
+    raises  DataError for inputs that no statistics can be made of
+    """
+    found = _layer_inputs(stage, module, states, names)
+    for name, inputs in found.items():
+        for x in inputs:
+            refuse_unusable(name, x)
+    return found
+
+
+def _layer_inputs(
+    stage: Stage, module: nn.Module, states: Sequence[State], names: Sequence[str]
+) -> dict[str, list[Tensor]]:
     if not names:
         return {}
     if isinstance(stage, TracedStage) and [*names] == [*stage.layers] and len(names) == 1:

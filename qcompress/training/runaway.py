@@ -25,7 +25,8 @@ def refuse_runaway(module: nn.Module, penalties: Penalties, step: int) -> None:
     larger than any number that float32 can square."""
     for name, value in _changed(module, penalties):
         largest = float(value.detach().abs().amax()) if value.numel() else 0.0
-        if not largest <= LARGEST:
+        # A variance is a square already.
+        if not largest <= (LARGEST**2 if name.endswith("running_var") else LARGEST):
             what = f"after step {step} {name!r} holds values that are no numbers, or of a size that no network uses"
             raise TrainingError("training", what, HINT)
 
