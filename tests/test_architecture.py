@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "types", "coding", "data"},
     "solvers": {"types", "coding", "coding.unbounded"},
     "clustering": {"types", "registry", "coding"},
-    "calibration": {"errors", "types", "checkpoint", "model"},
+    "calibration": {"types", "checkpoint", "model"},
     "regularizers": {"errors", "registry", "coding"},
     "training": {"errors", "types", "registry", "checkpoint", "plan", "data", "model", "calibration", "regularizers"},
     "methods": {"errors", "types", "registry", "coding", "model", "solvers", "clustering", "calibration", "training"},
