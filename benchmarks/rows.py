@@ -25,8 +25,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from definitions import ROWS
+from definitions import ROWS, TABLES
 from ledger import ROOT, Ledger, Line, Row, definition, look_up, work_file
+from tables import prune_old
 
 CODE = ("qcompress", "recipes", "benchmarks", ":!benchmarks/rows", ":!benchmarks/pages")
 """What a commit must hold of the code for a line to name it."""
@@ -253,6 +254,8 @@ def main() -> None:
             print(f"{row.name}: {error}", file=sys.stderr, flush=True)
         else:
             print(f"{row.name}: {json.dumps(line.figures)[:300]}, {sum(line.cpu_seconds):.0f} s", flush=True)
+    if commit is not None:
+        prune_old(ledger, TABLES)
     sys.exit(1 if failed else 0)
 
 

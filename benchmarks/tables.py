@@ -162,3 +162,20 @@ def read_old(path: Path = FOLDER / "old.jsonl") -> dict[tuple[str, str, str], tu
         return {}
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     return {(one["table"], one["line"], one["column"]): (one["text"], one["mark"]) for one in lines}
+
+
+def prune_old(ledger: Ledger, tables: Mapping[str, Table]) -> int:
+    """Drop the older figures of cells whose rows have been run; how many went."""
+    path = ledger.folder / "old.jsonl"
+    if not path.is_file():
+        return 0
+    pages, texts = Pages(ledger, {}), path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for text in texts:
+        one = json.loads(text)
+        table = tables[one["table"]]
+        column = [title(column) for column in table.columns].index(one["column"])
+        if not pages.cell(table, one["line"], column).lines:
+            kept.append(text)
+    path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+    return len(texts) - len(kept)

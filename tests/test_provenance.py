@@ -201,6 +201,16 @@ def test_marks_say_what_was_not_run(tmp_path: Path) -> None:
     assert Pages(ledger, {}).cell(table, "b", 1).marked == "0.5000 §"
 
 
+def test_an_older_figure_goes_when_its_row_is_run(tmp_path: Path) -> None:
+    table, ledger = seeds(tmp_path)
+    old = tmp_path / "old.jsonl"
+    text = json.dumps({"table": "t", "line": "b", "column": "top1", "text": "0.4", "mark": "old"}) + "\n"
+    old.write_text(text)
+    assert tables.prune_old(ledger, {"t": table}) == 0 and old.read_text() == text
+    table, ledger = seeds(tmp_path, {})
+    assert tables.prune_old(ledger, {"t": table}) == 1 and old.read_text() == ""
+
+
 def test_a_page_names_cells_that_are_there() -> None:
     pages = Pages(Ledger(ROWS))
     for text in ("{{no table}}", "{{training | none | FP32}}", "{{training | no regularizer | W9}}", "{{qat | DSMM}}"):

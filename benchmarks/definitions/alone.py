@@ -22,9 +22,9 @@ TITLES = {
 SECONDS = {"resnet20": 330, "resnet32": 520, "dscnn": 120, "mobilenet": 500, "stories": 200}
 METHODS = (
     *("rtn", "rtn symmetric", "mse", "mse symmetric", "mse grid", "hqq", "squant", "squant symmetric", "squant EK"),
-    *("squant EC", "squant minmax", "squant minmax EK"),
+    *("squant EC", "squant paper", "squant paper EK", "squant minmax", "squant minmax EK"),
 )
-ERRORS = ("rtn", "mse", "hqq", "squant", "squant EC", "squant minmax")
+ERRORS = ("rtn", "mse", "hqq", "squant", "squant EC", "squant paper", "squant minmax")
 
 
 def row(network: str) -> Row:
