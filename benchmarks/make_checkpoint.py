@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qcompress.recipe import parse_size
+from qcompress.types.words import parse_size
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 VOCABULARY = 32000

@@ -15,10 +15,10 @@ from typer.main import get_command
 
 from qcompress.cli.app import app
 from qcompress.cli.panels import PanelCommand, panels_of
-from qcompress.recipe.configs import limits
+from qcompress.recipe.explain import limits
 from qcompress.recipe.schema import recipe_schema
 from qcompress.registry.regularizers import REGULARIZERS, RegularizerConfig
-from qcompress.types.settings import TrainingOptions
+from qcompress.types.settings import AUGMENTATIONS
 
 PAGE = Path(__file__).with_name("training.md")
 COMMANDS_PAGE = Path(__file__).with_name("cli.md")
@@ -35,19 +35,19 @@ def page() -> str:
 
 def _section(found: re.Match[str]) -> str:
     name = found[1]
-    schema = recipe_schema()
+    schema = recipe_schema()["$defs"]
     if name == "finetune":
-        names = {one.name for one in dataclasses.fields(TrainingOptions)}
-        options = {key: value for key, value in schema["properties"]["finetune"]["properties"].items() if key in names}
+        sections = ("optimizer", "schedule", "distil", "regularize")
+        options = {key: value for key, value in schema["WrittenFinetune"]["properties"].items() if key not in sections}
         rows = [_row(key, option, _default(option.get("default"))) for key, option in options.items()]
     elif name == "augment":
         rows = [*_augmentations(schema)]
     elif name == "all":
-        options = schema["$defs"]["regularizer-l2"]["properties"]
+        options = schema["L2Config"]["properties"]
         rows = [_row(key, options[key], "" if key in OWN else _default(options[key].get("default"))) for key in SHARED]
     else:
-        options = schema["$defs"][f"regularizer-{name}"]["properties"]
         config = REGULARIZERS[name].config
+        options = schema[config.__name__]["properties"]
         needed: dict[str, Any] = {"levels": 4} if name in ("sine", "cosine") else {}
         usual = config(**needed)
         preset = options.get("preset")
@@ -61,7 +61,8 @@ def _section(found: re.Match[str]) -> str:
 
 
 def _augmentations(schema: dict[str, Any]) -> Iterator[str]:
-    for name, one in schema["$defs"]["augmentation"]["anyOf"][0]["properties"].items():
+    for name, kind in AUGMENTATIONS.items():
+        one = schema[kind.__name__]
         yield f"| `{name}` | | | {one['description']} |"
         for key, option in one["properties"].items():
             yield _row(key, option, _default(option.get("default"))).replace("| `", f"| `{name}.", 1)

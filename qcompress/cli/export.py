@@ -41,7 +41,7 @@ def export(
     """
     from qcompress.artifact.reader import read_artifact
     from qcompress.checkpoint.outputs import Write
-    from qcompress.recipe import suggest
+    from qcompress.types.words import suggest
 
     exporter = EXPORTERS.get(to)
     if exporter is None:

@@ -473,7 +473,7 @@ def _named(flag: str, text: str) -> tuple[str, float]:
 
 def parse_size_flag(flag: str, text: str, example: str = "2MB") -> int:
     """Bytes from "2MB" or "4GiB". Raises UsageError."""
-    from qcompress.recipe import parse_size
+    from qcompress.types.words import parse_size
 
     try:
         return parse_size(text)

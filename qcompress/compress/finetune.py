@@ -77,7 +77,7 @@ def finetune(
     clock = start_clock()
     if checkpoint is not None:
         refuse_own_input(checkpoint.path, options.output)
-    training = recipe.finetune.training
+    training = recipe.finetune
     torch.manual_seed(recipe.seed)
     module = load_network(model_run, checkpoint).to(model_run.device)
     penalties = attach_penalties(module, recipe.finetune.regularize)
@@ -99,14 +99,14 @@ def finetune(
         checkpoint=checkpoint.path.name if checkpoint is not None else None,
         recipe_hash=recipe_hash(recipe),
         steps=trained.steps,
-        epochs=training.options.epochs,
+        epochs=training.epochs,
         kept_epoch=trained.kept,
         loss=trained.loss,
         epoch_metrics=trained.metrics,
         accuracy=accuracy,
         metrics=metrics,
-        naive=_trials("naive", training.options.naive_bits, before, after),
-        kmeans=_trials("k-means", training.options.kmeans_bits, before, after),
+        naive=_trials("naive", training.naive_bits, before, after),
+        kmeans=_trials("k-means", training.kmeans_bits, before, after),
         layers=_layers(module, penalties, before, after),
         warnings=tuple(warnings),
         gates=_check_gates(recipe.gates, metrics, accuracy),
@@ -145,7 +145,7 @@ def make_trainer(model_run: ModelRun, teacher: nn.Module, watch: Watch, world: W
     """
     recipe = model_run.recipe
     assert recipe.finetune is not None
-    training = recipe.finetune.training
+    training = recipe.finetune
     return Trainer(train_data(model_run), training_loss(model_run, teacher), training, watch, recipe.seed, world)
 
 
@@ -169,9 +169,8 @@ def training_loss(model_run: ModelRun, teacher: nn.Module) -> Loss:
     assert recipe.finetune is not None
     if recipe.task is None:
         raise RecipeError(recipe.source, "names no task", "add `task: classification`")
-    training = recipe.finetune.training
-    options = training.options
-    loss = make_loss(recipe.task, options.label_smoothing, options.loss, model_run.root, model_run.allow_code)
+    training = recipe.finetune
+    loss = make_loss(recipe.task, training.label_smoothing, training.loss, model_run.root, model_run.allow_code)
     if training.distil is None:
         return loss
     return distilled(loss, recipe.task, teacher, training.distil)
@@ -216,9 +215,9 @@ class _Judged:
 def _judge(module: nn.Module, model_run: ModelRun, when: str) -> _Judged:
     """The network as it is now, and in the trials that the recipe asks for."""
     assert model_run.recipe.finetune is not None
-    options = model_run.recipe.finetune.training.options
+    training = model_run.recipe.finetune
     metrics = measure_task(module, model_run, when) if is_measured(model_run.recipe) else ()
-    trials = Trials(options.naive_bits, options.kmeans_bits)
+    trials = Trials(training.naive_bits, training.kmeans_bits)
     stats = measure_weights(module, [*_weights(module)], trials, _measure(model_run, f"compressed, {when}"))
     return _Judged(metrics, stats)
 

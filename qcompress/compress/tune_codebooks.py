@@ -33,7 +33,7 @@ from qcompress.training.penalties import Penalties
 from qcompress.types.encoded import Codebook, Encoded, Fitted
 from qcompress.types.plan import CodebookKey, Decision, Plan, codebook_key
 from qcompress.types.run import ModelRun, Say
-from qcompress.types.settings import Cosine, Sgd, Training, TrainingOptions
+from qcompress.types.settings import Cosine, Sgd, Training
 
 GRADIENT_POWERS = {"sum": 0.0, "rms": 0.5, "mean": 1.0}
 """The power of the number of an entry's codes that its gradient is divided by."""
@@ -63,7 +63,8 @@ class CodebookTuner:
         assert tune is not None and recipe.task is not None
         self.say(f"tuning of {len(decisions)} codebooks")
         training = Training(
-            options=TrainingOptions(epochs=tune.epochs, batch_norm="frozen"),
+            epochs=tune.epochs,
+            batch_norm="frozen",
             optimizer=Sgd(lr=tune.learning_rate),
             schedule=Cosine(),
         )

@@ -9,51 +9,28 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qcompress.recipe.complete import refuse_missing, refuse_untrainable, trains
-    from qcompress.recipe.flags import recipe_from_flags, with_effort
-    from qcompress.recipe.hints import nearest, parse_size, suggest
-    from qcompress.recipe.parse import parse_recipe, read_recipe
-    from qcompress.recipe.schema import recipe_schema, schema_text
-    from qcompress.recipe.sections import BudgetFlag
-    from qcompress.recipe.show import recipe_hash, recipe_json, recipe_yaml
-
-__all__ = [
-    "BudgetFlag",
-    "nearest",
-    "parse_recipe",
-    "parse_size",
-    "read_recipe",
-    "recipe_from_flags",
-    "recipe_hash",
-    "recipe_json",
-    "recipe_schema",
-    "recipe_yaml",
-    "refuse_missing",
-    "refuse_untrainable",
-    "schema_text",
-    "suggest",
-    "trains",
-    "with_effort",
-]
+    from qcompress.recipe.complete import refuse_missing as refuse_missing
+    from qcompress.recipe.complete import refuse_untrainable as refuse_untrainable
+    from qcompress.recipe.complete import trains as trains
+    from qcompress.recipe.flags import recipe_from_flags as recipe_from_flags
+    from qcompress.recipe.flags import with_effort as with_effort
+    from qcompress.recipe.parse import BudgetFlag as BudgetFlag
+    from qcompress.recipe.parse import parse_recipe as parse_recipe
+    from qcompress.recipe.parse import read_recipe as read_recipe
+    from qcompress.recipe.schema import recipe_schema as recipe_schema
+    from qcompress.recipe.schema import schema_text as schema_text
+    from qcompress.recipe.show import recipe_hash as recipe_hash
+    from qcompress.recipe.show import recipe_json as recipe_json
+    from qcompress.recipe.show import recipe_yaml as recipe_yaml
 
 _MODULES = {
-    "BudgetFlag": "sections",
-    "nearest": "hints",
-    "parse_recipe": "parse",
-    "parse_size": "hints",
-    "read_recipe": "parse",
-    "recipe_from_flags": "flags",
-    "recipe_hash": "show",
-    "recipe_json": "show",
-    "recipe_schema": "schema",
-    "recipe_yaml": "show",
-    "refuse_missing": "complete",
-    "refuse_untrainable": "complete",
-    "schema_text": "schema",
-    "suggest": "hints",
-    "trains": "complete",
-    "with_effort": "flags",
+    **dict.fromkeys(("refuse_missing", "refuse_untrainable", "trains"), "complete"),
+    **dict.fromkeys(("recipe_from_flags", "with_effort"), "flags"),
+    **dict.fromkeys(("BudgetFlag", "parse_recipe", "read_recipe"), "parse"),
+    **dict.fromkeys(("recipe_schema", "schema_text"), "schema"),
+    **dict.fromkeys(("recipe_hash", "recipe_json", "recipe_yaml"), "show"),
 }
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> object:

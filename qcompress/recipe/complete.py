@@ -43,7 +43,7 @@ def refuse_untrainable(recipe: Recipe, *, from_scratch: bool = False) -> list[In
         errors.append(RecipeError(recipe.source, what, "add what is to be trained, and how"))
     errors += _unmeasured_best(recipe)
     errors += _unmixable_labels(recipe)
-    if from_scratch and recipe.finetune is not None and recipe.finetune.training.distil is not None:
+    if from_scratch and recipe.finetune is not None and recipe.finetune.distil is not None:
         where = _place(recipe, "finetune")
         errors.append(
             RecipeError(where, "distil: there is no network to learn from", "give a CHECKPOINT, or leave it out")
@@ -159,7 +159,7 @@ def _missing_for_training(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
 
 def _unmeasured_best(recipe: Recipe) -> Iterator[InputError]:
     measured = recipe.task is not None and _has_eval(recipe)
-    if recipe.finetune is not None and recipe.finetune.training.options.keep == "best" and not measured:
+    if recipe.finetune is not None and recipe.finetune.keep == "best" and not measured:
         where = _place(recipe, "finetune")
         yield RecipeError(where, "keep: best needs something to measure on", "add `data.eval`")
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
+
+from pydantic import ValidationError
 
 from qcompress import registry
 from qcompress.errors import UsageError
-from qcompress.recipe.configs import expected, make_config, make_widths, option_names, options_schema, takes_budget
-from qcompress.recipe.hints import listed, quoted, suggest
-from qcompress.recipe.sections import BudgetFlag, make_budget
-from qcompress.recipe.yaml_tree import Node, Place, Problems
+from qcompress.recipe.explain import expected, explain
+from qcompress.recipe.model import method_part
+from qcompress.recipe.parse import BudgetFlag
+from qcompress.recipe.schema import fragment
+from qcompress.recipe.yaml_tree import Document, Path, Place
 from qcompress.registry import BUDGET_METHOD
-from qcompress.types.plan import COMMAND_LINE, Family, Recipe, Rule, Widths
+from qcompress.types.plan import COMMAND_LINE, Budget, Family, Recipe, Rule, Widths
+from qcompress.types.words import listed, quoted, suggest
+from qcompress.types.written import read
 
 FLAGS = ("bits", "dim", "granularity", "group_size", "share", "symmetric")
 """The options that have a flag of their own; the others are set in a recipe."""
@@ -36,41 +42,54 @@ def recipe_from_flags(
         where = f"{_flag('bits', given['bits'])} {budget.text}"
         raise UsageError(where, "the budget decides the bits", "leave one of them out")
     chosen = _method(method, family) if budget is None or method is not None else registry.METHODS[BUDGET_METHOD]
-    typed = {name: Place(_flag(name, value), index) for index, (name, value) in enumerate(given.items())}
-    words = [f"--method {chosen.name}"] * (method is not None) + [place.text for place in typed.values()]
-    known = option_names(chosen.config)
-    for name in given:
+    words = [f"--method {chosen.name}"] * (method is not None) + [_flag(name, value) for name, value in given.items()]
+    place = Place(" ".join(words) or COMMAND_LINE, (len(given), 0), bare=True)
+    typed = Document(COMMAND_LINE, {chosen.name: {}}, {(): place})
+    for index, (name, value) in enumerate(given.items()):
+        typed.put((chosen.name, name), _value(value), Place(_flag(name, value), (index, 0), bare=True))
+    _refuse_foreign(chosen, typed)
+    _refuse_missing(chosen, typed, None if budget is None else "bits")
+    config = _read(method_part(chosen), typed, (chosen.name,), budget is not None)
+    rule = Rule("*", chosen.name, config, COMMAND_LINE)
+    if budget is None:
+        return Recipe(family, (rule,))
+    return Recipe(family, (rule,), budget=_read(Budget, budget.document()), places={"budget": budget.text})
+
+
+def _refuse_foreign(method: registry.Method, typed: Document) -> None:
+    """Raise UsageError for a flag that is no option of the method."""
+    known = [one.name for one in fields(method.config)]
+    for name in typed.data[method.name]:
         if name not in known:
             takes = [_flag_name(option) for option in FLAGS if option in known]
-            hint = f"{quoted(chosen.name)} takes {listed(takes)}" if takes else "leave it out, and add --bpw 2.0"
-            raise UsageError(typed[name].text, f"not an option of {quoted(chosen.name)}", hint)
-    schema = options_schema(chosen.config)
-    is_open = budget is not None and takes_budget(chosen)
+            hint = f"{quoted(method.name)} takes {listed(takes)}" if takes else "leave it out, and add --bpw 2.0"
+            raise UsageError(typed.where((method.name, name)), f"not an option of {quoted(method.name)}", hint)
+
+
+def _refuse_missing(method: registry.Method, typed: Document, decided: str | None) -> None:
+    """Raise UsageError for a flag that the method cannot do without, but for one that a budget decides."""
+    schema = fragment(method.config, {}, ())
     for name in schema.get("required", ()):
-        if name not in given and not (is_open and name == "bits"):
+        if name not in typed.data[method.name] and name != decided:
             hint = f"add {_flag_name(name)}, {expected(schema['properties'][name])}"
-            raise UsageError(" ".join(words) or COMMAND_LINE, f"{_flag_name(name)} is missing", hint)
-    problems = Problems()
-    children = {name: Node(_value(value), typed[name], "") for name, value in given.items()}
-    make = make_widths if is_open else make_config
-    config = make(chosen.name, chosen.config, Node(children, Place(" ".join(words), len(given)), ""), problems)
-    node = None if budget is None else budget.node()
-    limit = None if node is None else make_budget(node, problems)
-    if problems.found:
-        _, error = min(problems.found, key=lambda problem: problem[0])
-        raise UsageError(error.where, error.what, error.hint)
-    rule = Rule("*", chosen.name, config, COMMAND_LINE)
-    places = {} if node is None else {"budget": node.where}
-    return Recipe(family, (rule,), budget=limit, places=places)
+            raise UsageError(typed.where(()), f"{_flag_name(name)} is missing", hint)
+
+
+def _read(part: Any, typed: Document, path: Path = (), known: bool = False) -> Any:
+    """The value of what was typed. Raises UsageError for the first that is wrong."""
+    try:
+        return read(part, typed.at(path), known)
+    except ValidationError as error:
+        explain(error, typed, part, path)
+        _, first = min(typed.found, key=lambda found: found[0])
+        raise UsageError(first.where, first.what, first.hint) from None
 
 
 def _method(name: str | None, family: Family) -> registry.Method:
     methods = registry.METHODS
     of_family = [method.name for method in methods.values() if method.family == family]
     if name is None:
-        name = registry.DEFAULT_METHOD if registry.DEFAULT_METHOD in of_family else next(iter(of_family), None)
-    if name is None:
-        raise UsageError(COMMAND_LINE, f"no {family} method is available in this version", "use `qcompress quantize`")
+        name = registry.DEFAULT_METHOD if registry.DEFAULT_METHOD in of_family else of_family[0]
     if name not in methods:
         raise UsageError(f"--method {name}", f"unknown method {quoted(name)}", suggest(name, of_family))
     if methods[name].family != family:
@@ -101,9 +120,8 @@ def _efforts(method: str | None) -> list[str]:
     """The degrees of effort that a method knows."""
     if method is None:
         return []
-    option = options_schema(registry.METHODS[method].config)["properties"].get("effort", {})
-    branches = option.get("anyOf", [option])
-    return [choice for branch in branches for choice in branch.get("enum", ())]
+    option = fragment(registry.METHODS[method].config, {}, ())["properties"].get("effort", {})
+    return [choice for branch in option.get("anyOf", [option]) for choice in branch.get("enum", ())]
 
 
 def _with_effort(rule: Rule, effort: str) -> Rule:

@@ -2,54 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from qcompress import registry
+from pydantic import ValidationError
+
 from qcompress.errors import RecipeError, UsageError
-from qcompress.recipe.configs import (
-    make_config,
-    make_list,
-    make_mapping,
-    make_number,
-    make_widths,
-    refuse_unknown,
-    takes_budget,
-)
-from qcompress.recipe.hints import listed, nearest, plain, quoted
-from qcompress.recipe.sections import (
-    SECTIONS,
-    SEED,
-    VERSION,
-    BudgetFlag,
-    make_finetune,
-    make_gates,
-    make_patterns,
-    make_sections,
-    refuse_undecided,
-)
-from qcompress.recipe.yaml_tree import AFTER_ALL_LINES, Broken, Node, Place, Problems, compose, path_of_key, shown
-from qcompress.registry import BUDGET_METHOD
-from qcompress.types.config import MethodConfig
-from qcompress.types.plan import Family, Gates, Keep, KeepDtype, Recipe, Rule
+from qcompress.recipe.model import WrittenRecipe
+from qcompress.recipe.yaml_tree import Broken, Document, Place, compose, path_text
+from qcompress.recipe.yaml_tree import Path as Keys
+from qcompress.registry import BUDGET_METHOD, METHODS
+from qcompress.types.plan import VERSION, Exempt, Family, Finetune, Keep, Recipe, Rule, Sections
+from qcompress.types.settings import Training
+from qcompress.types.words import nearest, plain, quoted, shown
+from qcompress.types.written import read
 
 LONGEST_PATH = 16
 LARGEST_BYTES = 2**20
+AFTER_ALL_LINES = 10**9
 
-ROOT_KEYS = ("version", "seed", "keep_dtype", *SECTIONS, "rules", "finetune", "gates")
 
-
-def apply_overrides(root: Node, overrides: Sequence[str], problems: Problems) -> None:
-    """Set each "key.path=value" in `root`, in order, so that the last one of a path holds.
+def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
+    """Set each "key.path=value" in the document, in order, so that the last one of a path holds.
 
     A segment is a mapping's key or a list's index from 0; a mapping that is missing is made, for validation to judge.
-    The value is YAML, and text where it starts with `*`. A path that leads through a scalar or past a list's end goes
-    to `problems`. Raises UsageError where an override is not of the form `key.path=value`.
+    The value is YAML, and text where it starts with `*`. A path that leads through a scalar or past a list's end is
+    refused. Raises UsageError where an override is not of the form `key.path=value`.
     """
     for index, override in enumerate(overrides):
         segments, text = _split(override)
-        place = Place(f"--set {plain(override)}", AFTER_ALL_LINES + index)
-        _set(root, segments, text, place, problems)
+        _set(document, segments, text, Place(f"--set {plain(override)}", (AFTER_ALL_LINES, index)))
 
 
 def _split(override: str) -> tuple[list[str], str]:
@@ -63,42 +47,60 @@ def _split(override: str) -> tuple[list[str], str]:
     return segments, text.strip()
 
 
-def _set(root: Node, segments: Sequence[str], text: str, place: Place, problems: Problems) -> None:
-    here = root
-    for segment in segments[:-1]:
-        child = _child(here, segment, place, problems)
-        if child is None:
-            return
-        here = child
-    target = _child(here, segments[-1], place, problems)
-    if target is None:
-        return
-    value = Node(text, place, target.path)
-    if not text.startswith("*"):
-        value = compose(text, place.text, problems, fixed=place, path=target.path)
-    target.value, target.place = value.value, place
+def _set(document: Document, segments: Sequence[str], text: str, place: Place) -> None:
+    path: Keys = ()
+    for segment in segments:
+        if document.at(path) is None:
+            document.put(path, {}, place)
+        match document.at(path):
+            case Broken():
+                return
+            case dict():
+                path = (*path, segment)
+            case list(items) if (
+                segment.isascii() and segment.isdigit() and len(segment) < 10 and int(segment) < len(items)
+            ):
+                path = (*path, int(segment))
+            case list(items):
+                hint = f"give a number from 0 to {len(items) - 1}" if items else "the list is empty"
+                document.refuse(path, f"{quoted(segment)} is no item of a list of {len(items)}", hint, place)
+                return
+            case scalar:
+                what = f"{shown(scalar)} is neither a mapping nor a list and has no {quoted(segment)}"
+                document.refuse(path, what, f"set {path_text(path)} as a whole", place)
+                return
+    if text.startswith("*"):
+        document.put(path, text, place)
+    else:
+        value = compose(text, place.text, place, path)
+        document.found += value.found
+        document.put(path, value.data, place)
 
 
-def _child(parent: Node, segment: str, place: Place, problems: Problems) -> Node | None:
-    """The node under `segment`, made where a mapping lacks it; None where there can be none."""
-    here = Node(None, place, parent.path)
-    if parent.value is None:
-        parent.value = {}
-    match parent.value:
-        case Broken():
-            return None
-        case dict():
-            return parent.value.setdefault(segment, Node(None, place, path_of_key(parent.path, segment)))
-        case list():
-            items = parent.value
-            if segment.isascii() and segment.isdigit() and len(segment) < 10 and int(segment) < len(items):
-                return items[int(segment)]
-            hint = f"give a number from 0 to {len(items) - 1}" if items else "the list is empty"
-            problems.add(here, f"{quoted(segment)} is no item of a list of {len(items)}", hint)
-        case scalar:
-            what = f"{shown(scalar)} is neither a mapping nor a list and has no {quoted(segment)}"
-            problems.add(here, what, f"set {parent.path} as a whole")
-    return None
+def _is_index(segment: str, count: int) -> bool:
+    return segment.isascii() and segment.isdigit() and len(segment) < 10 and int(segment) < count
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetFlag:
+    """A budget as the command line gives it, which beats the recipe's; `text` is how it was typed: "--bpw 2.0"."""
+
+    text: str
+    key: str
+    value: float | str
+
+    def document(self) -> Document:
+        """What it says, as the recipe's `budget` would."""
+        return Document(self.text, {self.key: self.value}, {(): Place(self.text, (AFTER_ALL_LINES, 0), bare=True)})
+
+    def replace_in(self, document: Document) -> None:
+        """Put it in place of the recipe's budget, of which the file of sensitivities stays."""
+        own = self.document()
+        path = ("budget", "sensitivity")
+        kept, place = document.at(path), document.places.get(path)
+        document.put(("budget",), own.data, own.places[()])
+        if place is not None:
+            document.put(path, kept, place)
 
 
 def read_recipe(
@@ -134,16 +136,15 @@ def parse_recipe(
     budget: BudgetFlag | None = None,
 ) -> Recipe:
     """The recipe in a YAML text; `source` names it in errors. All else as in `read_recipe`."""
-    problems = Problems()
     if len(text) > LARGEST_BYTES:
         raise RecipeError(source, f"larger than {LARGEST_BYTES} bytes", "a recipe is a short YAML file: use globs")
-    root = compose(text, source, problems)
-    if not isinstance(root.value, Broken):
-        apply_overrides(root, overrides, problems)
-    if budget is not None and isinstance(root.value, dict):
-        root.value["budget"] = budget.node(root.value.get("budget"))
-    recipe = _make_recipe(root, source, family, problems)
-    problems.raise_all()
+    document = compose(text, source)
+    if not isinstance(document.data, Broken):
+        apply_overrides(document, overrides)
+    if budget is not None and isinstance(document.data, dict):
+        budget.replace_in(document)
+    recipe = _make_recipe(document, family)
+    document.raise_all()
     return recipe
 
 
@@ -176,124 +177,109 @@ def _siblings(path: Path) -> str:
     return f"did you mean {path.parent / close}?" if close is not None else "check the name"
 
 
-def _make_recipe(root: Node, source: str, family: Family, problems: Problems) -> Recipe:
-    """The recipe of a tree; whatever is refused is in `problems` and left out of it."""
-    nothing = Recipe(family, (), source=source)
-    if isinstance(root.value, Broken):
+def _make_recipe(document: Document, family: Family) -> Recipe:
+    """The recipe of a document; of one that is refused only the family."""
+    data = document.data
+    nothing = Recipe(family, (), source=document.source)
+    if data is None:
+        document.refuse((), "the recipe is empty", f"start with `version: {VERSION}` and `rules:`")
+    elif not isinstance(data, dict | Broken):
+        hint = f"write `key: value` lines, the first one `version: {VERSION}`"
+        document.refuse((), f"{shown(data)} is not a mapping", hint)
+    if not isinstance(data, dict) or not _is_this_version(document):
         return nothing
-    if root.value is None:
-        problems.add(root, "the recipe is empty", f"start with `version: {VERSION}` and `rules:`")
+    if not {"rules", "finetune", "budget"} & data.keys():
+        document.refuse((), "`rules` is missing", "add `rules`, a list of rules")
+    family = _one_family(document) or family
+    if "budget" in data:
+        _refuse_undecided(document)
+    try:
+        # The version is judged above.
+        written = read(WrittenRecipe, {**data, **({"version": VERSION} if "version" in data else {})}, "budget" in data)
+    except ValidationError as error:
+        # It imports what makes JSON Schemas, which a sound recipe does not need.
+        from qcompress.recipe.explain import explain
+
+        explain(error, document, WrittenRecipe)
         return nothing
-    keys = make_mapping(root, problems, "write `key: value` lines, the first one `version: 1`")
-    if not _is_this_version(root, keys, problems):
-        return nothing
-    refuse_unknown(keys, ROOT_KEYS, problems)
-    if not {"rules", "finetune", "budget"} & keys.keys():
-        problems.add(root, "`rules` is missing", "add `rules`, a list of rules")
-    if "rules" in keys:
-        rules = _make_rules(keys["rules"], "budget" in keys, problems)
-    else:
-        rules = _budget_rules(keys["budget"]) if "budget" in keys else ()
-    if "budget" in keys:
-        refuse_undecided(keys["budget"], [rule.method for rule in rules if rule.method is not None], problems)
-    recipe = Recipe(
-        (_one_family(keys["rules"], problems) if "rules" in keys else None) or family,
-        rules,
-        seed=int(make_number(keys["seed"], SEED, problems)) if "seed" in keys else 0,
-        keep_dtype=_make_keep_dtype(keys["keep_dtype"], problems) if "keep_dtype" in keys else None,
-        gates=make_gates(keys["gates"], problems) if "gates" in keys else Gates(),
-        finetune=make_finetune(keys["finetune"], problems) if "finetune" in keys else None,
-        source=source,
-    )
-    return make_sections(recipe, keys, problems)
+    return _resolved(document, written, family)
 
 
-def _make_keep_dtype(node: Node, problems: Problems) -> KeepDtype | None:
-    if node.value == "f16":
-        return "f16"
-    if not node.is_broken:
-        problems.add(node, f"{shown(node.data())} is not a dtype to keep tensors in", "give f16, or leave it out")
-    return None
+def _resolved(document: Document, written: WrittenRecipe, family: Family) -> Recipe:
+    """The recipe that was read, its rules and sections with their places."""
+    rules = _make_rules(document, ("rules",), written.rules)
+    if not rules and written.budget is not None:
+        rules = (Rule("*", BUDGET_METHOD, METHODS[BUDGET_METHOD].config(), document.where(("budget",))),)
+    finetune = None
+    if written.finetune is not None:
+        training = {one.name: getattr(written.finetune, one.name) for one in fields(Training)}
+        penalties = _make_rules(document, ("finetune", "regularize"), written.finetune.regularize)
+        finetune = Finetune(**training, regularize=penalties)
+    sections: dict[str, Any] = {one.name: getattr(written, one.name) for one in fields(Sections)}
+    parts = [("data", part) for part in document.data.get("data", ())]
+    places = {".".join(path): document.where(path) for path in [*((name,) for name in document.data), *parts]}
+    return Recipe(family, rules, finetune, document.source, places, **sections)
 
 
-def _is_this_version(root: Node, keys: Mapping[str, Node], problems: Problems) -> bool:
+def _make_rules(document: Document, path: Keys, written: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
+    """A rule for each pattern of those that were read, all of one with the same `where`."""
+    rules: list[Rule] = []
+    for index, rule in enumerate(written):
+        (action,) = rule.keys() - {"match"}
+        method, config = (None if action == "keep" else action), rule[action]
+        if config in (Keep(), Exempt()):
+            config = None
+        where = document.where((*path, index, action))
+        rules += [Rule(pattern, method, config, where) for pattern in rule["match"]]
+    return tuple(rules)
+
+
+def _is_this_version(document: Document) -> bool:
     """Whether the rest can be judged: not where the text says that it is in another version of the format."""
-    if "version" not in keys:
-        if isinstance(root.value, dict):
-            problems.add(root, "`version` is missing", f"add `version: {VERSION}`")
-        return isinstance(root.value, dict)
-    node = keys["version"]
-    version = node.data()
+    version = document.data.get("version", VERSION)
     if isinstance(version, int) and not isinstance(version, bool):
         if version != VERSION:
-            problems.add(
-                node, f"version {version} is not known here", f"use `version: {VERSION}`, or a newer qcompress"
-            )
+            what = f"version {version} is not known"
+            document.refuse(("version",), what, f"use `version: {VERSION}`, or a newer qcompress")
         return version == VERSION
-    if not node.is_broken:
-        problems.add(node, f"{shown(version)} is not a version", f"write `version: {VERSION}`")
+    if not document.is_broken(("version",)):
+        document.refuse(("version",), f"{shown(version)} is not a version", f"write `version: {VERSION}`")
     return True
 
 
-def _budget_rules(node: Node) -> tuple[Rule, ...]:
-    """The rules that a budget without any means."""
-    return (Rule("*", BUDGET_METHOD, registry.METHODS[BUDGET_METHOD].config(), node.where),)
+def _methods(document: Document) -> Iterator[tuple[Keys, str]]:
+    """The methods that the rules name, and where."""
+    rules = document.data.get("rules")
+    for index, rule in enumerate(rules if isinstance(rules, list) else ()):
+        for name in rule if isinstance(rule, dict) else ():
+            if name in METHODS:
+                yield ("rules", index, name), name
 
 
-def _make_rules(node: Node, has_budget: bool, problems: Problems) -> tuple[Rule, ...]:
-    items = make_list(node, problems, "write `- {match: ..., METHOD: {...}}` lines")
-    if node.value == []:
-        problems.add(node, "no rules", 'add one, as {match: "*.weight", squant: {bits: 4}}')
-    return tuple(rule for item in items for rule in _make_rule(item, has_budget, problems))
-
-
-def _make_rule(node: Node, has_budget: bool, problems: Problems) -> list[Rule]:
-    """One rule for each pattern of its match, all with the same `where`; none where it is refused."""
-    keys = make_mapping(node, problems, 'write {match: "*.weight", METHOD: {...}}')
-    if not isinstance(node.value, dict):
-        return []
-    known = ("keep", *registry.METHODS)
-    refuse_unknown(keys, ("match", *known), problems, "key or method")
-    patterns = make_patterns(node, keys, problems)
-    actions = [key for key in keys if key in known]
-    if not actions:
-        # An unknown key was most likely the action.
-        if not set(keys) - {"match"}:
-            problems.add(node, "a rule without a method", f"add one of {listed(known)}")
-        return []
-    if len(actions) > 1:
-        problems.add(node, f"a rule with {len(actions)} methods: {listed(actions)}", "make it one rule each")
-    configs = [_make_action(action, keys[action], has_budget, problems) for action in actions]
-    method = None if actions[0] == "keep" else actions[0]
-    return [Rule(pattern, method, configs[0], keys[actions[0]].where) for pattern in patterns]
-
-
-def _make_action(action: str, options: Node, has_budget: bool, problems: Problems) -> MethodConfig | Keep | None:
-    """The config of a rule's method, of open bits under a budget, or a Keep that says anything; None where refused."""
-    if action != "keep":
-        method = registry.METHODS[action]
-        if has_budget and takes_budget(method):
-            return make_widths(action, method.config, options, problems)
-        return make_config(action, method.config, options, problems)
-    make_mapping(options, problems, "write `keep: {}`")
-    if not isinstance(options.value, dict):
-        return None
-    kept = make_config("keep", Keep, options, problems)
-    return None if kept == Keep() else kept
-
-
-def _one_family(node: Node, problems: Problems) -> Family | None:
+def _one_family(document: Document) -> Family | None:
     """The family of all methods that the rules name, or None where they name none."""
-    first: tuple[Family, str, Node] | None = None
-    for rule in node.value if isinstance(node.value, list) else ():
-        for key, options in rule.value.items() if isinstance(rule.value, dict) else ():
-            if key not in registry.METHODS:
-                continue
-            family = registry.METHODS[key].family
-            if first is None:
-                first = (family, key, options)
-            elif family != first[0]:
-                what = f"{quoted(key)} is a {family} method, but {first[2].path} is of family {first[0]}"
-                problems.add(options, what, "a recipe holds one family: make two recipes")
-                return first[0]
-    return first[0] if first else None
+    first: Keys | None = None
+    family: Family | None = None
+    for path, name in _methods(document):
+        if first is None:
+            first, family = path, METHODS[name].family
+        elif METHODS[name].family != family:
+            what = f"{quoted(name)} is a {METHODS[name].family} method, but {path_text(first)} is of family {family}"
+            document.refuse(path, what, "a recipe holds one family: make two recipes")
+            break
+    return family
+
+
+def _refuse_undecided(document: Document) -> None:
+    """Refuse a budget that cannot decide: over codebooks, or over two kinds of method at once."""
+    found = [METHODS[name] for name in dict.fromkeys(name for _, name in _methods(document))]
+    clusters = [method.name for method in found if method.family == "cluster"]
+    if clusters:
+        what = f"a budget decides the widths of grids, and {quoted(clusters[0])} makes codebooks"
+        document.refuse(("budget",), what, "remove it, or use a method of quantize")
+        return
+    some = [quoted(method.name) for method in found if not method.rates]
+    none = [quoted(method.name) for method in found if method.rates]
+    if some and none:
+        what = f"{some[0]} has widths and {none[0]} has none, and one budget is to decide both"
+        document.refuse(("budget",), what, "use methods of one kind")

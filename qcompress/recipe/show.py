@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from qcompress.recipe.sections import VERSION
-from qcompress.types.plan import Finetune, Recipe, Rule, Widths
-from qcompress.types.settings import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TASKS, Augmentation, augmentation_name
+from qcompress.types.plan import Recipe, Rule, Sections, Widths
+from qcompress.types.settings import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TASKS, TrainData
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_KINDS: Mapping[type, str] = {
+    config: name for kinds in (TASKS, OPTIMIZERS, SCHEDULES, AUGMENTATIONS) for name, config in kinds.items()
+}
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NO_TEXT = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
 
@@ -48,65 +50,27 @@ def _lines(data: Mapping[str, object], indent: str) -> Iterator[str]:
             yield f"{indent}{key}:"
             for rule in value:
                 (action,) = rule.keys() - {"match"}
-                yield f"{indent}  - match: {_flow(rule['match'], quote=True)}"
-                yield f"{indent}    {action}: {_flow(rule[action])}"
+                yield f"{indent}  - match: {flow(rule['match'], quote=True)}"
+                yield f"{indent}    {action}: {flow(rule[action])}"
         elif isinstance(value, dict) and not indent:
             yield f"{key}:"
             yield from _lines(value, "  ")
         else:
-            yield f"{indent}{key}: {_flow(value)}"
+            yield f"{indent}{key}: {flow(value)}"
 
 
 def _resolved(recipe: Recipe) -> dict[str, object]:
     """The recipe as data, in the order in which people write it."""
-    found: dict[str, object] = {"version": VERSION, "seed": recipe.seed}
-    if recipe.keep_dtype is not None:
-        found["keep_dtype"] = recipe.keep_dtype
-    found |= _sections(recipe)
+    found = {one.name: _written(getattr(recipe, one.name)) for one in fields(Sections)}
+    gates = found.pop("gates")
     if recipe.rules or recipe.finetune is None:
         found["rules"] = _rules(recipe.rules)
     if recipe.finetune is not None:
-        found["finetune"] = _finetune(recipe.finetune)
-    gates = {name: limit for name, limit in _present(recipe.gates).items() if limit != {}}
-    return found | ({"gates": gates} if gates else {})
-
-
-def _sections(recipe: Recipe) -> dict[str, object]:
-    """The sections that the recipe has, each as it is written."""
-    found: dict[str, object] = {}
-    if recipe.model is not None:
-        found["model"] = _written(recipe.model)
-    if recipe.data is not None:
-        data, train = recipe.data, recipe.data.train
-        augment = {} if train is None else {"augment": [_short(step) for step in train.augment]}
-        parts: dict[str, dict[str, object]] = {
-            "calibration": _written(data.calibration),
-            "eval": _written(data.eval),
-            "normalize": _written(data.normalize),
-            "train": _written(train and train.source) | augment,
-        }
-        found["data"] = {part: value for part, value in parts.items() if value}
-    if recipe.task is not None:
-        found["task"] = _named(recipe.task, TASKS)
-    if recipe.activations is not None:
-        found["activations"] = _written(recipe.activations)
-    if recipe.companions:
-        found["companions"] = list(recipe.companions)
-    if recipe.budget is not None:
-        found["budget"] = _present(recipe.budget)
-    return found
-
-
-def _finetune(section: Finetune) -> dict[str, object]:
-    training = section.training
-    found = _written(training.options)
-    found["optimizer"] = _named(training.optimizer, OPTIMIZERS)
-    found["schedule"] = _named(training.schedule, SCHEDULES)
-    if training.distil is not None:
-        found["distil"] = _written(training.distil)
-    if section.regularize:
-        found["regularize"] = _rules(section.regularize)
-    return found
+        training = _options(replace(recipe.finetune, regularize=()))
+        penalties = _rules(recipe.finetune.regularize)
+        found["finetune"] = training | ({"regularize": penalties} if penalties else {})
+    found["gates"] = gates
+    return {name: value for name, value in found.items() if value not in (None, [], {})}
 
 
 def _rules(rules: tuple[Rule, ...]) -> list[dict[str, object]]:
@@ -119,47 +83,47 @@ def _rule(patterns: list[Rule]) -> dict[str, object]:
     """The one rule that was read as a rule for each of its patterns."""
     first = patterns[0]
     match = first.match if len(patterns) == 1 else [rule.match for rule in patterns]
-    return {"match": match, first.method or "keep": {} if first.config is None else _options(first.config)}
+    if not isinstance(first.config, Widths):
+        return {"match": match, first.method or "keep": {} if first.config is None else _options(first.config)}
+    # Of open widths those options that are the same at each resolve to the same widths again.
+    widest, *others = [_options(one) for _, one in sorted(first.config.configs.items(), reverse=True)]
+    same = {name: value for name, value in widest.items() if all(one.get(name) == value for one in others)}
+    return {"match": match, first.method or "keep": same}
+
+
+def _written(value: object) -> object:
+    """A value as it is written in a recipe."""
+    if isinstance(value, tuple):
+        return [_written(item) for item in value]
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    options, kind = _options(value), _KINDS.get(type(value))
+    if kind in AUGMENTATIONS and not options:
+        return kind
+    return options if kind is None else {kind: options}
 
 
 def _options(config: DataclassInstance) -> dict[str, object]:
-    """A method's options; of open widths those that are the same at each, which resolve to the same widths again."""
-    if not isinstance(config, Widths):
-        return _present(config)
-    widest, *others = [_present(one) for _, one in sorted(config.configs.items(), reverse=True)]
-    return {name: value for name, value in widest.items() if all(name in one and one[name] == value for one in others)}
+    """The fields of a dataclass in their order, without those that are None, or empty as they are by default."""
+    if isinstance(config, TrainData):
+        return {**_options(config.source), "augment": _written(config.augment)}
+    given = {one.name: (one, getattr(config, one.name)) for one in fields(config)}
+    return {name: _written(value) for name, (one, value) in given.items() if not _is_left_out(one, value)}
 
 
-def _named(chosen: DataclassInstance, kinds: Mapping[str, type]) -> dict[str, object]:
-    """One of a few kinds under its name."""
-    (kind,) = (kind for kind, config in kinds.items() if type(chosen) is config)
-    return {kind: _written(chosen)}
+def _is_left_out(one: Field[Any], value: object) -> bool:
+    if value is None:
+        return True
+    return value in ((), {}) and value in (one.default, one.default_factory is not MISSING and one.default_factory())
 
 
-def _short(step: Augmentation) -> object:
-    """An augmentation by its name alone where it has no options."""
-    return _named(step, AUGMENTATIONS) if _written(step) else augmentation_name(step)
-
-
-def _written(settings: DataclassInstance | None) -> dict[str, object]:
-    """A section's settings without what is absent or empty."""
-    if settings is None:
-        return {}
-    return {name: value for name, value in _present(settings).items() if value not in ((), {})}
-
-
-def _present(config: DataclassInstance) -> dict[str, object]:
-    """A dataclass's fields that are not None, in their order."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-
-
-def _flow(value: object, *, quote: bool = False) -> str:
+def flow(value: object, *, quote: bool = False) -> str:
     """A value on one line of YAML, true to its type in YAML 1.1 and 1.2."""
     match value:
         case dict():
-            return "{" + ", ".join(f"{_flow(key)}: {_flow(item)}" for key, item in value.items()) + "}"
+            return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
         case list() | tuple():
-            return "[" + ", ".join(_flow(item, quote=quote) for item in value) + "]"
+            return "[" + ", ".join(flow(item, quote=quote) for item in value) + "]"
         case str():
             is_plain = _PLAIN.fullmatch(value) and value.lower() not in _NO_TEXT and not quote
             return value if is_plain else _quoted(value)

@@ -1,8 +1,7 @@
-"""YAML text is composed into a tree whose values know their places, from parser events and without recursion.
+"""YAML text becomes plain data whose values know their lines; what is more than data is refused.
 
-No nesting, alias or tag can do any harm.
-
-Plain scalars follow YAML 1.2's core schema: `4e-5` is a number, and `yes`, `off`, `1:30` and `0b1` are text.
+No nesting, alias or tag can do any harm. Plain scalars follow YAML 1.2's core schema: `4e-5` is a number, and `yes`,
+`off`, `1:30` and `0b1` are text.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias
 
 import yaml
 from yaml.reader import ReaderError
 
 from qcompress.errors import RecipeError, raise_all
-from qcompress.recipe.hints import plain, quoted
+from qcompress.types.words import plain, quoted
 
 DEEPEST = 32
 LARGEST_INTEGER = 2**63 - 1
@@ -32,139 +31,138 @@ _WORDS: dict[str, bool | None] = {
 }
 _QUOTE_STAR = 'put text that starts with * in quotes, as "*.weight"'
 
+Path: TypeAlias = tuple[str | int, ...]
+"""The keys and indices that lead to a value: ("rules", 0, "rtn", "bits")."""
+
 
 class Broken:
     """The value of what was already refused: nothing more is said of it."""
 
 
-Value: TypeAlias = Union[bool, int, float, str, "list[Node]", "dict[str, Node]", Broken, None]
+BROKEN = Broken()
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a value was written: "recipe.yaml:7" or "--set seed=1"; `order` sorts errors."""
+    """Where a value was written: "recipe.yaml:7" or "--bits 4".
+
+    order  sorts errors
+    bare   whether errors name this place alone, without the value's path
+    """
 
     text: str
-    order: int
+    order: tuple[int, int]
+    bare: bool = False
 
 
-@dataclass(slots=True)
-class Node:
-    """One value; what stands under a key has the key's place. `path` is for errors: "rules[0].rtn.bits"."""
+@dataclass
+class Document:
+    """Plain data, where each value was written, and all that is wrong with it; what stands under a key is there."""
 
-    value: Value
-    place: Place
-    path: str
+    source: str
+    data: Any = None
+    places: dict[Path, Place] = field(default_factory=dict)
+    found: list[tuple[tuple[int, int], RecipeError]] = field(default_factory=list)
 
-    @property
-    def where(self) -> str:
-        return f"{self.place.text}: {self.path}" if self.path else self.place.text
+    def at(self, path: Path) -> Any:
+        """The value at a path; None where there is none."""
+        value = self.data
+        for step in path:
+            if isinstance(value, dict):
+                value = value.get(step)
+            else:
+                value = value[step] if isinstance(value, list) and isinstance(step, int) else None
+        return value
 
-    @property
-    def is_broken(self) -> bool:
-        """Whether this or anything below it was already refused."""
-        return any(isinstance(node.value, Broken) for node in self.walk())
+    def put(self, path: Path, value: object, place: Place) -> None:
+        """Set the value at a path whose container is there; all of it is written at `place`."""
+        self.places = {one: old for one, old in self.places.items() if one[: len(path)] != path}
+        self.places[path] = place
+        if path:
+            self.at(path[:-1])[path[-1]] = value
+        else:
+            self.data = value
 
-    def walk(self) -> Iterator[Node]:
-        """This node and all below it."""
-        yield self
-        if isinstance(self.value, dict):
-            for child in self.value.values():
-                yield from child.walk()
-        elif isinstance(self.value, list):
-            for child in self.value:
-                yield from child.walk()
+    def is_broken(self, path: Path) -> bool:
+        """Whether the value or anything in it was already refused."""
+        return any(isinstance(value, Broken) for value in _walk(self.at(path)))
 
-    def data(self) -> object:
-        """The value as plain Python data."""
-        if isinstance(self.value, dict):
-            return {key: node.data() for key, node in self.value.items()}
-        if isinstance(self.value, list):
-            return [node.data() for node in self.value]
-        return self.value
+    def where(self, path: Path) -> str:
+        """How errors name a value: "recipe.yaml:7: rules[0].rtn.bits"."""
+        return _where(path, self._place(path))
 
+    def refuse(self, path: Path, what: str, hint: str, place: Place | None = None) -> None:
+        """Note that the value at a path is wrong; where it is not written there, at `place`."""
+        place = place or self._place(path)
+        self.found.append((place.order, RecipeError(_where(path, place), what, hint)))
 
-@dataclass(slots=True)
-class Problems:
-    """Everything that is wrong with one recipe, to be raised at once in the order of its lines."""
-
-    found: list[tuple[int, RecipeError]] = field(default_factory=list)
-
-    def add(self, node: Node, what: str, hint: str) -> None:
-        self.found.append((node.place.order, RecipeError(node.where, what, hint)))
+    def _place(self, path: Path) -> Place:
+        """The place of a value, or of the nearest one that holds it."""
+        return next(self.places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.places)
 
     def raise_all(self) -> None:
-        """Raise RecipeError, or Refusals of several; return where nothing is wrong."""
-        raise_all([error for _, error in sorted(self.found, key=lambda problem: problem[0])])
+        """Raise RecipeError, or Refusals of several, in the order of lines; return where nothing is wrong."""
+        raise_all([error for _, error in sorted(self.found, key=lambda found: found[0])])
 
 
-def path_of_key(path: str, key: str) -> str:
-    """The path of a mapping's value."""
-    return f"{path}.{plain(key)}" if path else plain(key)
+def _where(path: Path, place: Place) -> str:
+    return f"{place.text}: {path_text(path)}" if path and not place.bare else place.text
 
 
-def path_of_item(path: str, index: int) -> str:
-    """The path of a list's item."""
-    return f"{path}[{index}]"
+def path_text(path: Path) -> str:
+    """A path as errors show it: "rules[0].rtn.bits"."""
+    steps = [f"[{step}]" if isinstance(step, int) else f".{plain(step)}" for step in path]
+    return "".join(steps).removeprefix(".")
 
 
-def shown(value: object) -> str:
-    """A value as an error shows it."""
-    match value:
-        case None:
-            return "`null`"
-        case bool():
-            return f"`{str(value).lower()}`"
-        case str():
-            return quoted(value)
-        case dict():
-            return "a mapping"
-        case list() | tuple():
-            return "a list"
-        case _:
-            return repr(value)
+def _walk(value: object) -> Iterator[object]:
+    yield value
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _walk(child)
 
 
-def compose(text: str, source: str, problems: Problems, *, fixed: Place | None = None, path: str = "") -> Node:
-    """The tree of the one YAML document in `text`; null where there is none, Broken where its syntax ended the reading.
+def compose(text: str, source: str, fixed: Place | None = None, path: Path = ()) -> Document:
+    """The one YAML document in `text`: null where there is none, Broken where its syntax ended the reading.
 
     source  names the file in places: "recipe.yaml:7"
     fixed   a place for every value, instead of source and line
-    path    of the root
+    path    of its root
 
-    Tags, anchors, aliases, merge keys, duplicate keys and keys that are not text go to `problems`.
+    Tags, anchors, aliases, merge keys, duplicate keys and keys that are not text are refused.
     """
-    composer = _Composer(source, problems, fixed, path)
+    document = Document(source, BROKEN, {(): fixed or Place(f"{source}:1", (1, 0))})
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Composer(text)
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         what = f"character U+{ord(text[error.position]):04X} is not allowed in YAML"
-        problems.add(composer.node_at(line), what, "remove it")
-        return Node(Broken(), composer.place(1), path)
+        _refuse_line(document, line, fixed, what, "remove it")
+        return document
     try:
-        while loader.check_event():
-            event: yaml.Event = loader.get_event()  # type: ignore[no-untyped-call]
-            composer.take(event)
-    except _Unreadable:
-        composer.root = Node(Broken(), composer.place(1), path)
+        root = loader.get_single_node()
+        document.data = None if root is None else _Reading(document, loader.beside, fixed).read(root, path, None)
+    except _Unreadable as error:
+        _refuse_line(document, error.line, fixed, error.what, error.hint)
     except yaml.MarkedYAMLError as error:
-        _refuse_syntax(error, composer, problems)
-        composer.root = Node(Broken(), composer.place(1), path)
+        _refuse_line(document, *_syntax(error, fixed))
     except (ValueError, OverflowError):
         # PyYAML hands a \U escape of any size to chr().
-        problems.add(composer.node_at(loader.line + 1), "an escape names no Unicode character", "correct the escape")
-        composer.root = Node(Broken(), composer.place(1), path)
-    return composer.root
+        what = "an escape names no Unicode character"
+        _refuse_line(document, loader.line + 1, fixed, what, "correct the escape")
+    return document
 
 
-class _Unreadable(Exception):
-    """Nothing after this point can be placed in the tree; the reason is among the problems."""
+def _refuse_line(document: Document, line: int, fixed: Place | None, what: str, hint: str) -> None:
+    document.refuse((), what, hint, fixed or Place(f"{document.source}:{line}", (line, 0)))
 
 
-def _refuse_syntax(error: yaml.MarkedYAMLError, composer: _Composer, problems: Problems) -> None:
+def _syntax(error: yaml.MarkedYAMLError, fixed: Place | None) -> tuple[int, Place | None, str, str]:
+    """The line of a syntax error, what is wrong there, and a hint."""
     mark = error.problem_mark or error.context_mark
+    line = mark.line + 1 if mark else 1
     problem, context = str(error.problem), str(error.context or "")
+    if "single document" in context:
+        return line, fixed, "a second YAML document", "keep one recipe a file"
     if "alias" in context:
         hint = _QUOTE_STAR
     elif r"'\t'" in problem:
@@ -177,149 +175,129 @@ def _refuse_syntax(error: yaml.MarkedYAMLError, composer: _Composer, problems: P
         hint = f"look at what starts on line {error.context_mark.line + 1}"
     else:
         hint = "correct the YAML"
-    problems.add(composer.node_at(mark.line + 1 if mark else 1), f"not YAML: {plain(problem, 200)}", hint)
+    return line, fixed, f"not YAML: {plain(problem, 200)}", hint
 
 
-@dataclass(slots=True)
-class _Frame:
-    """A mapping or list whose end has not come; `key` waits for its value, which is dropped where it was refused."""
+class _Unreadable(Exception):
+    """Nothing after this line can be placed in the data."""
 
-    node: Node
-    key: str | None = None
-    key_place: Place | None = None
-    drops: bool = False
+    def __init__(self, event: yaml.Event, what: str, hint: str) -> None:
+        self.line, self.what, self.hint = event.start_mark.line + 1 if event.start_mark else 1, what, hint
 
 
-class _Composer:
-    """Events in, tree out: the open containers are a stack of frames."""
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What a node has beside its value: an alias in place of it, an anchor, a tag."""
 
-    def __init__(self, source: str, problems: Problems, fixed: Place | None, path: str) -> None:
-        self.source = source
-        self.problems = problems
-        self.fixed = fixed
-        self.path = path
-        self.root = Node(None, self.place(1), path)
-        self.stack: list[_Frame] = []
-        self.documents = 0
+    alias: str | None = None
+    anchor: str | None = None
+    tag: str | None = None
 
-    def place(self, line: int) -> Place:
-        return self.fixed or Place(f"{self.source}:{line}", line)
 
-    def node_at(self, line: int) -> Node:
-        """A node without a path, to hang a problem on."""
-        return Node(Broken(), self.place(line), "")
+class _Composer(yaml.SafeLoader):
+    """PyYAML's composer, which follows no alias and notes the anchors and tags that it meets."""
 
-    def take(self, event: yaml.Event) -> None:
-        """Add one event to the tree; raise _Unreadable where what follows would have no place."""
-        match event:
-            case yaml.DocumentStartEvent():
-                self.documents += 1
-                if self.documents > 1:
-                    raise self._unreadable(event, "a second YAML document", "keep one recipe a file")
-            case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
-                self.stack.pop()
-            case yaml.AliasEvent():
-                node = self._open_value(event)
-                node.value = Broken()
-                self.problems.add(node, f"alias {quoted(f'*{event.anchor}')}: a recipe has no aliases", _QUOTE_STAR)
-            case yaml.ScalarEvent():
-                self._take_scalar(event)
-            case yaml.MappingStartEvent() | yaml.SequenceStartEvent():
-                self._take_container(event)
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.beside: dict[yaml.Node, _Beside] = {}
+        self.depth = 0
 
-    def _take_scalar(self, event: yaml.ScalarEvent) -> None:
-        if self._awaits_key():
-            self._take_key(event)
-            return
-        node = self._open_value(event)
-        node.value = self._scalar(event, node)
-        self._refuse_marks(event, node)
-
-    def _take_container(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent) -> None:
-        if len(self.stack) >= DEEPEST:
-            raise self._unreadable(event, f"nested more than {DEEPEST} deep", "a recipe needs few levels")
-        node = self._open_value(event)
-        node.value = {} if isinstance(event, yaml.MappingStartEvent) else []
-        self._refuse_marks(event, node)
-        self.stack.append(_Frame(node))
-
-    def _take_key(self, event: yaml.ScalarEvent) -> None:
-        frame = self.stack[-1]
-        mapping = frame.node.value
-        assert isinstance(mapping, dict)
-        place = self.place(_line(event))
-        here = Node(None, place, frame.node.path)
-        key = self._scalar(event, here)
-        frame.drops = not isinstance(key, str)
-        if event.value == "<<" and not event.style:
-            frame.drops = True
-            self.problems.add(here, "merge key `<<`: a recipe has no anchors", "write the values out")
-        elif not isinstance(key, str | Broken):
-            self.problems.add(here, f"key {quoted(event.value)} is not text", "put it in quotes")
-        elif isinstance(key, str) and key in mapping:
-            frame.drops = True
-            first = mapping[key].place.text
-            self.problems.add(here, f"key {quoted(key)} is given twice, first at {first}", "remove one of the two")
-        self._refuse_marks(event, here)
-        frame.key = key if isinstance(key, str) else event.value
-        frame.key_place = place
-
-    def _open_value(self, event: yaml.NodeEvent) -> Node:
-        """The node of the value that starts here, already in its place in the tree."""
-        place = self.place(_line(event))
-        if not self.stack:
-            self.root = Node(None, place, self.path)
-            return self.root
-        frame = self.stack[-1]
-        parent = frame.node
-        if isinstance(parent.value, list):
-            node = Node(None, place, path_of_item(parent.path, len(parent.value)))
-            parent.value.append(node)
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            self.get_event()  # type: ignore[no-untyped-call]
+            mark: Any = event.start_mark
+            node = yaml.ScalarNode("", "", mark, mark)
+            self.beside[node] = _Beside(alias=event.anchor)
             return node
-        if frame.key is None or frame.key_place is None:
-            raise self._unreadable(event, "a key that is not text", "write `key: value`")
-        assert isinstance(parent.value, dict)
-        node = Node(None, frame.key_place, path_of_key(parent.path, frame.key))
-        if not frame.drops:
-            parent.value[frame.key] = node
-        frame.key = None
-        return node
+        if isinstance(event, yaml.CollectionStartEvent):
+            if isinstance(parent, yaml.MappingNode) and index is None:
+                raise _Unreadable(event, "a key that is not text", "write `key: value`")
+            if self.depth >= DEEPEST:
+                raise _Unreadable(event, f"nested more than {DEEPEST} deep", "a recipe needs few levels")
+        beside = _Beside(None, event.anchor, event.tag)
+        event.anchor = event.tag = None
+        self.depth += 1
+        composed = super().compose_node(parent, index)
+        self.depth -= 1
+        assert composed is not None
+        self.beside[composed] = beside
+        return composed
 
-    def _awaits_key(self) -> bool:
-        return bool(self.stack) and isinstance(self.stack[-1].node.value, dict) and self.stack[-1].key is None
 
-    def _scalar(self, event: yaml.ScalarEvent, node: Node) -> Value:
-        value = _resolve(event.value) if not event.style else event.value
+@dataclass
+class _Reading:
+    """PyYAML's nodes become the data of a document."""
+
+    document: Document
+    beside: dict[yaml.Node, _Beside]
+    fixed: Place | None
+
+    def read(self, node: yaml.Node, path: Path, place: Place | None) -> Any:
+        """The data of a node; `place` is that of its key."""
+        self.document.places[path] = place or self._place(node)
+        if not self._is_data(node, path):
+            return BROKEN
+        match node:
+            case yaml.MappingNode():
+                return self._mapping(node, path)
+            case yaml.SequenceNode():
+                return [self.read(item, (*path, index), None) for index, item in enumerate(node.value)]
+            case _:
+                return self._scalar(node, path)
+
+    def _place(self, node: yaml.Node) -> Place:
+        mark = node.start_mark
+        return self.fixed or Place(f"{self.document.source}:{mark.line + 1}", (mark.line + 1, mark.column))
+
+    def _is_data(self, node: yaml.Node, path: Path, place: Place | None = None) -> bool:
+        """Whether a node is a value, and no more than that."""
+        beside = self.beside[node]
+        if beside.alias is not None:
+            what = f"alias {quoted(f'*{beside.alias}')}: a recipe has no aliases"
+            self.document.refuse(path, what, _QUOTE_STAR, place)
+        if beside.anchor is not None:
+            what = f"anchor {quoted(f'&{beside.anchor}')}: a recipe has no anchors"
+            self.document.refuse(path, what, "remove it", place)
+        if beside.tag is not None:
+            tag = beside.tag.replace("tag:yaml.org,2002:", "!!")
+            self.document.refuse(path, f"tag {quoted(tag)}: a recipe is nothing but data", "remove the tag", place)
+        return beside.alias is None and beside.tag is None
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        """The values whose keys are not refused."""
+        data: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            place = self._place(key_node)
+            key = self._scalar(key_node, path, place) if self._is_data(key_node, path, place) else BROKEN
+            if key_node.value == "<<" and key_node.style is None:
+                self.document.refuse(path, "merge key `<<`: a recipe has no anchors", "write the values out", place)
+            elif not isinstance(key, str | Broken):
+                self.document.refuse(path, f"key {quoted(key_node.value)} is not text", "put it in quotes", place)
+            elif isinstance(key, str) and key in data:
+                what = f"key {quoted(key)} is given twice, first at {self.document.places[(*path, key)].text}"
+                self.document.refuse(path, what, "remove one of the two", place)
+            elif isinstance(key, str):
+                data[key] = self.read(value_node, (*path, key), place)
+        return data
+
+    def _scalar(self, node: Any, path: Path, place: Place | None = None) -> Any:
+        value = _resolve(node.value) if node.style is None else node.value
         if isinstance(value, str) and not value.isascii():
             try:
                 # JSON writes what lies past U+FFFF as two escapes, which are one character again here.
                 return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
             except UnicodeDecodeError:
-                self.problems.add(node, "half a surrogate pair is no text", "correct the escape")
-                return Broken()
+                self.document.refuse(path, "half a surrogate pair is no text", "correct the escape", place)
+                return BROKEN
         if isinstance(value, float) and not math.isfinite(value):
-            self.problems.add(node, f"{quoted(event.value)} is not a finite number", "give a finite number")
-            return Broken()
+            what = f"{quoted(node.value)} is not a finite number"
+            self.document.refuse(path, what, "give a finite number", place)
+            return BROKEN
         if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-            self.problems.add(node, f"{quoted(event.value)} is too large a number", "give a smaller one")
-            return Broken()
+            self.document.refuse(path, f"{quoted(node.value)} is too large a number", "give a smaller one", place)
+            return BROKEN
         return value
-
-    def _refuse_marks(self, event: yaml.ScalarEvent | yaml.CollectionStartEvent, node: Node) -> None:
-        if event.anchor is not None:
-            self.problems.add(node, f"anchor {quoted(f'&{event.anchor}')}: a recipe has no anchors", "remove it")
-        if event.tag is not None:
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self.problems.add(node, f"tag {quoted(tag)}: a recipe is nothing but data", "remove the tag")
-            node.value = Broken() if isinstance(event, yaml.ScalarEvent) else node.value
-
-    def _unreadable(self, event: yaml.Event, what: str, hint: str) -> _Unreadable:
-        self.problems.add(self.node_at(_line(event)), what, hint)
-        return _Unreadable()
-
-
-def _line(event: yaml.Event) -> int:
-    return event.start_mark.line + 1 if event.start_mark else 1
 
 
 def _resolve(text: str) -> bool | int | float | str | None:
@@ -331,6 +309,3 @@ def _resolve(text: str) -> bool | int | float | str | None:
     if _FLOAT.fullmatch(text):
         return float(text)
     return float("inf") if _NOT_FINITE.fullmatch(text) else text
-
-
-AFTER_ALL_LINES = 10**9

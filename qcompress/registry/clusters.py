@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
 from qcompress.registry.contract import Method
-from qcompress.types.config import STRICT, CodebookDtype, Form, Granularity, MethodConfig, Rows, Shape, Share
-
-if TYPE_CHECKING:
-    from pydantic import ConfigDict
+from qcompress.types.config import CodebookDtype, Form, Granularity, MethodConfig, Rows, Section, Shape, Share
 
 CENTROID_BYTES = {"f16": 2, "f32": 4, "int8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune:
+class Tune(Section):
     """Centroid tuning: entries are trained, codes stay.
 
     epochs         passes over data.train
@@ -31,8 +28,6 @@ class Tune:
     epochs: Annotated[int, Ge(1)] = 3
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     gradient: Literal["rms", "sum", "mean"] = "rms"
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +42,8 @@ class ClusterConfig(MethodConfig):
     tune         centroid tuning, which needs a live model and data.train
     axis         the channel axis, or the pair of them in stacked experts; the plan's choice where absent
     """
+
+    example: ClassVar = {"bits": 4}
 
     bits: Annotated[int, Interval(ge=1, le=12)]
     dim: Annotated[int, Interval(ge=1, le=8)] = 1

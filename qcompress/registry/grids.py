@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
@@ -30,6 +30,8 @@ class GridConfig(MethodConfig):
     symmetric    a grid around zero; false where absent
     axis         the channel axis, or the pair of them in stacked experts; the plan's choice where absent
     """
+
+    example: ClassVar = {"bits": 4}
 
     bits: Annotated[int, Interval(ge=1, le=8)]
     granularity: Granularity | None = None

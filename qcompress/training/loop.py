@@ -109,14 +109,13 @@ def train(
     raises      DataError for fewer samples than a batch; TrainingError for a loss that is not finite, and for a saved
                 state that does not fit; TrainingError for weights that have run away
     """
-    options = training.options
     optimizer = make_optimizer(training.optimizer, module, penalties.learned(training.optimizer), groups)
     highest = [group["lr"] for group in optimizer.param_groups]
     device = next(module.parameters()).device
-    scaler = torch.amp.GradScaler(device.type) if options.precision == "float16" else None
+    scaler = torch.amp.GradScaler(device.type) if training.precision == "float16" else None
     trainee = Trainee(module, optimizer, penalties, Progress(), scaler)
     progress = trainee.progress
-    refuse_few(data, options.accumulate, world)
+    refuse_few(data, training.accumulate, world)
     if watch.resume and watch.state is not None and watch.state.exists():
         try:
             load_state(watch.state, trainee, watch.identity)
@@ -128,21 +127,21 @@ def train(
     if progress.step:
         watch.say(f"going on from step {progress.step} of {run.total}")
         after_step(progress.step / run.total)
-    while progress.epoch < options.epochs:
-        _to_train(module, frozen=options.batch_norm == "frozen")
+    while progress.epoch < training.epochs:
+        _to_train(module, frozen=training.batch_norm == "frozen")
         for batches in _portions(run):
             loss, penalty, rate = _step(run, batches)
             after_step(progress.step / run.total)
             progress.losses = (progress.losses[0] + loss, progress.losses[1] + 1)
-            if progress.step % options.log_steps == 0:
+            if progress.step % training.log_steps == 0:
                 log.write(step=progress.step, loss=loss, penalty=penalty, lr=rate)
                 watch.say(_step_words(run, loss, penalty))
             if _is_due(run):
                 _save(run)
         _end_epoch(run)
         _save(run)
-    kept = options.epochs
-    if options.keep == "best" and progress.best_state:
+    kept = training.epochs
+    if training.keep == "best" and progress.best_state:
         kept = progress.best_epoch
         module.load_state_dict(progress.best_state)
     module.eval()
@@ -194,11 +193,11 @@ class _Run:
     @property
     def steps_an_epoch(self) -> int:
         batches = self.data.batches
-        return batches.samples // self.world.size // batches.batch_size // self.training.options.accumulate
+        return batches.samples // self.world.size // batches.batch_size // self.training.accumulate
 
     @property
     def total(self) -> int:
-        return self.training.options.epochs * self.steps_an_epoch
+        return self.training.epochs * self.steps_an_epoch
 
 
 def _to_train(module: nn.Module, *, frozen: bool) -> None:
@@ -212,7 +211,7 @@ def _to_train(module: nn.Module, *, frozen: bool) -> None:
 
 def _portions(run: _Run) -> Iterator[list[Batch]]:
     """The batches of each step that is left of this epoch, augmented, on the device."""
-    progress, accumulate = run.trainee.progress, run.training.options.accumulate
+    progress, accumulate = run.trainee.progress, run.training.accumulate
     done = progress.step - progress.epoch * run.steps_an_epoch
     order = seeded_generator(run.seed, f"order of epoch {progress.epoch}", "cpu")
     drawn = run.data.batches.shuffled(order, run.world.size, skip=done * accumulate)
@@ -229,7 +228,7 @@ def _step(run: _Run, batches: Sequence[Batch]) -> tuple[float, float, float]:
     """One optimizer step: its loss, its penalty, and the learning rate of the weights."""
     trainee, training = run.trainee, run.training
     optimizer, penalties, scaler, step = trainee.optimizer, trainee.penalties, trainee.scaler, trainee.progress.step
-    share = rate_at(training.schedule, training.options.warm_up, step / run.total)
+    share = rate_at(training.schedule, training.warm_up, step / run.total)
     for group, most in zip(optimizer.param_groups, run.highest, strict=True):
         group["lr"] = share * most
     rate = share * run.highest[0]
@@ -239,8 +238,8 @@ def _step(run: _Run, batches: Sequence[Batch]) -> tuple[float, float, float]:
     if scaler is not None:
         scaler.unscale_(optimizer)
     penalty = penalties.add(step, run.total)
-    if training.options.clip_norm is not None:
-        nn.utils.clip_grad_norm_(trainee.module.parameters(), training.options.clip_norm)
+    if training.clip_norm is not None:
+        nn.utils.clip_grad_norm_(trainee.module.parameters(), training.clip_norm)
     if scaler is None:
         optimizer.step()
     else:
@@ -253,7 +252,7 @@ def _step(run: _Run, batches: Sequence[Batch]) -> tuple[float, float, float]:
 
 def _backward(run: _Run, batches: Sequence[Batch]) -> float:
     """The loss of one step, its gradients added to the parameters'. Raises TrainingError where it is not finite."""
-    precision, scaler = PRECISIONS[run.training.options.precision], run.trainee.scaler
+    precision, scaler = PRECISIONS[run.training.precision], run.trainee.scaler
     total = torch.zeros((), device=run.device)
     for place, batch in enumerate(batches):
         # Ranks exchange gradients once a step, with the last batch.
@@ -273,7 +272,7 @@ def _backward(run: _Run, batches: Sequence[Batch]) -> float:
 
 def _end_epoch(run: _Run) -> None:
     """Refresh batch norms where that is asked for, measure, note what is best, and write the epoch's line."""
-    progress, watch, norms = run.trainee.progress, run.watch, run.training.options.norm_batches
+    progress, watch, norms = run.trainee.progress, run.watch, run.training.norm_batches
     progress.epoch += 1
     if norms:
         # On every rank, so that all of them go on from the same statistics.
@@ -284,7 +283,7 @@ def _end_epoch(run: _Run) -> None:
     run.world.wait()
     metrics = {one.metric: one.value for one in measured}
     progress.metrics.append(metrics)
-    if measured and run.training.options.keep == "best":
+    if measured and run.training.keep == "best":
         headline = measured[0].metric
         before = progress.metrics[progress.best_epoch - 1][headline] if progress.best_epoch else None
         sign = 1 if measured[0].higher else -1
@@ -296,12 +295,12 @@ def _end_epoch(run: _Run) -> None:
     progress.losses = (0.0, 0)
     run.log.write(epoch=progress.epoch, step=progress.step, loss=run.loss, metrics=metrics)
     words = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
-    watch.say(f"epoch {progress.epoch} of {run.training.options.epochs}: loss {run.loss:.4g}{words}")
+    watch.say(f"epoch {progress.epoch} of {run.training.epochs}: loss {run.loss:.4g}{words}")
 
 
 def _is_due(run: _Run) -> bool:
     """Whether a state is to be saved within an epoch."""
-    every = run.training.options.save_steps
+    every = run.training.save_steps
     if every is not None:
         return run.trainee.progress.step % every == 0
     # Ranks must agree, and clocks do not.

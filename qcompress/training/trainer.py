@@ -72,7 +72,7 @@ class Trainer:
 
         raises  DataError where there are fewer samples than one step takes
         """
-        refuse_few(self.data, self.training.options.accumulate, self.world)
+        refuse_few(self.data, self.training.accumulate, self.world)
         batches = self.data.batches
         drawn = batches.shuffled(seeded_generator(self.seed, "first batches", "cpu"))
         count = max(1, INIT_SAMPLES // batches.batch_size)

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
 
-if TYPE_CHECKING:
-    from pydantic import ConfigDict
-
 Shape: TypeAlias = tuple[int, ...]
 Granularity: TypeAlias = Literal["tensor", "channel", "group"]
 
@@ -25,15 +22,20 @@ Share: TypeAlias = Literal["layer", "type", "model"]
 Rows: TypeAlias = Shape
 """The shape (rows, ...) of a weight whose channel axes come first and became one."""
 
-STRICT: ConfigDict = {"extra": "forbid", "strict": True}
-"""How pydantic reads a config: no unknown keys, no values of another type."""
+Example: TypeAlias = Mapping[str, object]
+
+
+class Section:
+    """A part of a recipe: pydantic refuses unknown keys in it, and values of another type."""
+
+    __pydantic_config__: ClassVar[Mapping[str, object]] = {"extra": "forbid", "strict": True}
+    example: ClassVar[Example] = {}
+    """What a hint and the schema show of it."""
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Section):
     """What a recipe can say of one rule: every field an option, and those that it leaves out are None or a default."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def _fill(self, values: Mapping[str, object]) -> None:
         """Set every option of these that was not given: what a recipe says comes before any preset."""

@@ -8,25 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeAlias
+from typing import Annotated, ClassVar, Final, Generic, Literal, TypeAlias
 
+from annotated_types import Gt, Interval, MinLen
 from typing_extensions import TypeVar
 
 from qcompress.types.config import (
-    STRICT,
     CodebookDtype,
     Convention,
     Form,
     Granularity,
     MethodConfig,
     PenaltyConfig,
+    Section,
     Shape,
     Share,
 )
 from qcompress.types.settings import ActivationSettings, Companion, DataSettings, ModelSettings, Task, Training
-
-if TYPE_CHECKING:
-    from pydantic import ConfigDict
+from qcompress.types.words import listed
+from qcompress.types.written import Distinct, Given, Refused, Shown, Size
 
 DTYPE_BITS: Mapping[str, int] = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
@@ -37,6 +37,9 @@ DTYPE_BITS: Mapping[str, int] = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 """Bits per element of every dtype that a safetensors header may name."""
+
+VERSION: Final = 1
+"""Of the recipe format."""
 
 COMMAND_LINE = "command line"
 """Where a rule is that no file holds."""
@@ -78,35 +81,48 @@ def searched_convention(bits: int) -> Convention:
     return "mid-rise" if bits <= 2 else "full"
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What the compressed weights may take; exactly one of the first three.
+@dataclass(frozen=True)
+class Budget(Section):
+    """What the compressed weights may take, exactly one of the first three; the methods' `bits` are then left out.
 
     bpw          bits per compressed weight, all side information counted
-    size         bytes of the whole artifact
+    size         bytes of the whole artifact: 2000000, 2MB (powers of 1000) or 2MiB (powers of 1024)
     minimize     the smallest artifact that holds the gates
-    sensitivity  a file of what each layer costs at each width, as the recipe names it
+    sensitivity  a file of what each layer costs at each width, from `report --sensitivity`
     """
 
-    bpw: float | None = None
-    size: int | None = None
-    minimize: Literal["size"] | None = None
-    sensitivity: str | None = None
+    example: ClassVar = {"bpw": 2.0}
+    limits: ClassVar = ("bpw", "size", "minimize")
+
+    bpw: Given[Annotated[float, Gt(0)]] = None
+    size: Given[Size] = None
+    minimize: Given[Literal["size"]] = None
+    sensitivity: Given[Annotated[str, MinLen(1)]] = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.limits if getattr(self, name) is not None]
+        if not given:
+            raise Refused("names no limit; write `budget: {bpw: 2.0}`, or {size: 1.2MB}")
+        if len(given) > 1:
+            raise Refused(f"{listed(given)} are given together; keep one of them", given[1])
 
 
 KeepDtype: TypeAlias = Literal["f16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep:
-    """How tensors that are not compressed are stored.
+class Keep(Section):
+    """Do not compress the tensors.
 
     dtype  f16 stores real numbers of more than 16 bits in 16, where their values bear it; they load in their own dtype
     """
 
     dtype: KeepDtype | None = None
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+@dataclass(frozen=True)
+class Exempt(Section):
+    """Leave the weights as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,49 +200,78 @@ class Widths(MethodConfig):
         return self.widest.share
 
 
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """Limits that turn a finished run into exit code 4. Bytes, bits per weight, decibels."""
-
-    max_size: int | None = None
-    max_bpw: float | None = None
-    min_sqnr: float | None = None
-    min_metric: Mapping[str, float] = field(default_factory=dict)
-    max_drop: Mapping[str, float] = field(default_factory=dict)
+Metrics: TypeAlias = Annotated[Mapping[str, float], Shown({"top1": 0.1})]
 
 
-@dataclass(frozen=True, slots=True)
-class Finetune:
+@dataclass(frozen=True)
+class Gates(Section):
+    """Limits; a run that breaks one exits with code 4.
+
+    max_size    largest artifact, in bytes: 2000000, 2MB (powers of 1000) or 2MiB (powers of 1024)
+    max_bpw     most bits per weight
+    min_sqnr    least signal-to-noise ratio of any tensor, in decibels
+    min_metric  least value of each named metric
+    max_drop    most that each named metric may fall below the checkpoint's
+    """
+
+    example: ClassVar = {"max_size": "2MB"}
+
+    max_size: Given[Size] = None
+    max_bpw: Given[Annotated[float, Gt(0)]] = None
+    min_sqnr: Given[float] = None
+    min_metric: Metrics = field(default_factory=dict)
+    max_drop: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Training):
     """How a model is trained, and what its weights are pulled to.
 
     regularize  rules whose methods are regularizers; None exempts
     """
 
-    training: Training
     regularize: tuple[Rule, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Sections(Section):
+    """What a recipe says beside its rules and how it trains.
+
+    version      of the recipe format
+    seed         of everything that is drawn at random
+    keep_dtype   store what is not compressed in 16 bits, where its values bear that; it loads in its own dtype
+    model        the network that the checkpoint's weights belong to
+    data         what the network runs on
+    task         what the network is measured by
+    activations  quantizers at the inputs of the compressed layers
+    companions   corrections that go with any method, after it
+    budget       what the compressed weights may take
+    gates        limits that turn a finished run into exit code 4
+    """
+
+    version: Literal[1] = VERSION
+    seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
+    keep_dtype: Given[KeepDtype] = None
+    model: Given[ModelSettings] = None
+    data: Given[DataSettings] = None
+    task: Given[Task] = None
+    activations: Given[ActivationSettings] = None
+    companions: Annotated[tuple[Companion, ...], Distinct()] = ()
+    budget: Given[Budget] = None
+    gates: Gates = field(default_factory=Gates)
+
+
+@dataclass(frozen=True)
+class Recipe(Sections):
     """What the user asked for, checked but not yet held against any tensor.
 
-    keep_dtype  how tensors that are not compressed are stored, where no rule says it; None: as they are
     source  the recipe's file, whose folder its paths start from
     places  where each section stands, for errors: "model" -> "recipe.yaml:3: model"
     """
 
     family: Family
     rules: tuple[Rule, ...]
-    seed: int = 0
-    gates: Gates = Gates()
-    model: ModelSettings | None = None
-    data: DataSettings | None = None
-    task: Task | None = None
-    activations: ActivationSettings | None = None
-    companions: tuple[Companion, ...] = ()
-    budget: Budget | None = None
     finetune: Finetune | None = None
-    keep_dtype: KeepDtype | None = None
     source: str = COMMAND_LINE
     places: Mapping[str, str] = field(default_factory=dict)
 

@@ -1,30 +1,28 @@
-"""A recipe sets what a live model is here: network, data, task, activation quantizers, training.
+"""The sections of a recipe that concern a live model: network, data, task, activation quantizers, training.
 
-Times of training are shares of all steps.
+Their fields are the keys of the recipe, and their docstrings its reference. Times of training are shares of all steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
-if TYPE_CHECKING:
-    from pydantic import ConfigDict
+from qcompress.types.config import Section
+from qcompress.types.words import quoted
+from qcompress.types.written import ByKey, Given, OneOf, Refused, Shown, Texts
+
+WEIGHT_ARGUMENTS = ("weights", "pretrained", "checkpoint_path")
+"""Arguments of model factories that load weights of their own."""
 
 Share: TypeAlias = Annotated[float, Interval(ge=0, le=1)]
 Args: TypeAlias = dict[str, Any]
 """Keyword arguments of a callable that a recipe names."""
 Companion: TypeAlias = Literal["bias_correction", "batch_norm"]
 """`bias_correction` takes each layer's mean output error away; `batch_norm` re-estimates what batch norms have seen."""
-
-
-class Section:
-    """A part of a recipe: pydantic refuses unknown keys in it, and converts no values."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid", "strict": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +35,17 @@ class ModelSettings(Section):
     input    the shape of one input without its batch dimension, where no data shows it
     """
 
+    example: ClassVar = {"factory": "torchvision.models:resnet18"}
+
     factory: str
     args: Args = field(default_factory=dict)
-    blocks: tuple[str, ...] = ()
+    blocks: Texts = ()
     input: tuple[Annotated[int, Ge(1)], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in WEIGHT_ARGUMENTS:
+            if self.args.get(name) not in (None, False, ""):
+                raise Refused(f"{quoted(name)} is set; remove it: weights come from the checkpoint", "args", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,7 @@ class HubData(Portion):
 
     dataset: str
     split: str | None = None
-    inputs: tuple[str, ...]
+    inputs: Texts
     labels: str | None = "label"
     tokenizer: str | None = None
     length: Annotated[int, Ge(1)] = 128
@@ -133,8 +138,6 @@ class FactoryData(Portion):
     args: Args = field(default_factory=dict)
 
 
-Data: TypeAlias = NpzData | ImagesData | HubData | TextData | FactoryData
-
 DATA_KINDS: Mapping[str, type[Data]] = {
     "npz": NpzData,
     "images": ImagesData,
@@ -143,6 +146,9 @@ DATA_KINDS: Mapping[str, type[Data]] = {
     "factory": FactoryData,
 }
 """The data sources by the key that tells one from another."""
+
+SOURCE = "data source"
+Data: TypeAlias = Annotated[NpzData | ImagesData | HubData | TextData | FactoryData, ByKey(SOURCE, DATA_KINDS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +232,6 @@ class CutMix(Section):
     alpha: Annotated[float, Gt(0)] = 1.0
 
 
-Augmentation: TypeAlias = Flip | Crop4 | RandomResizedCrop | ColorJitter | RandAugment | MixUp | CutMix
-
 AUGMENTATIONS: Mapping[str, type[Augmentation]] = {
     "flip": Flip,
     "crop4": Crop4,
@@ -239,6 +243,10 @@ AUGMENTATIONS: Mapping[str, type[Augmentation]] = {
 }
 """What can be done to an image each time it is drawn, by name."""
 
+Augmentation: TypeAlias = Annotated[
+    Flip | Crop4 | RandomResizedCrop | ColorJitter | RandAugment | MixUp | CutMix, OneOf("augmentation", AUGMENTATIONS)
+]
+
 MIXING = (MixUp, CutMix)
 """What mixes finished images of a batch, and their labels."""
 
@@ -248,8 +256,11 @@ def augmentation_name(step: Augmentation) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainData:
-    """Training data and what is done to an image each time it is drawn."""
+class TrainData(Section):
+    """Training data, in a recipe the keys of its source and these.
+
+    augment  what is done to an image each time it is drawn, in order: random_resized_crop first, mixup and cutmix last
+    """
 
     source: Data
     augment: tuple[Augmentation, ...] = ()
@@ -258,18 +269,22 @@ class TrainData:
         names = [augmentation_name(step) for step in self.augment]
         twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
         if twice is not None:
-            raise ValueError(f"augment has {twice} twice; remove one")
+            raise Refused(f"augment has {twice} twice; remove one", "augment")
         if "random_resized_crop" in names[1:]:
-            raise ValueError("random_resized_crop is not the first of augment; put it there: it cuts whole images")
+            raise Refused(
+                "random_resized_crop is not the first of augment; put it there: it cuts whole images", "augment"
+            )
         mixed = [isinstance(step, MIXING) for step in self.augment]
         if mixed != sorted(mixed):
             first = names[mixed.index(True)]
-            raise ValueError(f"{first} is not at the end of augment; put it there: it mixes finished images")
+            raise Refused(f"{first} is not at the end of augment; put it there: it mixes finished images", "augment")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Normalize(Section):
     """Per channel: (x - mean) / std, after images have become numbers from 0 to 1."""
+
+    example: ClassVar = {"mean": [0.5], "std": [0.5]}
 
     mean: Annotated[tuple[float, ...], MinLen(1)]
     std: Annotated[tuple[float, ...], MinLen(1)]
@@ -282,13 +297,20 @@ class Normalize(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What a live model runs on: each part where the recipe has it."""
+class DataSettings(Section):
+    """What the network runs on.
 
-    calibration: Data | None = None
-    eval: Data | None = None
-    train: TrainData | None = None
-    normalize: Normalize | None = None
+    calibration  what methods learn from; labels are not looked at
+    eval         what the task is measured on
+    train        what training learns from
+    """
+
+    example: ClassVar = {"eval": {"npz": "val.npz"}}
+
+    calibration: Given[Data] = None
+    eval: Given[Data] = None
+    train: Given[Annotated[TrainData, ByKey(SOURCE, DATA_KINDS, TrainData)]] = None
+    normalize: Given[Normalize] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,8 +379,6 @@ class FactoryTask(Section):
         return (self.metric,)
 
 
-Task: TypeAlias = Classification | SequenceClassification | CausalLm | Translation | Reconstruction | FactoryTask
-
 TASKS: Mapping[str, type[Task]] = {
     "classification": Classification,
     "sequence-classification": SequenceClassification,
@@ -368,6 +388,12 @@ TASKS: Mapping[str, type[Task]] = {
     "factory": FactoryTask,
 }
 """The tasks by name; `metrics` of each are what it measures, by the names that gates use."""
+
+Task: TypeAlias = Annotated[
+    Classification | SequenceClassification | CausalLm | Translation | Reconstruction | FactoryTask,
+    OneOf("task", TASKS),
+    Shown({"classification": {"metric": "top1"}}),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,8 +453,8 @@ class AdamW(Section):
     weight_decay: Annotated[float, Ge(0)] = 0.0
 
 
-Optimizer: TypeAlias = Sgd | AdamW
 OPTIMIZERS: Mapping[str, type[Optimizer]] = {"sgd": Sgd, "adamw": AdamW}
+Optimizer: TypeAlias = Annotated[Sgd | AdamW, OneOf("optimizer", OPTIMIZERS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,14 +483,29 @@ class Step(Section):
     factor: Annotated[float, Gt(0)] = 0.1
 
 
-Schedule: TypeAlias = Constant | Cosine | Step
 SCHEDULES: Mapping[str, type[Schedule]] = {"constant": Constant, "cosine": Cosine, "step": Step}
+Schedule: TypeAlias = Annotated[Constant | Cosine | Step, OneOf("schedule", SCHEDULES)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(Section):
+class Distil(Section):
+    """Learn from the network as it was too: (1 - share) of the task's loss, and share of the distance to its outputs.
+
+    share        of the distance: temperature**2 times the Kullback-Leibler divergence of the softmaxes at that
+                 temperature; for reconstruction the mean squared error
+    temperature  of both softmaxes
+    """
+
+    share: Share = 0.5
+    temperature: Annotated[float, Gt(0)] = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Section):
     """How training runs.
 
+    optimizer        what makes a step of a gradient
+    schedule         how the learning rate goes
     epochs           passes over the training data
     warm_up          share of the steps over which the learning rate rises from nothing
     label_smoothing  share of each target that is spread over all classes
@@ -482,6 +523,11 @@ class TrainingOptions(Section):
     kmeans_bits      widths at which it tries k-means, one codebook a tensor
     """
 
+    example: ClassVar = {"optimizer": {"sgd": {"lr": 0.001, "momentum": 0.9}}}
+
+    optimizer: Optimizer
+    schedule: Schedule = field(default_factory=Constant)
+    distil: Given[Distil] = None
     epochs: Annotated[int, Ge(1)] = 1
     warm_up: Share = 0.0
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
@@ -500,26 +546,3 @@ class TrainingOptions(Section):
     def __post_init__(self) -> None:
         if self.batch_norm == "frozen" and self.norm_batches:
             raise ValueError("batch_norm: frozen keeps the statistics; leave norm_batches out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distil(Section):
-    """Learn from the network as it was too: (1 - share) of the task's loss, and share of the distance to its outputs.
-
-    share        of the distance: temperature**2 times the Kullback-Leibler divergence of the softmaxes at that
-                 temperature; for reconstruction the mean squared error
-    temperature  of both softmaxes
-    """
-
-    share: Share = 0.5
-    temperature: Annotated[float, Gt(0)] = 4.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """A `finetune` section but for its regularizers."""
-
-    options: TrainingOptions = field(default_factory=TrainingOptions)
-    optimizer: Optimizer
-    schedule: Schedule = field(default_factory=Constant)
-    distil: Distil | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -329,4 +330,4 @@ def test_the_recipe_reads_back_as_it_is_shown(folder: Path, tmp_path: Path) -> N
     again = parse_recipe(recipe_yaml(recipe), "shown")
     assert recipe_hash(again) == recipe_hash(recipe)
     assert again.finetune is not None and recipe.finetune is not None
-    assert again.finetune.training == recipe.finetune.training
+    assert replace(again.finetune, regularize=()) == replace(recipe.finetune, regularize=())

@@ -7,7 +7,7 @@ import pytest
 from qcompress import registry
 from qcompress.errors import UsageError
 from qcompress.recipe import parse_recipe, recipe_from_flags, recipe_json
-from qcompress.registry import DEFAULT_METHOD, METHODS, HqqConfig, Method, RtnConfig
+from qcompress.registry import DEFAULT_METHOD, METHODS, HqqConfig, RtnConfig
 
 
 def error(method: str | None, options: dict[str, object], family: registry.Family = "quantize") -> str:
@@ -61,15 +61,9 @@ def test_wrong_flags() -> None:
     )
 
 
-def test_families(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = Method("codes", "cluster", RtnConfig, "weights", module="a")
+def test_families() -> None:
     assert recipe_from_flags(None, {"bits": 2}, "cluster").rules[0].method == "kmeans"
     assert error("rtn", {"bits": 2}, "cluster") == "--method rtn: `rtn` is a quantize method; use `qcompress quantize`"
-    monkeypatch.setattr(registry, "METHODS", {"rtn": registry.METHODS["rtn"]})
-    assert error(None, {"bits": 2}, "cluster") == (
-        "command line: no cluster method is available in this version; use `qcompress quantize`"
-    )
-    monkeypatch.setattr(registry, "METHODS", {"rtn": registry.METHODS["rtn"], "codes": codes})
-    assert error("codes", {"bits": 2}) == "--method codes: `codes` is a cluster method; use `qcompress cluster`"
-    recipe = recipe_from_flags(None, {"bits": 2}, "cluster")
-    assert (recipe.family, recipe.rules[0].method) == ("cluster", "codes")
+    assert error("kmeans", {"bits": 2}) == "--method kmeans: `kmeans` is a cluster method; use `qcompress cluster`"
+    recipe = recipe_from_flags("learned", {}, "cluster")
+    assert (recipe.family, recipe.rules[0].method) == ("cluster", "learned")

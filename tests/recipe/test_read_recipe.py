@@ -176,7 +176,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 def test_nothing_heavy_is_imported_before_a_recipe_is_read() -> None:
-    light = "import sys, qcompress.recipe, qcompress.recipe.hints\n"
+    light = "import sys, qcompress.recipe, qcompress.types.plan\n"
     heavy = "qcompress.recipe.read_recipe(None, text='{version: 1, rules: [{match: a, rtn: {bits: 2}}]}')\n"
     show = "print(*(name in sys.modules for name in ('pydantic', 'yaml', 'torch')))\n"
     command = [sys.executable, "-c", light + show + heavy + show]

@@ -78,7 +78,7 @@ def test_docs_name_every_option_and_choice(method: str) -> None:
 
 
 def test_docs_name_the_frame() -> None:
-    gates = recipe_schema()["properties"]["gates"]["properties"]
+    gates = recipe_schema()["$defs"]["Gates"]["properties"]
     for key in [*recipe_schema()["properties"], *gates]:
         assert f"| `{key}` |" in DOCS, key
     assert f"| `{DEFAULT_METHOD}` |" in DOCS

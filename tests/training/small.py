@@ -19,7 +19,7 @@ from qcompress.training.losses import make_loss
 from qcompress.training.penalties import attach_penalties
 from qcompress.training.trainer import Trainer
 from qcompress.types.plan import Decision, Rule, TensorInfo
-from qcompress.types.settings import Classification, Cosine, Crop4, Flip, Sgd, Training, TrainingOptions
+from qcompress.types.settings import Classification, Cosine, Crop4, Flip, Sgd, Training
 
 
 def points(count: int = 96) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def rules() -> list[Rule]:
 
 def settings(**options: Any) -> Training:
     optimizer = options.pop("optimizer", Sgd(lr=0.05, momentum=0.9, weight_decay=1e-3))
-    return Training(options=TrainingOptions(epochs=3, **options), optimizer=optimizer, schedule=Cosine())
+    return Training(epochs=3, **options, optimizer=optimizer, schedule=Cosine())
 
 
 def run(module: nn.Module, training: Training, watch: Watch | None = None, **more: Any) -> Trained:
@@ -87,7 +87,7 @@ def make_trainer(kind: type[nn.Module], size: int = 16, count: int = 48) -> Trai
     def read(indices: Sequence[int]) -> Batch:
         return Batch((x[list(indices)],), labels=torch.tensor(list(indices)) % 2)
 
-    training = Training(options=TrainingOptions(epochs=1), optimizer=Sgd(lr=0.01))
+    training = Training(epochs=1, optimizer=Sgd(lr=0.01))
     return Trainer(Data(Batches(count, size, read)), make_loss(Classification()), training, Watch(), 0)
 
 

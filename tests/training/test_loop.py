@@ -23,7 +23,7 @@ from qcompress.training.loop import Data, Watch, norm_batches, refresh_norms
 from qcompress.training.optimizers import rate_at
 from qcompress.training.penalties import Penalties, attach_penalties
 from qcompress.types.plan import Rule
-from qcompress.types.settings import AdamW, Classification, Cosine, Crop4, Flip, Sgd, Training, TrainingOptions
+from qcompress.types.settings import AdamW, Classification, Cosine, Crop4, Flip, Sgd, Training
 
 from .small import assert_same, batches, net, points, rules, run, settings, weights
 
@@ -200,7 +200,7 @@ def one_step(**options: Any) -> tuple[nn.Module, float]:
     """A network after one plain step with all samples, and how far its weights have moved."""
     module = net()
     before = torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
-    training = Training(options=TrainingOptions(**options), optimizer=Sgd(lr=0.5, momentum=0.0))
+    training = Training(**options, optimizer=Sgd(lr=0.5, momentum=0.0))
     run(module, training, penalties=Penalties([]), data=Data(batches(96)))
     return module, float((torch.nn.utils.parameters_to_vector(module.parameters()).detach() - before).norm())
 

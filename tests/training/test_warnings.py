@@ -11,14 +11,14 @@ from qcompress.registry.regularizers import (
 )
 from qcompress.training.penalties import attach_penalties
 from qcompress.training.warnings import advise_after, advise_before
-from qcompress.types.settings import Sgd, Training, TrainingOptions
+from qcompress.types.settings import Sgd, Training
 
 from .test_penalties import net, rule
 
 
 def test_advice_on_settings_that_cannot_work() -> None:
     module = net()
-    training = Training(optimizer=Sgd(lr=0.1), options=TrainingOptions())
+    training = Training(optimizer=Sgd(lr=0.1))
     with torch.no_grad():
         module.fc.weight.mul_(20)
     rules = [

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompress.recipe.hints import MOST_LISTED, nearest, parse_size, plain, quoted, suggest
+from qcompress.types.words import MOST_LISTED, nearest, parse_size, plain, quoted, suggest
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
-"""A user's words are read here: sizes in bytes, what was meant by an unknown name, and how words stand in an error."""
+"""Words of a user: sizes in bytes, what an unknown name may have meant, and how words stand in an error."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
-from fractions import Fraction
 
 LONGEST_WORD = 60
 MOST_LISTED = 16
@@ -22,6 +20,8 @@ SIZE_PATTERN = r"^ *[0-9]{1,15}(\.[0-9]{1,15})? *([KMGTkmgt]?[Bb]|[KMGTkmgt][Ii]
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like `word`, or None where none is near; case, `-` and `_` count for nothing."""
+    import difflib
+
     folded: dict[str, str] = {}
     for candidate in candidates:
         folded.setdefault(_fold(candidate), candidate)
@@ -55,6 +55,23 @@ def plain(word: str, longest: int = LONGEST_WORD) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 
+def shown(value: object) -> str:
+    """A value as an error shows it."""
+    match value:
+        case None:
+            return "`null`"
+        case bool():
+            return f"`{str(value).lower()}`"
+        case str():
+            return quoted(value)
+        case dict():
+            return "a mapping"
+        case list() | tuple():
+            return "a list"
+        case _:
+            return repr(value)
+
+
 def _fold(word: str) -> str:
     return word.casefold().replace("-", "_")
 
@@ -68,7 +85,8 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{quoted(text)} is not a size; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
     number = text.strip().rstrip("KMGTIBkmgtib ")
     unit = text.strip()[len(number) :].strip().lower()
-    n_bytes = int(Fraction(number) * UNITS[unit])
+    whole, _, decimals = number.partition(".")
+    n_bytes: int = int(whole + decimals) * UNITS[unit] // 10 ** len(decimals)
     if n_bytes < 1:
         raise ValueError(f"{quoted(text)} is less than one byte; give a larger size")
     return n_bytes

@@ -1,0 +1,103 @@
+"""The one model of a recipe: its sections from types/, and rules that are made from the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+
+from annotated_types import MinLen
+from pydantic import GetCoreSchemaHandler, ValidationError
+
+from qcompress.registry import DEFAULT_METHOD, METHODS, Method
+from qcompress.registry.regularizers import REGULARIZERS
+from qcompress.types.config import MethodConfig
+from qcompress.types.plan import Exempt, Keep, Sections, Widths
+from qcompress.types.settings import Training
+from qcompress.types.written import Given, OneOf, OneOrMore, Refused, Shown, later, read, reader
+
+if TYPE_CHECKING:
+    from pydantic_core import CoreSchema
+
+
+def takes_budget(method: Method) -> bool:
+    """Whether a budget decides the bits of a method's config."""
+    return method.family == "quantize" and not method.rates
+
+
+@dataclass(frozen=True, eq=False)
+class OpenBits:
+    """The options of a method whose bits a budget decides, where the recipe has one: `known` is whether it does."""
+
+    config: Any
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return later(self.read, lambda: (self.config,))
+
+    def read(self, options: object, known: Any) -> Any:
+        """The config, or under a budget the one at each width that takes the options. Raises Refused."""
+        if not known or not isinstance(options, dict):
+            return read(self.config, options)
+        if "bits" in options:
+            raise Refused("the budget decides the bits; take `bits` out, or the budget", "bits")
+        bits = reader(self.config).json_schema()["properties"]["bits"]
+        configs: dict[int, MethodConfig] = {}
+        refused: list[ValidationError] = []
+        for width in range(bits["minimum"], bits["maximum"] + 1):
+            try:
+                configs[width] = read(self.config, {"bits": width, **options})
+            except ValidationError as error:
+                refused.append(error)
+        if not configs:
+            raise refused[-1]
+        return Widths(configs)
+
+
+def method_part(method: Method) -> Any:
+    """What pydantic reads as the options of a method."""
+    return Annotated[method.config, OpenBits(method.config)] if takes_budget(method) else method.config
+
+
+Pattern: TypeAlias = Annotated[str, MinLen(1), Shown("*.weight", "glob over tensor names")]
+"""* is any text, ? a character, [abc] one of them."""
+Match: TypeAlias = Annotated[tuple[Pattern, ...], MinLen(1), OneOrMore()]
+
+_ACTIONS = {"keep": Keep} | {name: method_part(one) for name, one in METHODS.items()}
+_PENALTIES = {"keep": Exempt} | {name: one.config for name, one in REGULARIZERS.items()}
+
+MethodRule: TypeAlias = Annotated[
+    Mapping[str, Any],
+    OneOf("method", _ACTIONS, {"match": Match}),
+    Shown({"match": "*.weight", DEFAULT_METHOD: {"bits": 4}}),
+]
+PenaltyRule: TypeAlias = Annotated[
+    Mapping[str, Any],
+    OneOf("regularizer", _PENALTIES, {"match": Match}),
+    Shown({"match": "*.weight", "dsmm": {"strength": 0.01}}),
+]
+"""The rules of the registry's methods and regularizers: `match` and exactly one of them, or `keep`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenFinetune(Training):
+    """How `finetune-reg` trains, and its regularizers.
+
+    regularize  the first rule that matches a weight's name decides
+    """
+
+    regularize: tuple[PenaltyRule, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenRecipe(Sections):
+    """A recipe as it is written.
+
+    rules     the first rule that matches a tensor's name decides; what none matches is kept
+    finetune  how `finetune-reg` trains, and its regularizers
+    """
+
+    example: ClassVar = {"version": 1}
+
+    version: Literal[1] = field()
+    rules: Annotated[tuple[MethodRule, ...], MinLen(1)] = field(default_factory=tuple)
+    finetune: Given[WrittenFinetune] = None
