@@ -1,0 +1,191 @@
+"""Every kind of file that a command reads: sound ones to start from, and how they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuzz.campaign import Target
+from fuzz.mutations import mutate_bytes, mutate_json, mutate_text
+from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.checkpoint.side_files import HESSIAN, read_statistics, save_statistics
+from qcompress.data.batches import Source
+from qcompress.data.sources import read_data
+from qcompress.encode.write_file import Journal
+from qcompress.plan.sensitivity import read_sensitivity
+from qcompress.recipe import read_recipe
+from qcompress.report.document_json import read_report
+from qcompress.types.settings import Data, ImagesData, NpzData
+
+
+def make_targets(scratch: Path) -> dict[str, Target]:
+    """All targets by name; sound files are made under `scratch`."""
+    found = [*_of_text(scratch), *_of_data(scratch), *_of_runs(scratch)]
+    return {target.name: target for target in found}
+
+
+def digest(value: Tensor) -> str:
+    raw = value.contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{value.dtype} {list(value.shape)} {hashlib.sha256(raw).hexdigest()}"
+
+
+def checkpoint_bytes(**tensors: Tensor) -> bytes:
+    from safetensors.torch import save
+
+    return bytes(save(tensors, {"format": "pt"}))
+
+
+def gaussian(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+# --- text and JSON ----------------------------------------------------------------------------------------------------
+
+RECIPE = b"""version: 1
+seed: 7
+model: {factory: "torchvision.models:resnet18", args: {num_classes: 10}}
+data:
+  calibration: {npz: calib.npz, samples: 64, batch_size: 16}
+  eval: {npz: val.npz}
+  train: {npz: train.npz, augment: [flip, crop4]}
+  normalize: {mean: [0.5, 0.4, 0.3], std: [0.2, 0.2, 0.2]}
+task: {classification: {metric: top1}}
+rules:
+  - {match: "classifier.*", mse: {bits: 8}}
+  - match: ["*.weight", "*.w"]
+    squant: {bits: 4, granularity: group, group_size: 64}
+  - {match: "*.bias", keep: {}}
+activations: {bits: 8}
+companions: [bias_correction, batch_norm]
+finetune:
+  epochs: 3
+  optimizer: {sgd: {lr: 0.001, momentum: 0.9}}
+  regularize:
+    - {match: "*.weight", dsmm: {strength: 0.01, alpha: 0.1}}
+gates: {max_drop: {top1: 0.02}, max_size: 2MB}
+"""
+
+
+def _of_text(scratch: Path) -> list[Target]:
+    from fuzz.sound import compressed, sensitivity_file
+
+    return [
+        Target("recipe", {"a": RECIPE}, mutate_text, lambda path: repr(read_recipe(path))),
+        Target(
+            "report",
+            {"a": compressed(scratch, "--bits", 3)[1]},
+            mutate_json,
+            lambda path: repr(read_report(path)),
+            ".json",
+        ),
+        Target(
+            "sensitivity", {"a": sensitivity_file()}, mutate_json, lambda path: repr(read_sensitivity(path)), ".json"
+        ),
+    ]
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _of_data(scratch: Path) -> list[Target]:
+    def npz(save: Any) -> bytes:
+        stream = io.BytesIO()
+        pixels = np.random.default_rng(0).integers(0, 255, (12, 4, 4, 3), dtype=np.uint8)
+        save(stream, x=pixels, y=np.arange(12))
+        return stream.getvalue()
+
+    def image(form: str, mode: str = "RGB") -> bytes:
+        from PIL import Image
+
+        stream = io.BytesIO()
+        Image.effect_noise((16, 16), 60).convert(mode).save(stream, form)
+        return stream.getvalue()
+
+    table = b"file_name,label\na.png,0\nb.png,3\n"
+    images = {form: image(form) for form in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")}
+
+    def read_table(path: Path) -> Any:
+        folder = path.with_name(f"{path.name}.folder")
+        folder.mkdir(exist_ok=True)
+        for name in ("a.png", "b.png"):
+            (folder / name).write_bytes(images["PNG"])
+        (folder / "metadata.csv").write_bytes(path.read_bytes())
+        return _samples(folder, ImagesData(images=str(folder), crop=8))
+
+    def read_image(path: Path) -> Any:
+        folder = path.with_name(f"{path.name}.folder")
+        folder.mkdir(exist_ok=True)
+        (folder / "a.png").write_bytes(path.read_bytes())
+        return _samples(folder, ImagesData(images=str(folder), resize=8, crop=8))
+
+    return [
+        Target(
+            "npz",
+            {"stored": npz(np.savez), "deflated": npz(np.savez_compressed)},
+            mutate_bytes,
+            lambda path: _samples(path.parent, NpzData(npz=path.name)),
+            ".npz",
+        ),
+        Target("image", images, mutate_bytes, read_image),
+        Target("table of images", {"a": table}, mutate_text, read_table),
+    ]
+
+
+def _samples(folder: Path, settings: Data) -> list[str]:
+    batches = read_data(settings, Source(folder, "data.eval"), 0)
+    return [digest(x) for batch in batches for x in (*batch.args, batch.labels) if x is not None]
+
+
+# --- checkpoints, and what a run leaves behind ------------------------------------------------------------------------
+
+
+def _of_runs(scratch: Path) -> list[Target]:
+    from fuzz.sound import journal_of_a_killed_run, training_state
+    from qcompress.training.state import _read
+
+    plain = checkpoint_bytes(w=gaussian(6, 10), b=gaussian(6), half=gaussian(3, 5).half(), ids=torch.arange(9))
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        save_statistics({f"w{HESSIAN}": torch.eye(10).repeat(1, 1, 1), "w.mean": gaussian(1, 10)}, Path(folder) / "s")
+        statistics = (Path(folder) / "s").read_bytes()
+    journal, key = journal_of_a_killed_run(scratch)
+
+    def read_plain(path: Path) -> dict[str, str]:
+        found = read_checkpoint(path)
+        return {
+            info.name: f"{info} {bytes(found.shard_of(info.name).bytes_of(info.name)).hex()}" for info in found.tensors
+        }
+
+    def read_state(path: Path) -> Any:
+        tensors, document = _read(path)
+        return {name: digest(value) for name, value in tensors.items()}, json.dumps(document)
+
+    def read_journal(path: Path) -> list[str]:
+        return [repr(record) for record in Journal(path, key).read()]
+
+    def is_start(whole: list[str], found: list[str]) -> bool:
+        return found == whole[: len(found)]
+
+    return [
+        Target("checkpoint", {"a": plain}, mutate_bytes, read_plain, ".safetensors"),
+        Target(
+            "statistics",
+            {"a": statistics},
+            mutate_bytes,
+            lambda path: digest(read_statistics(path).gram("w").hessian),
+            ".safetensors",
+        ),
+        Target("journal", {"a": journal}, mutate_text, read_journal, "", is_start),
+        Target("state", {"a": training_state(scratch)}, mutate_bytes, read_state, ".safetensors", _never),
+    ]
+
+
+def _never(_: Any, __: Any) -> bool:
+    return False

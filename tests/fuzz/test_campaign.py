@@ -1,0 +1,106 @@
+"""Two thousand mutated files of every kind, and planted faults that a campaign has to find."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from fuzz.campaign import ALLOWED, Target, campaign, case, run_apart
+from fuzz.mutations import mutate_bytes, mutate_json, mutate_text
+from fuzz.targets import make_targets
+from qcompress.errors import DataError, QcompressError
+
+CASES = 2000
+NAMES = [
+    *("recipe", "report", "sensitivity", "npz", "image", "table of images", "checkpoint", "statistics", "journal"),
+    *("state",),
+]
+
+
+@pytest.fixture(scope="session")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
+    return make_targets(tmp_path_factory.mktemp("sound"))
+
+
+def test_every_kind_of_file_has_its_cases(targets: dict[str, Target]) -> None:
+    assert [*targets] == NAMES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_mutated_files_are_refused_or_read_as_they_are(targets: dict[str, Target], name: str, tmp_path: Path) -> None:
+    outcomes: Counter[str] = Counter()
+    for index, outcome, signature, data in run_apart(targets[name], tmp_path, range(-(-CASES // len(NAMES))), 0):
+        assert outcome in ALLOWED, f"case {index}: {outcome}: {signature}: {data[:200]!r}"
+        outcomes[outcome] += 1
+    # A target whose mutations all fall on one side tests nothing.
+    assert outcomes["refused"] or name == "journal"
+    assert len(outcomes) > 1 or name in ("journal", "state")
+
+
+def reads(path: Path) -> bytes:
+    data = path.read_bytes()
+    if data[:1] != b"a":
+        raise DataError(str(path), "is damaged", "make it again")
+    return data
+
+
+def fault(kind: str) -> Target:
+    """A reader with a fault that shows in some of its cases."""
+
+    def read(path: Path) -> Any:
+        data = path.read_bytes()
+        if data != b"abcdefgh":
+            match kind:
+                case "bug":
+                    raise KeyError("not caught")
+                case "crash":
+                    os.kill(os.getpid(), signal.SIGSEGV)
+                case "hang":
+                    os.kill(os.getpid(), signal.SIGALRM)
+                case "memory":
+                    raise MemoryError
+                case "words":
+                    raise QcompressError(str(path), "has no exit code of its own", "give it one")
+                case "unseen":
+                    return data
+        return b"abcdefgh"
+
+    return Target("f", {"a": b"abcdefgh"}, mutate_bytes, read, accepts=lambda one, other: one == other)
+
+
+@pytest.mark.parametrize("kind", ["bug", "crash", "hang", "memory", "words", "unseen"])
+def test_a_campaign_finds_a_planted_fault_and_keeps_its_smallest_file(kind: str, tmp_path: Path) -> None:
+    (found,) = campaign({"f": fault(kind)}, tmp_path, 20, 0).values()
+    assert set(found.outcomes) <= {kind, "same"} and found.outcomes[kind] == sum(found.failures.values()) > 0
+    (words,) = (tmp_path / "failures" / "f").glob("*.txt")
+    assert words.read_text().startswith(kind)
+    sizes = [len(data) for _, outcome, _, data in run_apart(fault(kind), tmp_path, range(20), 0) if outcome == kind]
+    assert words.with_suffix("").stat().st_size == min(sizes)
+
+
+def test_a_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    target = Target("f", {"a": b"abc", "b": b"abd"}, mutate_bytes, reads)
+    whole = campaign({"f": target}, tmp_path / "whole", 60, 3)["f"]
+    for _ in range(3):
+        parts = campaign({"f": target}, tmp_path / "parts", 20, 3)["f"]
+    assert whole == parts and whole.next == 60 == sum(whole.outcomes.values())
+    assert campaign({"f": target}, tmp_path / "other", 60, 4)["f"].outcomes != whole.outcomes
+
+
+@pytest.mark.parametrize(
+    ("mutate", "data"),
+    [(mutate_bytes, b"abcdefgh"), (mutate_text, b"a: 1\nb: [2]\nc: x\n"), (mutate_json, b'{"a": [1, 2], "b": "c"}')],
+)
+def test_mutations_are_the_same_every_time_and_of_many_kinds(mutate: Any, data: bytes) -> None:
+    target = Target("f", {"a": data}, mutate, reads)
+    found = [case(target, index, 0)[1] for index in range(300)]
+    assert found == [case(target, index, 0)[1] for index in range(300)]
+    assert len(set(found)) > 150
+    assert mutate(data, Random(1)) == mutate(data, Random(1))
