@@ -1,6 +1,7 @@
-"""Writes the tables of options in docs/: python docs/tables.py
+"""Writes what docs/ take from the program: python docs/tables.py
 
-Those of docs/training.md come from the config dataclasses, those of docs/cli.md from the program.
+The tables of docs/training.md come from the config dataclasses, those of docs/cli.md from the commands;
+docs/glossary.md and the schema of reports from the rows of their figures.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from qcompress.cli.panels import PanelCommand, panels_of
 from qcompress.recipe.explain import limits
 from qcompress.recipe.schema import recipe_schema
 from qcompress.registry.regularizers import REGULARIZERS, RegularizerConfig
+from qcompress.report.document_json import REPORT
+from qcompress.report.glossary import glossary_markdown, schema_text
 from qcompress.types.settings import AUGMENTATIONS
 
 PAGE = Path(__file__).with_name("training.md")
 COMMANDS_PAGE = Path(__file__).with_name("cli.md")
+GLOSSARY = Path(__file__).with_name("glossary.md")
+REPORT_SCHEMA = Path(__file__).parents[1] / "qcompress" / "report" / "schema.json"
 SHARED = [one.name for one in dataclasses.fields(RegularizerConfig)]
 OWN = ("strength", "start", "ramp")
 """Shared options whose defaults differ between regularizers."""
@@ -153,3 +158,5 @@ def _option(option: Any, context: Any) -> str | None:
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
     COMMANDS_PAGE.write_text(commands_page(), encoding="utf-8")
+    GLOSSARY.write_text(glossary_markdown(), encoding="utf-8")
+    REPORT_SCHEMA.write_text(schema_text(REPORT), encoding="utf-8")

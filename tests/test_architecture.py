@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "types": set(),
+    "types": {"errors"},
     "registry": {"types"},
     "recipe": {"errors", "types", "registry"},
     "coding": {"errors", "types"},

@@ -299,7 +299,7 @@ def _digest(document: Fields, key: str, digits: int = 64) -> str:
 
 def _size(document: Fields, key: str) -> int:
     value = document.get(key)
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 2**63:
         raise ManifestError(f"its manifest has no size {key!r}")
     return value
 

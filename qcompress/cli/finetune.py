@@ -124,7 +124,7 @@ def _print_plan(recipe: Recipe, source: Checkpoint | None, allow_code: bool, str
     """The weights, their regularizers, and the settings of training; the model is built, nothing is trained."""
     from qcompress.compress.finetune import plan_training
     from qcompress.report.render import render_view
-    from qcompress.report.training_report import view_training_plan
+    from qcompress.report.view_training import view_training_plan
 
     rows = plan_training(recipe, source, allow_code)
     if streams.json_to is not None:
@@ -137,9 +137,10 @@ def _finish(report: TrainingReport, target: Path, streams: Streams) -> None:
     """Write the report beside the checkpoint and print it. Raises GateFailed."""
     from qcompress.checkpoint.staging import write_whole
     from qcompress.report.gates import raise_failed
-    from qcompress.report.training_report import training_path, training_text, view_training
+    from qcompress.report.training_report import TRAINING, training_path
+    from qcompress.report.view_training import view_training
 
-    text = training_text(report)
+    text = TRAINING.text(report)
     write_whole(text, training_path(target))
     for warning in report.warnings:
         print_note(f"warning: {warning}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qcompress.checkpoint.outputs import Write
     from qcompress.report.document import Report
     from qcompress.report.render import Terminal
-    from qcompress.report.view import View
+    from qcompress.report.table import View
 
 PLAIN_LINE_SECONDS = 10.0
 NARROWEST = 60
@@ -83,7 +83,7 @@ def _print_json(text: str) -> None:
 
 def print_note(text: str) -> None:
     """Progress, warnings, hints and errors go to stderr, a line each."""
-    from qcompress.report.view import name_words
+    from qcompress.report.words import name_words
 
     # Names come from files: one that holds control characters must not steer the terminal.
     # Where stderr is full or gone, there is nobody to tell, and the work itself is not at fault.

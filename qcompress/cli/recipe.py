@@ -35,7 +35,7 @@ def check(
     quiet: opt.Quiet = False,
 ) -> None:
     """Say all that is wrong with a recipe, by itself or for a checkpoint."""
-    from qcompress.report.view import count_words
+    from qcompress.report.words import count_words
 
     checked = read_given(path, overrides)
     # A rule with a list of globs is one rule to its writer.

@@ -100,9 +100,9 @@ def _explain(word: str | None) -> None:
 
 
 def _complete_term(incomplete: str) -> list[str]:
-    from qcompress.report.glossary import GLOSSARY
+    from qcompress.report.glossary import FIGURES
 
-    return [name for name in GLOSSARY if name.startswith(incomplete)]
+    return [name for name in FIGURES if name.startswith(incomplete)]
 
 
 def report(

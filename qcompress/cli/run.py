@@ -29,8 +29,9 @@ from qcompress.registry import METHODS
 from qcompress.report.document import Report
 from qcompress.report.document_json import report_path, write_report
 from qcompress.report.gates import check_gates, raise_failed
+from qcompress.report.table import Column, Table, View
 from qcompress.report.training_report import training_path
-from qcompress.report.view import Column, Table, View, name_words, shape_words, size_words
+from qcompress.report.words import name_words, shape_words, size_words
 from qcompress.types.config import CodingChoice
 from qcompress.types.plan import Gates, Plan, Recipe
 from qcompress.types.run import ModelRun, Options

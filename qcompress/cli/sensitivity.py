@@ -142,9 +142,9 @@ def parse_widths(text: str) -> list[int]:
 
 def print_sensitivity(found: Sensitivity, form: opt.Format, output: Path | None, streams: Streams) -> None:
     """The sensitivities as JSON where it was asked for, and in their format on stdout or in a file."""
+    from qcompress.plan.sensitivity import SENSITIVITY
     from qcompress.report.html.render_html import render_sensitivity_html
     from qcompress.report.render import render_sensitivity
-    from qcompress.report.view_sensitivity import sensitivity_text
 
     def rendered(terminal: Terminal | None) -> str:
         if form == opt.Format.html:
@@ -152,5 +152,5 @@ def print_sensitivity(found: Sensitivity, form: opt.Format, output: Path | None,
         return render_sensitivity(found, opt.TEXT_FORMATS[form], terminal)
 
     if streams.json_to is not None:
-        write_text(sensitivity_text(found), streams.json_to)
+        write_text(SENSITIVITY.text(found), streams.json_to)
     print_rendered(rendered, output, streams)

@@ -35,8 +35,9 @@ from qcompress.encode.write_file import Run, WrittenShard, write_shard
 from qcompress.plan.allocate import read_costs, refuse_infeasible
 from qcompress.plan.files import make_shards
 from qcompress.recipe import recipe_hash
-from qcompress.report.document import ArtifactFile, LayerReport, Report, make_size
+from qcompress.report.document import ArtifactFile, LayerReport, Report
 from qcompress.report.figures import compressed_layer, kept_layer, run_figures
+from qcompress.report.size import make_size
 from qcompress.types.encoded import Fitted, Kept
 from qcompress.types.plan import Decision, Outcomes, Plan
 from qcompress.types.run import Options, RunFigures, Say, start_clock

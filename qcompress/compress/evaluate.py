@@ -23,9 +23,8 @@ from qcompress.data.tasks import measure, paired_drop
 from qcompress.errors import ArtifactError, CheckpointError, RecipeError, ReportError
 from qcompress.model.build import build_network, load_weights
 from qcompress.model.live import LiveModel, make_live_model
-from qcompress.plan.sensitivity import Sensitivity, checkpoint_sha256, read_sensitivity
+from qcompress.plan.sensitivity import SENSITIVITY, Sensitivity, checkpoint_sha256, read_sensitivity
 from qcompress.report.document import AccuracyFigures
-from qcompress.report.view_sensitivity import sensitivity_text
 from qcompress.types.plan import Plan, Recipe
 from qcompress.types.run import ModelRun, Say
 
@@ -202,7 +201,7 @@ def read_or_measure(
             return kept
     live = open_live(source, plan, model_run)
     found = measure_sensitivity(live, source, plan, model_run, samples, say)
-    write_whole(sensitivity_text(found), kept_in)
+    write_whole(SENSITIVITY.text(found), kept_in)
     return found
 
 

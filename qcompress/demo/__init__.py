@@ -18,7 +18,8 @@ from qcompress.checkpoint.checkpoint import write_checkpoint
 from qcompress.compress.load import load_into
 from qcompress.errors import InputError, OutputError, UsageError
 from qcompress.report.render import render_view
-from qcompress.report.view import Column, Table, View, size_words
+from qcompress.report.table import Column, Table, View
+from qcompress.report.words import size_words
 
 TRAIN_SAMPLES = 1297
 EPOCHS = 12
@@ -129,7 +130,7 @@ def run_demo(folder: Path, say: Callable[[str], None], *, force: bool = False) -
     say(f"Wrote model.safetensors, the digits and {', '.join(RECIPES)} to {folder}")
     for command in COMMANDS:
         _run(command, folder, say, force)
-    say(render_view(_results(folder, net, digits)))
+    say(f"\n{render_view(_results(folder, net, digits))}")
 
 
 def _load_digits() -> Digits:
@@ -198,4 +199,4 @@ def _results(folder: Path, net: DigitsNet, digits: Digits) -> View:
     titles = ("file", "size", "smaller", "accuracy", "change, points")
     columns = tuple(Column(title, right=title != "file") for title in titles)
     facts = (("images", f"{len(digits.test_labels)} that the network has not seen"),)
-    return View(f"\naccuracy and size in {folder}", facts, (Table(columns, tuple(rows)),), ())
+    return View(f"accuracy and size in {folder}", facts, (Table(columns, tuple(rows)),), ())

@@ -5,26 +5,23 @@ Imports no torch. budget.sensitivity measures them, plan.allocate spends by them
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from qcompress.artifact.manifest import artifact_hash, input_hash
 from qcompress.errors import ReportError
 from qcompress.types.config import Shape
+from qcompress.types.document import Document
+from qcompress.types.figures import NotNegative, Positive, figure
 from qcompress.types.plan import Decision
 from qcompress.types.run import RunFigures
 
 if TYPE_CHECKING:
-    from pydantic import TypeAdapter
-
     from qcompress.checkpoint.checkpoint import Checkpoint
 
-SCHEMA = "qcompress.sensitivity/1"
 AGAIN = "measure it with `qcompress report CHECKPOINT --sensitivity -r RECIPE`"
 
 DivergenceKind: TypeAlias = Literal["kl", "relative-error"]
@@ -36,30 +33,37 @@ DivergenceData: TypeAlias = Literal["calibration", "eval"]
 
 @dataclass(frozen=True, kw_only=True)
 class WidthCost:
-    """One tensor at one width, everything else as it was.
+    """One tensor at one width, everything else as it was."""
 
-    bytes           of its codes, packed, and its side information
-    relative_error  of the weights: squared error over their energy
-    divergence      of the network's output
-    metrics         the task's, each by name; empty where the recipe has no task
-    """
-
+    # fmt: off
     bits: int
-    bytes: int
-    relative_error: float
-    divergence: float
-    metrics: Mapping[str, float]
+    bytes: Positive
+    relative_error: NotNegative
+    divergence: NotNegative = field(metadata=figure(
+        "divergence", "number",
+        "of the network's output with one layer quantized from its output as it was; 0 is none"))
+    metrics: Mapping[str, float] = field(metadata=figure(
+        "metrics", "", "the task's metrics with one layer quantized", "empty where the recipe has no task"))
+    # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCosts:
     """A tensor that the recipe compresses: its grid in words, and what each width costs, ascending."""
 
+    # fmt: off
     name: str
     shape: Shape
     method: str
-    grid: str
-    widths: tuple[WidthCost, ...]
+    grid: str = field(metadata=figure("grid", "text", "granularity and form of a layer's grid, the same at each width"))
+    widths: tuple[WidthCost, ...] = field(metadata=figure(
+        "measured widths", "", "what one layer costs at each width, ascending"))
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        bits = [cost.bits for cost in self.widths]
+        if not bits or bits != sorted(set(bits)):
+            raise ValueError("its widths do not ascend")
 
     @property
     def by_width(self) -> Mapping[int, WidthCost]:
@@ -68,29 +72,37 @@ class LayerCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """All that was measured of one checkpoint under one recipe.
+    """All that was measured of one checkpoint under one recipe."""
 
-    checkpoint          its file name
-    input_sha256        of its names, dtypes, shapes and CRC-32s, as in an artifact's manifest
-    measured_sha256     of all that the figures depend on besides: model, data, task, the rules' grids, samples, widths
-    divergence_data     the part of the recipe's data that divergences were measured on
-    divergence_samples  how many of it
-    metric_samples      how many samples of data.eval the metrics were measured on; 0 without a task
-    higher              metric -> whether more is better
-    baseline            metric -> the checkpoint's, on the same samples
-    """
-
-    checkpoint: str
+    # fmt: off
+    checkpoint: str = field(metadata=figure(
+        "checkpoint file", "text", "file name of the checkpoint that was measured, or trained from"))
     input_sha256: str
-    measured_sha256: str
-    divergence_kind: DivergenceKind
-    divergence_data: DivergenceData
-    divergence_samples: int
-    metric_samples: int
-    higher: Mapping[str, bool]
+    measured_sha256: str = field(metadata=figure(
+        "measured SHA-256", "text",
+        "of model, data, task, grids, widths and samples, on which sensitivities depend"))
+    divergence_kind: DivergenceKind = field(metadata=figure(
+        "kind of divergence", "text",
+        "kl: Kullback-Leibler, nats a prediction; relative-error: squared error over energy",
+        "kl for tasks that predict classes or tokens; else Σ(y − ŷ)² / Σy² of the outputs"))
+    divergence_data: DivergenceData = field(metadata=figure(
+        "divergence data", "text", "the part of the recipe's data that divergences were measured on",
+        "calibration where there is any"))
+    divergence_samples: int = field(metadata=figure(
+        "divergence samples", "count", "how many samples divergences were measured on"))
+    metric_samples: int = field(metadata=figure(
+        "metric samples", "count", "how many samples of data.eval the metrics were measured on", "0 without a task"))
+    higher: Mapping[str, bool] = field(metadata=figure("higher", "", "whether more of a metric is better"))
     baseline: Mapping[str, float]
     layers: tuple[LayerCosts, ...]
     run: RunFigures | None = None
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        if len({layer.name for layer in self.layers}) < len(self.layers):
+            raise ValueError("a layer is there twice")
+        if self.higher.keys() != self.baseline.keys():
+            raise ValueError("a metric is there by half")
 
     @property
     def metric(self) -> str | None:
@@ -133,57 +145,12 @@ def grid_words(decision: Decision) -> str:
     return f"{config.granularity}{size} {config.form}"
 
 
+SENSITIVITY = Document(Sensitivity, "qcompress.sensitivity/1", "file of sensitivities", AGAIN, digits=9)
+
+
 def read_sensitivity(path: Path) -> Sensitivity:
     """The sensitivities in a file. Raises ReportError where it is missing, damaged, foreign or of another version."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ReportError(str(path), f"cannot read the sensitivities: {error.strerror}", AGAIN) from None
-    except (ValueError, RecursionError):
-        raise ReportError(str(path), "is not JSON", AGAIN) from None
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != SCHEMA:
-        newer = isinstance(schema, str) and schema.startswith("qcompress.sensitivity/")
-        what = f"has schema {schema!r}, and this version reads {SCHEMA}" if newer else "holds no sensitivities"
-        raise ReportError(str(path), what, AGAIN)
-    return _checked(document, path)
-
-
-def _checked(document: Mapping[str, object], path: Path) -> Sensitivity:
-    """The nouns of a document. Raises ReportError for figures that cannot be."""
-    from pydantic import ValidationError
-
-    fields = {key: value for key, value in document.items() if key != "schema"}
-    try:
-        found = _reader().validate_json(json.dumps(fields))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ReportError(str(path), f"is damaged at {place}: {first['msg']}", AGAIN) from None
-    names = [layer.name for layer in found.layers]
-    for layer in found.layers:
-        bits = [cost.bits for cost in layer.widths]
-        sound = all(cost.bytes > 0 and cost.divergence >= 0 and cost.relative_error >= 0 for cost in layer.widths)
-        if not bits or bits != sorted(set(bits)) or not sound:
-            raise ReportError(str(path), f"is damaged at layer {layer.name!r}: widths or costs that cannot be", AGAIN)
-    if len(set(names)) < len(names) or found.higher.keys() != found.baseline.keys():
-        raise ReportError(str(path), "is damaged: a layer or a metric is there twice, or half", AGAIN)
-    return found
-
-
-@cache
-def _reader() -> TypeAdapter[Sensitivity]:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Sensitivity)
-
-
-def sensitivity_schema() -> dict[str, Any]:
-    """The JSON Schema of a file of sensitivities."""
-    schema = _reader().json_schema()
-    schema["properties"] = {"schema": {"const": SCHEMA}, **schema["properties"]}
-    schema["required"] = ["schema", *schema["required"]]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "qcompress sensitivities"}
+    return SENSITIVITY.read(path)
 
 
 def refuse_foreign(found: Sensitivity, path: Path, checkpoint: Checkpoint) -> None:

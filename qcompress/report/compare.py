@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from qcompress.report.document import AccuracyFigures, LayerReport, Report
-from qcompress.report.document_json import plain_fields, report_json
-from qcompress.types.run import Json
+from qcompress.report.document_json import AGAIN, REPORT
+from qcompress.types.document import Document, json_text
+from qcompress.types.figures import figure
 
-SCHEMA = "qcompress.comparison/1"
 WORST = "worst_sqnr_db"
 LARGEST = 1e300
 """Beyond it a value is no number to compare by: an axis that held it would leave the floats."""
@@ -21,30 +21,37 @@ Measured: TypeAlias = Mapping[str, tuple[float | None, tuple[float, float] | Non
 
 @dataclass(frozen=True, kw_only=True)
 class FileComparison:
-    """One artifact. `bytes_change` is against the first; worst is its compressed tensor of least SQNR."""
+    """One artifact."""
 
-    label: str
+    # fmt: off
+    label: str = field(metadata=figure(
+        "label", "text", "A, B, C: the artifacts in the order in which they were given", short=" "))
     name: str
     artifact_bytes: int
-    bytes_change: int
+    bytes_change: int = field(metadata=figure(
+        "change in bytes", "bytes", "bytes less those of the first artifact", short="change", spare=2))
     ratio: float | None
     bits_per_weight: float | None
-    worst_layer: str | None
-    worst_sqnr_db: float | None
+    worst_sqnr_db: float | None = field(metadata=figure(
+        "worst SQNR", "decibels", "the least SQNR of the compressed tensors, in dB", other=("worst dB",)))
+    worst_layer: str | None = field(metadata=figure(
+        "worst layer", "text", "the compressed tensor of least SQNR", spare=3))
+    # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerComparison:
-    """One tensor name across the artifacts, in their order; None where an artifact lacks it or it was not measured.
+    """One tensor name across the artifacts, in their order; null where an artifact lacks it or it was not measured."""
 
-    bytes_change, sqnr_change_db  against the first artifact; 0 dB where neither has an error
-    """
-
+    # fmt: off
     name: str
     bytes: tuple[int | None, ...]
     bytes_change: tuple[int | None, ...]
     sqnr_db: tuple[float | None, ...]
-    sqnr_change_db: tuple[float | None, ...]
+    sqnr_change_db: tuple[float | None, ...] = field(metadata=figure(
+        "change in SQNR", "decibels", "SQNR less that of the first artifact, in dB; positive is better",
+        "0 where neither has an error", short="change", spare=1))
+    # fmt: on
 
     @property
     def largest_change(self) -> tuple[float, int]:
@@ -55,22 +62,29 @@ class LayerComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class TradePoint:
-    """One artifact's size and quality, and whether no other is as small and as good, and better in one of them."""
+    """One artifact's size and quality."""
 
+    # fmt: off
     label: str
     artifact_bytes: int
     value: float
     interval: tuple[float, float] | None
-    pareto_front: bool
+    pareto_front: bool = field(metadata=figure(
+        "Pareto front", "flag", "artifacts that none beats: no other is as small and as good, and better in one",
+        other=("front",)))
+    # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class TradeOff:
     """Size against one quality, a metric or worst_sqnr_db, of the artifacts that have a number for it."""
 
+    # fmt: off
     metric: str
-    higher_is_better: bool
+    higher_is_better: bool = field(metadata=figure(
+        "higher is better", "flag", "whether a larger value of the metric is the better one"))
     points: tuple[TradePoint, ...]
+    # fmt: on
 
     @property
     def front(self) -> tuple[TradePoint, ...]:
@@ -82,10 +96,14 @@ class TradeOff:
 class Comparison:
     """Several reports, in the order of `files`."""
 
+    # fmt: off
     files: tuple[FileComparison, ...]
-    trade_offs: tuple[TradeOff, ...]
+    trade_offs: tuple[TradeOff, ...] = field(metadata=figure(
+        "trade-offs", "", "size against quality of several artifacts, with their Pareto front",
+        "for each metric that two of them have, else for worst_sqnr_db"))
     layers: tuple[LayerComparison, ...]
     reports: tuple[Report, ...]
+    # fmt: on
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -106,15 +124,13 @@ def compare_reports(reports: Sequence[Report]) -> Comparison:
     )
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Json]:
-    """The comparison in plain JSON types, the whole reports at its end."""
-    return {
-        "schema": SCHEMA,
-        "files": [plain_fields(file) for file in comparison.files],
-        "trade_offs": [plain_fields(trade_off) for trade_off in comparison.trade_offs],
-        "layers": [plain_fields(layer) for layer in comparison.layers],
-        "reports": [report_json(report) for report in comparison.reports],
-    }
+COMPARISON = Document(Comparison, "qcompress.comparison/1", "comparison", AGAIN, whole=frozenset({"reports"}))
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """The comparison as JSON, the whole reports at its end."""
+    document = COMPARISON.plain(comparison)
+    return json_text({**document, "reports": [REPORT.plain(report) for report in comparison.reports]})
 
 
 def _compare_file(index: int, report: Report, reports: Sequence[Report]) -> FileComparison:

@@ -20,8 +20,9 @@ from qcompress.coding.packing import count_codes
 from qcompress.errors import ReportError
 from qcompress.report import document
 from qcompress.report.counts import codebook_figures, count_values, measure_counts, stored_codebook_figures
-from qcompress.report.document import LayerFigures, LayerReport, Report, make_size
+from qcompress.report.document import LayerFigures, LayerReport, Report
 from qcompress.report.document_json import read_report, report_path
+from qcompress.report.size import make_size
 from qcompress.types.plan import TensorInfo
 
 if TYPE_CHECKING:

@@ -4,44 +4,63 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from qcompress.report.compare import compare_reports, comparison_json
-from qcompress.report.document import GateResult, LayerReport, Report
-from qcompress.report.document_json import json_text, plain, plain_fields, report_text
+from qcompress.plan.sensitivity import SENSITIVITY, Sensitivity
+from qcompress.report.compare import compare_reports, comparison_text
+from qcompress.report.document import GateResult, LayerFigures, LayerReport, Report
+from qcompress.report.document_json import REPORT, report_text
 from qcompress.report.gates import failure_words
-from qcompress.report.view import Table, View, gate_words, name_words, view_comparison, view_report
-from qcompress.types.run import Json
+from qcompress.report.glossary import FIGURES
+from qcompress.report.table import Table, View
+from qcompress.report.view import gate_words, view_comparison, view_report
+from qcompress.report.view_sensitivity import view_sensitivity
+from qcompress.report.words import name_words
+from qcompress.types.document import DIGITS, rounded
 
 if TYPE_CHECKING:
     import rich.table
 
-    from qcompress.plan.sensitivity import Sensitivity
-
 GAP = 2
 """Spaces between two columns."""
 
-LAYER_COLUMNS = (
-    "name", "shape", "dtype", "method", "bits", "dim", "granularity", "group_size", "form", "coding", "bytes",
-    "side_information_bytes", "baseline_bytes", "tied_to", "codebook_in", "reason", "sensitivity",
-    "bound_gap_db",
-)  # fmt: skip
-FIGURE_COLUMNS = (
-    "relative_error", "sqnr_db", "max_error", "outlier_share", "kurtosis", "step", "levels_used", "entropy",
-    "clipped_share", "entries", "dead", "duplicates", "sampled",
-)  # fmt: skip
-CSV_COLUMNS = ("artifact", *LAYER_COLUMNS, "bits_per_weight", "range_low", "range_high", *FIGURE_COLUMNS)
+FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+"""What a spreadsheet takes a cell for a formula by, in full width too."""
+NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
+NOUNS = (LayerReport, LayerFigures)
+
 # Between two columns rich puts a space on either side of the rule's character, which is blank here.
 RULED_GAP = 3
 Format: TypeAlias = Literal["table", "json", "markdown", "csv"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
+def _printable(view: View) -> View:
+    """The view with each of its texts on one line: what a terminal would obey instead of print is escaped."""
+    return View(
+        title=name_words(view.title),
+        facts=tuple((name_words(label), name_words(text)) for label, text in view.facts),
+        tables=tuple(map(_printable_table, view.tables)),
+        notes=tuple(map(name_words, view.notes)),
+    )
+
+
+def _printable_table(table: Table) -> Table:
+    return replace(
+        table,
+        columns=tuple(replace(column, title=name_words(column.title)) for column in table.columns),
+        rows=tuple(tuple(map(name_words, cells)) for cells in table.rows),
+    )
+
+
 def render_plain(view: View) -> str:
     """Aligned columns without boxes or colour, as wide as their longest cell: nothing is cut."""
+    view = _printable(view)
     blocks = ["\n".join([view.title, *fact_lines(view)])]
     blocks += ["\n".join(_aligned(table)) for table in view.tables]
     if view.notes:
@@ -68,6 +87,7 @@ def _aligned(table: Table) -> Iterable[str]:
 
 def render_markdown(view: View) -> str:
     """Markdown for a pull request: the headline as a list, the layers folded away."""
+    view = _printable(view)
     lines = [f"**{_escaped(view.title)}**", ""]
     lines += [f"- {label}: {_escaped(text)}" for label, text in view.facts]
     *open_tables, layers = view.tables
@@ -103,25 +123,38 @@ def _escaped(text: str) -> str:
 
 
 def render_csv(reports: Sequence[Report]) -> str:
-    """A line for each tensor of each report, every figure but the histograms. Empty: not measured; inf: no error."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    """A line for each tensor of each report, every figure but the lists. Empty: not measured; inf: no error."""
+    of_layer, of_figures = ([one.name for one in fields(noun) if FIGURES[one.name].form] for noun in NOUNS)
+    columns = ["artifact", *of_layer, "bits_per_weight", "range_low", "range_high", *of_figures]
+    rows = []
     for report in reports:
-        writer.writerows({"artifact": report.artifact.name, **_csv_row(layer)} for layer in report.layers)
+        for layer, row in zip(report.layers, REPORT.plain(report)["layers"], strict=True):
+            figures = row["figures"] or {}
+            row |= figures | {"artifact": report.artifact.name, "shape": "x".join(map(str, layer.shape))}
+            row["range_low"], row["range_high"] = figures.get("range") or (None, None)
+            row["bits_per_weight"] = rounded(layer.bits_per_weight, DIGITS)
+            row["sqnr_db"] = "inf" if layer.sqnr_db == math.inf else figures.get("sqnr_db")
+            rows.append([row.get(name) for name in columns])
+    return csv_text(columns, rows)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Rows below their columns' names; texts as a terminal shows them, and none that a spreadsheet would compute."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_csv_cell, columns))
+    writer.writerows(map(_csv_cell, row) for row in rows)
     return text.getvalue()
 
 
-def _csv_row(layer: LayerReport) -> dict[str, Json]:
-    written, figures = plain_fields(layer), plain_fields(layer.measured)
-    row = {name: written[name] for name in LAYER_COLUMNS} | {name: figures[name] for name in FIGURE_COLUMNS}
-    low, high = layer.measured.range or (None, None)
-    row |= {"bits_per_weight": plain(layer.bits_per_weight), "range_low": plain(low), "range_high": plain(high)}
-    row["shape"] = "x".join(map(str, layer.shape))
-    row["sampled"] = None if layer.figures is None else str(layer.figures.sampled).lower()
-    if layer.sqnr_db == float("inf"):
-        row["sqnr_db"] = "inf"
-    return row
+def _csv_cell(value: object) -> object:
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            shown = name_words(value)
+            return f"'{shown}" if value.startswith(FORMULA) and not NUMBER.fullmatch(value) else shown
+    return value
 
 
 JUNIT_START = '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites name="qcompress"'
@@ -145,7 +178,7 @@ def render_junit(reports: Sequence[Report]) -> str:
                 message = name_words(f"{gate.name} {failure_words(gate)}")
                 SubElement(case, "failure", {"type": "gate", "message": message}).text = message
             else:
-                SubElement(case, "system-out").text = gate_words(gate)
+                SubElement(case, "system-out").text = name_words(gate_words(gate))
     indent(root)
     text = tostring(root, encoding="unicode").removeprefix('<testsuites name="qcompress"')
     return f"{JUNIT_START}{text}\n"
@@ -161,6 +194,7 @@ def render_terminal(view: View, width: int, *, color: bool) -> str:
     from rich.console import Console
     from rich.text import Text
 
+    view = _printable(view)
     console = Console(
         file=io.StringIO(),
         force_terminal=True,
@@ -226,35 +260,43 @@ def render(reports: Sequence[Report], form: Format, terminal: Terminal | None = 
     form      table; json: exactly one document; markdown: for a pull request; csv: a line for each tensor
     terminal  that a table is drawn for; None: plain aligned text
     """
-    comparison = compare_reports(reports) if len(reports) > 1 else None
-    if form == "json":
-        return json_text(comparison_json(comparison)) if comparison else report_text(reports[0])
     if form == "csv":
         return render_csv(reports)
+    comparison = compare_reports(reports) if len(reports) > 1 else None
+    if form == "json":
+        return comparison_text(comparison) if comparison else report_text(reports[0])
     view = view_comparison(comparison) if comparison else view_report(reports[0])
     if form == "markdown":
         # A table stands beside its warnings on stderr; Markdown is pasted where nobody sees them.
-        warnings = tuple(f"warning: {name_words(warning)}" for report in reports for warning in report.warnings)
+        warnings = tuple(f"warning: {warning}" for report in reports for warning in report.warnings)
         return render_markdown(replace(view, notes=view.notes + warnings))
     return render_view(view, terminal)
 
 
 def render_sensitivity(found: Sensitivity, form: Format, terminal: Terminal | None = None) -> str:
     """The text of sensitivities, ending in a newline, in any format of `render`; csv: a line for each width."""
-    # What reads a stored report starts without numpy, which sensitivities bring.
-    from qcompress.report.view_sensitivity import render_sensitivity_csv, sensitivity_text, view_sensitivity
-
     if form == "json":
-        return sensitivity_text(found)
+        return SENSITIVITY.text(found)
     if form == "csv":
         return render_sensitivity_csv(found)
     view = view_sensitivity(found)
     return render_markdown(view) if form == "markdown" else render_view(view, terminal)
 
 
+def render_sensitivity_csv(found: Sensitivity) -> str:
+    """A line for each width of each tensor; a column more for each metric."""
+    columns = ["name", "shape", "method", "grid", "bits", "bytes", "relative_error", "divergence", "drop"]
+    rows = []
+    for layer in found.layers:
+        for cost in layer.widths:
+            row = [layer.name, "x".join(map(str, layer.shape)), layer.method, layer.grid, cost.bits, cost.bytes]
+            numbers = [cost.relative_error, cost.divergence, found.drop(cost), *map(cost.metrics.get, found.baseline)]
+            rows.append([*row, *(None if number is None else f"{number:.6g}" for number in numbers)])
+    return csv_text([*columns, *found.baseline], rows)
+
+
 def render_view(view: View, terminal: Terminal | None = None) -> str:
     """The text of a view for a terminal; without one plain and aligned."""
     if terminal is None:
         return render_plain(view)
-
     return render_terminal(view, terminal.width, color=terminal.color)

@@ -3,89 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 from qcompress.report.compare import WORST, Comparison, LayerComparison
-from qcompress.report.document import KEPT, AccuracyFigures, GateResult, LayerReport, Report, SizeFigures, badness
+from qcompress.report.document import AccuracyFigures, GateResult, LayerReport, Report, SizeFigures, badness
 from qcompress.report.gates import failure_words, scaled
-from qcompress.types.config import Shape
-
-NOT_MEASURED = "-"
+from qcompress.report.glossary import FIGURES
+from qcompress.report.table import Column, Table, View, bar, bars, column
+from qcompress.report.words import (
+    NOT_MEASURED,
+    bits_words,
+    cell,
+    count_words,
+    drop_words,
+    interval_words,
+    number_words,
+    signed_size,
+    size_words,
+    words,
+)
 
 SHOW_ALL = 40
 SHOW_WORST = 20
 """Of more than SHOW_ALL tensors a table shows so many."""
 
-
-@dataclass(frozen=True)
-class Column:
-    """right: numbers. spare: how soon a narrow terminal drops it; 0: never."""
-
-    title: str
-    right: bool = True
-    spare: int = 0
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells by row; `dim` are the rows of kept tensors, `total` the last line."""
-
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    dim: frozenset[int] = frozenset()
-    total: tuple[str, ...] | None = None
-
-    def without(self, column: int) -> Table:
-        def cut(cells: tuple[str, ...]) -> tuple[str, ...]:
-            return cells[:column] + cells[column + 1 :]
-
-        return replace(
-            self,
-            columns=self.columns[:column] + self.columns[column + 1 :],
-            rows=tuple(map(cut, self.rows)),
-            total=cut(self.total) if self.total else None,
-        )
-
-    def widths(self) -> list[int]:
-        lines = [tuple(column.title for column in self.columns), *self.rows, *([self.total] if self.total else [])]
-        return [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-
-    def fitted(self, width: int, gap: int) -> Table:
-        """Without the columns that matter least, until `width` holds it or only those without `spare` are left."""
-        table = self
-        while sum(table.widths()) + gap * len(table.columns) > width:
-            last = max(range(len(table.columns)), key=lambda index: table.columns[index].spare)
-            if not table.columns[last].spare:
-                break
-            table = table.without(last)
-        return table
-
-
-@dataclass(frozen=True)
-class View:
-    """A title, (label, text) lines above the tables, and lines below them."""
-
-    title: str
-    facts: tuple[tuple[str, str], ...]
-    tables: tuple[Table, ...]
-    notes: tuple[str, ...]
-
-
-LAYER_CELLS: tuple[tuple[Column, Callable[[LayerReport], str]], ...] = (
-    (Column("layer", right=False), lambda layer: name_words(layer.name)),
-    (Column("shape", right=False, spare=3), lambda layer: shape_words(layer.shape)),
-    (Column("method", right=False, spare=1), lambda layer: name_words(layer.method)),
-    (Column("bits"), lambda layer: width_words(layer.bits, layer.bits_per_weight, layer.method)),
-    (Column("bytes"), lambda layer: size_words(layer.bytes)),
-    (Column("b/weight", spare=2), lambda layer: bits_words(layer.bits_per_weight)),
-    (Column("SQNR dB"), lambda layer: decibel_words(layer.sqnr_db)),
-    (Column("rel. error", spare=4), lambda layer: number_words(layer.measured.relative_error)),
-    (Column("entropy", spare=5), lambda layer: number_words(layer.measured.entropy)),
-    (Column("sensitivity", spare=3), lambda layer: number_words(layer.sensitivity)),
-    (Column("clipped", spare=6), lambda layer: share_words(layer.measured.clipped_share)),
-    (Column("outliers", spare=7), lambda layer: share_words(layer.measured.outlier_share)),
+LAYER_COLUMNS = (
+    *("name", "shape", "method", "bits", "bytes", "bits_per_weight", "sqnr_db", "relative_error", "entropy"),
+    *("sensitivity", "clipped_share", "outlier_share", "reason"),
 )
+FILE_COLUMNS = (
+    *("label", "name", "artifact_bytes", "bytes_change", "ratio", "bits_per_weight", "worst_sqnr_db", "worst_layer"),
+)
+"""What the tables of tensors and of artifacts show, of all figures that they have."""
 
 
 def view_report(report: Report) -> View:
@@ -95,12 +44,13 @@ def view_report(report: Report) -> View:
         ("size", f"{size_words(size.baseline_bytes)} -> {size_words(size.artifact_bytes)}{ratio}"),
         ("bits per weight", _bits_fact(size)),
         ("bytes", _parts_words(size)),
-        ("worst layer", "not measured" if worst is None else f"{name_words(worst.name)} {sqnr_words(worst.sqnr_db)}"),
+        ("worst layer", "not measured" if worst is None else f"{worst.name} {sqnr_words(worst.sqnr_db)}"),
     ]
     facts += [("accuracy", accuracy_line(item)) for item in report.accuracy or ()]
     facts += [("gate", gate_words(gate)) for gate in report.gates]
     layers, notes = _shown(report.layers)
-    return View(name_words(report.artifact.name), tuple(facts), (_layer_table(layers, report),), tuple(notes))
+    table = layer_table(report, layers)
+    return View(report.artifact.name, tuple(facts), (table.without(len(table.columns) - 1),), tuple(notes))
 
 
 def _bits_fact(size: SizeFigures) -> str:
@@ -120,7 +70,7 @@ def accuracy_line(item: AccuracyFigures) -> str:
     before = number_words(item.baseline, 4) + interval_words(item.baseline_interval)
     after = number_words(item.artifact, 4) + interval_words(item.artifact_interval)
     tuned = f", {number_words(item.untuned, 4)} before tuning" if item.untuned is not None else ""
-    text = f"{name_words(item.metric)} {before} -> {after}{tuned}, drop {drop_words(item)}{_kmeans_words(item)}"
+    text = f"{item.metric} {before} -> {after}{tuned}, drop {drop_words(item)}{_kmeans_words(item)}"
     return f"{text}, {count_words(item.samples, 'sample')}"
 
 
@@ -136,11 +86,10 @@ def _kmeans_words(item: AccuracyFigures) -> str:
 
 
 def gate_words(gate: GateResult) -> str:
-    name = name_words(gate.name)
     if not gate.passed:
-        return f"FAILED {name} {failure_words(gate)}"
+        return f"FAILED {gate.name} {failure_words(gate)}"
     sign = "<=" if gate.name.startswith("max-") else ">="
-    return f"passed {name} {gate_value(gate.name, gate.value)} {sign} {gate_value(gate.name, gate.limit)}"
+    return f"passed {gate.name} {gate_value(gate.name, gate.value)} {sign} {gate_value(gate.name, gate.limit)}"
 
 
 def gate_value(name: str, value: float | None) -> str:
@@ -151,81 +100,95 @@ def gate_value(name: str, value: float | None) -> str:
     return f"{shown:,}" if isinstance(shown, int) else f"{shown:.6g}{unit if unit == '%' else ''}"
 
 
+def sqnr_words(sqnr_db: float | None) -> str:
+    """An SQNR with its unit; exact where there is no error."""
+    return words(FIGURES["sqnr_db"], sqnr_db)
+
+
 def _shown(layers: Sequence[LayerReport]) -> tuple[list[LayerReport], list[str]]:
     """The layers to show, and the line that says how to see the others."""
     if len(layers) <= SHOW_ALL:
         return list(layers), []
     shown = sorted(layers, key=lambda layer: (badness(layer.sqnr_db), -layer.bytes))[:SHOW_WORST]
-    return shown, [_more(len(layers), "worst SQNR")]
+    return shown, [more_words(len(layers), "worst SQNR")]
 
 
-def _more(count: int, order: str) -> str:
+def more_words(count: int, order: str) -> str:
     return f"{SHOW_WORST} of {count:,} tensors, {order} first; all of them: --format csv"
 
 
-def _layer_table(layers: Sequence[LayerReport], report: Report) -> Table:
+def layer_table(report: Report, layers: Sequence[LayerReport], links: Sequence[str] = ()) -> Table:
+    """These tensors of a report, a line each; without any sensitivity there is no column for it.
+
+    Bars of bytes, error and sensitivity are by the largest of these, of entropy by the width of its codes.
+    """
+    measured = any(layer.sensitivity is not None for layer in report.layers)
+    names = [name for name in LAYER_COLUMNS if measured or name != "sensitivity"]
+    drawn = {name: bars([one.value(name) for one in layers]) for name in ("bytes", "relative_error", "sensitivity")}
+    drawn["entropy"] = [bar(layer.measured.entropy, layer.bits or 0) for layer in layers]
     whole = {
-        "layer": f"all {count_words(len(report.layers), 'tensor')}",
+        "name": f"all {count_words(len(report.layers), 'tensor')}",
         "shape": f"{report.size.weights:,}",
         "bytes": size_words(sum(layer.bytes for layer in report.layers)),
     }
-    table = Table(
-        columns=tuple(column for column, _ in LAYER_CELLS),
-        rows=tuple(tuple(cell(layer) for _, cell in LAYER_CELLS) for layer in layers),
-        dim=frozenset(index for index, layer in enumerate(layers) if layer.method == KEPT),
-        total=tuple(whole.get(column.title, "") for column, _ in LAYER_CELLS),
+    return Table(
+        columns=tuple(column(name, bars=drawn.get(name, ())) for name in names),
+        rows=tuple(tuple(_layer_cell(layer, name) for name in names) for layer in layers),
+        dim=frozenset(index for index, layer in enumerate(layers) if not layer.compressed),
+        total=tuple(whole.get(name, "") for name in names),
+        links=tuple(links),
     )
-    measured = any(layer.sensitivity is not None for layer in report.layers)
-    return table if measured else table.without([column.title for column in table.columns].index("sensitivity"))
+
+
+def _layer_cell(layer: LayerReport, name: str) -> str:
+    if name == "reason" and layer.tied_to is not None:
+        return f"tied to {layer.tied_to}"
+    return cell(FIGURES[name], layer.width if name == "bits" else layer.value(name))
 
 
 def view_comparison(comparison: Comparison) -> View:
     layers = list(comparison.layers)
     notes = []
     if len(layers) > SHOW_ALL:
-        layers = sorted(layers, key=lambda layer: layer.largest_change, reverse=True)[:SHOW_WORST]
-        notes.append(_more(len(comparison.layers), "largest change"))
+        layers = most_changed(layers)[:SHOW_WORST]
+        notes.append(more_words(len(comparison.layers), "largest change"))
     facts = [
         (f"gate {file.label}", gate_words(gate))
         for file, report in zip(comparison.files, comparison.reports, strict=True)
         for gate in report.gates
     ]
     facts += [
-        (f"front {name_words(one.metric)}", ", ".join(point.label for point in one.front))
+        (f"front {one.metric}", ", ".join(point.label for point in one.front))
         for one in comparison.trade_offs
         if one.metric != WORST
     ]
     title = f"{count_words(len(comparison.files), 'artifact')}, changes against {comparison.files[0].label}"
-    tables = (_file_table(comparison), _change_table(comparison, layers))
-    return View(title, tuple(facts), tables, tuple(notes))
+    return View(title, tuple(facts), (file_table(comparison), change_table(comparison, layers)), tuple(notes))
 
 
-def _file_table(comparison: Comparison) -> Table:
-    rows = []
-    for file, report in zip(comparison.files, comparison.reports, strict=True):
-        rows.append(
-            (
-                f"{file.label} {name_words(file.name)}",
-                size_words(file.artifact_bytes),
-                signed_size(file.bytes_change),
-                number_words(file.ratio),
-                bits_words(file.bits_per_weight),
-                decibel_words(file.worst_sqnr_db),
-                name_words(file.worst_layer or NOT_MEASURED),
-                *(text for metric in comparison.metrics for text in metric_words(report.measured.get(metric))),
-            )
-        )
-    columns = (
-        Column("artifact", right=False),
-        Column("size"),
-        Column("change", spare=2),
-        Column("ratio", spare=1),
-        Column("b/weight"),
-        Column("worst dB"),
-        Column("worst layer", right=False, spare=3),
-        *(column for metric in comparison.metrics for column in (Column(name_words(metric)), Column("drop", spare=4))),
-    )
-    return Table(columns, tuple(rows))
+def file_table(comparison: Comparison) -> Table:
+    """A line for each artifact; bars of sizes by the largest, metrics on the Pareto front marked."""
+    fronts = {one.metric: {point.label for point in one.front} for one in comparison.trade_offs}
+    files, reports = comparison.files, comparison.reports
+    drawn = {"artifact_bytes": bars([file.artifact_bytes for file in files])}
+    marks = {"bytes_change": [_mark(-file.bytes_change) for file in files]}
+    columns = [
+        column(name, "artifact" if name == "name" else "", drawn.get(name, ()), marks.get(name, ()))
+        for name in FILE_COLUMNS
+    ]
+    rows = [
+        [
+            signed_size(file.bytes_change) if name == "bytes_change" else words(FIGURES[name], getattr(file, name))
+            for name in FILE_COLUMNS
+        ]
+        for file in files
+    ]
+    for metric in comparison.metrics:
+        on_front = ["front" if file.label in fronts.get(metric, ()) else "" for file in files]
+        columns += [Column(metric, term="metric", marks=tuple(on_front)), column("drop")]
+        for row, report in zip(rows, reports, strict=True):
+            row += metric_words(report.measured.get(metric))
+    return Table(tuple(columns), tuple(map(tuple, rows)))
 
 
 def metric_words(item: AccuracyFigures | None) -> tuple[str, str]:
@@ -235,89 +198,30 @@ def metric_words(item: AccuracyFigures | None) -> tuple[str, str]:
     return (number_words(item.artifact, 4), drop_words(item))
 
 
-def _change_table(comparison: Comparison, layers: Sequence[LayerComparison]) -> Table:
-    labels = [file.label for file in comparison.files]
-    columns = [Column("layer", right=False), *(Column(f"bytes {label}") for label in labels)]
-    columns += [Column(f"dB {label}") for label in labels]
-    columns += [Column(f"change {label}", spare=1) for label in labels[1:]]
-    rows = []
-    for layer in layers:
-        sizes = (NOT_MEASURED if size is None else size_words(size) for size in layer.bytes)
-        changes = ("-" if change is None else f"{change:+.1f} dB" for change in layer.sqnr_change_db[1:])
-        rows.append((name_words(layer.name), *sizes, *map(decibel_words, layer.sqnr_db), *changes))
-    return Table(tuple(columns), tuple(rows))
+def most_changed(layers: Sequence[LayerComparison]) -> list[LayerComparison]:
+    return sorted(layers, key=lambda layer: layer.largest_change, reverse=True)
 
 
-def size_words(n_bytes: int) -> str:
-    """A size with three significant digits in powers of 1000: 812 B, 1.21 MB."""
-    value, unit = float(n_bytes), "B"
-    for larger in ("KB", "MB", "GB", "TB", "PB"):
-        if abs(value) < 999.5:
-            break
-        value, unit = value / 1000, larger
-    if unit == "B":
-        return f"{n_bytes} B"
-    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
-    return f"{value:.{digits}f} {unit}"
+def change_table(comparison: Comparison, layers: Sequence[LayerComparison]) -> Table:
+    """A line for each tensor; bars of the change in SQNR by the largest of all."""
+    every = [abs(c) for layer in layers for c in layer.sqnr_change_db if c is not None and math.isfinite(c)]
+    most = max(every, default=0.0)
+    columns, cells = [column("name")], [[layer.name for layer in layers]]
+    for index, file in enumerate(comparison.files):
+        sizes = [(layer.bytes[index], layer.bytes_change[index]) for layer in layers]
+        marks = [_mark(-(growth or 0)) for _, growth in sizes]
+        columns.append(column("bytes", f"bytes {file.label}", marks=marks))
+        cells.append([cell(FIGURES["bytes"], size) for size, _ in sizes])
+    for index, file in enumerate(comparison.files):
+        columns.append(column("sqnr_db", f"dB {file.label}"))
+        cells.append([cell(FIGURES["sqnr_db"], layer.sqnr_db[index]) for layer in layers])
+    for index, file in enumerate(comparison.files[1:], 1):
+        changes = [layer.sqnr_change_db[index] for layer in layers]
+        lengths = [bar(None if change is None else abs(change), most) for change in changes]
+        columns.append(column("sqnr_change_db", f"change {file.label}", lengths, [_mark(c or 0) for c in changes]))
+        cells.append([NOT_MEASURED if change is None else f"{change:+.1f} dB" for change in changes])
+    return Table(tuple(columns), tuple(zip(*cells, strict=True)))
 
 
-def signed_size(change: int | None) -> str:
-    if change is None:
-        return NOT_MEASURED
-    return f"{'+' if change > 0 else '-' if change < 0 else ''}{size_words(abs(change))}"
-
-
-def decibel_words(sqnr_db: float | None) -> str:
-    """An SQNR with one decimal; exact where there is no error, nan where it is not a number."""
-    if sqnr_db is None:
-        return NOT_MEASURED
-    return "exact" if sqnr_db == math.inf else f"{sqnr_db:.1f}"
-
-
-def sqnr_words(sqnr_db: float | None) -> str:
-    """The same with its unit."""
-    text = decibel_words(sqnr_db)
-    return f"{text} dB" if text[-1].isdigit() else text
-
-
-def number_words(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits."""
-    return NOT_MEASURED if value is None else f"{value:.{digits}g}"
-
-
-def bits_words(value: float | None) -> str:
-    """Bits per weight with three decimals: the third is what a scale per channel costs."""
-    return NOT_MEASURED if value is None else f"{value:.3f}"
-
-
-def width_words(bits: int | None, bits_per_weight: float | None, method: str) -> str:
-    """The bits of a code; of codes without a bound what a weight has taken."""
-    if bits is None and method != KEPT and bits_per_weight is not None:
-        return f"{bits_per_weight:.2f}"
-    return NOT_MEASURED if bits is None else str(bits)
-
-
-def share_words(share: float | None) -> str:
-    """A share in per cent."""
-    return NOT_MEASURED if share is None else f"{100 * share:.3g}%"
-
-
-def shape_words(shape: Shape) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def interval_words(interval: tuple[float, float] | None) -> str:
-    return f" (95 %: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
-
-
-def drop_words(item: AccuracyFigures) -> str:
-    return number_words(item.drop, 4) + interval_words(item.interval)
-
-
-def name_words(name: str) -> str:
-    """A name on one line: what a terminal would obey instead of print is escaped."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name)
-
-
-def count_words(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def _mark(change: float) -> str:
+    return "better" if change > 0 else "worse" if change < 0 else ""

@@ -1,31 +1,20 @@
-"""Sensitivities become a view, CSV and JSON here. Imports no torch."""
+"""Sensitivities become a view here. Imports no torch."""
 
 from __future__ import annotations
 
-import csv
-import io
+import math
+from collections.abc import Sequence
 
-from qcompress.plan.sensitivity import SCHEMA, LayerCosts, Sensitivity, WidthCost
-from qcompress.report.document_json import json_text, plain_fields
-from qcompress.report.view import (
-    NOT_MEASURED,
-    SHOW_ALL,
-    SHOW_WORST,
-    Column,
-    Table,
-    View,
-    count_words,
-    name_words,
-    number_words,
-    shape_words,
-)
+from qcompress.plan.sensitivity import LayerCosts, Sensitivity, WidthCost
+from qcompress.report.glossary import FIGURES
+from qcompress.report.table import Column, Table, View, column, percent
+from qcompress.report.view import SHOW_ALL, SHOW_WORST
+from qcompress.report.words import NOT_MEASURED, cell, count_words, number_words, size_words
 
 KINDS = {
     "kl": "Kullback-Leibler divergence of the predictions, in nats",
     "relative-error": "relative error of the output",
 }
-
-CSV_COLUMNS = ("name", "shape", "method", "grid", "bits", "bytes", "relative_error", "divergence", "drop")
 
 
 def worst_first(found: Sensitivity) -> list[LayerCosts]:
@@ -34,31 +23,13 @@ def worst_first(found: Sensitivity) -> list[LayerCosts]:
 
 
 def view_sensitivity(found: Sensitivity) -> View:
-    """The table: divergence of each layer at each width, and the headline's drop at the narrowest."""
+    """What was measured, and the table of the layers."""
     layers, notes = worst_first(found), []
     if len(layers) > SHOW_ALL:
         notes = [f"{SHOW_WORST} of {len(layers):,} tensors, the most sensitive first; all of them: --format csv"]
         layers = layers[:SHOW_WORST]
-    columns = [
-        Column("layer", right=False),
-        Column("shape", right=False, spare=2),
-        Column("method", right=False, spare=4),
-        *(Column(f"{bits} bits") for bits in found.bits),
-    ]
-    drops = found.bits if found.metric else ()
-    columns += [Column(f"drop at {bits}", spare=1 if bits > found.bits[0] else 3) for bits in drops]
-    rows = []
-    for layer in layers:
-        cells = [name_words(layer.name), shape_words(layer.shape), name_words(layer.method)]
-        cells += [divergence_words(layer.by_width.get(bits)) for bits in found.bits]
-        cells += [drop_words(found, layer.by_width.get(bits)) for bits in drops]
-        rows.append(tuple(cells))
-    return View(
-        f"sensitivity of {name_words(found.checkpoint)}",
-        _facts(found),
-        (Table(tuple(columns), tuple(rows)),),
-        tuple(notes),
-    )
+    title = f"sensitivity of {found.checkpoint}"
+    return View(title, _facts(found), (cost_table(found, layers, found.bits),), tuple(notes))
 
 
 def _facts(found: Sensitivity) -> tuple[tuple[str, str], ...]:
@@ -66,32 +37,40 @@ def _facts(found: Sensitivity) -> tuple[tuple[str, str], ...]:
     facts.append(("data", f"{count_words(found.divergence_samples, 'sample')} of data.{found.divergence_data}"))
     for metric, value in found.baseline.items():
         of = f"{number_words(value, 4)} unquantized, {count_words(found.metric_samples, 'sample')} of data.eval"
-        facts.append((name_words(metric), of))
+        facts.append((metric, of))
     return tuple(facts)
 
 
-def divergence_words(cost: WidthCost | None) -> str:
-    return NOT_MEASURED if cost is None else number_words(cost.divergence)
+def cost_table(found: Sensitivity, layers: Sequence[LayerCosts], drops: Sequence[int]) -> Table:
+    """Divergence of each layer at each width, bars by its logarithm, and the headline's drop at the widths `drops`."""
+    costs = [[layer.by_width.get(bits) for layer in layers] for bits in found.bits]
+    ends = _ends(found)
+    columns = [column("name"), column("shape"), column("method"), column("bytes", "bytes at the widest")]
+    cells = [[cell(FIGURES[name], getattr(layer, name)) for layer in layers] for name in ("name", "shape", "method")]
+    cells.append([size_words(layer.widths[-1].bytes) for layer in layers])
+    for bits, of_width in zip(found.bits, costs, strict=True):
+        bars = ["" if cost is None else _log_bar(cost.divergence, ends) for cost in of_width]
+        columns.append(column("divergence", f"{bits} bits", bars))
+        cells.append([NOT_MEASURED if cost is None else number_words(cost.divergence) for cost in of_width])
+    for bits in drops if found.metric else ():
+        columns.append(Column(f"drop at {bits}", spare=1 if bits > found.bits[0] else 3, term="drop"))
+        cells.append([_drop_words(found, layer.by_width.get(bits)) for layer in layers])
+    return Table(tuple(columns), tuple(zip(*cells, strict=True)))
 
 
-def drop_words(found: Sensitivity, cost: WidthCost | None) -> str:
-    return NOT_MEASURED if cost is None else number_words(found.drop(cost), 3)
+def _drop_words(found: Sensitivity, cost: WidthCost | None) -> str:
+    return NOT_MEASURED if cost is None else number_words(found.drop(cost))
 
 
-def render_sensitivity_csv(found: Sensitivity) -> str:
-    """A line for each width of each tensor; a column more for each metric."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*CSV_COLUMNS, *found.baseline])
-    for layer in found.layers:
-        for cost in layer.widths:
-            drop = found.drop(cost)
-            row = [layer.name, "x".join(map(str, layer.shape)), layer.method, layer.grid, cost.bits, cost.bytes]
-            row += [f"{cost.relative_error:.6g}", f"{cost.divergence:.6g}", "" if drop is None else f"{drop:.6g}"]
-            writer.writerow([*row, *(f"{cost.metrics[metric]:.6g}" for metric in found.baseline)])
-    return text.getvalue()
+def _ends(found: Sensitivity) -> tuple[float, float]:
+    """The least and the largest divergence above nothing, whose bars are the shortest and the longest."""
+    positive = [cost.divergence for layer in found.layers for cost in layer.widths if cost.divergence > 0]
+    return (min(positive), max(positive)) if positive else (1.0, 1.0)
 
 
-def sensitivity_text(found: Sensitivity) -> str:
-    """As JSON: a line for each top-level key and each layer."""
-    return json_text({"schema": SCHEMA, **plain_fields(found, digits=9)})
+def _log_bar(value: float, ends: tuple[float, float]) -> str:
+    """A bar by the logarithm: what a width costs falls by the same factor with each bit."""
+    low, high = ends
+    if value <= 0 or high <= low:
+        return percent(0.0 if value <= 0 else 1.0)
+    return percent(math.log(value / low) / math.log(high / low))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from qcompress.types.config import Convention, Shape
+from qcompress.types.figures import figure
 from qcompress.types.plan import Decision
 
 if TYPE_CHECKING:
@@ -149,17 +150,17 @@ class Fitted:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassUse:
-    """What the codes of one unbounded tensor under one table take.
+    """What the codes of one unbounded tensor under one table take."""
 
-    context     the table: a scale class, plus 32 in even and 64 in odd states of a trellis
-    count       codes of the tensor that it codes
-    magnitude   their mean |code|
-    ideal_bits  a code, raw bits included, at the order-0 entropy of these codes
-    table_bits  a code, raw bits included, under the stored table
-    """
-
-    context: int
-    count: int
-    magnitude: float
-    ideal_bits: float
-    table_bits: float
+    # fmt: off
+    context: int = field(metadata=figure(
+        "table", "count", "its number: that of a scale class, and 32 or 64 more in states of a trellis",
+        "32 in even states, 64 in odd ones"))
+    count: int = field(metadata=figure("codes", "count", "how many of the tensor's codes the table codes"))
+    magnitude: float = field(metadata=figure("magnitude", "number", "mean absolute code of a scale class"))
+    ideal_bits: float = field(metadata=figure(
+        "ideal bits", "bits", "bits a code at the order-0 entropy of the tensor's codes in the class",
+        "raw bits included, as in the next"))
+    table_bits: float = field(metadata=figure(
+        "table bits", "bits", "bits a code under the stored table, which other tensors may share"))
+    # fmt: on

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from qcompress.types.config import CodingChoice
+from qcompress.types.figures import figure
 from qcompress.types.plan import Recipe
 
 if TYPE_CHECKING:
@@ -92,13 +93,18 @@ def start_clock() -> Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures:
-    """What the run took: wall and processor seconds, the largest resident memory, where, and with which versions."""
+    """What a run took."""
 
-    seconds: float
-    cpu_seconds: float
-    peak_memory_bytes: int
-    device: str
-    versions: Mapping[str, str]
+    # fmt: off
+    seconds: float = field(metadata=figure("seconds", "seconds", "wall time of the whole command"))
+    cpu_seconds: float = field(metadata=figure(
+        "processor seconds", "seconds", "processor time of the whole command, all threads and processes"))
+    peak_memory_bytes: int = field(metadata=figure(
+        "peak memory", "bytes", "the largest resident memory of the process"))
+    device: str = field(metadata=figure("device", "text", "where the methods computed"))
+    versions: Mapping[str, str] = field(metadata=figure(
+        "versions", "", "of qcompress and of what its figures may depend on"))
+    # fmt: on
 
 
 @dataclass

@@ -18,7 +18,7 @@ from conftest import Run, process_environment, program, run_two_ranks
 from safetensors.torch import load_file, save_file
 
 from qcompress.checkpoint.staging import MARKER
-from qcompress.report.training_report import training_schema
+from qcompress.report.training_report import TRAINING
 
 NET = """
 from torch import nn
@@ -90,7 +90,7 @@ def test_a_run_writes_checkpoint_learned_terms_report_and_log(run: Run, folder: 
     assert {"conv1.weight.alpha", "conv2.weight.alpha", "fc.weight.representatives"} == set(learned)
     assert learned["fc.weight.representatives"].shape == (4,)
     report = json.loads(done.out)
-    jsonschema.validate(report, training_schema())
+    jsonschema.validate(report, TRAINING.json_schema())
     assert report == json.loads((tmp_path / "m-dsmm.report.json").read_text())
     assert report["steps"] == 24 and [one["bits"] for one in report["naive"]] == [2, 4]
     assert report["accuracy"][0]["artifact"] > 0.9 > report["accuracy"][0]["baseline"]

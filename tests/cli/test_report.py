@@ -107,8 +107,8 @@ def test_markdown_for_a_pull_request(run: Run, artifact: Path) -> None:
 def test_two_artifacts_side_by_side(run: Run, artifact: Path, larger: Path) -> None:
     ran = run("report", artifact, larger)
     assert ran.code == 0
-    assert "A model-w2.safetensors" in ran.out
-    assert "B model-w4.safetensors" in ran.out
+    assert "A  model-w2.safetensors" in ran.out
+    assert "B  model-w4.safetensors" in ran.out
     document = json.loads(run("report", artifact, larger, "--format", "json").out)
     change = larger.stat().st_size - artifact.stat().st_size
     assert [file["bytes_change"] for file in document["files"]] == [0, change]

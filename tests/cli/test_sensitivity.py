@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qcompress.data.user_code import find_callable
-from qcompress.plan.sensitivity import Sensitivity, read_sensitivity, sensitivity_schema
+from qcompress.plan.sensitivity import SENSITIVITY, Sensitivity, read_sensitivity
 from qcompress.report.document_json import read_report, report_path
 
 NET = """
@@ -139,11 +139,11 @@ def test_the_cache_is_read_again_and_refused_where_it_is_of_something_else(
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"schema": "qcompress.sensitivity/2"}, "has schema 'qcompress.sensitivity/2', and this version reads"),
-        ({"schema": "qcompress.report/1"}, "holds no sensitivities"),
-        ({"layers": "none"}, "is damaged at layers"),
-        ({"divergence_kind": "other"}, "is damaged at divergence_kind"),
-        ({"baseline": {}}, "is damaged: a layer or a metric is there twice, or half"),
+        ({"schema": "qcompress.sensitivity/2"}, "schema qcompress.sensitivity/2, this version reads"),
+        ({"schema": "qcompress.report/1"}, "not a file of sensitivities of qcompress"),
+        ({"layers": "none"}, "damaged file of sensitivities: layers"),
+        ({"divergence_kind": "other"}, "damaged file of sensitivities: divergence_kind"),
+        ({"baseline": {}}, "damaged file of sensitivities: document: a metric is there by half"),
     ],
 )
 def test_damaged_and_newer_files_are_refused_with_a_hint(
@@ -166,9 +166,9 @@ def test_nonsense_costs_are_refused(run: Run, trained: Path, measured: Path) -> 
     document["layers"][1]["widths"][0]["divergence"] = -1.0
     measured.write_text(json.dumps(document))
     ran = measure(run, trained, measured)
-    assert (ran.code, "layer '2.weight': widths or costs that cannot be" in ran.err) == (3, True)
+    assert (ran.code, "layers.1.widths.0.divergence: Input should be greater" in ran.err) == (3, True)
     measured.write_text("{")
-    assert measure(run, trained, measured).error_lines[0].startswith(f"error: {measured}: is not JSON; measure anew")
+    assert measure(run, trained, measured).error_lines[0].startswith(f"error: {measured}: not a JSON document")
 
 
 def test_as_many_samples_are_looked_at_as_were_asked_for(run: Run, trained: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_as_many_samples_are_looked_at_as_were_asked_for(run: Run, trained: Path
 
 
 def test_the_file_follows_its_schema(measured: Path) -> None:
-    jsonschema.validate(json.loads(measured.read_text()), sensitivity_schema())
+    jsonschema.validate(json.loads(measured.read_text()), SENSITIVITY.json_schema())
 
 
 def test_tables_and_csv_say_what_was_measured(run: Run, trained: Path, measured: Path) -> None:

@@ -32,9 +32,8 @@ from qcompress.plan.allocate import (
 )
 from qcompress.plan.files import planned_files
 from qcompress.plan.plan import make_plan
-from qcompress.plan.sensitivity import LayerCosts, Sensitivity, WidthCost, checkpoint_sha256, grid_words
+from qcompress.plan.sensitivity import SENSITIVITY, LayerCosts, Sensitivity, WidthCost, checkpoint_sha256, grid_words
 from qcompress.recipe import BudgetFlag, recipe_from_flags
-from qcompress.report.view_sensitivity import sensitivity_text
 from qcompress.types.plan import Plan
 from qcompress.types.run import Options
 
@@ -237,7 +236,7 @@ def make_sensitivity(source: Checkpoint, plan: Plan, **changes: object) -> Sensi
 def test_a_file_of_sensitivities_decides_and_its_widths_alone_are_chosen(source: Checkpoint, tmp_path: Path) -> None:
     plan = open_plan(source, bits_per_weight(8.5))
     path = tmp_path / "s.json"
-    write_whole(sensitivity_text(make_sensitivity(source, plan)), path)
+    write_whole(SENSITIVITY.text(make_sensitivity(source, plan)), path)
     costs = read_costs(source, plan, path)
     closed = allocate(source, plan, "packed", costs)
     assert set(widths(closed).values()) == {4}
@@ -249,13 +248,13 @@ def test_sensitivities_of_another_checkpoint_or_grid_are_refused(source: Checkpo
     plan = open_plan(source, bits_per_weight(3.0))
     path = tmp_path / "s.json"
     found = make_sensitivity(source, plan)
-    write_whole(sensitivity_text(replace(found, input_sha256="f" * 64)), path)
+    write_whole(SENSITIVITY.text(replace(found, input_sha256="f" * 64)), path)
     with pytest.raises(ReportError, match=r"was measured on another checkpoint than .* measure it with"):
         read_costs(source, plan, path)
-    write_whole(sensitivity_text(replace(found, layers=found.layers[1:])), path)
+    write_whole(SENSITIVITY.text(replace(found, layers=found.layers[1:])), path)
     with pytest.raises(BudgetError, match=r"conv1.weight: was not measured; measure again"):
         read_costs(source, plan, path)
-    write_whole(sensitivity_text(found), path)
+    write_whole(SENSITIVITY.text(found), path)
     other = open_plan(source, bits_per_weight(3.0), "rtn", granularity="tensor")
     with pytest.raises(Refusals, match="was measured with a grid of channel zero-point, and is to get tensor zero-poi"):
         read_costs(source, other, path)

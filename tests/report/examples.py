@@ -11,8 +11,8 @@ from qcompress.report.document import (
     LayerFigures,
     LayerReport,
     Report,
-    make_size,
 )
+from qcompress.report.size import make_size
 from qcompress.types.run import RunFigures
 
 

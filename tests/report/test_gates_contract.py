@@ -16,7 +16,7 @@ import pytest
 from qcompress.cli.options import GateFlags
 from qcompress.errors import UnmeasuredError
 from qcompress.report.document import AccuracyFigures, LayerFigures, Report
-from qcompress.report.document_json import parse_report, report_json, report_text
+from qcompress.report.document_json import REPORT, report_text
 from qcompress.report.gates import check_gates, gate_errors
 from qcompress.report.glossary import find_term
 from qcompress.report.render import render, render_junit
@@ -141,10 +141,10 @@ def test_it_is_told_of_in_text_json_and_junit(field: str, passes: bool) -> None:
     assert words.startswith(f"{'passed' if passes else 'FAILED'} {example.name} ")
     for reports in ([report], [MEASURED, report]):
         assert words in render(reports, "table")
-    assert report_json(report)["gates"] == [
+    assert REPORT.plain(report)["gates"] == [
         {"name": example.name, "limit": gate.limit, "value": gate.value, "passed": passes}
     ]
-    assert parse_report(report_text(report), "test").gates == report.gates
+    assert REPORT.parse(report_text(report), "test").gates == report.gates
     (case,) = ElementTree.fromstring(render_junit([report])).iter("testcase")
     assert case.get("name") == example.name
     assert (case.find("failure") is None) is passes

@@ -15,7 +15,7 @@ from qcompress.report.compare import compare_reports
 from qcompress.report.document import LayerFigures, Report
 from qcompress.report.html.render_html import render_html
 from qcompress.report.render import FORMATS, Terminal, render
-from qcompress.report.view import size_words
+from qcompress.report.words import size_words
 from report.examples import full_report, kept, layer, make_report, small_report
 
 # What is no single figure has no column; the range has two.

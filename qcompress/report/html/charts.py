@@ -9,8 +9,8 @@ from itertools import groupby
 
 from qcompress.report.compare import WORST, TradeOff
 from qcompress.report.document import BINS, LayerFigures
-from qcompress.report.glossary import GLOSSARY
-from qcompress.report.view import name_words, number_words, size_words
+from qcompress.report.glossary import FIGURES
+from qcompress.report.words import number_words, size_words
 
 BEFORE, STRIP, AFTER = 32, 5, 27
 """Heights in a histogram: the weights stand on a strip with the grid's levels, the decoded values hang below it."""
@@ -172,7 +172,7 @@ def scatter(trade_off: TradeOff, names: dict[str, str]) -> Scatter:
         for point in points
     )
     return Scatter(
-        title=GLOSSARY[WORST].title if trade_off.metric == WORST else name_words(trade_off.metric),
+        title=FIGURES[WORST].title if trade_off.metric == WORST else trade_off.metric,
         higher_is_better=trade_off.higher_is_better,
         dots=dots,
         front=_stairs([(x(point.artifact_bytes), y(point.value)) for point in trade_off.front]),

@@ -1,60 +1,22 @@
-"""One report becomes a page here, text in cells, which the templates only lay out. Imports no torch."""
+"""Reports become pages here, text in cells, which the templates only lay out. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from qcompress.report.document import AccuracyFigures, LayerReport, Report, badness
-from qcompress.report.html.charts import Histogram, Widths, histogram, widths
-from qcompress.report.html.parts import Cell, Figure, Grid, Head, Row, bar, percent
-from qcompress.report.view import (
-    NOT_MEASURED,
-    bits_words,
-    count_words,
-    decibel_words,
-    drop_words,
-    gate_words,
-    interval_words,
-    name_words,
-    number_words,
-    shape_words,
-    share_words,
-    size_words,
-    sqnr_words,
-    width_words,
-)
+from qcompress.report.compare import Comparison
+from qcompress.report.document import KEPT, AccuracyFigures, LayerFigures, LayerReport, Report, badness
+from qcompress.report.glossary import FIGURES
+from qcompress.report.html.charts import Histogram, Scatter, Widths, histogram, scatter, widths
+from qcompress.report.html.parts import Fact, fact, terms_of
+from qcompress.report.table import Table, bar, bars, column, percent
+from qcompress.report.view import change_table, file_table, gate_words, layer_table, most_changed
+from qcompress.report.words import NOT_MEASURED, bits_words, cell, drop_words, interval_words, number_words, words
 from qcompress.types.encoded import ClassUse
 
-RULE_HEADS = (
-    Head("reason", right=False),
-    Head("method", right=False),
-    Head("bits"),
-    Head("layers", "tensors"),
-    Head("weights", spare=True),
-    Head("bytes"),
-    Head("bits_per_weight", "b/weight"),
-    Head("worst_sqnr_db"),
-)
-
-LAYER_HEADS = (
-    Head("name", "layer", right=False),
-    Head("shape", right=False, spare=True),
-    Head("method", right=False, spare=True),
-    Head("bits"),
-    Head("bytes"),
-    Head("bits_per_weight", "b/weight", spare=True),
-    Head("sqnr_db", "SQNR dB"),
-    Head("relative_error"),
-    Head("entropy"),
-    Head("sensitivity"),
-    Head("clipped_share", spare=True),
-    Head("outlier_share", spare=True),
-    Head("reason", right=False, spare=True),
-)
-
-CLASS_HEADS = (Head("context", right=False), Head("magnitude"), Head("count"), Head("ideal_bits"), Head("table_bits"))
+RULE_COLUMNS = ("reason", "method", "bits", "layers", "weights", "bytes", "bits_per_weight", "worst_sqnr_db")
 
 
 @dataclass(frozen=True)
@@ -76,8 +38,8 @@ class Drawn:
     low: str
     high: str
     used: str
-    figures: tuple[Figure, ...]
-    classes: Grid | None = None
+    figures: tuple[Fact, ...]
+    classes: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -85,81 +47,77 @@ class Page:
     """A report's page from its top to its end; of each gate whether it passed, and the words that say so."""
 
     title: str
-    cards: tuple[Figure, ...]
+    cards: tuple[Fact, ...]
     parts: tuple[Part, ...]
     gates: tuple[tuple[bool, str], ...]
     warnings: tuple[str, ...]
-    rules: Grid
-    layers: Grid
+    rules: Table
+    layers: Table
     widths: Widths | None
     drawn: tuple[Drawn, ...]
-    run: tuple[Figure, ...]
+    run: tuple[Fact, ...]
+
+    @property
+    def words(self) -> tuple[Fact, ...]:
+        """Every term that the page shows, with its definition."""
+        facts = (*self.cards, *(one for drawn in self.drawn for one in drawn.figures), *self.run)
+        terms = (*(part.term for part in self.parts), "histogram_before", "histogram_after", "levels", "fences")
+        return terms_of(facts, (self.rules, self.layers), terms)
 
 
 def report_page(report: Report) -> Page:
     """The page of one report; every compressed tensor with figures is drawn."""
-    compressed = report.compressed
-    anchors = {layer.name: f"t{index}" for index, layer in enumerate(compressed) if layer.figures is not None}
+    drawn = [layer for layer in report.compressed if layer.figures is not None]
+    anchors = {layer.name: f"t{index}" for index, layer in enumerate(drawn)}
     measured = [
         (layer.bits, layer.measured.entropy)
-        for layer in compressed
+        for layer in report.compressed
         if layer.bits is not None and layer.measured.entropy is not None
     ]
     return Page(
-        title=name_words(report.artifact.name),
+        title=report.artifact.name,
         cards=_cards(report),
         parts=_parts(report),
         gates=tuple((gate.passed, gate_words(gate)) for gate in report.gates),
-        warnings=tuple(map(name_words, report.warnings)),
-        rules=_rules_grid(report),
-        layers=_layers_grid(report, anchors),
+        warnings=report.warnings,
+        rules=_rules_table(report),
+        layers=layer_table(report, report.layers, [anchors.get(layer.name, "") for layer in report.layers]),
         widths=widths(measured),
-        drawn=tuple(_drawn_layer(layer, anchors[layer.name]) for layer in compressed if layer.name in anchors),
+        drawn=tuple(_drawn_layer(layer, anchors[layer.name]) for layer in drawn),
         run=_run(report),
     )
 
 
-def _cards(report: Report) -> tuple[Figure, ...]:
+def _cards(report: Report) -> tuple[Fact, ...]:
     size, worst = report.size, report.worst
     cards = [
-        Figure(
-            "artifact_bytes",
-            size_words(size.artifact_bytes),
-            notes=(Figure("baseline_bytes", size_words(size.baseline_bytes)),),
-        ),
-        Figure("ratio", NOT_MEASURED if size.ratio is None else f"{size.ratio:.2f}x"),
-        Figure(
+        fact("artifact_bytes", size.artifact_bytes, notes=(fact("baseline_bytes", size.baseline_bytes),)),
+        fact("ratio", size.ratio),
+        fact(
             "bits_per_weight",
-            bits_words(size.bits_per_weight),
+            size.bits_per_weight,
             notes=(
-                Figure("bits_per_weight_file", bits_words(size.bits_per_weight_file), "whole file"),
-                Figure("entropy", bits_words(size.entropy_bits), "entropy of the codes"),
+                fact("bits_per_weight_file", size.bits_per_weight_file, "whole file"),
+                Fact("entropy", bits_words(size.entropy_bits), "entropy of the codes"),
             ),
         ),
-        Figure(
-            "worst_sqnr_db",
-            "not measured" if worst is None else sqnr_words(worst.sqnr_db),
-            notes=() if worst is None else (Figure("worst_layer", name_words(worst.name), "in"),),
-        ),
+        Fact("worst_sqnr_db", "not measured")
+        if worst is None
+        else fact("worst_sqnr_db", worst.sqnr_db, notes=(fact("worst_layer", worst.name, "in"),)),
     ]
     cards += [_accuracy_card(item) for item in report.accuracy or ()]
-    return (*cards, *([] if report.accuracy else [Figure("accuracy", "not measured")]))
+    return (*cards, *([] if report.accuracy else [Fact("accuracy", "not measured")]))
 
 
-def _accuracy_card(item: AccuracyFigures) -> Figure:
-    return Figure(
-        "metric",
-        number_words(item.artifact, 4),
-        name_words(item.metric),
-        (
-            Figure(
-                "artifact_interval", interval_words(item.artifact_interval).strip(" ()") or NOT_MEASURED, "interval"
-            ),
-            Figure("baseline", number_words(item.baseline, 4) + interval_words(item.baseline_interval)),
-            Figure("drop", drop_words(item)),
-            Figure("samples", f"{item.samples:,}"),
-        ),
+def _accuracy_card(item: AccuracyFigures) -> Fact:
+    interval = interval_words(item.artifact_interval).strip(" ()") or NOT_MEASURED
+    notes = (
+        Fact("artifact_interval", interval, "interval"),
+        Fact("baseline", number_words(item.baseline, 4) + interval_words(item.baseline_interval)),
+        Fact("drop", drop_words(item)),
+        fact("samples", item.samples),
     )
+    return Fact("metric", number_words(item.artifact, 4), item.metric, notes)
 
 
 def _parts(report: Report) -> tuple[Part, ...]:
@@ -167,7 +125,7 @@ def _parts(report: Report) -> tuple[Part, ...]:
     return tuple(Part(term, f"{size:,}", percent(size / whole)) for term, size in sizes.items() if size)
 
 
-def _rules_grid(report: Report) -> Grid:
+def _rules_table(report: Report) -> Table:
     """What each rule of the recipe, or each reason to keep, decided; the most bytes first."""
     groups: dict[tuple[str, str, int | None], list[LayerReport]] = {}
     for layer in report.layers:
@@ -175,136 +133,105 @@ def _rules_grid(report: Report) -> Grid:
         reason = layer.reason.partition("; ")[0]
         groups.setdefault((reason, layer.method, layer.bits), []).append(layer)
     whole = max(1, sum(layer.bytes for layer in report.layers))
-    rows = []
+    found, shares = [], []
     for (reason, method, bits), layers in sorted(groups.items(), key=lambda item: -sum(one.bytes for one in item[1])):
         n_bytes, weights = sum(one.bytes for one in layers), sum(one.weights for one in layers if one.tied_to is None)
+        bits_per_weight = 8 * n_bytes / weights if weights else None
         worst = min((one.sqnr_db for one in layers), key=badness)
-        cells = (
-            Cell(name_words(reason)),
-            Cell(name_words(method)),
-            Cell(NOT_MEASURED if bits is None else str(bits)),
-            Cell(f"{len(layers):,}"),
-            Cell(f"{weights:,}"),
-            Cell(size_words(n_bytes), percent(n_bytes / whole)),
-            Cell(bits_words(8 * n_bytes / weights if weights else None)),
-            Cell(sqnr_words(worst)),
-        )
-        rows.append(Row(cells, dim=not layers[0].compressed))
-    return Grid(RULE_HEADS, tuple(rows))
-
-
-def _layers_grid(report: Report, anchors: dict[str, str]) -> Grid:
-    """Every tensor; bars of bytes, error and sensitivity by the largest of all, of entropy by the width of its codes.
-
-    Without any sensitivity there is no column for it.
-    """
-    most_bytes = max((layer.bytes for layer in report.layers), default=0)
-    errors = [layer.measured.relative_error for layer in report.layers]
-    most_error = max((error for error in errors if error is not None and math.isfinite(error)), default=0.0)
-    costs = [layer.sensitivity for layer in report.layers if layer.sensitivity is not None]
-    rows = []
-    for layer in report.layers:
-        figures = layer.measured
-        cells = (
-            Cell(name_words(layer.name)),
-            Cell(shape_words(layer.shape)),
-            Cell(name_words(layer.method)),
-            Cell(width_words(layer.bits, layer.bits_per_weight, layer.method)),
-            Cell(size_words(layer.bytes), bar(layer.bytes, most_bytes)),
-            Cell(bits_words(layer.bits_per_weight)),
-            Cell(decibel_words(layer.sqnr_db)),
-            Cell(number_words(figures.relative_error), bar(figures.relative_error, most_error)),
-            Cell(number_words(figures.entropy), bar(figures.entropy, layer.bits or 0)),
-            Cell(number_words(layer.sensitivity), bar(layer.sensitivity, max(costs, default=0.0))),
-            Cell(share_words(figures.clipped_share)),
-            Cell(share_words(figures.outlier_share)),
-            Cell(name_words(layer.reason if layer.tied_to is None else f"tied to {layer.tied_to}")),
-        )
-        rows.append(Row(cells, link=anchors.get(layer.name, ""), dim=not layer.compressed))
-    total = [""] * len(LAYER_HEADS)
-    total[0] = f"all {count_words(len(report.layers), 'tensor')}"
-    total[1] = f"{report.size.weights:,}"
-    total[4] = size_words(sum(layer.bytes for layer in report.layers))
-    grid = Grid(LAYER_HEADS, tuple(rows), tuple(total))
-    return grid if costs else grid.without("sensitivity")
+        found.append((reason, method, bits, len(layers), weights, n_bytes, bits_per_weight, worst))
+        shares.append(percent(n_bytes / whole))
+    return Table(
+        columns=tuple(
+            column(name, "tensors" if name == "layers" else "", shares if name == "bytes" else ())
+            for name in RULE_COLUMNS
+        ),
+        rows=tuple(
+            tuple(words(FIGURES[name], value) for name, value in zip(RULE_COLUMNS, values, strict=True))
+            for values in found
+        ),
+        dim=frozenset(index for index, values in enumerate(found) if values[1] == KEPT),
+    )
 
 
 def _drawn_layer(layer: LayerReport, anchor: str) -> Drawn:
     """A compressed tensor with its figures, but for those that were not measured."""
-    figures, gap = layer.measured, layer.bound_gap_db
+    figures = layer.measured
     low, high = figures.range or (None, None)
-    width = "" if layer.bits is None else f" of {layer.bits} bits"
-    named = [
-        Figure("sqnr_db", sqnr_words(figures.sqnr_db)),
-        Figure("entropy", f"{number_words(figures.entropy)}{width}"),
-        Figure("bound_gap_db", f"{gap:.1f} dB" if gap is not None and math.isfinite(gap) else NOT_MEASURED),
-        Figure("step", number_words(figures.step)),
-        Figure("levels_used", NOT_MEASURED if figures.levels_used is None else f"{figures.levels_used:,}"),
-        *_codebook_cells(layer),
-        Figure("outlier_share", share_words(figures.outlier_share)),
-        Figure("clipped_share", share_words(figures.clipped_share)),
-        Figure("kurtosis", number_words(figures.kurtosis)),
-        Figure("max_error", number_words(figures.max_error)),
-    ]
-    if layer.sensitivity is not None:
-        named.append(Figure("sensitivity", number_words(layer.sensitivity)))
-    if figures.sampled:
-        named.append(Figure("sampled", "yes"))
     return Drawn(
         anchor=anchor,
-        name=name_words(layer.name),
+        name=layer.name,
         chart=histogram(figures),
         low=number_words(low),
         high=number_words(high),
         used=bar(figures.entropy, layer.bits or 0),
-        figures=tuple(one for one in named if one.value != NOT_MEASURED),
-        classes=_classes_grid(figures.classes) if figures.classes else None,
+        figures=tuple(one for one in _layer_facts(layer) if one.value != NOT_MEASURED),
+        classes=_classes_table(figures.classes) if figures.classes else None,
     )
 
 
-def _codebook_cells(layer: LayerReport) -> list[Figure]:
-    """What is worth saying of the tensor's codebooks."""
-    figures = layer.measured
-    if figures.entries is None:
-        return []
-    counts = {"entries": figures.entries, "dead": figures.dead, "duplicates": figures.duplicates}
-    named = [Figure(name, f"{count:,}") for name, count in counts.items() if count is not None]
-    named.append(Figure("side_information_bytes", size_words(layer.side_information_bytes)))
-    return named + ([Figure("codebook_in", name_words(layer.codebook_in))] if layer.codebook_in is not None else [])
+def _layer_facts(layer: LayerReport) -> list[Fact]:
+    """All that was measured of a tensor; its relative error is what the SQNR says, and stands in the table."""
+    facts = []
+    for name in [one.name for one in fields(LayerFigures) if FIGURES[one.name].form and one.name != "relative_error"]:
+        one = fact(name, layer.value(name))
+        if name == "entropy" and layer.bits is not None:
+            one = Fact(name, f"{one.value} of {layer.bits} bits")
+        facts.append(one)
+    gap = layer.bound_gap_db
+    facts.append(fact("bound_gap_db", gap if gap is not None and math.isfinite(gap) else None))
+    facts.append(fact("sensitivity", layer.sensitivity))
+    if layer.measured.entries is not None:
+        facts += [fact(name, layer.value(name)) for name in ("side_information_bytes", "codebook_in")]
+    return facts
 
 
-def _classes_grid(classes: Sequence[ClassUse]) -> Grid:
+def _classes_table(classes: Sequence[ClassUse]) -> Table:
     """What the tables of a tensor take; bars of the codes by the most of all."""
-    most = max(one.count for one in classes)
-    rows = (
-        Row(
-            (
-                Cell(str(one.context)),
-                Cell(number_words(one.magnitude)),
-                Cell(f"{one.count:,}", bar(one.count, most)),
-                Cell(bits_words(one.ideal_bits)),
-                Cell(bits_words(one.table_bits)),
-            )
-        )
-        for one in classes
-    )
-    return Grid(CLASS_HEADS, tuple(rows))
+    names = [one.name for one in fields(ClassUse)]
+    drawn = {"count": bars([one.count for one in classes])}
+    rows = tuple(tuple(cell(FIGURES[name], getattr(one, name)) for name in names) for one in classes)
+    return Table(tuple(column(name, bars=drawn.get(name, ())) for name in names), rows)
 
 
-def _run(report: Report) -> tuple[Figure, ...]:
+def _run(report: Report) -> tuple[Fact, ...]:
     facts = []
     if report.run is not None:
         run = report.run
-        facts += [
-            Figure("seconds", f"{number_words(run.seconds)} s"),
-            Figure("cpu_seconds", f"{number_words(run.cpu_seconds)} s"),
-            Figure("peak_memory_bytes", size_words(run.peak_memory_bytes)),
-            Figure("device", name_words(run.device)),
-            Figure("versions", ", ".join(f"{name_words(a)} {name_words(b)}" for a, b in sorted(run.versions.items()))),
-        ]
+        facts += [fact(name, getattr(run, name)) for name in ("seconds", "cpu_seconds", "peak_memory_bytes", "device")]
+        facts.append(Fact("versions", ", ".join(f"{name} {version}" for name, version in sorted(run.versions.items()))))
     facts += [
-        Figure("sha256", name_words(report.artifact.sha256)),
-        Figure("recipe_hash", name_words(report.recipe_hash)),
-        Figure("input_sha256", name_words(report.input_sha256 or NOT_MEASURED)),
+        fact("sha256", report.artifact.sha256),
+        fact("recipe_hash", report.recipe_hash),
+        fact("input_sha256", report.input_sha256),
     ]
     return tuple(facts)
+
+
+@dataclass(frozen=True)
+class ComparisonPage:
+    """A page of several reports; of each gate whether it passed, and the words that say so."""
+
+    title: str
+    files: Table
+    gates: tuple[tuple[bool, str], ...]
+    warnings: tuple[str, ...]
+    scatters: tuple[Scatter, ...]
+    layers: Table
+    words: tuple[Fact, ...]
+
+
+def comparison_page(comparison: Comparison) -> ComparisonPage:
+    names = {file.label: file.name for file in comparison.files}
+    files, layers = file_table(comparison), change_table(comparison, most_changed(comparison.layers))
+    labelled = list(zip(comparison.files, comparison.reports, strict=True))
+    gates = [(g.passed, f"{file.label}: {gate_words(g)}") for file, report in labelled for g in report.gates]
+    warnings = [f"{file.label}: {text}" for file, report in labelled for text in report.warnings]
+    return ComparisonPage(
+        title=f"{len(comparison.files)} artifacts compared",
+        files=files,
+        gates=tuple(gates),
+        warnings=tuple(warnings),
+        scatters=tuple(scatter(one, names) for one in comparison.trade_offs),
+        layers=layers,
+        words=terms_of((), (files, layers), ("pareto_front",)),
+    )

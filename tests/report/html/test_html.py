@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompress.report.document import AccuracyFigures, LayerFigures, Report
-from qcompress.report.glossary import GLOSSARY
+from qcompress.report.glossary import FIGURES
 from qcompress.report.html.render_html import render_html
 from qcompress.report.render import render
-from qcompress.report.view import name_words
+from qcompress.report.words import name_words
 from report.examples import conv_figures, full_report, kept, layer, make_report, small_report
 
 VOID = {"meta", "link", "path", "circle"}
 """Elements without an end tag: of HTML, and those that the templates close at once as SVG allows."""
-DEFINITIONS = {term.line for term in GLOSSARY.values()}
+DEFINITIONS = {term.line for term in FIGURES.values()}
 
 
 @dataclass
@@ -199,10 +199,10 @@ def test_bars_are_shares_of_the_largest_and_entropy_of_its_width() -> None:
         for index, (name, error) in enumerate(errors.items())
     ]
     rows = rows_of(page_of(make_report(*layers, kept("k"))), "Layers")
-    assert [bar_of(row["relative error"]) for row in rows[:5]] == [100, 25, 100, 0, 0]
+    assert [bar_of(row["rel. error"]) for row in rows[:5]] == [100, 25, 100, 0, 0]
     assert [bar_of(row["bytes"]) for row in rows] == [20, 40, 60, 80, 100, 32]
     assert [bar_of(row["entropy"]) for row in rows[:5]] == [0, 25, 50, 75, 100]
-    assert not rows[5]["relative error"].all("b")
+    assert not rows[5]["rel. error"].all("b")
 
 
 def test_sensitivities_have_a_column_where_they_were_measured() -> None:
@@ -327,8 +327,8 @@ def test_several_artifacts_have_a_scatter_with_its_front_and_a_table_of_differen
         "w",
         "10.0",
         "20.0",
-        "+10.0",
-        "+0.0",
+        "+10.0 dB",
+        "+0.0 dB",
     ]
     assert "better" in row["change B"].attributes.get("class", "").split()
 
