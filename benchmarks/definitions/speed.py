@@ -35,6 +35,7 @@ ROWS = (
     row("layers", "commands.py layers", 100),
     row("resnet50", f"commands.py resnet50 {RESNET50}", 15, RESNET50),
     row("gptq", "gptq.py", 150),
+    row("training", "training.py", 110),
     row("qat", "qat.py", 30),
     row("regularizers", "regularizers.py", 500),
     row("dkm", "dkm.py", 250),
@@ -232,6 +233,22 @@ TABLES = (
             for title, name in GPTQ.items()
         },
         "layer and setting",
+    ),
+    figures(
+        "training",
+        "training speed",
+        {
+            "core-s a step": ("seconds", ".3f"),
+            "of 20,000 images": ("epoch", ".0f"),
+            "times faster": ("times", ".2f"),
+        },
+        {
+            "`float32`": "float32",
+            "`float32`, `channels_last`": "float32, channels_last",
+            "`bfloat16`": "bfloat16",
+            "`bfloat16`, `channels_last`": "bfloat16, channels_last",
+        },
+        "form",
     ),
     figures(
         "qat",

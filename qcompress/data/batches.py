@@ -46,6 +46,18 @@ class Batch:
             lengths=None if self.lengths is None else self.lengths.to(device),
         )
 
+    def channels_last(self) -> Batch:
+        """The same values, those of images [samples, channels, height, width] with their channels last in memory."""
+
+        def laid_out(x: Tensor) -> Tensor:
+            return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+        return replace(
+            self,
+            args=tuple(laid_out(x) for x in self.args),
+            kwargs={name: laid_out(x) for name, x in self.kwargs.items()},
+        )
+
     def first(self, samples: int) -> Batch:
         """The batch cut to its first samples."""
         return self.part(slice(samples))

@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qcompress.data.augment import Draw, read_augmented
 from qcompress.data.batches import Batch, Batches, first_tensor, run_model
+from qcompress.data.foreign import first_line
 from qcompress.data.measurement import Measurement
-from qcompress.errors import DataError, TrainingError
+from qcompress.errors import DataError, ModelError, TrainingError
 from qcompress.training.losses import Loss
 from qcompress.training.optimizers import Group, make_optimizer, rate_at
 from qcompress.training.parallel import ALONE, World
@@ -190,6 +191,11 @@ class _Run:
     def device(self) -> torch.device:
         return next(self.trainee.module.parameters()).device
 
+    def placed(self, batch: Batch) -> Batch:
+        """The batch on the device, as training lays it out. Weights stay as they are: each layer follows its input."""
+        batch = batch.to(self.device)
+        return batch.channels_last() if self.training.memory_format == "channels_last" else batch
+
     @property
     def steps_an_epoch(self) -> int:
         batches = self.data.batches
@@ -220,7 +226,7 @@ def _portions(run: _Run) -> Iterator[list[Batch]]:
         for place, samples in enumerate(itertools.islice(drawn, accumulate)):
             epoch, batch = f"images of {progress.epoch}", f"{index}, {place}"
             draw = Draw(run.seed, epoch, batch, run.world.rank, run.world.size)
-            portion.append(run.data.read(samples, draw).to(run.device))
+            portion.append(run.placed(run.data.read(samples, draw)))
         yield portion
 
 
@@ -259,7 +265,7 @@ def _backward(run: _Run, batches: Sequence[Batch]) -> float:
         waits = run.world.size > 1 and place + 1 < len(batches)
         with run.parallel.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
             with torch.autocast(run.device.type, precision, enabled=precision is not None):
-                output = first_tensor(run.parallel(*batch.args, **batch.kwargs))
+                output = _output(run, batch)
                 loss: Tensor = run.loss_of(output, batch) / len(batches)
             (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
@@ -270,13 +276,24 @@ def _backward(run: _Run, batches: Sequence[Batch]) -> float:
     return value
 
 
+def _output(run: _Run, batch: Batch) -> Tensor:
+    """What the network gives first. Raises ModelError where it asks for another order in memory than it gets."""
+    try:
+        return first_tensor(run.parallel(*batch.args, **batch.kwargs))
+    except RuntimeError as error:
+        if run.training.memory_format is not None and "view" in str(error):
+            hint = "leave memory_format out, or let the network use reshape for view"
+            raise ModelError("training", f"the network does not run channels last: {first_line(error)}", hint) from None
+        raise
+
+
 def _end_epoch(run: _Run) -> None:
     """Refresh batch norms where that is asked for, measure, note what is best, and write the epoch's line."""
     progress, watch, norms = run.trainee.progress, run.watch, run.training.norm_batches
     progress.epoch += 1
     if norms:
         # On every rank, so that all of them go on from the same statistics.
-        refresh_norms(run.trainee.module, (batch.to(run.device) for batch in norm_batches(run.data, norms, run.seed)))
+        refresh_norms(run.trainee.module, map(run.placed, norm_batches(run.data, norms, run.seed)))
     measured: Sequence[Measurement] = ()
     if watch.measure is not None and run.world.is_first:
         measured = watch.measure(run.trainee.module)

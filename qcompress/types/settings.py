@@ -512,6 +512,8 @@ class Training(Section):
     accumulate       batches whose gradients make one step
     clip_norm        the gradient's norm is cut to this; not where absent
     precision        of the forward pass; weights, gradients and regularizers stay float32
+    memory_format    `channels_last`: how images lie in memory on their way through the network, for networks of
+                     convolutions, which are faster so; results are the same but for rounding
     keep             the `last` weights, or the `best` by the task's metric on data.eval after each epoch
     batch_norm       `frozen`: batch norms keep the statistics that they have
     norm_batches     batches of data.train, augmented as for training, from which batch norms take their statistics anew
@@ -534,6 +536,7 @@ class Training(Section):
     accumulate: Annotated[int, Ge(1)] = 1
     clip_norm: Annotated[float, Gt(0)] | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    memory_format: Literal["channels_last"] | None = None
     keep: Literal["last", "best"] = "last"
     batch_norm: Literal["train", "frozen"] = "train"
     norm_batches: Annotated[int, Ge(0)] = 0

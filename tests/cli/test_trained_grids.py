@@ -104,13 +104,18 @@ CASES = [
     ("pact", "{bits: 1}"),
     ("pact", "{bits: 4, granularity: tensor, scale: unit, clip: 4.0, clip_decay: 0.001}"),
 ]
+FAST = "  schedule: cosine=>  schedule: cosine\n  precision: bfloat16\n  memory_format: channels_last"
 
 
-@pytest.mark.parametrize(("method", "options"), CASES)
-def test_the_artifact_is_what_was_trained(run: Run, folder: Path, tmp_path: Path, method: str, options: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "options", "more"), [*((*case, []) for case in CASES), *((*CASES[index], [FAST]) for index in (0, 3))]
+)
+def test_the_artifact_is_what_was_trained(
+    run: Run, folder: Path, tmp_path: Path, method: str, options: str, more: list[str]
+) -> None:
     """Its accuracy is the last one that training measured, to the sample, and what `eval` measures again."""
     output = tmp_path / "a.safetensors"
-    report = trained(run, folder, output, method, options)
+    report = trained(run, folder, output, method, options, *more)
     assert top1(report) > 0.5
     lines = [json.loads(line) for line in (tmp_path / "a.log.jsonl").read_text().splitlines()]
     epochs = [line for line in lines if "epoch" in line]

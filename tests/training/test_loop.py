@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qcompress.data.batches import Batch, Batches
 from qcompress.data.measurement import Measurement
 from qcompress.data.tasks import measure
-from qcompress.errors import DataError, TrainingError
+from qcompress.errors import DataError, ModelError, TrainingError
 from qcompress.registry.regularizers import DsmmConfig, L2Config
 from qcompress.training.loop import Data, Watch, norm_batches, refresh_norms
 from qcompress.training.optimizers import rate_at
@@ -118,6 +118,36 @@ def test_accumulated_batches_are_one_large_batch() -> None:
         run(module, settings(accumulate=accumulate), penalties=penalties, data=Data(batches(size)))
     for name, value in weights(large).items():
         torch.testing.assert_close(value, small.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_batches": 2, "accumulate": 2}])
+def test_channels_last_gives_the_same_but_for_rounding_and_weights_as_they_lay(options: dict[str, Any]) -> None:
+    seen: list[bool] = []
+
+    def watch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    plain, module = net(), net()
+    run(plain, settings(**options))
+    handle = module.register_forward_pre_hook(watch)
+    run(module, settings(memory_format="channels_last", **options))
+    handle.remove()
+    assert seen and all(seen)
+    for name, value in weights(module).items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-3, atol=1e-5)
+    assert all(one.is_contiguous() for one in module.state_dict().values())
+    assert all(one.grad is not None and one.grad.is_contiguous() for one in module.parameters())
+
+
+def test_channels_last_is_refused_where_the_network_cannot_take_it() -> None:
+    class Viewed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(len(x), -1)
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), Viewed(), nn.Linear(144, 4))
+    with pytest.raises(ModelError, match=r"does not run channels last: .*; leave memory_format out"):
+        run(module, settings(memory_format="channels_last"), penalties=Penalties([]))
+    run(module, settings(), penalties=Penalties([]))
 
 
 def test_the_best_epoch_is_kept_where_asked() -> None:
