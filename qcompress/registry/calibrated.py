@@ -25,6 +25,11 @@ class LiveConfig(PresetConfig):
 
     range: Range | None = None
 
+    def _aimet(self) -> Given:
+        """AIMET's grids, of folded layers: symmetric, one a tensor."""
+        tensor = {} if self.group_size else {"granularity": "tensor"}
+        return {**tensor, "symmetric": True, "range": "tf-enhanced", "fold": True}
+
     @property
     def form(self) -> Form:
         if self.symmetric:
@@ -58,12 +63,9 @@ class DfqConfig(LiveConfig):
     relu6: Literal["skip", "caps", "relax"] | None = None
 
     def __post_init__(self) -> None:
-        paper = self.preset == "paper"
-        if paper and self.granularity is None and self.group_size is None:
-            object.__setattr__(self, "granularity", "tensor")
-        either: Given = {"range": "tf-enhanced"}
-        official = {**either, "symmetric": True, "relu6": "relax", "fold": True, "equalize": True, "absorb": True}
-        self._follow(official, {**either, "relu6": "skip", "equalize": self.granularity == "tensor", "absorb": False})
+        official = {**self._aimet(), "relu6": "relax", "equalize": True, "absorb": True}
+        equalize = self.granularity == "tensor"
+        self._follow(official, {"range": "tf-enhanced", "relu6": "skip", "equalize": equalize, "absorb": False})
         if self.range == "hessian":
             raise ValueError("range: hessian needs the inputs of each layer, which dfq never sees; use mse")
         super().__post_init__()
@@ -93,16 +95,13 @@ class AdaroundConfig(LiveConfig):
     batch_size: Annotated[int, Ge(1)] = 32
 
     def __post_init__(self) -> None:
-        paper = self.preset == "paper"
-        if paper and self.granularity is None and self.group_size is None:
-            object.__setattr__(self, "granularity", "tensor")
+        if self.preset == "paper" and self.objective == "gram":
+            raise ValueError("objective: gram is not the published method; leave preset out, or objective")
         official = {
+            **self._aimet(),
             "objective": "sampled",
             "iterations": 15_000 if self.bits < 8 else 10_000,
             "learning_rate": 1e-3,
-            "fold": True,
-            "symmetric": True,
-            "range": "tf-enhanced",
         }
         fast: Given = {"objective": "gram", "fold": False, "range": "hessian"}
         self._follow(official, fast)
