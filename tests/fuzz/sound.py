@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompress.cli.app import run
-from qcompress.plan.sensitivity import LayerCosts, Sensitivity, WidthCost
-from qcompress.report.view_sensitivity import sensitivity_text
+from qcompress.plan.sensitivity import SENSITIVITY, LayerCosts, Sensitivity, WidthCost
 from qcompress.training.state import save_state
 from qcompress.types.settings import Sgd
 
@@ -66,7 +65,7 @@ def sensitivity_file() -> bytes:
         baseline={"top1": 0.95},
         layers=layers,
     )
-    return sensitivity_text(found).encode()
+    return SENSITIVITY.text(found).encode()
 
 
 class _Killed(BaseException):

@@ -23,6 +23,8 @@ from qcompress.encode.write_file import Journal
 from qcompress.plan.sensitivity import read_sensitivity
 from qcompress.recipe import read_recipe
 from qcompress.report.document_json import read_report
+from qcompress.report.html.render_html import render_html
+from qcompress.report.render import Format, render
 from qcompress.types.settings import Data, ImagesData, NpzData
 
 
@@ -74,6 +76,13 @@ gates: {max_drop: {top1: 0.02}, max_size: 2MB}
 """
 
 
+def _shown(path: Path) -> str:
+    """A report in every format."""
+    report = read_report(path)
+    forms: tuple[Format, ...] = ("table", "json", "markdown", "csv")
+    return "".join([*(render([report], form) for form in forms), render_html([report])])
+
+
 def _of_text(scratch: Path) -> list[Target]:
     from fuzz.sound import compressed, sensitivity_file
 
@@ -83,7 +92,7 @@ def _of_text(scratch: Path) -> list[Target]:
             "report",
             {"a": compressed(scratch, "--bits", 3)[1]},
             mutate_json,
-            lambda path: repr(read_report(path)),
+            _shown,
             ".json",
         ),
         Target(
