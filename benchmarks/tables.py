@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,9 @@ class Pages:
         lines += [
             "| " + " | ".join(one.text if single else one.marked for one in line) + " |" for line in shown.values()
         ]
-        return "\n".join([*lines, "", *self._notes({one.mark for one in figures}, single, figures)]).rstrip()
+        notes = " ".join(self._notes({one.mark for one in figures}, single, figures))
+        wrapped = textwrap.wrap(notes, 120, break_long_words=False, break_on_hyphens=False)
+        return "\n".join([*lines, "", *wrapped]).rstrip()
 
     def _notes(self, marks: set[Mark | None], single: Mark | None, figures: Sequence[Shown]) -> Iterator[str]:
         if single:

@@ -10,7 +10,8 @@ from .words import RESNET20, SIZE, TOP1, bare, live
 RATES = {2.0834: 2, 2.5: None, 3.0837: 3, 3.5: None}
 """Bits a weight, and the one width for all tensors that takes as many with its grids."""
 METHODS = ("squant", "gptq")
-CHANGES = ("activations=null", "data.eval.samples=2000")
+RECIPE = "benchmarks/recipes/resnet20"
+CHANGES = ("data.calibration.samples=1024", "data.eval.samples=2000")
 
 
 def name_of(method: str, how: str, rate: float) -> str:
@@ -18,24 +19,21 @@ def name_of(method: str, how: str, rate: float) -> str:
 
 
 def uniform(method: str, rate: float, bits: int) -> Row:
-    changes = (*CHANGES, f"rules.0.{method}.bits={bits}")
-    command = live("quantize", RESNET20, f"cifar10/resnet20_{method}_w4a8", changes, " --coding packed")
+    changes = (*CHANGES, f'rules.0={{match: "*.weight", {method}: {{bits: {bits}}}}}')
+    command = live("quantize", RESNET20, RECIPE, changes, " --coding packed")
     return Row(name=name_of(method, "uniform", rate), commands=(command,), figures=TOP1 | SIZE, seconds=12)
 
 
 def measured(method: str, rate: float) -> Row:
     changes = (*CHANGES, f'rules.0={{match: "*.weight", {method}: {{}}}}')
-    command = live("quantize", RESNET20, f"cifar10/resnet20_{method}_w4a8", changes, f" --coding packed --bpw {rate}")
+    command = live("quantize", RESNET20, RECIPE, changes, f" --coding packed --bpw {rate}")
     return Row(name=name_of(method, "measured", rate), commands=(command,), figures=TOP1 | SIZE, seconds=45)
 
 
 def by_weights(rate: float) -> Row:
     """From the checkpoint alone, and measured afterwards."""
     made = bare("quantize", RESNET20, f"--method squant --bpw {rate} --coding packed")
-    evaluated = (
-        "qcompress eval $OUT -r recipes/cifar10/resnet20_squant_w4a8.yaml --set data.eval.samples=2000 "
-        "--set activations=null --allow-code --json -"
-    )
+    evaluated = f"qcompress eval $OUT -r {RECIPE}.yaml --set data.eval.samples=2000 --allow-code --json -"
     figures = SIZE | {"top1": "1.metrics.top1.value"}
     return Row(name=name_of("squant", "by-weights", rate), commands=(made, evaluated), figures=figures, seconds=12)
 

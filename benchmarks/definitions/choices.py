@@ -40,7 +40,7 @@ def free(network: str, rate: float, change: str, more: str = "") -> str:
 
 
 def with_data(rate: float, change: str, more: str = "") -> str:
-    changes = (f"rules.0.rd.{change}", "data.eval.samples=250")
+    changes = (f"rules.0.rd.{change}", "rules.0.rd.allocation=measured", "data.eval.samples=250")
     return live("quantize", RESNET20, "cifar10/resnet20_rd", changes, f" --bpw {rate}{more}")
 
 
@@ -49,17 +49,16 @@ def rows() -> Iterator[Row]:
         for rate in rates:
             for prior in PRIORS:
                 yield row(f"prior/{network}/{rate}/{prior}", network, free(network, rate, f"prior={prior}"), 12)
-    for network in ("resnet20", "resnet32"):
-        for rate in PRICE_RATES:
-            for price in FREE_PRICES:
-                yield row(f"free-price/{network}/{rate}/{price}", network, free(network, rate, f"price={price}"), 12)
+    for rate in PRICE_RATES:
+        for price in FREE_PRICES:
+            yield row(f"free-price/resnet20/{rate}/{price}", "resnet20", free("resnet20", rate, f"price={price}"), 12)
     for rate in PRICE_RATES:
         for price in TRELLIS_PRICES:
             command = free("resnet20", rate, f"price={price}", " --effort high")
             yield row(f"free-trellis-price/resnet20/{rate}/{price}", "resnet20", command, 14)
     for rate in PRICE_RATES:
         for price in PRICES:
-            yield row(f"price/resnet20/{rate}/{price}", "resnet20", with_data(rate, f"price={price}"), 75)
+            yield row(f"price/resnet20/{rate}/{price}", "resnet20", with_data(rate, f"price={price}"), 50)
     for network, widths in WEIGHTED.items():
         bits = ",".join(map(str, widths))
         yield Row(
@@ -101,7 +100,7 @@ def weightings() -> Table:
 
 TABLES = (
     divergences("prior", PRIORS, PRIOR_RATES),
-    divergences("free-price", FREE_PRICES, dict.fromkeys(("resnet20", "resnet32"), PRICE_RATES)),
+    divergences("free-price", FREE_PRICES, {"resnet20": PRICE_RATES}),
     divergences("free-trellis-price", TRELLIS_PRICES, {"resnet20": PRICE_RATES}),
     divergences("price", PRICES, {"resnet20": PRICE_RATES}),
     weightings(),

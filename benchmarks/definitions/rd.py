@@ -20,8 +20,7 @@ NNCODEC_QPS = (-24, -22, -20, -18, -16, -14, -12)
 class Network:
     """A checkpoint, its recipes, its metric, the budgets that it is coded at, and others that it is held against.
 
-    fixed     stem of a recipe of a fixed width, whose rule and calibration are those of the rows
-    calibration  samples, where the recipe of a fixed width has fewer than that of rd
+    fixed     stem of a recipe of a fixed width, whose rules the rows set
     table     the rule of an embedding, which calibrated methods do not know
     seconds   about, of a run of rd, of one without data, and of one of a fixed width
     """
@@ -34,7 +33,6 @@ class Network:
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     rivals: tuple[str, ...]
-    changes: tuple[str, ...]
     table: str = ""
     seconds: tuple[int, int, int] = (85, 15, 25)
 
@@ -44,12 +42,11 @@ NETWORKS = {
         title="CIFAR-10 ResNet-20, 5,000 test images",
         checkpoint=RESNET20,
         recipe="cifar10/resnet20_rd",
-        fixed="cifar10/resnet20_gptq_w4a8",
+        fixed="benchmarks/recipes/resnet20",
         metric="top1",
         rates=(1.0, 1.5, 2.0, 2.5, 3.0),
         seeds=(0, 1, 2),
         rivals=tuple(f"{method}/w{bits}" for bits in (4, 3, 2) for method in ("rtn", "squant", "gptq", "huffman")),
-        changes=("activations=null", "data.calibration.samples=2048"),
     ),
     "stories": Network(
         title="stories260K, 300 texts",
@@ -60,7 +57,6 @@ NETWORKS = {
         rates=(2.0, 3.0, 4.0),
         seeds=(0, 1, 2),
         rivals=tuple(f"{method}/w{bits}" for bits in (4, 3, 2) for method in ("rtn", "gptq")),
-        changes=(),
         table='{match: "tok_embeddings.weight", mse: {bits: BITS}}, {match: "*norm.weight", keep: {}}, ',
         seconds=(120, 10, 18),
     ),
@@ -68,12 +64,11 @@ NETWORKS = {
         title="ImageNet MobileNetV1 0.75, 400 photos",
         checkpoint=MOBILENET,
         recipe="imagenet/mobilenet_v1_075_rd",
-        fixed="imagenet/mobilenet_v1_075_gptq_w4a8",
+        fixed="benchmarks/recipes/mobilenet",
         metric="top1",
         rates=(2.0, 2.5, 3.0, 4.0),
         seeds=(0,),
         rivals=("gptq/w4", "gptq/w3", "gptq/w2"),
-        changes=("activations=null",),
         seconds=(220, 30, 70),
     ),
 }
@@ -102,7 +97,7 @@ def rival(key: str, network: Network, name: str) -> Row:
     row = measured(
         network,
         f"rd/{key}/{name}",
-        live(verb, network.checkpoint, network.fixed, (*network.changes, rules)),
+        live(verb, network.checkpoint, network.fixed, (rules,)),
         network.seconds[2],
     )
     if method != "huffman":
