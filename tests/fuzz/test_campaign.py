@@ -61,7 +61,7 @@ def fault(kind: str) -> Target:
                 case "bug":
                     raise KeyError("not caught")
                 case "crash":
-                    os.kill(os.getpid(), signal.SIGSEGV)
+                    os.kill(os.getpid(), signal.SIGKILL)
                 case "hang":
                     os.kill(os.getpid(), signal.SIGALRM)
                 case "memory":
