@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qcompress.checkpoint.safetensors_file import RESERVED, Container, read_container
 from qcompress.errors import CheckpointError
+from qcompress.types.files import open_regular
 from qcompress.types.plan import Axis, TensorInfo
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def _indexed_shards(index: Path) -> Iterator[Container]:
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            value = json.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise CheckpointError(str(path), error.strerror or "cannot be read", "check the file") from None
     except (ValueError, RecursionError):

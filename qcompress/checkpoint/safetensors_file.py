@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from qcompress.errors import InputError
+from qcompress.types.files import open_regular
 from qcompress.types.plan import DTYPE_BITS, TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000
@@ -75,7 +76,7 @@ class _Broken(Exception):
 def read_container(path: Path, error: type[InputError]) -> Container:
     """The checked header of the safetensors file at `path`; raises `error` naming the file and what is wrong."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             raw = _read_header(file.fileno(), size)
             tensors, spans, metadata = _parse_header(raw, size - 8 - len(raw))

@@ -14,6 +14,7 @@ from qcompress.recipe.model import WrittenRecipe
 from qcompress.recipe.yaml_tree import Broken, Document, Place, compose, path_text
 from qcompress.recipe.yaml_tree import Path as Keys
 from qcompress.registry import BUDGET_METHOD, METHODS
+from qcompress.types.files import read_start
 from qcompress.types.plan import VERSION, Exempt, Family, Finetune, Keep, Recipe, Rule, Sections
 from qcompress.types.settings import Training
 from qcompress.types.words import nearest, plain, quoted, shown
@@ -150,14 +151,14 @@ def parse_recipe(
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST_BYTES + 1)
+        data = read_start(path, LARGEST_BYTES + 1)
     except FileNotFoundError:
         raise RecipeError(str(path), "no such file", _siblings(path)) from None
     except IsADirectoryError:
         raise RecipeError(str(path), "is a folder", "name a recipe file in it") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(str(path), f"cannot be read: {error}", "check its name and its permissions") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(str(path), f"cannot be read: {why}", "check its name and its permissions") from None
     if len(data) > LARGEST_BYTES:
         raise RecipeError(str(path), f"larger than {LARGEST_BYTES} bytes", "a recipe is a short YAML file: use globs")
     try:

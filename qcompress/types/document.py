@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qcompress.errors import ReportError
+from qcompress.types.files import open_regular
 from qcompress.types.run import Json
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class Document(Generic[Noun]):
     def read(self, path: Path) -> Noun:
         """What a file holds. Raises ReportError where it is missing, damaged, foreign or of a newer schema."""
         try:
-            text = path.read_text(encoding="utf-8")
+            with open_regular(path) as file:
+                text = file.read().decode("utf-8")
         except OSError as error:
             raise ReportError(str(path), f"cannot read the {self.what}: {error.strerror}", self.again) from None
         except UnicodeDecodeError:

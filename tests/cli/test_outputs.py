@@ -80,3 +80,27 @@ def test_own_reports_are_written_again_and_foreign_files_with_force(run: Run, ho
         assert run("verify", home / "a", "--json", home / "v.json").code == 0
     assert run("verify", home / "a", "--json", home / "diary", "-f").code == 0
     assert json.loads((home / "diary").read_text())["schema"] == "qcompress.verify/1"
+
+
+PIPED: dict[str, Words] = {
+    "checkpoint": ("quantize", "pipe", "--bits", 2),
+    "artifact": ("verify", "pipe"),
+    "report": ("report", "pipe"),
+    "recipe": ("recipe", "check", "pipe"),
+    "statistics": ("quantize", "m.safetensors", "-r", "r.yaml", "--statistics", "pipe"),
+    "sensitivity": ("quantize", "m.safetensors", "-r", "r.yaml", "--set", "budget.bpw=3", "--sensitivity", "pipe"),
+}
+
+
+@pytest.mark.parametrize("case", PIPED)
+def test_a_pipe_that_nobody_writes_to_is_an_error_and_not_waited_for(
+    run: Run, home: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(home / "pipe")
+    monkeypatch.chdir(home)
+    if case in ("statistics", "sensitivity"):
+        method = "gptq: {bits: 2}" if case == "statistics" else "mse: {}"
+        (home / "r.yaml").write_text(f'version: 1\nrules: [{{match: "*.weight", {method}}}]\n')
+    ran = run(*PIPED[case])
+    assert (ran.code, ran.out, len(ran.error_lines)) == (3, "", 1), ran.err
+    assert "pipe" in ran.err
