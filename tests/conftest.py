@@ -31,7 +31,14 @@ settings.load_profile("patient")
 Tensors: TypeAlias = dict[str, NDArray[Any]]
 
 ROOT = Path(__file__).parent.parent
-OURS = ("QCOMPRESS_CODING", "QCOMPRESS_DEVICE", "QCOMPRESS_MAX_MEMORY", "QCOMPRESS_SEED", "QCOMPRESS_THREADS")
+OURS = (
+    "QCOMPRESS_ALLOW_CODE",
+    "QCOMPRESS_CODING",
+    "QCOMPRESS_DEVICE",
+    "QCOMPRESS_MAX_MEMORY",
+    "QCOMPRESS_SEED",
+    "QCOMPRESS_THREADS",
+)
 DECIDING = (*OURS, "NO_COLOR", "FORCE_COLOR", "TERM")
 """Variables that change what the program says or does, and that the tests' own surroundings must not decide."""
 

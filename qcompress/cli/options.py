@@ -210,7 +210,9 @@ AllowCode = Annotated[
     bool,
     typer.Option(
         "--allow-code",
-        help="Run the Python files that the recipe names. Only for recipes that you trust.",
+        envvar="QCOMPRESS_ALLOW_CODE",
+        help="Run the code that the recipe names: Python files, and callables other than the networks that "
+        "torchvision, timm and transformers list. Only for recipes that you trust.",
         rich_help_panel=MODEL,
     ),
 ]

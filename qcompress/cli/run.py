@@ -185,9 +185,15 @@ def _make_options(request: Request, target: Path, coding: CodingChoice, streams:
 def make_model_run(
     recipe: Recipe, device: opt.Device, allow_code: bool, streams: Streams, threads: int | None = None
 ) -> ModelRun:
-    """Where a recipe's live parts run, on one thread unless told otherwise. Raises ResourceError for no such device."""
+    """Where a recipe's live parts run, on one thread unless told otherwise.
+
+    raises  UsageError for code without consent, ResourceError for no such device
+    """
     import torch
 
+    from qcompress.compress.check import refuse_code
+
+    refuse_code(recipe, allow_code)
     torch.set_num_threads(threads or 1)
     return ModelRun(recipe, torch.device(find_device(device, live=True)), allow_code, sample_progress(streams))
 

@@ -19,6 +19,7 @@ from qcompress.artifact.writer import copy_companions
 from qcompress.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint, write_checkpoint
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import reporting_resources, staged_output, staging_folder
+from qcompress.compress.check import refuse_code
 from qcompress.compress.evaluate import compare, is_measured, load_network, measure_task
 from qcompress.compress.load import KEPT_DTYPES
 from qcompress.compress.weight_stats import TrialKind, Trials, WeightStats, measure_weights
@@ -117,9 +118,10 @@ def finetune(
 def plan_training(recipe: Recipe, checkpoint: Checkpoint | None, allow_code: bool) -> list[dict[str, Any]]:
     """The weights, a row each, and how they would be regularized; the model is built and the checkpoint loaded.
 
-    raises  what attaching penalties raises
+    raises  UsageError for code without consent, and what attaching penalties raises
     """
     assert recipe.finetune is not None
+    refuse_code(recipe, allow_code)
     torch.manual_seed(recipe.seed)
     module = load_network(ModelRun(recipe, torch.device("cpu"), allow_code), checkpoint)
     penalties = attach_penalties(module, recipe.finetune.regularize)

@@ -148,7 +148,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def _from_folder(path: Path) -> Tokenizer:
     """Targets as transformers trains on them: the answers shifted right, behind the begin token of config.json."""
-    found = import_package("transformers").AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    found = import_package("transformers").AutoTokenizer.from_pretrained(
+        str(path), local_files_only=True, trust_remote_code=False
+    )
 
     def rows(texts: Sequence[Sentence], length: int) -> list[list[int]]:
         return found([*texts], truncation=True, max_length=length)["input_ids"]  # type: ignore[no-any-return]

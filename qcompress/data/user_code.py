@@ -1,18 +1,19 @@
-"""Callables that a recipe names are found here: in a package, or in a Python file, which needs the user's leave."""
+"""The one door to code: what a recipe names runs only with the user's consent, and packages of extras come in here."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qcompress.data.foreign import first_line
 from qcompress.errors import InputError, ModelError, UsageError
+from qcompress.types.plan import Recipe
+from qcompress.types.settings import FactoryData, FactoryTask
 
 EXTRAS = {
     "torchvision": "vision",
@@ -44,12 +45,10 @@ def import_package(name: str) -> Any:
             _import_torchvision()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        top = (error.name or name).partition(".")[0]
-        if top not in EXTRAS:
+        if error.name not in EXTRAS:
             raise
-        raise UsageError(
-            name, f"the package {top} is not installed", f"pip install 'qcompress[{EXTRAS[top]}]'"
-        ) from None
+        hint = f"pip install 'qcompress[{EXTRAS[error.name]}]'"
+        raise UsageError(name, f"the package {error.name} is not installed", hint) from None
 
 
 def _import_torchvision() -> None:
@@ -65,6 +64,8 @@ def _import_torchvision() -> None:
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _libraries:
             raise
+        import torch
+
         library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for schema in MISSING_OPERATORS:
             library.define(schema)
@@ -74,21 +75,58 @@ def _import_torchvision() -> None:
         importlib.import_module("torchvision")
 
 
+@dataclass(frozen=True, slots=True)
+class NamedCode:
+    """A callable that a recipe names: the key that names it, where that stands, and its name."""
+
+    key: str
+    where: str
+    name: str
+
+
+def named_code(recipe: Recipe) -> list[NamedCode]:
+    """Every callable that a recipe names, whether it is a listed network or any other code."""
+    found: dict[str, str] = {}
+    if recipe.model is not None:
+        found["model.factory"] = recipe.model.factory
+    data, train = recipe.data, None if recipe.data is None or recipe.data.train is None else recipe.data.train.source
+    parts = {} if data is None else {"calibration": data.calibration, "eval": data.eval, "train": train}
+    found |= {f"data.{part}.factory": one.factory for part, one in parts.items() if isinstance(one, FactoryData)}
+    if isinstance(recipe.task, FactoryTask):
+        found["task.factory"] = recipe.task.factory
+    if recipe.finetune is not None and recipe.finetune.loss is not None:
+        found["finetune.loss"] = recipe.finetune.loss
+    return [NamedCode(key, _place(recipe, key), name) for key, name in found.items()]
+
+
+def _place(recipe: Recipe, key: str) -> str:
+    section, _, last = key.rpartition(".")
+    return f"{recipe.places.get(section, section)}.{last}"
+
+
+def consent_error(found: Sequence[NamedCode], instead: str | None = None) -> UsageError:
+    """One line that names every key whose code needs consent; `instead` is a name that needs none."""
+    first, *others = found
+    also = "".join(f", and so is {one.name!r} of {one.key}" for one in others)
+    hint = f"did you mean {instead}? Else look at it" if instead else "look at it"
+    return UsageError(
+        first.where, f"{first.name!r} is code that would run{also}", f"{hint}, and pass --allow-code if you trust it"
+    )
+
+
 def find_callable(
     name: str, root: Path, allow_code: bool, place: str, kind: type[InputError] = ModelError
 ) -> Callable[..., Any]:
     """The callable "package.module:name" or "path/to/file.py:name", paths from `root`.
 
-    raises  UsageError for a file without `allow_code` and for a missing extra; `kind` for what does not import or is no
-            callable
+    raises  UsageError without `allow_code` and for a missing extra; `kind` for what does not import or is no callable
     """
     module_name, colon, attribute = name.rpartition(":")
     if not colon or not module_name or not attribute:
         raise kind(place, f"{name!r} is not MODULE:NAME", "write it like torchvision.models:resnet18 or net.py:make")
+    if not allow_code:
+        raise consent_error([NamedCode("", place, name)])
     if module_name.endswith(".py"):
-        if not allow_code:
-            what = f"{name!r} is code that would run"
-            raise UsageError(place, what, "look at it, and pass --allow-code if you trust it")
         module = _load_file(root / module_name, place, kind)
     else:
         try:
@@ -98,7 +136,8 @@ def find_callable(
         except Exception as error:
             # Importing runs whatever code the package has.
             what = f"{module_name!r} does not import: {first_line(error)}"
-            raise kind(place, what, "check its name and that it is installed") from None
+            hint = "check that it is installed; code of the current folder is named by its file, as net.py:make"
+            raise kind(place, what, hint) from None
     found = module
     for part in attribute.split("."):
         found = getattr(found, part, None)

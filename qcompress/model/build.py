@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qcompress.data.user_code import find_callable
 from qcompress.errors import CheckpointError, ModelError, QcompressError, RecipeError
+from qcompress.model.factories import listed_network, refuse_arguments, without_network
 from qcompress.types.plan import Axis, ModelFacts, TensorFacts
 from qcompress.types.run import ModelRun
 from qcompress.types.settings import ModelSettings
@@ -23,16 +27,17 @@ def build_model(settings: ModelSettings, root: Path, allow_code: bool = False, p
 
     A class of transformers gets a Config of its own from `args`; every other callable gets them as keyword arguments.
 
-    raises  ModelError for a factory that does not import, fails or gives no module; UsageError for a missing extra and
-            for a file without `allow_code`
+    raises  ModelError for a factory that does not import, fails or gives no module; UsageError for a missing extra and,
+            without `allow_code`, for what is no listed network, or has arguments that lead elsewhere
     """
-    factory = find_callable(settings.factory, root, allow_code, f"{place}.factory")
+    build = listed_network(settings)
+    if build is None:
+        build = partial(_call, find_callable(settings.factory, root, allow_code, f"{place}.factory"), settings.args)
+    elif not allow_code:
+        refuse_arguments(settings, place)
     try:
-        config = getattr(factory, "config_class", None)
-        if config is not None and isinstance(factory, type):
-            module = factory(config(**settings.args))
-        else:
-            module = factory(**settings.args)
+        with nullcontext() if allow_code else without_network():
+            module = build()
     except QcompressError:
         raise
     except Exception as error:
@@ -47,6 +52,13 @@ def build_model(settings: ModelSettings, root: Path, allow_code: bool = False, p
         # A cache of keys grows with every call, and blocks are called many times on the same inputs.
         setattr(config, "use_cache", False)  # noqa: B010
     return module.eval()
+
+
+def _call(factory: Callable[..., Any], args: Mapping[str, Any]) -> Any:
+    config = getattr(factory, "config_class", None)
+    if config is not None and isinstance(factory, type):
+        return factory(config(**args))
+    return factory(**args)
 
 
 def build_network(model_run: ModelRun) -> nn.Module:

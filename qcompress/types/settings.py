@@ -29,7 +29,8 @@ Companion: TypeAlias = Literal["bias_correction", "batch_norm"]
 class ModelSettings(Section):
     """Which network the checkpoint's weights belong to.
 
-    factory  "package.module:callable", or "path/to/file.py:function", which needs --allow-code
+    factory  a network that torchvision, timm or transformers list, as "torchvision.models:resnet18"; with --allow-code
+             any "package.module:callable" or "path/to/file.py:function"
     args     its keyword arguments; of a transformers class, of its Config
     blocks   globs over module names: the units that run one after another, where the model cannot be traced
     input    the shape of one input without its batch dimension, where no data shows it

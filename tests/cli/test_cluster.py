@@ -161,7 +161,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "bits": (["--bits", "13"], 2, "must be between 1 and 12"),
     "method": (["--bits", "4", "--method", "rtn"], 2, "is a quantize method"),
     "training": (["--bits", "4", "--method", "dkm"], 3, "dkm trains a live model; add `model`, `data.train`"),
-    "nothing": ([], 2, "nothing says how"),
+    "nothing": ([], 2, "no bit width or recipe is given"),
 }
 
 
@@ -191,7 +191,9 @@ def test_16_bit_weights_are_never_made_larger(run: Run, tmp_path: Path) -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     for dtype, code in ((torch.float32, 0), (torch.bfloat16, 3)):
         save_file({"w": weight.to(dtype)}, tmp_path / "m.safetensors")
-        done = run("cluster", str(tmp_path / "m.safetensors"), "--bits", "12", "-o", str(tmp_path / "a.safetensors"))
+        done = run(
+            "cluster", str(tmp_path / "m.safetensors"), "--bits", "12", "-f", "-o", str(tmp_path / "a.safetensors")
+        )
         assert done.code == code, done.err
     assert "6144 bytes of codes and 8192 of codebook (1 x 4096 entries of 1) are no less than the 8192" in done.err
 
