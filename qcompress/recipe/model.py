@@ -14,7 +14,7 @@ from qcompress.registry.regularizers import REGULARIZERS
 from qcompress.types.config import MethodConfig
 from qcompress.types.plan import Exempt, Keep, Sections, Widths
 from qcompress.types.settings import Training
-from qcompress.types.written import Given, OneOf, OneOrMore, Refused, Shown, later, read, reader
+from qcompress.types.written import ONE_OR_MORE, Given, OneOf, Refused, later, read, reader, shown_as
 
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
@@ -58,9 +58,9 @@ def method_part(method: Method) -> Any:
     return Annotated[method.config, OpenBits(method.config)] if takes_budget(method) else method.config
 
 
-Pattern: TypeAlias = Annotated[str, MinLen(1), Shown("*.weight", "glob over tensor names")]
+Pattern: TypeAlias = Annotated[str, MinLen(1), shown_as("*.weight", title="glob over tensor names")]
 """* is any text, ? a character, [abc] one of them."""
-Match: TypeAlias = Annotated[tuple[Pattern, ...], MinLen(1), OneOrMore()]
+Match: TypeAlias = Annotated[tuple[Pattern, ...], MinLen(1), ONE_OR_MORE]
 
 _ACTIONS = {"keep": Keep} | {name: method_part(one) for name, one in METHODS.items()}
 _PENALTIES = {"keep": Exempt} | {name: one.config for name, one in REGULARIZERS.items()}
@@ -68,12 +68,12 @@ _PENALTIES = {"keep": Exempt} | {name: one.config for name, one in REGULARIZERS.
 MethodRule: TypeAlias = Annotated[
     Mapping[str, Any],
     OneOf("method", _ACTIONS, {"match": Match}),
-    Shown({"match": "*.weight", DEFAULT_METHOD: {"bits": 4}}),
+    shown_as({"match": "*.weight", DEFAULT_METHOD: {"bits": 4}}),
 ]
 PenaltyRule: TypeAlias = Annotated[
     Mapping[str, Any],
     OneOf("regularizer", _PENALTIES, {"match": Match}),
-    Shown({"match": "*.weight", "dsmm": {"strength": 0.01}}),
+    shown_as({"match": "*.weight", "dsmm": {"strength": 0.01}}),
 ]
 """The rules of the registry's methods and regularizers: `match` and exactly one of them, or `keep`."""
 

@@ -26,7 +26,7 @@ from qcompress.types.config import (
 )
 from qcompress.types.settings import ActivationSettings, Companion, DataSettings, ModelSettings, Task, Training
 from qcompress.types.words import listed
-from qcompress.types.written import Distinct, Given, Refused, Shown, Size
+from qcompress.types.written import DISTINCT, Given, Refused, Size, shown_as
 
 DTYPE_BITS: Mapping[str, int] = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
@@ -200,7 +200,7 @@ class Widths(MethodConfig):
         return self.widest.share
 
 
-Metrics: TypeAlias = Annotated[Mapping[str, float], Shown({"top1": 0.1})]
+Metrics: TypeAlias = Annotated[Mapping[str, float], shown_as({"top1": 0.1})]
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Sections(Section):
     data: Given[DataSettings] = None
     task: Given[Task] = None
     activations: Given[ActivationSettings] = None
-    companions: Annotated[tuple[Companion, ...], Distinct()] = ()
+    companions: Annotated[tuple[Companion, ...], DISTINCT] = ()
     budget: Given[Budget] = None
     gates: Gates = field(default_factory=Gates)
 

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 
 from qcompress.types.config import Section
 from qcompress.types.words import quoted
-from qcompress.types.written import ByKey, Given, OneOf, Refused, Shown, Texts
+from qcompress.types.written import ByKey, Given, OneOf, Refused, Texts, shown_as
 
 WEIGHT_ARGUMENTS = ("weights", "pretrained", "checkpoint_path")
 """Arguments of model factories that load weights of their own."""
@@ -393,7 +393,7 @@ TASKS: Mapping[str, type[Task]] = {
 Task: TypeAlias = Annotated[
     Classification | SequenceClassification | CausalLm | Translation | Reconstruction | FactoryTask,
     OneOf("task", TASKS),
-    Shown({"classification": {"metric": "top1"}}),
+    shown_as({"classification": {"metric": "top1"}}),
 ]
 
 

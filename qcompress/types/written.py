@@ -46,7 +46,8 @@ def read(part: Any, value: object, known: Any = None) -> Any:
 
     What is no data, because it was already refused, fits nothing.
     """
-    return reader(part).validate_json(json.dumps(value, default=lambda _: {"\0": None}), context=known)
+    text = json.dumps(value, default=lambda _: {"\0": None})
+    return reader(part).validate_json(text, strict=True, context=known)
 
 
 def later(how: Callable[[object, Any], object], parts: Callable[[], Iterable[Any]]) -> CoreSchema:
@@ -74,76 +75,66 @@ Given: TypeAlias = Annotated[T | None, _Given()]
 """What may be left out of a recipe and is then None, but is not null there."""
 
 
-class _Size:
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A value is written otherwise than its type tells.
+
+    before, after  what is done to it before and after pydantic reads it as its type
+    schema         the JSON Schema that this gives, of the type's
+    """
+
+    before: Callable[[Any], Any] | None = None
+    after: Callable[[Any], Any] | None = None
+    schema: Callable[[Schema], Schema] = lambda schema: schema
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         from pydantic_core import core_schema
 
-        return core_schema.no_info_before_validator_function(self._read, handler(source))
+        made = handler(source)
+        if self.before is not None:
+            made = core_schema.no_info_before_validator_function(self.before, made)
+        if self.after is not None:
+            made = core_schema.no_info_after_validator_function(self.after, made)
+        return made
 
-    @staticmethod
-    def _read(value: object) -> object:
-        if isinstance(value, str):
-            return parse_size(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise Refused(f"{shown(value)} is not a size; give a number of bytes, or text like 2MB")
-        return value
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
-        return {"anyOf": [handler(schema), {"type": "string", "pattern": SIZE_PATTERN}]}
+    def __get_pydantic_json_schema__(self, made: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+        return self.schema(handler(made))
 
 
-Size: TypeAlias = Annotated[int, Ge(1), _Size()]
+def shown_as(example: object, **keywords: Any) -> Form:
+    """A form whose schema has an example, which hints show, and other keywords."""
+    return Form(schema=lambda schema: {**schema, **keywords, "examples": [example]})
+
+
+def _read_size(value: object) -> object:
+    if isinstance(value, str):
+        return parse_size(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refused(f"{shown(value)} is not a size; give a number of bytes, or text like 2MB")
+    return value
+
+
+def _read_several(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _refuse_twice(items: tuple[object, ...]) -> tuple[object, ...]:
+    for index, item in enumerate(items):
+        if item in items[:index]:
+            raise Refused(f"{shown(item)} stands twice; remove one", index)
+    return items
+
+
+SIZE = Form(_read_size, schema=lambda one: {"anyOf": [one, {"type": "string", "pattern": SIZE_PATTERN}]})
+Size: TypeAlias = Annotated[int, Ge(1), SIZE]
 """Bytes, as a number or as text: 2000000, 2MB (powers of 1000), 2MiB (powers of 1024)."""
 
+ONE_OR_MORE = Form(_read_several, schema=lambda several: {"anyOf": [several["items"], several]})
+"""Of a tuple of texts one may stand for itself."""
+Texts: TypeAlias = Annotated[tuple[str, ...], ONE_OR_MORE]
 
-class OneOrMore:
-    """A text may stand for a tuple of one."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core import core_schema
-
-        def read(value: object) -> object:
-            return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-        return core_schema.no_info_before_validator_function(read, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
-        several = handler(schema)
-        return {"anyOf": [several["items"], several]}
-
-
-Texts: TypeAlias = Annotated[tuple[str, ...], OneOrMore()]
-"""Texts, of which one may stand without a list."""
-
-
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """What hints and the schema show as an example, and what they call it."""
-
-    example: object
-    noun: str | None = None
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
-        title = {} if self.noun is None else {"title": self.noun}
-        return {**handler(schema), **title, "examples": [self.example]}
-
-
-class Distinct:
-    """No item of a tuple may be another's equal."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core import core_schema
-
-        def check(items: tuple[object, ...]) -> tuple[object, ...]:
-            for index, item in enumerate(items):
-                if item in items[:index]:
-                    raise Refused(f"{shown(item)} stands twice; remove one", index)
-            return items
-
-        return core_schema.no_info_after_validator_function(check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
-        return {**handler(schema), "uniqueItems": True}
+DISTINCT = Form(after=_refuse_twice, schema=lambda several: {**several, "uniqueItems": True})
+"""No item of a tuple may be another's equal."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -463,6 +463,10 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             "r.yaml:8: keep_dtype: `null` is not one of `f16`; give one of `f16`",
         ],
     ),
+    "a gate that is true": (
+        RULE + "gates: {max_bpw: true}\n",
+        ["r.yaml:4: gates.max_bpw: `true` is not a number; give a number above 0"],
+    ),
     "a gate of nothing": (
         RULE + "gates: {max_bpw: }\n",
         ["r.yaml:4: gates.max_bpw: `null` is not a number; give a number above 0"],
