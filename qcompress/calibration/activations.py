@@ -92,7 +92,7 @@ def measure_activations(
     """
     bits = {name: INPUT_BITS if name in inputs else settings.bits for name in names}
     if settings.range == "noise":
-        return _noise_grids(live, bits)
+        return _noise_grids(live, bits, inputs)
 
     def run() -> None:
         for batch in live.calibration:
@@ -134,14 +134,19 @@ def batch_norm_grids(
     """
     models = input_moments(live, live.quantized)
     ranges = {name: models[name].range for name in names if name in models}
-    unknown = [name for name in names if name not in models]
-
-    if unknown:
-        with watched_inputs(live.quantized, unknown, lambda name, x: _widen(ranges, name, x)):
-            live.quantized(*live.example.args, **live.example.kwargs)
+    ranges |= _example_ranges(live, [name for name in names if name not in models])
     return {
         name: activation_grid(*ranges[name], INPUT_BITS if name in inputs else bits) for name in names if name in ranges
     }
+
+
+def _example_ranges(live: LiveModel, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """What the live model's example gives the named layers in the quantized network."""
+    ranges: dict[str, tuple[float, float]] = {}
+    if names:
+        with watched_inputs(live.quantized, names, lambda name, x: _widen(ranges, name, x)):
+            live.quantized(*live.example.args, **live.example.kwargs)
+    return ranges
 
 
 @contextmanager
@@ -265,8 +270,12 @@ def _grid_errors(candidates: Tensor, centres: Tensor, counts: Tensor, bits: int)
 
 
 @torch.no_grad()
-def _noise_grids(live: LiveModel, bits: Mapping[str, int]) -> dict[str, ActivationGrid]:
-    """As SQuant's code: uniform noise through the network, and some standard deviations of the positive part."""
+def _noise_grids(live: LiveModel, bits: Mapping[str, int], inputs: Collection[str]) -> dict[str, ActivationGrid]:
+    """As SQuant's code: uniform noise through the network, and some standard deviations of the positive part.
+
+    That code leaves the network's own input as it is. Here its range is what the live model's example shows: noise in
+    [0, 1] tells nothing of it, not even that it has a sign.
+    """
     generator = live.generator("noise")
     noise = [
         torch.rand(NOISE_SAMPLES, *x.shape[1:], generator=generator, device=live.device) for x in live.example.args
@@ -278,9 +287,11 @@ def _noise_grids(live: LiveModel, bits: Mapping[str, int]) -> dict[str, Activati
         sigma = float(positive.std()) if positive.numel() > 1 else 0.0
         seen[name] = _Noise(sigma, bool((x < 0).any()), float(x.abs().max()))
 
-    with watched_inputs(live.quantized, list(bits), watch):
+    with watched_inputs(live.quantized, [name for name in bits if name not in inputs], watch):
         live.quantized(*noise, **live.example.kwargs)
-    return {name: one.grid(bits[name]) for name, one in seen.items()}
+    shown = _example_ranges(live, [name for name in bits if name in inputs])
+    grids = {name: activation_grid(*one, bits[name]) for name, one in shown.items()}
+    return grids | {name: one.grid(bits[name]) for name, one in seen.items()}
 
 
 @dataclass(frozen=True)

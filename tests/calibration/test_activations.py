@@ -15,6 +15,7 @@ from qcompress.calibration.activations import (
     activation_grid,
     attach_activations,
     attach_caps,
+    batch_norm_grids,
     least_error_range,
     measure_activations,
     percentile_range,
@@ -92,6 +93,21 @@ def test_every_layer_has_a_quantizer_and_the_input_has_8_bits(kind: str) -> None
     assert [grids[name].bits for name in found.layers] == [8, 4, 4, 4]
     # Behind a ReLU nothing is negative.
     assert all(grids[name].zero_point == 0 for name in found.layers[1:])
+
+
+@pytest.mark.parametrize("kind", ["batch-norm", "noise"])
+def test_without_data_the_networks_own_input_keeps_its_sign_and_its_size(kind: str) -> None:
+    """Its range is what the example shows: no statistics reach it, and noise is not like it."""
+    found = live(Residual)
+    settings, first = ActivationSettings(bits=4, range=kind), found.layers[0]
+    if kind == "noise":
+        grids = measure_activations(found, settings, {first}, found.layers)
+    else:
+        grids = batch_norm_grids(found, 4, {first}, found.layers)
+    x = found.example.args[0]
+    assert float(x.min()) < 0
+    assert grids[first] == activation_grid(float(x.min()), float(x.max()), 8)
+    assert set(grids) == set(found.layers)
 
 
 def test_minmax_is_the_range_of_what_flows() -> None:
