@@ -267,6 +267,8 @@ class TrainData(Section):
     augment: tuple[Augmentation, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.augment and isinstance(self.source, TextData):
+            raise Refused("augment is for images, and the data are text; leave it out", "augment")
         names = [augmentation_name(step) for step in self.augment]
         twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
         if twice is not None:

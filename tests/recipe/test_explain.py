@@ -22,8 +22,8 @@ TRAINED = {
     "model": {"factory": "a:b", "args": {"width": 2}, "blocks": "layers.*", "input": [3, 8, 8]},
     "data": {
         "calibration": {"images": "folder", "crop": 8},
-        "eval": {"npz": "e.npz", "inputs": {"x": "a"}, "samples": 8},
-        "train": {"text": "t.txt", "tokenizer": "t", "length": 8, "augment": ["flip", {"mixup": {"alpha": 0.5}}]},
+        "eval": {"text": "t.txt", "tokenizer": "t", "length": 8},
+        "train": {"npz": "e.npz", "inputs": {"x": "a"}, "samples": 8, "augment": ["flip", {"mixup": {"alpha": 0.5}}]},
         "normalize": {"mean": [0.5], "std": [0.5]},
     },
     "task": {"classification": {"metric": "top5"}},

@@ -248,6 +248,10 @@ WRONG: dict[str, tuple[str, list[str]]] = {
             "put it there: it cuts whole images"
         ],
     ),
+    "an augmentation of text": (
+        RULE + "data: {train: {text: a, tokenizer: b, augment: [flip]}}\n",
+        ["r.yaml:4: data.train.augment: augment is for images, and the data are text; leave it out"],
+    ),
     "a change of mixed images": (
         RULE + "data: {train: {npz: a, augment: [mixup, flip]}}\n",
         ["r.yaml:4: data.train.augment: mixup is not at the end of augment; put it there: it mixes finished images"],
