@@ -68,7 +68,7 @@ ONLY_IN = {
     "click": ("cli",),
     "safetensors": ("checkpoint", "artifact", "exporters"),
     "constriction": ("coding/ans.py",),
-    "zstandard": ("coding/payload.py",),
+    "zstandard": ("coding/frames.py",),
     "pickle": (),
     "marshal": (),
     "shelve": (),

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qcompress.artifact.manifest import METADATA_KEY, UNBOUNDED_VALUES, Entry, Manifest, Placement, manifest_text
+from qcompress.artifact.entry import Entry, part_name, planned_entry
+from qcompress.artifact.manifest import FORMAT, MANIFEST_NAME, METADATA_KEY, Manifest, manifest_frame
 from qcompress.checkpoint.safetensors_file import RESERVED
-from qcompress.coding.packing import row_bytes
-from qcompress.coding.payload import bound_bytes
-from qcompress.coding.rows import dim_of, grid_shape, stored_codebook_shape
+from qcompress.coding.payload import bound_bytes, least_bytes
 from qcompress.coding.unbounded.payload import bound_payload, bound_side
 from qcompress.coding.unbounded.tables import pooled
-from qcompress.types.config import Coding, CodingChoice, Shape
-from qcompress.types.plan import DTYPE_BITS, Decision, row_shape
+from qcompress.types.config import CodingChoice, Shape
+from qcompress.types.plan import DTYPE_BITS, Decision
 
-INDEX_NAME = "model.safetensors.index.json"
+INDEX_NAME = "model.qcompress.safetensors.index.json"
+SUFFIX = ".safetensors"
+MARK = ".qcompress"
+"""Stands in the file names of a compressed folder, so that nothing takes what they hold for plain weights."""
 
 POOL_NAME = f"{RESERVED}side"
 """The side information of all small unbounded tensors of a file: a part of no tensor."""
 
-PARTS = ("codes", "scale", "zero_point", "offset", "codebook")
-"""Every part of a compressed tensor, in the order in which its CRC-32 runs over them."""
-
-
-def part_name(tensor: str, part: str) -> str:
-    return f"{tensor}{RESERVED}{part}"
+OWN_NAMES = (MANIFEST_NAME, POOL_NAME)
+"""Stored tensors of an artifact that each of its files may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +70,6 @@ class Layout:
         return not any(slot.varies for slot in self.slots)
 
 
-def grid_of(decision: Decision) -> Placement:
-    """What places the grid that a compressing decision will store."""
-    form = decision.config.form
-    assert form != "kept"
-    return decision.config.stored_convention if form == "symmetric" else form
-
-
 def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
     """The stored tensors of one decision; none for a tensor that another one stands for."""
     tensor = decision.tensor
@@ -86,49 +78,30 @@ def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
     if not decision.compresses:
         stored = replace(tensor, dtype=decision.stored or tensor.dtype)
         return [Slot(stored.name, stored.dtype, stored.shape, stored.n_bytes, stored.name)]
-    config = decision.config
-    rows = row_shape(tensor.shape, decision.axis)
-    columns = math.prod(rows[1:])
-    if config.form == "lattice":
-        most = bound_payload(tensor.numel)
-        return [Slot(part_name(tensor.name, "codes"), "U8", (most,), most, tensor.name, varies=True)]
-    if config.form == "codebook":
-        return _codebook_slots(decision, rows[0], columns, choice)
-    grids, bits = grid_shape(rows, config.unit, config.group_size), config.code_bits
-    packed: Shape = (rows[0], row_bytes(columns, bits))
-    most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(rows[0], columns, bits, choice)
-    shape = packed if choice in ("packed", "auto") else (most,)
-    name = tensor.name
-    slots = [
-        Slot(part_name(name, "codes"), "U8", shape, most, name, varies=choice != "packed"),
-        Slot(part_name(name, "scale"), "F16", grids, 2 * math.prod(grids), name),
-    ]
-    if config.form == "zero-point":
-        slots.append(Slot(part_name(name, "zero_point"), "U8", grids, math.prod(grids), name))
-    elif config.form == "offset":
-        slots.append(Slot(part_name(name, "offset"), "F16", grids, 2 * math.prod(grids), name))
+    entry = planned_entry(decision)
+    slots = []
+    for part, (dtype, shape) in entry.parts().items():
+        n_bytes, varies = math.prod(shape) * DTYPE_BITS[dtype] // 8, False
+        if part == "codes" and entry.form != "constant":
+            shape, n_bytes, varies = _most_codes(entry, choice)
+        slots.append(Slot(part_name(tensor.name, part), dtype, shape, n_bytes, tensor.name, varies))
     return slots
 
 
-def _codebook_slots(decision: Decision, rows: int, columns: int, choice: CodingChoice) -> list[Slot]:
-    config, name = decision.config, decision.tensor.name
-    code_rows, bits = rows // config.dim, config.code_bits
-    packed: Shape = (code_rows, row_bytes(columns, bits))
-    most = math.prod(packed) if choice in ("packed", "auto") else bound_bytes(code_rows, columns, bits, choice)
-    shape = packed if choice in ("packed", "auto") else (most,)
-    slots = [Slot(part_name(name, "codes"), "U8", shape, most, name, varies=choice != "packed")]
-    if decision.codebook.stored_in is not None:
-        return slots
-    tables = stored_codebook_shape(decision)
-    dtype, size = {"f16": ("F16", 2), "f32": ("F32", 4), "int8": ("I8", 1)}[config.codebook]
-    slots.append(Slot(part_name(name, "codebook"), dtype, tables, size * math.prod(tables), name))
-    if config.codebook == "int8":
-        slots.append(Slot(part_name(name, "scale"), "F16", (tables[0], 1), 2 * tables[0], name))
-    return slots
+def _most_codes(entry: Entry, choice: CodingChoice) -> tuple[Shape, int, bool]:
+    """The shape and bytes of the codes of a planned entry, at most, and whether they may come to less."""
+    if entry.is_unbounded:
+        most = bound_payload(entry.numel)
+        return (most,), most, True
+    shape = entry.parts()["codes"][1]
+    if choice in ("packed", "auto"):
+        return shape, math.prod(shape), choice != "packed"
+    most = max(bound_bytes(entry.code_rows, entry.columns, entry.bits, choice), least_bytes(entry.numel))
+    return (most,), most, True
 
 
 def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: Manifest) -> Layout:
-    """The layout of one file; `manifest` holds all that is known before the data, its `tensors` are not read."""
+    """The layout of one file; `manifest` holds all that is known before the data, see `planned_manifest`."""
     pool = pool_of(decisions)
     slots = sorted(
         (slot for d in decisions for slot in make_slots(d, choice)), key=lambda slot: _file_order(slot, pool)
@@ -136,10 +109,40 @@ def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: M
     if pool:
         most = bound_side([d.tensor.numel for d in decisions if d.tensor.name in pool])
         slots.append(Slot(POOL_NAME, "U8", (most,), most, POOL_NAME, varies=True))
-    entries = {d.tensor.name: widest_entry(d, choice) for d in decisions if d.compresses}
-    widest = replace(manifest, tensors=entries, sha256="0" * 64, input_sha256="0" * 64)
-    header = render_header(slots, widest)
-    return Layout(tuple(slots), header_room(header), shrinks=bool(pool))
+    slots.append(manifest_slot(manifest_frame(manifest)))
+    return Layout(tuple(slots), header_room(render_header(slots)), shrinks=bool(pool))
+
+
+def manifest_slot(frame: bytes) -> Slot:
+    """The slot of a manifest, whose length the plan knows; it belongs to no tensor, and is written last."""
+    return Slot(MANIFEST_NAME, "U8", (len(frame),), len(frame), MANIFEST_NAME, varies=False)
+
+
+def planned_manifest(manifest: Manifest, decisions: Sequence[Decision]) -> Manifest:
+    """The manifest with the entries of a plan and with nothing in the place of the numbers that only data tell."""
+    kept = [d.tensor.name for d in decisions if not d.compresses and d.tied_to is None]
+    pool = [POOL_NAME] if pool_of(decisions) else []
+    return replace(
+        manifest,
+        tensors={d.tensor.name: planned_entry(d) for d in decisions if d.compresses},
+        crc32s=dict.fromkeys([*kept, *pool, *manifest.tied], 0),
+    )
+
+
+def marked_name(file: str) -> str:
+    """The name of the file of a compressed folder that stands for one of a checkpoint.
+
+    model.safetensors -> model.qcompress.safetensors, and -00001-of-00002 stays at the end of the stem
+    """
+    stem = file.removesuffix(SUFFIX)
+    shard = re.search(r"-\d+-of-\d+$", stem)
+    place = shard.start() if shard else len(stem)
+    return f"{stem[:place]}{MARK}{stem[place:]}{SUFFIX}"
+
+
+def plain_name(file: str) -> str:
+    """The inverse of `marked_name`; a name without the mark is its own."""
+    return re.sub(rf"{re.escape(MARK)}(?=(-\d+-of-\d+)?{re.escape(SUFFIX)}$)", "", file)
 
 
 def header_room(header: bytes) -> int:
@@ -149,7 +152,7 @@ def header_room(header: bytes) -> int:
 
 def pool_of(decisions: Iterable[Decision]) -> list[str]:
     """The unbounded tensors of a file that share tables, by name: they are coded together, when all are known."""
-    unbounded_tensors = (d.tensor for d in decisions if d.compresses and d.config.form == "lattice")
+    unbounded_tensors = (d.tensor for d in decisions if d.compresses and d.config.form == "unbounded")
     return pooled_names({tensor.name: tensor.numel for tensor in unbounded_tensors})
 
 
@@ -167,34 +170,9 @@ def _file_order(slot: Slot, pool: Container[str]) -> tuple[bool, bool, bool, int
     return (slot.name.endswith(".qc.codes"), slot.varies, slot.tensor in pool, -DTYPE_BITS[slot.dtype], slot.name)
 
 
-def widest_entry(decision: Decision, choice: CodingChoice) -> Entry:
-    """The entry of a compressing decision with every number still unknown at its widest."""
-    if decision.config.form == "lattice":
-        return unbounded_entry(decision, "packed" if choice == "packed" else "zstd")
-    return Entry(
-        shape=decision.tensor.shape,
-        dtype=decision.tensor.dtype,
-        axis=decision.axis,
-        bits=decision.config.code_bits,
-        grid=grid_of(decision),
-        coding="zstd" if choice == "auto" else choice,
-        exponent=-126,
-        crc32=2**32 - 1,
-        dim=dim_of(decision),
-        codebook=decision.codebook.stored_in,
-    )
-
-
-def unbounded_entry(decision: Decision, coding: Coding) -> Entry:
-    """The entry of an unbounded tensor, of which the manifest says little."""
-    tensor = decision.tensor
-    shape, dtype, axis = tensor.shape, tensor.dtype, decision.axis
-    return Entry(shape, dtype, axis, grid="lattice", coding=coding, codebook=None, **UNBOUNDED_VALUES)
-
-
-def render_header(slots: Sequence[Slot], manifest: Manifest) -> bytes:
-    """The safetensors header of `slots` in file order, without length and padding."""
-    return header_text(slots, {"format": "pt", METADATA_KEY: manifest_text(manifest)})
+def render_header(slots: Sequence[Slot]) -> bytes:
+    """The safetensors header of an artifact of `slots` in file order, without length and padding."""
+    return header_text(slots, {"format": "pt", METADATA_KEY: str(FORMAT)})
 
 
 def header_text(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
@@ -209,7 +187,7 @@ def header_text(slots: Sequence[Slot], metadata: Mapping[str, str]) -> bytes:
 
 
 def index_text(files: Mapping[str, Sequence[Slot]]) -> str:
-    """The index of a sharded folder: which file holds each stored tensor."""
-    weight_map = {slot.name: file for file, slots in files.items() for slot in slots}
+    """The index of a sharded folder: which file holds each stored tensor but those that every file has for itself."""
+    weight_map = {slot.name: file for file, slots in files.items() for slot in slots if slot.name not in OWN_NAMES}
     total = sum(slot.n_bytes for slots in files.values() for slot in slots)
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, sort_keys=True, indent=2) + "\n"

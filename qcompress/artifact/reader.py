@@ -7,32 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.artifact.layout import INDEX_NAME, PARTS, POOL_NAME, Slot, part_name
-from qcompress.artifact.manifest import (
-    METADATA_KEY,
-    Entry,
-    Manifest,
-    ManifestError,
-    NewerFormatError,
-    artifact_hash,
-    header_crc32,
-    parse_manifest,
-)
-from qcompress.artifact.parts import REFETCH, UnboundedFile, check_parts, find_parts, halved_dtypes
+from qcompress.artifact.entry import PARTS, Entry, part_name, seal, seal_kept, seal_tied
+from qcompress.artifact.hashes import artifact_hash
+from qcompress.artifact.layout import INDEX_NAME, OWN_NAMES, POOL_NAME, Slot
+from qcompress.artifact.manifest import MANIFEST_NAME, METADATA_KEY, Manifest, ManifestError, NewerFormatError
+from qcompress.artifact.parse_manifest import LIMITS, open_manifest, refuse_other_format
+from qcompress.artifact.parts import REFETCH, UnboundedFile, check_parts, find_parts, halved_dtypes, other_names
 from qcompress.checkpoint.safetensors_file import Container, parse_json, read_container
 from qcompress.coding.ans import decoding_processes
 from qcompress.coding.packing import count_codes, unpack
-from qcompress.coding.payload import decode_payload
+from qcompress.coding.payload import decode_payload, least_bytes
+from qcompress.coding.tables import given_values
 from qcompress.errors import ArtifactError, InputError, Subject, raise_all
 from qcompress.types.encoded import ActivationGrid
 from qcompress.types.plan import TensorInfo
@@ -40,7 +35,7 @@ from qcompress.types.plan import TensorInfo
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from qcompress.types.encoded import Affine, Codebook, Unbounded
+    from qcompress.types.encoded import Compressed
 
 NUMPY_DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
 
@@ -74,8 +69,14 @@ class ArtifactFile:
         """Kept tensor that is stored as F16 -> its dtype in the checkpoint."""
         return halved_dtypes(self.kept, self.manifest)
 
+    @property
+    def sha256(self) -> str:
+        """What names this file: the SHA-256 of its manifest, which holds that of all else."""
+        return hashlib.sha256(self.container.bytes_of(MANIFEST_NAME)).hexdigest()
+
     def kept_bytes(self, name: str) -> memoryview:
-        """The bytes of a kept tensor as the checkpoint had it, in its own dtype."""
+        """The bytes of a kept tensor as the checkpoint had it, in its own dtype, checked. Raises ArtifactError."""
+        self.check_kept(name)
         raw = self.container.bytes_of(name)
         if name not in self._halved:
             return raw
@@ -88,7 +89,7 @@ class ArtifactFile:
 
     def grid_of(self, name: str) -> dict[str, TensorInfo]:
         """part -> the stored tensor that a compressed tensor's codes are decoded by, perhaps another's codebook."""
-        parts = self.parts_of(self.manifest.tensors[name].codebook or name)
+        parts = self.parts_of(self.manifest.tensors[name].shared or name)
         return {part: info for part, info in parts.items() if part != "codes"}
 
     def slots(self) -> list[Slot]:
@@ -98,6 +99,11 @@ class ArtifactFile:
             Slot(info.name, info.dtype, info.shape, info.n_bytes, owner.get(info.name, info.name))
             for info in self.container.tensors
         ]
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Of header and manifest."""
+        return self.container.data_start + self.container.by_name[MANIFEST_NAME].n_bytes
 
     @property
     def pooled_bytes(self) -> int:
@@ -110,36 +116,94 @@ class ArtifactFile:
         """The tensors of this file whose codes are unbounded."""
         return UnboundedFile(self.container, self.manifest, self.executor)
 
+    # What is read is checked first: the CRC-32 of a tensor covers all that decides its values.
+
+    def check_kept(self, name: str) -> None:
+        """Hold a kept tensor against its CRC-32. Raises ArtifactError."""
+        info, own = self.container.by_name[name], self.original(name)
+        crc32 = zlib.crc32(self.container.bytes_of(name))
+        if seal_kept(name, own.dtype, info.dtype, info.shape, crc32) != self.manifest.crc32s[name]:
+            raise self._damaged(name, "its checksum does not hold")
+
+    def check_compressed(self, name: str) -> None:
+        """Hold the parts and the fields of a compressed tensor against its CRC-32. Raises ArtifactError."""
+        entry = self.manifest.tensors[name]
+        crc32 = zlib.crc32(self.container.bytes_of(part_name(name, "codes")))
+        for info in self.grid_of(name).values():
+            crc32 = zlib.crc32(self.container.bytes_of(info.name), crc32)
+        if seal(name, entry, crc32) != entry.crc32:
+            raise self._damaged(name, "its checksum does not hold")
+
+    def find_damage(self) -> list[InputError]:
+        """What of all that is not compressed does not have its CRC-32: kept tensors, and what is pooled."""
+        errors: list[InputError] = []
+        checks: list[Callable[[], None]] = [
+            *(partial(self.check_kept, info.name) for info in self.kept),
+            self.unbounded_tensors.check_pool,
+        ]
+        for check in checks:
+            try:
+                check()
+            except ArtifactError as error:
+                errors.append(error)
+        return errors
+
     def check_codes(self, name: str) -> None:
         """Decode a compressed tensor, to see that it can be. Raises ArtifactError."""
-        if self.manifest.tensors[name].is_unbounded:
+        entry = self.manifest.tensors[name]
+        if entry.is_unbounded:
+            self.check_compressed(name)
             self.unbounded_tensors.codes(name)
+        elif entry.form == "constant":
+            self._check_constant(name)
         else:
             self.packed_codes(name)
 
+    def _check_constant(self, name: str) -> None:
+        self.check_compressed(name)
+        if np.frombuffer(self.container.bytes_of(part_name(name, "codes")), np.uint8).any():
+            raise self._damaged(name, "it is constant and has codes")
+
     def packed_codes(self, name: str) -> NDArray[np.uint8]:
         """The packed codes [rows, row_bytes] of a compressed tensor, checked with its grid. Raises ArtifactError."""
+        self.check_compressed(name)
         entry = self.manifest.tensors[name]
         payload = self.container.bytes_of(part_name(name, "codes"))
         try:
-            packed = decode_payload(payload, entry.coding, entry.bits, entry.code_rows, entry.columns, self.executor)
+            packed = decode_payload(
+                payload,
+                entry.coding,
+                entry.bits,
+                entry.code_rows,
+                entry.columns,
+                self.executor,
+                least_bytes(entry.numel),
+            )
         except ValueError as error:
-            raise ArtifactError(str(self.path), str(error), REFETCH, Subject(name)) from None
-        crc = zlib.crc32(np.ascontiguousarray(packed).data)
-        for info in self.grid_of(name).values():
-            crc = zlib.crc32(self.container.bytes_of(info.name), crc)
-        if crc != entry.crc32:
-            raise ArtifactError(str(self.path), "its checksum does not hold", REFETCH, Subject(name))
-        if not all(np.isfinite(grid).all() for grid in self.grids(name).values()):
-            raise ArtifactError(str(self.path), "its grid holds NaN or Inf", REFETCH, Subject(name))
-        if entry.grid == "codebook":
-            entries = self.grid_of(name)["codebook"].shape[1]
-            if entries < 2**entry.bits and count_codes(packed, entry.bits, entry.columns)[entries:].any():
-                raise ArtifactError(str(self.path), "a code is beyond its codebook", REFETCH, Subject(name))
+            raise self._damaged(name, str(error)) from None
+        grids = self.grids(name)
+        if not all(np.isfinite(grid).all() for grid in grids.values()):
+            raise self._damaged(name, "its grid holds NaN or Inf")
+        low, high = LIMITS["exponent"]
+        if "exponent" in grids and not ((grids["exponent"] >= low) & (grids["exponent"] <= high)).all():
+            raise self._damaged(name, f"an exponent of its rows is not in [{low}, {high}]")
+        self._check_named(name, entry, packed)
         return packed
 
+    def _check_named(self, name: str, entry: Entry, packed: NDArray[np.uint8]) -> None:
+        """Raise ArtifactError where a code names no entry of the codebook or table, or one that is no number."""
+        if entry.form not in ("codebook", "table"):
+            return
+        if entry.given is not None:
+            named = np.isfinite(given_values(entry.given))
+        else:
+            part, place = ("codebook", 1) if entry.form == "codebook" else ("table", 0)
+            named = np.arange(2**entry.bits) < self.grid_of(name)[part].shape[place]
+        if not named.all() and count_codes(packed, entry.bits, entry.columns)[~named].any():
+            raise self._damaged(name, f"a code is beyond its {entry.form}")
+
     def grids(self, name: str) -> dict[str, NDArray[Any]]:
-        """part -> its values, of scale and zero point, offset or codebook; views of the file."""
+        """part -> its values, of all parts but the codes; views of the file."""
         return {
             part: np.frombuffer(self.container.bytes_of(info.name), np.dtype(NUMPY_DTYPES[info.dtype])).reshape(
                 info.shape
@@ -147,49 +211,77 @@ class ArtifactFile:
             for part, info in self.grid_of(name).items()
         }
 
-    def read_encoded(self, name: str) -> Affine | Codebook | Unbounded:
-        """A compressed tensor's codes and grid or codebook. Raises ArtifactError."""
-        import torch
-
+    def read_encoded(self, name: str) -> Compressed:
+        """A compressed tensor's codes and what decodes them, checked. Raises ArtifactError."""
         from qcompress.coding.unbounded.side import unbounded_of_grid
-        from qcompress.types.encoded import Affine, Codebook
+        from qcompress.types.encoded import Constant
 
         entry = self.manifest.tensors[name]
         if entry.is_unbounded:
+            self.check_compressed(name)
             return unbounded_of_grid(*self.unbounded_tensors.codes(name), entry.shape, entry.axis, entry.dtype)
-        codes = unpack(self.packed_codes(name), entry.bits, entry.columns)
-        grids = {part: torch.from_numpy(values.copy()) for part, values in self.grids(name).items()}
-        if entry.grid == "codebook":
-            return Codebook(
-                codes=torch.from_numpy(codes if entry.bits <= 8 else codes.astype(np.int16)),
-                bits=entry.bits,
-                centroids=grids["codebook"],
-                exponent=entry.exponent,
-                shape=entry.shape,
-                scale=grids.get("scale"),
-                axis=entry.axis,
-                dtype=entry.dtype,
-            )
-        return Affine(
-            codes=torch.from_numpy(codes),
-            bits=entry.bits,
-            scale=grids["scale"],
-            exponent=entry.exponent,
-            shape=entry.shape,
-            zero_point=grids.get("zero_point"),
-            offset=grids.get("offset"),
-            convention=entry.grid if entry.grid in ("narrow", "full", "mid-rise") else None,
-            axis=entry.axis,
-            dtype=entry.dtype,
-        )
+        if entry.form == "constant":
+            self._check_constant(name)
+            return Constant(entry.value, entry.shape, entry.axis, entry.dtype)
+        return encoded_of(entry, unpack(self.packed_codes(name), entry.bits, entry.columns), self.grids(name))
 
     def check_digests(self) -> None:
-        """Hold header and data against the manifest's checksums of them. Raises ArtifactError."""
-        start, mapped = self.container.data_start, self.container.mapped
-        if header_crc32(mapped[:start], self.manifest.header_crc32) != self.manifest.header_crc32:
-            raise ArtifactError(str(self.path), "its header does not have the CRC-32 that its manifest names", REFETCH)
-        if hashlib.sha256(memoryview(mapped)[start:]).hexdigest() != self.manifest.sha256:
+        """Hold the data against the SHA-256 that the manifest names. Raises ArtifactError."""
+        start, end = self.container.data_start, self.container.spans[MANIFEST_NAME][0]
+        if hashlib.sha256(memoryview(self.container.mapped)[start : start + end]).hexdigest() != self.manifest.sha256:
             raise ArtifactError(str(self.path), "its data do not have the SHA-256 that its manifest names", REFETCH)
+
+    def _damaged(self, name: str, what: str) -> ArtifactError:
+        return ArtifactError(str(self.path), what, REFETCH, Subject(name))
+
+
+def encoded_of(entry: Entry, codes: NDArray[Any], grids: Mapping[str, NDArray[Any]]) -> Compressed:
+    """The form of an entry with codes [rows, columns], all or those of some rows, and the parts that decode them."""
+    import torch
+
+    from qcompress.types.encoded import Affine, Blocked, Codebook, Table
+
+    parts = {part: torch.from_numpy(values.copy()) for part, values in grids.items()}
+    held = torch.from_numpy(codes if entry.bits <= 8 else codes.astype(np.int16))
+    common: dict[str, Any] = {
+        "codes": held,
+        "bits": entry.bits,
+        "exponent": entry.exponent,
+        "shape": entry.shape,
+        "axis": entry.axis,
+        "dtype": entry.dtype,
+    }
+    if entry.form == "codebook":
+        return Codebook(**common, centroids=parts["codebook"], scale=parts.get("scale"))
+    common |= {"scale": parts["scale"], "row_exponents": parts.get("exponent")}
+    convention = entry.grid if entry.grid in ("narrow", "full", "mid-rise") else None
+    match entry.form:
+        case "affine":
+            zero_point, offset = parts.get("zero_point"), parts.get("offset")
+            return Affine(
+                **common,
+                zero_point=zero_point,
+                offset=offset,
+                convention=convention,
+                group_size=entry.group_size,
+            )
+        case "table":
+            values = parts["table"] if entry.given is None else torch.from_numpy(given_values(entry.given))
+            return Table(**common, values=values, given=entry.given, group_size=entry.group_size)
+        case "blocked":
+            assert entry.group_size is not None
+            return Blocked(
+                **common,
+                subscale=parts["subscale"],
+                offset=parts.get("offset"),
+                suboffset=parts.get("suboffset"),
+                convention=convention,
+                group_size=entry.group_size,
+                sub_blocks=entry.sub_blocks,
+                subzero=entry.subzero,
+            )
+        case _:
+            raise AssertionError(f"{entry.form} has no codes of {entry.bits} bits")
 
 
 @dataclass(frozen=True)
@@ -217,7 +309,7 @@ class Artifact:
     @property
     def sha256(self) -> str:
         """What a report names this artifact by."""
-        return artifact_hash([(file.path.name, file.manifest.sha256) for file in self.files])
+        return artifact_hash([(file.path.name, file.sha256) for file in self.files])
 
     def file_of(self, name: str) -> ArtifactFile:
         """The file that stores a tensor, compressed or kept."""
@@ -251,7 +343,7 @@ class Artifact:
         """
         errors: list[InputError] = []
         for file in self.files:
-            damaged: list[InputError] = []
+            damaged = file.find_damage()
             for name, entry in file.manifest.tensors.items():
                 try:
                     file.check_codes(name)
@@ -274,7 +366,12 @@ def read_artifact(path: Path) -> Artifact:
     path = path.resolve() if path.name in ("", "..") else path
     weight_map = _read_index(path / INDEX_NAME) if (path / INDEX_NAME).is_file() else None
     artifact = Artifact(path, tuple(read_artifact_file(file) for file in _find_files(path, weight_map)))
-    held = {info.name: file.path.name for file in artifact.files for info in file.container.tensors}
+    held = {
+        info.name: file.path.name
+        for file in artifact.files
+        for info in file.container.tensors
+        if info.name not in OWN_NAMES
+    }
     if weight_map is not None and held != weight_map:
         odd = sorted(dict(held.items() ^ weight_map.items()))[0]
         raise ArtifactError(str(path / INDEX_NAME), f"is wrong about the file that holds {odd!r}", REFETCH)
@@ -326,9 +423,36 @@ def read_artifact_file(path: Path) -> ArtifactFile:
             str(path), "is a plain safetensors file, not an artifact", "compress it: qcompress quantize"
         )
     try:
-        manifest = parse_manifest(text)
+        refuse_other_format(_parse_format(text))
+        manifest = _read_manifest(container)
         kept = check_parts(container, manifest)
+        for name, twin in manifest.tied.items():
+            if seal_tied(name, twin) != manifest.crc32s[name]:
+                raise ManifestError(f"tensor {name!r} is tied by a checksum that does not hold")
     except ManifestError as error:
         hint = "update qcompress" if isinstance(error, NewerFormatError) else REFETCH
         raise ArtifactError(str(path), str(error), hint) from None
     return ArtifactFile(container, manifest, kept)
+
+
+def _parse_format(text: str) -> int:
+    """The format that a file's metadata names. Raises ManifestError."""
+    if text.startswith("{"):
+        # What format 1 had in this place.
+        return 1
+    if not (text.isascii() and text.isdigit() and len(text) < 9):
+        raise ManifestError("its format is no number")
+    return int(text)
+
+
+def _read_manifest(container: Container) -> Manifest:
+    """The manifest of a file, which has to be its last tensor. Raises ManifestError."""
+    info = container.by_name.get(MANIFEST_NAME)
+    if info is None:
+        raise ManifestError(f"it has no {MANIFEST_NAME!r}")
+    if (info.dtype, len(info.shape)) != ("U8", 1) or container.spans[MANIFEST_NAME][1] != container.data_bytes:
+        raise ManifestError(f"its {MANIFEST_NAME!r} is not a list of bytes at its end")
+    manifest = open_manifest(container.bytes_of(MANIFEST_NAME), other_names(container))
+    if zlib.crc32(container.mapped[: container.data_start]) != manifest.header_crc32:
+        raise ManifestError("its header does not have the CRC-32 that its manifest names")
+    return manifest

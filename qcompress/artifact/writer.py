@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, header_room, index_text
-from qcompress.artifact.manifest import BLANK_CRC32, header_crc32
+from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, header_room, index_text, manifest_slot
+from qcompress.artifact.manifest import MANIFEST_NAME
 from qcompress.errors import ResourceError
 from qcompress.types.config import Shape
 
@@ -27,11 +28,20 @@ SPARE_SHARE = 10_000
 COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ".vocab", ".merges", ".spm"}
 """Files of a checkpoint folder that travel with its weights: configuration, tokenizer, model card, model code."""
 INDEX_SUFFIX = ".index.json"
+CONFIG_NAME, QUANTIZATION, QUANT_METHOD, METHOD = "config.json", "quantization_config", "quant_method", "qcompress"
+"""Where a Hugging Face folder says what its weights are quantized with, so that nothing loads them as plain ones."""
+
+
+MakeManifest: TypeAlias = Callable[[str, int], bytes]
+"""Makes a manifest of a file's SHA-256 of data and CRC-32 of header, of one length whatever they are."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """One finished file: its slots with their real sizes, its header's bytes, and the SHA-256 of its data."""
+    """One finished file: its slots with their real sizes, its header's bytes, and what names it.
+
+    sha256  of the manifest, which holds that of all else; of a file without one, of its data
+    """
 
     slots: tuple[Slot, ...]
     header_bytes: int
@@ -40,6 +50,11 @@ class Written:
     @property
     def file_bytes(self) -> int:
         return self.header_bytes + sum(slot.n_bytes for slot in self.slots)
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Of header and manifest."""
+        return self.header_bytes + sum(slot.n_bytes for slot in self.slots if slot.name == MANIFEST_NAME)
 
 
 @dataclass(frozen=True)
@@ -66,11 +81,12 @@ class SlotWriter:
         self._crc: dict[str, int] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
         self._header_bytes = layout.header_bytes
+        self._data_slots = tuple(slot for slot in layout.slots if slot.name != MANIFEST_NAME)
         self._place_slots()
 
     def _place_slots(self) -> None:
         position = self._layout.header_bytes
-        for slot in self._layout.slots:
+        for slot in self._data_slots:
             if slot.varies:
                 break
             self._start[slot.name] = position
@@ -139,28 +155,43 @@ class SlotWriter:
             position, n_bytes = position + len(piece), n_bytes - len(piece)
         return crc
 
-    def finish(self, render: Callable[[Sequence[Slot], str, str], bytes]) -> Written:
-        """Read everything back, then write the header that `render` makes of the slots and two checksums.
+    def crc32_of(self, name: str) -> int:
+        """The CRC-32 of what was written to a slot."""
+        return self._crc.get(name, 0)
 
-        The first is the SHA-256 of the data, the second the header's own CRC-32. Raises ResourceError where the disk
-        holds other bytes than were written.
+    def finish(self, render: Callable[[Sequence[Slot]], bytes], manifest: MakeManifest | None = None) -> Written:
+        """Read everything back, then write the manifest, if there is one, and the header that `render` makes of slots.
+
+        Raises ResourceError where the disk holds other bytes than were written.
         """
         slots = tuple(
             replace(slot, n_bytes=self._size[slot.name], shape=self._shape.get(slot.name, slot.shape))
-            for slot in self._layout.slots
+            for slot in self._data_slots
         )
         missing = [slot.name for slot in slots if self._filled.get(slot.name, 0) != slot.n_bytes]
         if missing:
             raise AssertionError(f"slot {missing[0]} was not filled")
         os.fsync(self._file.fileno())
         sha256 = self._read_back(slots)
-        self._shrink(header_room(render(slots, sha256, BLANK_CRC32)), slots, sha256)
-        crc32 = header_crc32(self._padded(render(slots, sha256, BLANK_CRC32)))
-        start = self._padded(render(slots, sha256, crc32))
-        self._write_at(memoryview(start), 0)
-        os.fsync(self._file.fileno())
-        if os.pread(self._file.fileno(), len(start), 0) != start:
-            raise self._differs("its header")
+        data = slots
+        if manifest is not None:
+            slots = (*slots, manifest_slot(manifest(sha256, 0)))
+        self._shrink(header_room(render(slots)), data, sha256)
+        start = self._padded(render(slots))
+        pieces = {0: start}
+        if manifest is not None:
+            frame = manifest(sha256, zlib.crc32(start))
+            assert len(frame) == slots[-1].n_bytes
+            pieces[self._header_bytes + sum(slot.n_bytes for slot in data)] = frame
+            sha256 = hashlib.sha256(frame).hexdigest()
+        # An earlier run that wrote more may have left its file here.
+        os.ftruncate(self._file.fileno(), self._header_bytes + sum(slot.n_bytes for slot in slots))
+        # The header last: until then the file is none.
+        for position, piece in sorted(pieces.items(), reverse=True):
+            self._write_at(memoryview(piece), position)
+            os.fsync(self._file.fileno())
+            if os.pread(self._file.fileno(), len(piece), position) != piece:
+                raise self._differs("its header or manifest")
         return Written(slots, self._header_bytes, sha256)
 
     def _shrink(self, needed: int, slots: Sequence[Slot], sha256: str) -> None:
@@ -215,10 +246,34 @@ def copy_companions(source: Path, folder: Path) -> int:
     return total
 
 
-def write_index(folder: Path, files: Mapping[str, Sequence[Slot]]) -> int:
+def mark_config(folder: Path) -> None:
+    """Say in the config.json of a compressed folder, if it has one, what its weights have to be read with."""
+    _change_config(folder, lambda own: {QUANT_METHOD: METHOD} | ({"original": own} if own is not None else {}))
+
+
+def unmark_config(folder: Path) -> None:
+    """Take out of config.json what `mark_config` has put there."""
+    _change_config(folder, lambda own: own.get("original") if own and own.get(QUANT_METHOD) == METHOD else own)
+
+
+def _change_config(folder: Path, change: Callable[[Any], object]) -> None:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return
+    if isinstance(config, dict):
+        changed = change(config.pop(QUANTIZATION, None))
+        config |= {QUANTIZATION: changed} if changed is not None else {}
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_index(folder: Path, files: Mapping[str, Sequence[Slot]], name: str = INDEX_NAME) -> int:
     """Write the index of a sharded folder; its bytes."""
     data = index_text(files).encode()
-    with (folder / INDEX_NAME).open("wb") as file:
+    with (folder / name).open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

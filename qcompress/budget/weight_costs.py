@@ -19,7 +19,7 @@ from qcompress.checkpoint.safetensors_file import Container
 from qcompress.coding.grids import decode_rows, exponent_for
 from qcompress.coding.rows import rows_from_weight
 from qcompress.encode.encode_tensor import BLOCK_WEIGHTS
-from qcompress.encode.encode_weight import ContextSources, encode_rows
+from qcompress.encode.encode_weight import ContextSources, encode_codes
 from qcompress.plan.allocate import Costs
 from qcompress.registry import METHODS, GridConfig, MseConfig, RtnConfig
 from qcompress.registry.calibrated import LiveConfig
@@ -76,7 +76,7 @@ def relative_errors(weight: Tensor, decision: Decision, widths: Iterable[int], s
     for bits in widths:
         closed = stand_in(decision, bits)
         context = ContextSources(seed).context_of(closed, exponent)
-        decoded = decode_rows(encode_rows(rows, closed, context))
+        decoded = decode_rows(encode_codes(rows, closed, context))
         errors[bits] = float((decoded - flat).double().square().sum()) / energy
     return errors
 

@@ -23,6 +23,9 @@ from qcompress.types.plan import DTYPE_BITS, TensorInfo
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses longer headers."""
 
+MAX_DIMENSIONS = 64
+"""Sizes of a shape."""
+
 RESERVED = ".qc."
 """What stands between tensor and part in the names of an artifact's parts, and in no other name."""
 
@@ -176,7 +179,7 @@ def _parse_entry(name: str, entry: object, data_bytes: int) -> tuple[TensorInfo,
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _Broken(f"{where} has the unknown dtype {dtype!r}", f"known are {', '.join(sorted(DTYPE_BITS))}")
-    if not is_sizes(shape) or len(shape) > 64:
+    if not is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise _Broken(f"{where} has the shape {shape!r}, not a list of sizes")
     if not is_sizes(span) or len(span) != 2 or span[0] > span[1]:
         raise _Broken(f"{where} has the data offsets {span!r}, not [begin, end]")

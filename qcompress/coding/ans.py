@@ -165,12 +165,25 @@ def encode_ans(packed: Bytes, bits: int, columns: int, table: Table) -> bytes:
     return b"".join([table_bytes(table), index, *streams])
 
 
-def decode_ans(data: memoryview, bits: int, rows: int, columns: int, executor: Executor | None = None) -> Bytes:
+def fill_up(payload: bytes, least: int) -> bytes:
+    """The payload with zero bytes behind its last stream, which ends in none, up to so many bytes."""
+    return payload.ljust(least, b"\0")
+
+
+def without_filling(stream: memoryview, size: int, least: int) -> memoryview:
+    """The last stream of a payload of `size` bytes without what `fill_up` has added."""
+    return memoryview(bytes(stream).rstrip(b"\0")) if size == least else stream
+
+
+def decode_ans(
+    data: memoryview, bits: int, rows: int, columns: int, executor: Executor | None = None, least: int = 0
+) -> Bytes:
     """The packed codes, uint8 [rows, row_bytes(columns, bits)], of a payload that is not empty.
 
     Raises ValueError where the payload is not that of a matrix of this shape.
 
     executor  of processes, among which the chunks of a large matrix are shared
+    least     the bytes to which a shorter payload was filled up
     """
     table, at = parse_table(data, bits)
     chunks = chunk_count(rows, columns)
@@ -178,9 +191,11 @@ def decode_ans(data: memoryview, bits: int, rows: int, columns: int, executor: E
     if len(data) - at < chunks - 1:
         raise ValueError(f"{len(data)} bytes of payload cannot hold {chunks} chunks")
     spans = list(tiles(rows, columns, CHUNK_CODES))
+    streams = parse_streams(data, at, chunks)
+    streams[-1] = without_filling(streams[-1], len(data), least)
     parts = [
         (bytes(stream), tall.stop - tall.start, wide.stop - wide.start)
-        for (tall, wide), stream in zip(spans, parse_streams(data, at, chunks), strict=True)
+        for (tall, wide), stream in zip(spans, streams, strict=True)
     ]
     jobs = (_Job(tuple(parts[at : at + JOB_CHUNKS]), table, bits) for at in range(0, chunks, JOB_CHUNKS))
     packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)

@@ -1,4 +1,4 @@
-"""Grids are rounded to what the disk holds here, and codes become reals again: affine, codebook or unbounded."""
+"""Grids are rounded to what the disk holds here, and codes of every form become reals again."""
 
 from __future__ import annotations
 
@@ -9,13 +9,25 @@ from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from qcompress.coding.rows import row_slices, weight_from_rows
 from qcompress.coding.trellis import trellis_states
 from qcompress.types.config import Convention
-from qcompress.types.encoded import Affine, Codebook, Coded, Encoded, Kept, Unbounded
+from qcompress.types.encoded import (
+    Affine,
+    Blocked,
+    Codebook,
+    Coded,
+    Constant,
+    Encoded,
+    Grouped,
+    Kept,
+    Table,
+    Unbounded,
+)
 
 HALF_MAX = 65504.0
 HALF_TINY = 2.0**-24
@@ -31,6 +43,9 @@ FACTORS: NDArray[np.float32] = np.array(
 """float32 [8]: 2**(i / 8) to the nearest; a factor 2**(e / 8) is FACTORS[e % 8] * 2**(e // 8)."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+ROW_PARTS = ("scale", "zero_point", "offset", "subscale", "suboffset", "row_exponents")
+"""What a weight with groups has a row of for each of its rows, unless it has one for all."""
+
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -72,9 +87,21 @@ def round_offset(offset: Tensor, exponent: int) -> Tensor:
     return (offset.double() * 2.0**-exponent).clamp(-HALF_MAX, HALF_MAX).half()
 
 
-def from_half(half: Tensor, exponent: int) -> Tensor:
-    """The float32 value of a stored scale or offset: exact unless below float32's smallest."""
-    return half.float() * 2.0**exponent
+def from_half(half: Tensor, exponent: int | Tensor) -> Tensor:
+    """The float32 value of a stored scale or offset: exact unless below float32's smallest.
+
+    half      float16 [rows, ...]
+    exponent  one for all, or int8 [rows], one a row
+    """
+    if isinstance(exponent, int):
+        return half.float() * 2.0**exponent
+    powers = np.ldexp(np.float32(1), exponent.cpu().numpy().astype(np.int32))
+    return half.float() * torch.from_numpy(powers).to(half.device).reshape(-1, *[1] * (half.ndim - 1))
+
+
+def exponent_of(encoded: Grouped) -> int | Tensor:
+    """The exponent of all scales of a weight, or one a row."""
+    return encoded.exponent if encoded.row_exponents is None else encoded.row_exponents
 
 
 def store_centroids(values: Tensor, dtype: CentroidDtype, exponent: int) -> tuple[Tensor, Tensor | None, int]:
@@ -220,25 +247,68 @@ def middle(convention: Convention, bits: int) -> float:
 
 def decode_rows(encoded: Coded) -> Tensor:
     """The weight as float32 [rows, columns]."""
-    if isinstance(encoded, Codebook):
-        return decode_codebook_rows(encoded)
-    if isinstance(encoded, Unbounded):
-        return decode_unbounded_rows(encoded)
-    rows, columns = encoded.codes.shape
-    grid_rows, groups = encoded.scale.shape
-    if not encoded.codes.numel():
-        return torch.zeros(rows, columns)
-    # A single grid row holds one block for the whole tensor; else each row has `groups` blocks.
-    values = encoded.codes.reshape(grid_rows, groups, -1).float()
-    scale = from_half(encoded.scale, encoded.exponent).unsqueeze(-1)
+    match encoded:
+        case Codebook():
+            return decode_codebook_rows(encoded)
+        case Unbounded():
+            return decode_unbounded_rows(encoded)
+        case Affine():
+            return _decode_affine_rows(encoded)
+        case Table():
+            scale = from_half(encoded.scale, exponent_of(encoded))
+            groups = _in_groups(encoded.codes, scale.shape[1], encoded.group_size)
+            values = encoded.values.float()[groups.long()]
+            return _out_of_groups(values.mul_(scale.unsqueeze(-1)), encoded.codes)
+        case Blocked():
+            return _decode_blocked_rows(encoded)
+        case _:
+            assert_never(encoded)
+
+
+def _decode_affine_rows(encoded: Affine) -> Tensor:
+    """code * scale + offset, (code - zero point) * scale or (code - middle) * scale."""
+    exponent = exponent_of(encoded)
+    scale = from_half(encoded.scale, exponent).unsqueeze(-1)
+    values = _in_groups(encoded.codes, scale.shape[1], encoded.group_size).float()
     if encoded.offset is not None:
-        values.mul_(scale).add_(from_half(encoded.offset, encoded.exponent).unsqueeze(-1))
+        values.mul_(scale).add_(from_half(encoded.offset, exponent).unsqueeze(-1))
     elif encoded.zero_point is not None:
         values.sub_(encoded.zero_point.float().unsqueeze(-1)).mul_(scale)
     else:
         assert encoded.convention is not None
         values.sub_(middle(encoded.convention, encoded.bits)).mul_(scale)
-    return values.reshape(rows, columns)
+    return _out_of_groups(values, encoded.codes)
+
+
+def _decode_blocked_rows(encoded: Blocked) -> Tensor:
+    """The same, scale and offset of a sub-block being those of its block times an integer."""
+    exponent, sub_blocks = exponent_of(encoded), encoded.subscale.shape[1]
+
+    def of_sub_blocks(halves: Tensor, integers: Tensor) -> Tensor:
+        by_block = from_half(halves, exponent).repeat_interleave(encoded.sub_blocks, dim=1)[:, :sub_blocks]
+        return (by_block * integers).unsqueeze(-1)
+
+    scale = of_sub_blocks(encoded.scale, encoded.subscale.float() - encoded.subzero)
+    values = _in_groups(encoded.codes, sub_blocks, encoded.group_size).float()
+    if encoded.offset is not None and encoded.suboffset is not None:
+        values.mul_(scale).add_(of_sub_blocks(encoded.offset, encoded.suboffset.float()))
+    else:
+        assert encoded.convention is not None
+        values.sub_(middle(encoded.convention, encoded.bits)).mul_(scale)
+    return _out_of_groups(values, encoded.codes)
+
+
+def _in_groups(codes: Tensor, groups: int, group_size: int | None) -> Tensor:
+    """Codes [rows, columns] as [rows, groups, values]; a last group that is shorter is filled up with zeros."""
+    rows, columns = codes.shape
+    size = group_size if group_size is not None and groups > 1 else -(-columns // max(groups, 1))
+    missing = groups * size - columns
+    return (F.pad(codes, (0, missing)) if missing else codes).reshape(rows, groups, size)
+
+
+def _out_of_groups(values: Tensor, codes: Tensor) -> Tensor:
+    """Values [rows, groups, values] as those of the codes [rows, columns] that they were made of."""
+    return values.flatten(1)[:, : codes.shape[1]]
 
 
 def row_spans(encoded: Coded, values: int) -> Iterator[tuple[int, int]]:
@@ -260,8 +330,10 @@ def take_rows(encoded: Coded, start: int, stop: int) -> Coded:
     if isinstance(encoded, Unbounded):
         return take_unbounded_rows(encoded, start, stop)
     codes = encoded.codes[start:stop]
-    grid = {} if encoded.scale.shape[0] == 1 else {"scale", "zero_point", "offset"}
-    parts = {part: value[start:stop] for part in grid if (value := getattr(encoded, part)) is not None}
+    parts = {}
+    if encoded.scale.shape[0] > 1:
+        found = {part: getattr(encoded, part, None) for part in ROW_PARTS}
+        parts = {part: value[start:stop] for part, value in found.items() if value is not None}
     return replace(encoded, codes=codes, shape=tuple(codes.shape), axis=(0,), **parts)
 
 
@@ -270,11 +342,19 @@ def decode(encoded: Encoded) -> Tensor:
     match encoded:
         case Kept(value):
             return value
-        case Affine() | Codebook() | Unbounded():
-            dtype = TORCH_DTYPES[encoded.dtype]
-            # A grid may reach past the largest number of a dtype, which is nearer to the weight than infinity.
-            most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-            rows = decode_rows(encoded).clamp_(-most, most)
-            return weight_from_rows(rows, encoded.shape, encoded.axis).to(dtype)
+        case Constant():
+            return torch.full(encoded.shape, encoded.value, dtype=TORCH_DTYPES[encoded.dtype])
+        case Affine() | Codebook() | Table() | Blocked() | Unbounded():
+            return weight_from_rows(in_dtype(decode_rows(encoded), encoded.dtype), encoded.shape, encoded.axis)
         case _:
             assert_never(encoded)
+
+
+def in_dtype(rows: Tensor, dtype: str) -> Tensor:
+    """Decoded rows in the weight's dtype; float32 `rows` may be changed.
+
+    A grid may reach past the largest number of a dtype, which is nearer to the weight than infinity.
+    """
+    wanted = TORCH_DTYPES[dtype]
+    most = min(torch.finfo(wanted).max, torch.finfo(torch.float32).max)
+    return rows.clamp_(-most, most).to(wanted)

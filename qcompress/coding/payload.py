@@ -9,15 +9,14 @@ artifact/SPEC.md describes all three to the byte, "Codes on disk". The payload o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from concurrent.futures import Executor
 from typing import assert_never
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
-from qcompress.coding.ans import CHUNK_CODES, bound_ans, decode_ans, encode_ans, fit_table
+from qcompress.coding.ans import CHUNK_CODES, bound_ans, decode_ans, encode_ans, fill_up, fit_table
+from qcompress.coding.frames import bound_frame, compress_frame, expand_frame
 from qcompress.coding.packing import Bytes, byte_span, count_codes, pack, row_bytes, unpack
 from qcompress.coding.rows import tiles
 from qcompress.types.config import Coding, CodingChoice
@@ -25,8 +24,8 @@ from qcompress.types.config import Coding, CodingChoice
 MOST_BITS = 12
 ANS_BITS = 8
 """Codes of more bits have no table of frequencies: what they take is left to zstd."""
-_LEVEL = 1
-_BLOCK = 1 << 17
+MAX_EXPANSION = 4096
+"""Weights that one byte of codes stands for at most: part of the format."""
 _SAVING_PERCENT = 2
 _STRIPE_CODES = 1 << 17
 _STRIPES = 4
@@ -34,11 +33,19 @@ _SAMPLE_DOUBT = 1.05
 _ANS_DOUBT = 0.999
 
 
-def encode_payload(packed: Bytes, bits: int, columns: int, choice: CodingChoice) -> tuple[Coding, bytes | memoryview]:
+def least_bytes(weights: int) -> int:
+    """The fewest bytes of codes that may stand for so many weights, so that no small file asks for much memory."""
+    return -(-weights // MAX_EXPANSION)
+
+
+def encode_payload(
+    packed: Bytes, bits: int, columns: int, choice: CodingChoice, least: int = 0
+) -> tuple[Coding, bytes | memoryview]:
     """The coding and the payload; equal inputs give equal bytes.
 
     packed  uint8 [rows, row_bytes(columns, bits)] as `pack` makes it; `packed` payloads share its memory
     choice  `auto` takes the smallest, if that saves at least 2 percent over `packed`
+    least   the fewest bytes that it may have, see `least_bytes`: `ans` is filled up, `zstd` falls back to `packed`
 
     Raises ValueError where a row's bytes are not those of `columns` codes.
     """
@@ -49,22 +56,31 @@ def encode_payload(packed: Bytes, bits: int, columns: int, choice: CodingChoice)
     if bits > ANS_BITS and choice == "ans":
         choice = "zstd"
     if choice == "auto":
-        return _encode_smallest(packed, bits, columns)
+        return _encode_smallest(packed, bits, columns, least)
     if not packed.size:
         return choice, b""
     match choice:
         case "packed":
             return choice, packed.reshape(-1).data
         case "zstd":
-            return choice, _encode_zstd(packed, bits, columns, _foretell_zstd(packed, bits, columns))
+            frame = _encode_zstd(packed, bits, columns, _foretell_zstd(packed, bits, columns))
+            return (choice, frame) if len(frame) >= least else ("packed", packed.reshape(-1).data)
         case "ans":
-            return choice, encode_ans(packed, bits, columns, fit_table(count_codes(packed, bits, columns)))
+            return choice, fill_up(
+                encode_ans(packed, bits, columns, fit_table(count_codes(packed, bits, columns))), least
+            )
         case _:
             assert_never(choice)
 
 
 def decode_payload(
-    data: bytes | memoryview, coding: Coding, bits: int, rows: int, columns: int, executor: Executor | None = None
+    data: bytes | memoryview,
+    coding: Coding,
+    bits: int,
+    rows: int,
+    columns: int,
+    executor: Executor | None = None,
+    least: int = 0,
 ) -> Bytes:
     """The packed codes: uint8 [rows, row_bytes(columns, bits)], perhaps read-only and sharing the payload's memory.
 
@@ -88,7 +104,7 @@ def decode_payload(
         case "zstd":
             return _decode_zstd(data, bits, rows, columns)
         case "ans":
-            return decode_ans(data, bits, rows, columns, executor)
+            return decode_ans(data, bits, rows, columns, executor, least)
         case _:
             assert_never(coding)
 
@@ -110,7 +126,7 @@ def entropy_bits(counts: NDArray[np.int64]) -> float:
     return float(-(used / total * np.log2(used / total)).sum()) + 0.0 if total else 0.0
 
 
-def _encode_smallest(packed: Bytes, bits: int, columns: int) -> tuple[Coding, bytes | memoryview]:
+def _encode_smallest(packed: Bytes, bits: int, columns: int, least: int) -> tuple[Coding, bytes | memoryview]:
     """The smallest payload; one that a sample or the entropy rules out is not made."""
     limit = packed.size * (100 - _SAVING_PERCENT) // 100
     best: tuple[Coding, bytes | memoryview] = ("packed", packed.reshape(-1).data)
@@ -121,14 +137,14 @@ def _encode_smallest(packed: Bytes, bits: int, columns: int) -> tuple[Coding, by
         if min(foretold.values()) > _SAMPLE_DOUBT * limit:
             return best
         frame = _encode_zstd(packed, bits, columns, foretold)
-        return ("zstd", frame) if len(frame) <= limit else best
+        return ("zstd", frame) if least <= len(frame) <= limit else best
     table = fit_table(count_codes(packed, bits, columns))
     if min(foretold.values()) <= _SAMPLE_DOUBT * min(limit, table.expected_bytes):
         frame = _encode_zstd(packed, bits, columns, foretold)
-        if len(frame) <= limit:
+        if least <= len(frame) <= limit:
             best, limit = ("zstd", frame), len(frame) - 1
     if _ANS_DOUBT * table.expected_bytes - 4 <= limit:
-        streams = encode_ans(packed, bits, columns, table)
+        streams = fill_up(encode_ans(packed, bits, columns, table), least)
         if len(streams) <= limit:
             best = ("ans", streams)
     return best
@@ -207,39 +223,3 @@ def _check_padding(packed: Bytes, bits: int, columns: int) -> None:
     used = columns * bits % 8
     if used and (packed[:, -1] >> used).any():
         raise ValueError("the bits that fill up a row are not zero")
-
-
-def bound_frame(size: int) -> int:
-    """The most bytes of a frame of `size` bytes (ZSTD_COMPRESSBOUND in zstd.h)."""
-    return size + (size >> 8) + (max(0, _BLOCK - size) >> 11)
-
-
-def compress_frame(parts: Iterable[bytes | memoryview], size: int) -> bytes:
-    """One frame of all parts together, `size` bytes."""
-    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False, write_content_size=True)
-    stream = compressor.compressobj(size=size)
-    return b"".join([*[stream.compress(part) for part in parts], stream.flush()])
-
-
-def expand_frame(frame: memoryview, least: int, most: int) -> bytes:
-    """What the frame, which is all of `frame`, holds: `least` to `most` bytes.
-
-    Raises ValueError, before anything is allocated, where it declares other sizes or cannot hold what it declares.
-    """
-    # A block takes at least 4 bytes, whatever it expands to.
-    room = (len(frame) // 4) * _BLOCK
-    if least > room:
-        raise ValueError(f"a zstd frame of {len(frame)} bytes cannot hold {least}")
-    try:
-        declared = zstandard.get_frame_parameters(frame).content_size
-        if not least <= declared <= most:
-            wanted = least if least == most else f"{least} to {most}"
-            raise ValueError(f"the zstd frame declares {declared} bytes, not {wanted}")
-        if declared > room:
-            raise ValueError(f"a zstd frame of {len(frame)} bytes cannot hold {declared}")
-        content: bytes = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"the zstd frame is damaged: {error}") from error
-    if len(content) != declared:
-        raise ValueError(f"the zstd frame holds {len(content)} bytes, not {declared}")
-    return content

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from qcompress.artifact.hashes import artifact_hash
 from qcompress.artifact.layout import POOL_NAME
-from qcompress.artifact.manifest import artifact_hash
-from qcompress.artifact.writer import copy_companions, write_index
+from qcompress.artifact.writer import copy_companions, mark_config, write_index
 from qcompress.budget.search import refuse_gateless, spend
 from qcompress.budget.weight_costs import weight_costs
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
@@ -81,6 +81,7 @@ def compress_to(
     index_bytes = 0
     if folder:
         copy_companions(checkpoint.path, place)
+        mark_config(place)
     if len(done) > 1:
         index_bytes = write_index(place, {one.shard.file: one.written.slots for one in done})
     took = run_figures(clock, options.device)
@@ -131,7 +132,7 @@ def _make_report(
         checkpoint.file_bytes,
         sum(shard.written.file_bytes for shard in done) + index_bytes,
         layers,
-        header_bytes=sum(shard.written.header_bytes for shard in done),
+        header_bytes=sum(shard.written.overhead_bytes for shard in done),
         index_bytes=index_bytes,
         # Of the same name in every file.
         pooled_bytes=sum(slot.n_bytes for shard in done for slot in shard.written.slots if slot.tensor == POOL_NAME),
@@ -139,7 +140,7 @@ def _make_report(
     return Report(
         artifact=ArtifactFile(name=name, sha256=artifact_hash([(s.shard.file, s.written.sha256) for s in done])),
         recipe_hash=recipe_hash(plan.recipe),
-        input_sha256=artifact_hash([(s.shard.file, s.input_sha256) for s in done]),
+        input_sha256=artifact_hash([(s.shard.source.path.name, s.input_sha256) for s in done]),
         size=size,
         layers=layers,
         run=took,

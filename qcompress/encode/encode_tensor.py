@@ -9,13 +9,12 @@ import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
-from qcompress.artifact.layout import PARTS, grid_of, part_name, unbounded_entry
-from qcompress.artifact.manifest import Entry
+from qcompress.artifact.entry import PARTS, Entry, part_name, planned_entry, seal
 from qcompress.artifact.writer import SlotWriter
 from qcompress.checkpoint.checkpoint import tensor_view
 from qcompress.checkpoint.safetensors_file import Container
@@ -29,31 +28,34 @@ from qcompress.coding.grids import (
     with_entries,
 )
 from qcompress.coding.packing import pack, row_bytes
-from qcompress.coding.payload import encode_payload
-from qcompress.coding.rows import dim_of, rows_from_weight, stored_codebook_shape
+from qcompress.coding.payload import encode_payload, least_bytes
+from qcompress.coding.rows import row_slices, rows_from_weight, stored_codebook_shape
 from qcompress.coding.unbounded.payload import encode_pool, join_side
-from qcompress.encode.encode_weight import ContextSources, encode_rows, encode_weight
+from qcompress.encode.encode_weight import ContextSources, encode_codes, encode_weight
 from qcompress.errors import CheckpointError, Subject
 from qcompress.registry import METHODS
 from qcompress.report.counts import codebook_figures, count_values
 from qcompress.report.document import LayerFigures
 from qcompress.report.figures import LayerMeter, unclipped_range
 from qcompress.types.config import Coding, CodingChoice
-from qcompress.types.encoded import Codebook, Coded, Encoded, Kept, Unbounded
-from qcompress.types.plan import Decision, TensorInfo, row_shape
+from qcompress.types.encoded import Codebook, Coded, Compressed, Constant, Encoded, Kept, Unbounded
+from qcompress.types.plan import Decision, TensorInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
 Payload: TypeAlias = bytes | memoryview
+CompressedT = TypeVar("CompressedT", bound=Compressed)
 
 BLOCK_WEIGHTS = 1 << 19
 SURVEY_BYTES = 1 << 20
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
-FIELDS = {**{part: part for part in PARTS}, "codebook": "centroids"}
-"""Part of a stored tensor -> the field of Affine or Codebook that it holds."""
+FIELDS = {**{part: part for part in PARTS}, "codebook": "centroids", "exponent": "row_exponents", "table": "values"}
+"""Part of a stored tensor -> the field of the encoded one that it holds."""
+OF_ALL_ROWS = ("table",)
+"""Parts of which all row blocks of a tensor have the same."""
 
 MAGNITUDES = {"F64": ("i8", "u8"), "F32": ("i4", "u4"), "F16": ("i2", "u2"), "BF16": ("i2", "u2")}
 
@@ -156,10 +158,13 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
         raise nonfinite_error(source, tensor, count_nonfinite(weight))
     rows = rows_from_weight(weight if job.reference is None else job.reference, decision.axis)
     whole = _whole_codes(job, weight, survey.largest)
+    if isinstance(whole, Constant):
+        return _finish_constant(job, rows, whole, survey)
     if isinstance(whole, Unbounded):
         return _finish_unbounded(job, rows, whole, survey, stop)
+    entry = planned_entry(decision)
     meter = LayerMeter(tensor.numel, decision.config.bits)
-    codes = _Codes(writer, tensor.name, job.choice)
+    codes = _Codes(writer, tensor.name, job.choice, entry)
     grids: dict[str, list[Tensor]] = {}
     about_codebook: dict[str, Any] = {}
     if isinstance(whole, Codebook):
@@ -175,32 +180,22 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
         counts = torch.bincount(encoded.codes.reshape(-1), minlength=2**encoded.bits).numpy()
         meter.add(block, decode_rows(encoded), counts, within=unclipped_range(encoded))
         codes.add(packed)
-        if decision.config.unit != "tensor" or not grids:
-            _collect_grid(grids, encoded)
-    crc = codes.crc32
+        _collect_grid(grids, encoded, once=decision.config.unit == "tensor")
+    # The order of a checksum: codes, then the other parts.
+    coding, payload = codes.finish()
+    crc32 = codes.crc32
     for part in PARTS[1:]:
         if part in grids:
             data = torch.cat(grids[part]).numpy().data
-            crc = zlib.crc32(data, crc)
-            if decision.codebook.stored_in is None:
+            crc32 = zlib.crc32(data, crc32)
+            if entry.shared is None:
                 writer.put(part_name(tensor.name, part), data)
-    coding, payload = codes.finish(decision)
-    entry = Entry(
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-        axis=decision.axis,
-        bits=decision.config.code_bits,
-        grid=grid_of(decision),
-        coding=coding,
-        exponent=exponent,
-        crc32=crc,
-        dim=decision.config.dim,
-        codebook=decision.codebook.stored_in,
-    )
+    entry = replace(entry, coding=coding, exponent=exponent if entry.has_exponent else 0)
+    entry = replace(entry, crc32=seal(tensor.name, entry, crc32))
     return Finished(decision, entry, replace(meter.result(), **about_codebook), survey.crc32, payload)
 
 
-def _whole_codes(job: Job, weight: Tensor, largest: float) -> Coded | None:
+def _whole_codes(job: Job, weight: Tensor, largest: float) -> Compressed | None:
     """The codes of a weight that is encoded in one piece, on the CPU; None for one that goes by row blocks."""
     decision, method = job.decision, METHODS[job.decision.method or ""]
     if job.ready is not None:
@@ -213,6 +208,21 @@ def _whole_codes(job: Job, weight: Tensor, largest: float) -> Coded | None:
     return coded_on_cpu(encode_weight(weight, decision, job.sources, device, largest))
 
 
+def _finish_constant(job: Job, rows: Tensor, constant: Constant, survey: Survey) -> Finished:
+    """A weight of one value, which has no codes."""
+    decision = job.decision
+    entry = replace(planned_entry(decision), value=constant.value)
+    meter = LayerMeter(decision.tensor.numel)
+    for span in row_slices(len(rows), decision.tensor.numel // len(rows), BLOCK_WEIGHTS):
+        block = _float_rows(rows[span]).reshape(span.stop - span.start, -1)
+        meter.add(block, torch.full_like(block, constant.value), None)
+    codes = bytes(least_bytes(entry.numel))
+    job.writer.put(part_name(decision.tensor.name, "codes"), codes)
+    entry = replace(entry, crc32=seal(decision.tensor.name, entry, zlib.crc32(codes)))
+    counts = np.array([decision.tensor.numel], np.int64)
+    return Finished(decision, entry, meter.result(counts), survey.crc32, None)
+
+
 def _finish_unbounded(job: Job, rows: Tensor, unbounded: Unbounded, survey: Survey, stop: threading.Event) -> Finished:
     """A weight whose codes have no width; they are coded here unless they wait for others."""
     decision = job.decision
@@ -222,19 +232,25 @@ def _finish_unbounded(job: Job, rows: Tensor, unbounded: Unbounded, survey: Surv
             raise Stopped
         meter.add(block, decode_rows(part), None)
     figures = replace(meter.result(count_values(unbounded.codes.numpy())), step=step_value(unbounded))
-    finished = Finished(decision, unbounded_entry(decision, "ans"), figures, survey.crc32, None, unbounded)
+    finished = Finished(decision, planned_entry(decision), figures, survey.crc32, None, unbounded)
     if job.pooled:
         return finished
     coded = encode_pool([unbounded], job.choice)
     payload = join_side(coded.side, coded.payloads[0])
     return replace(
         finished,
-        entry=unbounded_entry(decision, coded.codings[0]),
+        entry=sealed_unbounded(decision, coded.codings[0], payload),
         figures=replace(figures, classes=coded.uses[0]),
         payload=payload,
         unbounded=None,
         side_bytes=len(payload) - len(coded.payloads[0]),
     )
+
+
+def sealed_unbounded(decision: Decision, coding: Coding, payload: Payload) -> Entry:
+    """The entry of unbounded codes that came to this payload."""
+    entry = replace(planned_entry(decision), coding=coding)
+    return replace(entry, crc32=seal(decision.tensor.name, entry, zlib.crc32(payload)))
 
 
 def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> CheckpointError:
@@ -251,7 +267,7 @@ def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Ten
     step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
     for start in range(0, count, step):
         block = _float_rows(rows[start : start + step])
-        found = encode_rows(block.to(job.device), job.decision, context)
+        found = encode_codes(block.to(job.device), job.decision, context)
         yield block.reshape(len(block), -1), coded_on_cpu(found)
 
 
@@ -266,47 +282,53 @@ def _float_rows(rows: Tensor) -> Tensor:
     return rows.to(device="cpu", dtype=torch.float32).contiguous()
 
 
-def coded_on_cpu(encoded: Coded) -> Coded:
+def coded_on_cpu(encoded: CompressedT) -> CompressedT:
     """The codes and their grid on the CPU."""
-    if encoded.codes.device.type == "cpu":
+    if isinstance(encoded, Constant) or encoded.codes.device.type == "cpu":
         return encoded
     values: dict[str, Any] = {part.name: getattr(encoded, part.name) for part in fields(encoded)}
     moved: Any = {name: value.cpu() for name, value in values.items() if isinstance(value, torch.Tensor)}
     return replace(encoded, **moved)
 
 
-def _collect_grid(grids: dict[str, list[Tensor]], encoded: Coded) -> None:
+def _collect_grid(grids: dict[str, list[Tensor]], encoded: Coded, *, once: bool) -> None:
+    """Add the parts of one row block; `once` where all blocks have the same."""
     for part in PARTS[1:]:
         value = getattr(encoded, FIELDS[part], None)
-        if value is not None:
+        given = part == "table" and getattr(encoded, "given", None) is not None
+        if value is not None and not given and not (part in grids and (once or part in OF_ALL_ROWS)):
             grids.setdefault(part, []).append(value)
 
 
 class _Codes:
-    """Packed codes of one tensor: straight to their slot, or gathered until entropy coding can see them all."""
+    """Packed codes of one tensor: straight to their slot, or gathered until entropy coding can see them all.
 
-    def __init__(self, writer: SlotWriter, tensor: str, choice: CodingChoice) -> None:
+    crc32  of all that was written
+    """
+
+    def __init__(self, writer: SlotWriter, tensor: str, choice: CodingChoice, entry: Entry) -> None:
         self.crc32 = 0
+        self._entry = entry
         self._slot = part_name(tensor, "codes")
         self._writer = writer
         self._choice = choice
         self._gathered: list[NDArray[np.uint8]] = []
 
     def add(self, packed: NDArray[np.uint8]) -> None:
-        self.crc32 = zlib.crc32(packed.data, self.crc32)
         if self._choice == "packed":
+            self.crc32 = zlib.crc32(packed.data, self.crc32)
             self._writer.put(self._slot, packed.data)
         else:
             self._gathered.append(packed)
 
-    def finish(self, decision: Decision) -> tuple[Coding, Payload | None]:
+    def finish(self) -> tuple[Coding, Payload | None]:
         """The coding that was chosen, and the payload unless it is written already."""
         if self._choice == "packed":
             return "packed", None
-        bits = decision.config.code_bits
-        shape = row_shape(decision.tensor.shape, decision.axis)
-        columns = decision.tensor.numel // shape[0]
+        entry = self._entry
         packed = np.concatenate(self._gathered)
         self._gathered.clear()
-        assert packed.shape == (shape[0] // dim_of(decision), row_bytes(columns, bits))
-        return encode_payload(packed, bits, columns, self._choice)
+        assert packed.shape == (entry.code_rows, row_bytes(entry.columns, entry.bits))
+        coding, payload = encode_payload(packed, entry.bits, entry.columns, self._choice, least_bytes(entry.numel))
+        self.crc32 = zlib.crc32(payload)
+        return coding, payload

@@ -19,7 +19,7 @@ from qcompress.clustering.kmeans_vectors import VectorSample
 from qcompress.coding.grids import exponent_for
 from qcompress.coding.rows import rows_from_weight
 from qcompress.registry import METHODS, ClusterConfig, KmeansConfig
-from qcompress.types.encoded import Codebook, Coded, Encoded, Kept, for_tensor
+from qcompress.types.encoded import Codebook, Coded, Compressed, Constant, Encoded, Kept, for_tensor
 from qcompress.types.plan import CodebookKey, Decision, Plan, codebook_key, row_shape, shared_groups
 from qcompress.types.run import EncodeContext, seeded_generator
 
@@ -84,7 +84,7 @@ def encode_weight(
     sources: ContextSources,
     device: torch.device | str,
     largest: float | None = None,
-) -> Coded:
+) -> Compressed:
     """The codes of a whole weight, with the shape, axes and dtype that the decision names.
 
     A method that clusters sees the weight on the CPU in its own dtype: the few distinct values of 16 bits are what
@@ -102,10 +102,17 @@ def encode_weight(
     return for_tensor(encode_rows(rows, decision, sources.context_of(decision, exponent_for(largest))), decision)
 
 
-def encode_rows(rows: Tensor, decision: Decision, context: EncodeContext) -> Coded:
+def encode_rows(rows: Tensor, decision: Decision, context: EncodeContext) -> Compressed:
     """The codes of rows [rows, ...] of a weight, all or some of them, by the decision's method."""
     found = METHODS[decision.method or ""].load_encode()(rows, decision.config, context)
     assert not isinstance(found, Kept)
+    return found
+
+
+def encode_codes(rows: Tensor, decision: Decision, context: EncodeContext) -> Coded:
+    """The same of a method that gives codes, whatever the rows."""
+    found = encode_rows(rows, decision, context)
+    assert not isinstance(found, Constant)
     return found
 
 

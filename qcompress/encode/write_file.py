@@ -13,14 +13,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
-from qcompress.artifact.layout import PARTS, POOL_NAME, Layout, Slot, part_name, pool_of, render_header, unbounded_entry
-from qcompress.artifact.manifest import Entry, Manifest, input_hash
+from qcompress.artifact.entry import PARTS, Entry, part_name, seal_kept, seal_pool, seal_tied
+from qcompress.artifact.hashes import input_hash
+from qcompress.artifact.layout import POOL_NAME, Layout, pool_of, render_header
+from qcompress.artifact.manifest import Manifest, manifest_frame
 from qcompress.artifact.writer import Filled, SlotWriter, Written
 from qcompress.checkpoint.checkpoint import tensor_bytes, tensor_view
 from qcompress.checkpoint.staging import staging_folder
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.unbounded.payload import encode_pool
-from qcompress.encode.encode_tensor import Finished, Job, encode_tensor, survey_bytes
+from qcompress.encode.encode_tensor import Finished, Job, encode_tensor, sealed_unbounded, survey_bytes
 from qcompress.encode.encode_weight import ContextSources
 from qcompress.plan.files import Shard
 from qcompress.report.document import LayerFigures
@@ -46,8 +48,8 @@ class Record:
 def run_key(layout: Layout, manifest: Manifest, more: str) -> str:
     """SHA-256 of everything but the weights that decides a file's bytes: recipe, headers, layout, tool, and `more`: the
     device, and what was made of all weights together."""
-    header = render_header(layout.slots, manifest)
-    return hashlib.sha256(header + f"\n{layout.header_bytes}\n{more}".encode()).hexdigest()
+    parts = [render_header(layout.slots), manifest_frame(manifest), f"{layout.header_bytes}\n{more}".encode()]
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()
 
 
 class Journal:
@@ -185,13 +187,28 @@ def write_shard(shard: Shard, path: Path, run: Run) -> WrittenShard:
             shard.manifest,
             input_sha256=input_hash(shard.source.tensors, crcs),
             tensors={name: one.entry for name, one in finished.items()},
+            crc32s=_other_crc32s(shard, writer),
         )
 
-        def render(slots: Sequence[Slot], sha256: str, crc32: str) -> bytes:
-            return render_header(slots, replace(manifest, sha256=sha256, header_crc32=crc32))
+        def make_manifest(sha256: str, header_crc32: int) -> bytes:
+            return manifest_frame(replace(manifest, sha256=sha256, header_crc32=header_crc32))
 
-        written = writer.finish(render)
+        written = writer.finish(render_header, make_manifest)
     return WrittenShard(shard, written, finished, manifest.input_sha256)
+
+
+def _other_crc32s(shard: Shard, writer: SlotWriter) -> dict[str, int]:
+    """The CRC-32 of what has one in the manifest and is not compressed: kept tensors, tied names, and the pool."""
+    found = {name: seal_tied(name, twin) for name, twin in shard.manifest.tied.items()}
+    for decision in shard.decisions:
+        if not decision.compresses and decision.tied_to is None:
+            tensor = decision.tensor
+            stored = decision.stored or tensor.dtype
+            found[tensor.name] = seal_kept(
+                tensor.name, tensor.dtype, stored, tensor.shape, writer.crc32_of(tensor.name)
+            )
+    pool = pool_of(shard.decisions)
+    return found | ({POOL_NAME: seal_pool(pool, writer.crc32_of(POOL_NAME))} if pool else {})
 
 
 def _journal(shard: Shard, run: Run) -> Journal | None:
@@ -305,7 +322,7 @@ def _encode_pool(pooled: Sequence[Finished], writer: SlotWriter, options: Option
     """Code the unbounded tensors that share tables, now that all are known; write them and what they share."""
     coded = encode_pool([one.unbounded for one in pooled if one.unbounded is not None], options.choice)
     for one, coding, payload, uses in zip(pooled, coded.codings, coded.payloads, coded.uses, strict=True):
-        entry, figures = unbounded_entry(one.decision, coding), replace(one.figures, classes=uses)
+        entry, figures = sealed_unbounded(one.decision, coding, payload), replace(one.figures, classes=uses)
         finished = replace(one, entry=entry, figures=figures, payload=payload, unbounded=None)
         _put_payload(writer, finished)
         _report_progress(options, finished.decision.tensor)

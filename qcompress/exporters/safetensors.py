@@ -8,16 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qcompress.artifact.layout import Layout, Slot, header_room, header_text
+from qcompress.artifact.layout import Layout, Slot, header_room, header_text, plain_name
 from qcompress.artifact.reader import Artifact, ArtifactFile
-from qcompress.artifact.writer import SlotWriter, copy_companions, write_index
+from qcompress.artifact.writer import SlotWriter, copy_companions, unmark_config, write_index
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import staged_output
 from qcompress.coding.grids import decode, row_spans, take_rows
 from qcompress.errors import ArtifactError
+from qcompress.types.encoded import Constant
 from qcompress.types.plan import DTYPE_BITS
 
 BLOCK_WEIGHTS = 1 << 20
+INDEX_NAME = "model.safetensors.index.json"
 
 
 def export(artifact: Artifact, output: Path, *, force: bool) -> int:
@@ -33,15 +35,17 @@ def export(artifact: Artifact, output: Path, *, force: bool) -> int:
     folder = artifact.path.is_dir()
     with staged_output(output, force=force, folder=folder) as staged:
         layouts = {
-            file.path.name: _export_file(artifact, file, staged / file.path.name if folder else staged)
+            plain_name(file.path.name): _export_file(
+                artifact, file, staged / plain_name(file.path.name) if folder else staged
+            )
             for file in artifact.files
         }
-        total = sum(layout.file_bytes for layout in layouts.values())
         if folder:
-            total += copy_companions(artifact.path, staged)
+            copy_companions(artifact.path, staged)
+            unmark_config(staged)
         if len(layouts) > 1:
-            total += write_index(staged, {name: layout.slots for name, layout in layouts.items()})
-    return total
+            write_index(staged, {name: layout.slots for name, layout in layouts.items()}, INDEX_NAME)
+        return sum(path.stat().st_size for path in (staged.iterdir() if folder else [staged]))
 
 
 def _export_file(artifact: Artifact, file: ArtifactFile, path: Path) -> Layout:
@@ -55,7 +59,7 @@ def _export_file(artifact: Artifact, file: ArtifactFile, path: Path) -> Layout:
         for slot in slots:
             for data in _dense_bytes(artifact.file_of(slot.tensor), slot.tensor):
                 writer.put(slot.name, data)
-        writer.finish(lambda final, *_: _render_header(final, file))
+        writer.finish(lambda final: _render_header(final, file))
     return layout
 
 
@@ -69,6 +73,9 @@ def _dense_bytes(file: ArtifactFile, name: str) -> Iterator[memoryview]:
         yield file.kept_bytes(name)
         return
     encoded = file.read_encoded(name)
+    if isinstance(encoded, Constant):
+        yield _raw(decode(encoded))
+        return
     if encoded.axis != tuple(range(len(encoded.axis))):
         yield _raw(decode(encoded))
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -87,8 +87,7 @@ def _most_header_growth(plan: Plan) -> int:
     if plan.recipe.activations is not None:
         grid = asdict(ActivationGrid(8, 1.2345678901234567e-100, 255))
         found["activations"] = {d.tensor.name: grid for d in plan.decisions if d.compresses}
-    # JSON in JSON, and padding.
-    return len(json.dumps(json.dumps(found, ensure_ascii=False), ensure_ascii=False).encode()) + 8
+    return len(json.dumps(found, ensure_ascii=False).encode())
 
 
 def limit_of(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> Limit:
@@ -105,9 +104,7 @@ def limit_of(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> Limit:
     other = _other_bytes(checkpoint, plan, choice)
     rest = math.ceil(LEAST_BPW * weights / 8)
     if budget.size < other + rest:
-        # The header holds the budget: a larger number may be longer.
-        larger = replace(plan.recipe, budget=replace(budget, size=other + rest))
-        least = _other_bytes(checkpoint, replace(plan, recipe=larger), choice) + rest
+        least = _least_size(plan, other + rest, lambda asked: _other_bytes(checkpoint, asked, choice) + rest)
         what = (
             f"{budget.size:,} bytes are too few: what is kept, names and next to nothing for the codes take {least:,}"
         )
@@ -233,15 +230,28 @@ def _refuse_less(checkpoint: Checkpoint, narrow: Plan, choice: CodingChoice, bud
     if least <= _limit_bytes(plan, budget):
         return
     if budget.size is not None:
-        # The header holds the budget: a larger number may be longer.
-        larger = replace(plan, recipe=replace(plan.recipe, budget=replace(budget, size=least)))
-        least = _taken_bytes(checkpoint, larger, choice, budget)
+        least = _least_size(plan, least, lambda asked: _taken_bytes(checkpoint, asked, choice, budget))
     if budget.bpw is not None:
         bpw = least * 8 / coded_weights(plan)
         what = f"{budget.bpw:g} bits per weight are too few: codes and grids take {bpw:.4f} at the narrowest widths"
         raise BudgetError(budget_place(plan), what, f"ask for at least {math.ceil(bpw * 1000) / 1000:g}")
     what = f"{budget.size:,} bytes are too few: the artifact takes {least:,} at the narrowest widths"
     raise BudgetError(budget_place(plan), what, f"ask for at least {least}, or compress more tensors")
+
+
+def _least_size(plan: Plan, size: int, taken: Callable[[Plan], int]) -> int:
+    """The least budget in bytes that a plan keeps, from about `size` on; its manifest names that budget."""
+
+    own = plan.recipe.budget or Budget()
+
+    def fits(size: int) -> bool:
+        return taken(replace(plan, recipe=replace(plan.recipe, budget=replace(own, size=size)))) <= size
+
+    while not fits(size):
+        size += 1
+    while fits(size - 1):
+        size -= 1
+    return size
 
 
 def allocate(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, costs: Costs) -> Plan:

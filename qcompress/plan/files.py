@@ -1,6 +1,6 @@
 """A plan is laid out in files here: which tensors each holds, and where their bytes will lie. Imports no torch.
 
-An artifact has one file for each file of its checkpoint, of the same name, each with a manifest of its own.
+An artifact has one file for each file of its checkpoint, each with a manifest of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from qcompress.artifact.layout import INDEX_NAME, Layout, index_text, make_layout
+from qcompress.artifact.layout import INDEX_NAME, Layout, index_text, make_layout, marked_name, planned_manifest
 from qcompress.artifact.manifest import Manifest, make_halved
 from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.checkpoint.safetensors_file import Container
@@ -62,8 +62,6 @@ def make_shards(
             recipe=recipe,
             recipe_sha256=recipe_sha256,
             input_bytes=source.file_bytes,
-            input_sha256="",
-            sha256="",
             tensors={},
             tied=tied,
             # A copy that was dropped leaves the metadata: a name there is one that never had bytes of its own.
@@ -77,8 +75,10 @@ def make_shards(
                 if (key, value) != ("format", "pt") and key not in dropped
             },
         )
+        manifest = planned_manifest(manifest, decisions)
         layout = make_layout(decisions, choice, manifest)
-        shards.append(Shard(source, decisions, layout, manifest, source.path.name, plan.recipe.seed))
+        file = marked_name(source.path.name) if checkpoint.is_folder else source.path.name
+        shards.append(Shard(source, decisions, layout, manifest, file, plan.recipe.seed))
     return shards
 
 

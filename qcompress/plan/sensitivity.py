@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from qcompress.artifact.manifest import artifact_hash, input_hash
+from qcompress.artifact.hashes import artifact_hash, input_hash
 from qcompress.errors import ReportError
 from qcompress.types.config import Shape
 from qcompress.types.document import Document

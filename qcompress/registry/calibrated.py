@@ -233,7 +233,7 @@ class RdConfig(MethodConfig):
 
     @property
     def form(self) -> Form:
-        return "lattice"
+        return "unbounded"
 
     @property
     def trellis(self) -> bool:

@@ -134,7 +134,8 @@ class LayerReport:
         "group size", "count", "weights that share a grid within a channel"))
     form: str | None = field(default=None, metadata=figure(
         "form", "text", "what places the grid beside its scale: nothing (symmetric), a zero point, or an offset",
-        "`symmetric`, `zero-point`, `offset`; or `codebook`, or `lattice`: uniform without ends, entropy coded"))
+        "`symmetric`, `zero-point`, `offset`; or `codebook`; `table`: given or fitted values times a scale a group; "
+        "`blocked`: scales of blocks times integers; `unbounded`: uniform without ends, entropy coded; `constant`"))
     coding: str | None = field(default=None, metadata=figure(
         "coding", "text", "how codes are stored: packed at their width, or entropy coded by zstd or ans"))
     bytes: Count = field(metadata=figure(

@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcompress.artifact.layout import part_name
-from qcompress.artifact.manifest import Entry
-from qcompress.coding.grids import from_half, middle
+from qcompress.artifact.entry import Entry, part_name
+from qcompress.coding.grids import exponent_of, from_half, middle
 from qcompress.report.counts import Counts, measure_counts
 from qcompress.report.document import BINS, LayerFigures, LayerReport
 from qcompress.types import VERSION
@@ -192,11 +191,13 @@ def unclipped_range(encoded: Coded) -> tuple[Tensor, Tensor] | None:
 
     returns  two float32 tensors shaped like the scale, [1 or rows, groups]
     """
-    if not isinstance(encoded, Affine):
+    # Groups of different lengths are no array; then what is clipped is not counted.
+    if not isinstance(encoded, Affine) or encoded.codes.shape[1] % encoded.scale.shape[1]:
         return None
-    scale = from_half(encoded.scale, encoded.exponent)
+    exponent = exponent_of(encoded)
+    scale = from_half(encoded.scale, exponent)
     if encoded.offset is not None:
-        lowest = from_half(encoded.offset, encoded.exponent)
+        lowest = from_half(encoded.offset, exponent)
     elif encoded.zero_point is not None:
         lowest = -scale * encoded.zero_point.float()
     else:
@@ -345,7 +346,7 @@ def compressed_layer(
         form=config.form,
         sensitivity=decision.sensitivity,
         coding=entry.coding,
-        codebook_in=entry.codebook,
+        codebook_in=entry.shared,
         side_information_bytes=total - sizes[part_name(decision.tensor.name, "codes")] + side_bytes,
         figures=figures,
     )

@@ -12,12 +12,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompress.artifact.layout import INDEX_NAME
-from qcompress.artifact.manifest import Entry, artifact_hash, input_hash
+import numpy as np
+
+from qcompress.artifact.entry import Entry
+from qcompress.artifact.hashes import artifact_hash, input_hash
+from qcompress.artifact.layout import INDEX_NAME, plain_name
 from qcompress.artifact.reader import Artifact, ArtifactFile, read_artifact
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.coding.packing import count_codes
-from qcompress.errors import ReportError
+from qcompress.coding.rows import row_slices
+from qcompress.errors import ReportError, raise_all
 from qcompress.report import document
 from qcompress.report.counts import codebook_figures, count_values, measure_counts, stored_codebook_figures
 from qcompress.report.document import LayerFigures, LayerReport, Report
@@ -27,6 +31,8 @@ from qcompress.types.plan import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from qcompress.report.figures import LayerMeter
 
 BLOCK_WEIGHTS = 1 << 18
 REASON = "read from the artifact"
@@ -68,7 +74,7 @@ def _measure_report(artifact: Artifact, baseline: Checkpoint) -> Report:
 def _refuse_other_baseline(artifact: Artifact, baseline: Checkpoint) -> None:
     made_from = f"the checkpoint that {artifact.path} was made from"
     hint = "give the original checkpoint to --baseline"
-    wanted = {file.path.name: file.manifest.input_sha256 for file in artifact.files}
+    wanted = {plain_name(file.path.name): file.manifest.input_sha256 for file in artifact.files}
     if len(baseline.shards) != len(wanted):
         what = f"is not {made_from}: {len(baseline.shards)} files, not {len(wanted)}"
         raise ReportError(str(baseline.path), what, hint)
@@ -87,11 +93,13 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
     from qcompress.coding.grids import centroid_values, decode_rows, row_spans, step_value, take_rows
     from qcompress.coding.rows import rows_from_weight
     from qcompress.report.figures import LayerMeter, unclipped_range
-    from qcompress.types.encoded import Codebook, Unbounded
+    from qcompress.types.encoded import Codebook, Constant, Unbounded
 
     entry, encoded = file.manifest.tensors[name], file.read_encoded(name)
     rows = rows_from_weight(weight, entry.axis)
     meter = LayerMeter(weight.numel(), entry.bits or None)
+    if isinstance(encoded, Constant):
+        return _measure_constant(rows, meter, encoded.value)
     whole = count_values(encoded.codes.numpy()) if isinstance(encoded, Unbounded) else None
     for start, stop in row_spans(encoded, BLOCK_WEIGHTS):
         part = take_rows(encoded, start, stop)
@@ -108,18 +116,33 @@ def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigur
     return replace(figures, **codebook_figures(encoded.codes.numpy(), centroid_values(encoded).numpy()))
 
 
+def _measure_constant(rows: Tensor, meter: LayerMeter, value: float) -> LayerFigures:
+    import torch
+
+    for span in row_slices(len(rows), rows.numel() // len(rows), BLOCK_WEIGHTS):
+        flat = rows[span].float().reshape(span.stop - span.start, -1)
+        meter.add(flat, torch.full_like(flat, value), None)
+    return meter.result(np.array([rows.numel()], np.int64))
+
+
 def _stored_report(artifact: Artifact) -> Report:
     """What the artifact's own bytes tell: sizes, and the entropy of its codes."""
     figures = {}
     for file in artifact.files:
+        raise_all(file.find_damage())
         for name, entry in file.manifest.tensors.items():
             if entry.is_unbounded:
+                file.check_compressed(name)
                 codes, grid = file.unbounded_tensors.codes(name)
                 found = replace(measure_counts(count_values(codes)), step=grid.value)
                 figures[name] = replace(found, classes=file.unbounded_tensors.class_uses(name, codes))
                 continue
+            if entry.form == "constant":
+                file.check_codes(name)
+                figures[name] = measure_counts(np.array([entry.numel], np.int64))
+                continue
             found = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
-            if entry.grid == "codebook":
+            if entry.form == "codebook":
                 about = stored_codebook_figures(file.grids(name)["codebook"].astype("f4"), found.levels_used)
                 found = replace(found, **about)
             figures[name] = found
@@ -139,7 +162,7 @@ def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Rep
         sum(file.manifest.input_bytes for file in artifact.files),
         artifact.file_bytes + index_bytes,
         layers,
-        header_bytes=sum(file.container.data_start for file in artifact.files),
+        header_bytes=sum(file.overhead_bytes for file in artifact.files),
         index_bytes=index_bytes,
         pooled_bytes=sum(file.pooled_bytes for file in artifact.files),
     )
@@ -154,42 +177,32 @@ def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Rep
 
 def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: LayerFigures) -> LayerReport:
     parts = {part: info.n_bytes for part, info in file.parts_of(name).items()}
-    method, options = _rule_of(name, file.manifest.recipe)
+    method = _method_of(name, file.manifest.recipe)
     own_side = file.unbounded_tensors.side_bytes(name) if entry.is_unbounded else 0
-    granularity, group_size = _sharing(file, name, entry, str(options.get("granularity", "")))
     return replace(
         _kept_layer(file.original(name), sum(parts.values())),
         method=method,
         bits=entry.bits or None,
         dim=entry.dim,
-        granularity=granularity,
-        group_size=group_size,
-        form=entry.grid if entry.grid in ("zero-point", "offset", "codebook", "lattice") else "symmetric",
+        granularity="group" if entry.group_size else str(entry.group),
+        group_size=entry.group_size,
+        form=_form_of(entry),
         coding=entry.coding,
-        codebook_in=entry.codebook,
+        codebook_in=entry.shared,
         side_information_bytes=sum(parts.values()) - parts["codes"] + own_side,
         figures=figures,
     )
 
 
-def _sharing(file: ArtifactFile, name: str, entry: Entry, meant: str) -> tuple[str, int | None]:
-    """What shares a grid or codebook, and the size of a group; `meant` by the recipe, where parts leave a choice."""
-    if entry.is_unbounded:
-        return "tensor", None
-    parts = file.grid_of(name)
-    if entry.grid == "codebook":
-        tables = parts["codebook"].shape[0]
-        granularity = meant or ("tensor" if tables == 1 else "channel" if tables == entry.rows else "group")
-        return granularity, entry.rows // tables if granularity == "group" else None
-    grids, groups = parts["scale"].shape
-    seen = "group" if groups > 1 else "channel" if grids > 1 else "tensor"
-    # One grid a row, or one for a single row, fits several granularities.
-    granularity = seen if groups > 1 else meant or seen
-    return granularity, entry.columns // groups if granularity == "group" else None
+def _form_of(entry: Entry) -> str:
+    """The form as configs name it."""
+    if entry.form != "affine":
+        return entry.form
+    return entry.grid if entry.grid in ("zero-point", "offset") else "symmetric"
 
 
-def _rule_of(name: str, recipe: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
-    """The method that the manifest's recipe gave a tensor, and its options."""
+def _method_of(name: str, recipe: Mapping[str, object]) -> str:
+    """The method that the manifest's recipe gave a tensor."""
     rules = recipe.get("rules")
     for rule in rules if isinstance(rules, list) else []:
         if not isinstance(rule, dict):
@@ -199,8 +212,8 @@ def _rule_of(name: str, recipe: Mapping[str, object]) -> tuple[str, Mapping[str,
         if any(fnmatchcase(name, glob) for glob in globs if isinstance(glob, str)):
             for method, options in rule.items():
                 if method != "match" and isinstance(options, dict):
-                    return method, options
-    return "unknown", {}
+                    return str(method)
+    return "unknown"
 
 
 def _kept_layer(info: TensorInfo, n_bytes: int, tied_to: str | None = None) -> LayerReport:
@@ -218,4 +231,4 @@ def _kept_layer(info: TensorInfo, n_bytes: int, tied_to: str | None = None) -> L
 
 def _input_hash(artifact: Artifact) -> str:
     """That of the checkpoint's one file; of several, that of their names and hashes."""
-    return artifact_hash([(file.path.name, file.manifest.input_sha256) for file in artifact.files])
+    return artifact_hash([(plain_name(file.path.name), file.manifest.input_sha256) for file in artifact.files])

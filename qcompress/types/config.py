@@ -9,14 +9,23 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
 Shape: TypeAlias = tuple[int, ...]
 Granularity: TypeAlias = Literal["tensor", "channel", "group"]
 
-Form: TypeAlias = Literal["kept", "symmetric", "zero-point", "offset", "codebook", "lattice"]
-"""What decodes the codes: nothing, a scale alone or beside an unsigned integer zero point or a real offset, a table of
-entries, or the step of a quantizer without ends."""
+Form: TypeAlias = Literal[
+    "kept", "symmetric", "zero-point", "offset", "codebook", "table", "blocked", "unbounded", "constant"
+]
+"""What decodes the codes: nothing; a scale alone, or beside an unsigned integer zero point or a real offset; a codebook
+of a tensor's own; a table and scales; scales of blocks and integers of their sub-blocks; the step of a quantizer
+without ends; or one value without any codes."""
 
 Convention: TypeAlias = Literal["narrow", "full", "mid-rise"]
 """Where zero lies on a symmetric grid of b bits: at code 2**(b-1) - 1, at 2**(b-1), or at (2**b - 1) / 2."""
 
 CodebookDtype: TypeAlias = Literal["f16", "f32", "int8"]
+
+TableName: TypeAlias = Literal["nf4", "iq4_nl", "e2m1", "e4m3", "e5m2"]
+"""Tables of values that everybody knows, see coding.tables."""
+
+TableValues: TypeAlias = TableName | CodebookDtype
+"""Where the values of a table come from: its name, or how they are stored."""
 Share: TypeAlias = Literal["layer", "type", "model"]
 
 Rows: TypeAlias = Shape
@@ -55,6 +64,11 @@ class MethodConfig(Options):
     axis         the channel axis, or the pair of them in stacked experts; the plan's choice where None
     codebook     how the entries of a codebook are stored
     share        what shares one codebook; None: each tensor has its own
+    table        where the values of a table come from
+    sub_blocks   sub-blocks of `group_size` values in a block, where the form is blocked
+    subzero      what is taken from the scale of a sub-block
+    offsets      whether sub-blocks have offsets, where the form is blocked
+    row_exponents  whether each row has an exponent of its own
 
     A dataclass field of the same name takes the place of what is read-only here.
     """
@@ -108,6 +122,26 @@ class MethodConfig(Options):
     @property
     def share(self) -> Share | None:
         return None
+
+    @property
+    def table(self) -> TableValues:
+        return "f16"
+
+    @property
+    def sub_blocks(self) -> int:
+        return 1
+
+    @property
+    def subzero(self) -> int:
+        return 0
+
+    @property
+    def offsets(self) -> bool:
+        return False
+
+    @property
+    def row_exponents(self) -> bool:
+        return False
 
     def changed(self, **options: object) -> Self:
         """The same config but for these options."""

@@ -1,6 +1,6 @@
 """Weights become these frozen values: codes with what decodes them, and what stands beside them.
 
-A method returns Kept, Affine, Codebook or Unbounded; the grid is already rounded to its dtype on the disk.
+A method returns Kept or one of the other forms; the grid is already rounded to its dtype on the disk.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from qcompress.types.config import Convention, Shape
+from qcompress.types.config import Convention, Shape, TableName
 from qcompress.types.figures import figure
 from qcompress.types.plan import Decision
 
@@ -35,6 +35,8 @@ class Affine:
     convention  where neither is present: weight = scale * (code - middle), see Convention
     shape       of the weight; `axis` are its channel axes, which become the rows
     dtype       of the weight, as safetensors names it
+    group_size      values of a row that share a grid, the last group of a row may have fewer; None: groups are equal
+    row_exponents   int8 [1 or rows], each a row's in place of `exponent`, which is then 0; None: all have `exponent`
     """
 
     codes: Tensor
@@ -47,6 +49,66 @@ class Affine:
     convention: Convention | None = None
     axis: tuple[int, ...] = (0,)
     dtype: str = "F32"
+    group_size: int | None = None
+    row_exponents: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Codes that name values of one table, given or fitted, times a scale a group.
+
+    codes          uint8 [rows, columns], below the number of values, none of a value that is not finite
+    bits           1 to 8
+    values         float32 [values] of a given table; float16, float32 or int8 of a fitted one
+    scale          float16 [1 or rows, groups]; a weight is values[code] * scale * 2**exponent
+    given          the name of the table, where it is one that everybody knows
+    exponent, shape, axis, dtype, group_size, row_exponents   as in Affine
+    """
+
+    codes: Tensor
+    bits: int
+    values: Tensor
+    scale: Tensor
+    exponent: int
+    shape: Shape
+    given: TableName | None = None
+    axis: tuple[int, ...] = (0,)
+    dtype: str = "F32"
+    group_size: int | None = None
+    row_exponents: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Integer codes on a grid a sub-block, whose scale and offset are integers times those of a block.
+
+    codes          uint8 [rows, columns] in [0, 2**bits)
+    scale          float16 [rows, blocks]; the scale of a sub-block is scale * (subscale - subzero) * 2**exponent
+    subscale       uint8 [rows, sub-blocks]
+    offset         float16 [rows, blocks]: weight = sub-block's scale * code + offset * suboffset * 2**exponent
+    suboffset      uint8 [rows, sub-blocks], present where offset is
+    convention     where they are not: weight = sub-block's scale * (code - middle), see Convention
+    subzero        0 to 255
+    group_size     values of a row in a sub-block, and
+    sub_blocks     sub-blocks in a block; the last ones of a row may be smaller
+    exponent, shape, axis, dtype, row_exponents   as in Affine
+    """
+
+    codes: Tensor
+    bits: int
+    scale: Tensor
+    subscale: Tensor
+    exponent: int
+    shape: Shape
+    group_size: int
+    sub_blocks: int
+    offset: Tensor | None = None
+    suboffset: Tensor | None = None
+    convention: Convention | None = None
+    subzero: int = 0
+    axis: tuple[int, ...] = (0,)
+    dtype: str = "F32"
+    row_exponents: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +165,33 @@ class Unbounded:
     dtype: str = "F32"
 
 
-Coded: TypeAlias = Affine | Codebook | Unbounded
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A weight all of whose values are one, which is finite and lies in its dtype."""
+
+    value: float
+    shape: Shape
+    axis: tuple[int, ...] = (0,)
+    dtype: str = "F32"
+
+
+Grouped: TypeAlias = Affine | Table | Blocked
+"""A weight of codes of so many bits, whose groups have a scale each."""
+
+Coded: TypeAlias = Grouped | Codebook | Unbounded
 """A weight that stands in codes."""
 
-Encoded: TypeAlias = Kept | Coded
+Compressed: TypeAlias = Coded | Constant
+"""All but what is kept."""
 
-CodedT = TypeVar("CodedT", bound=Coded)
+Encoded: TypeAlias = Kept | Compressed
+
+CompressedT = TypeVar("CompressedT", bound=Compressed)
 
 
-def for_tensor(coded: CodedT, decision: Decision) -> CodedT:
-    """The codes of rows as those of the weight that a decision names: with its shape, channel axes and dtype."""
-    return replace(coded, shape=decision.tensor.shape, axis=decision.axis, dtype=decision.tensor.dtype)
+def for_tensor(compressed: CompressedT, decision: Decision) -> CompressedT:
+    """What rows became as that of the weight that a decision names: with its shape, channel axes and dtype."""
+    return replace(compressed, shape=decision.tensor.shape, axis=decision.axis, dtype=decision.tensor.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from qcompress.types.config import (
     Section,
     Shape,
     Share,
+    TableValues,
 )
 from qcompress.types.settings import ActivationSettings, Companion, DataSettings, ModelSettings, Task, Training
 from qcompress.types.words import listed
@@ -198,6 +199,26 @@ class Widths(MethodConfig):
     @property
     def share(self) -> Share | None:
         return self.widest.share
+
+    @property
+    def table(self) -> TableValues:
+        return self.widest.table
+
+    @property
+    def sub_blocks(self) -> int:
+        return self.widest.sub_blocks
+
+    @property
+    def subzero(self) -> int:
+        return self.widest.subzero
+
+    @property
+    def offsets(self) -> bool:
+        return self.widest.offsets
+
+    @property
+    def row_exponents(self) -> bool:
+        return self.widest.row_exponents
 
 
 Metrics: TypeAlias = Annotated[Mapping[str, float], shown_as({"top1": 0.1})]

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import struct
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import zstandard
 
-from artifact.educational_unbounded import unbounded_tensors
+from artifact.educational_unbounded import pooled_names, unbounded_tensors
+
+PARTS = ("codes", "scale", "zero_point", "offset", "exponent", "subscale", "suboffset", "codebook", "table")
+NF4 = """-1 -0.6961928 -0.52507305 -0.3949175 -0.28444138 -0.18477343 -0.091050036 0
+         0.0795803 0.1609302 0.2461123 0.33791524 0.44070983 0.562617 0.72295684 1"""
+IQ4_NL = "-127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113"
+E2M1 = "0 0.5 1 1.5 2 3 4 6 -0 -0.5 -1 -1.5 -2 -3 -4 -6"
+MOST_EXPANSION = 4096
 
 
 class Dense(NamedTuple):
@@ -35,52 +43,137 @@ def expand(path: Path) -> dict[str, Dense]:
     for file in files:
         header, data, manifest = read_file(file)
         tied.update(manifest.get("tied", {}))
+        checked = checksums(header, data, manifest)
+        for name, found in checked.items():
+            assert found == manifest["numbers"]["crc32"][name], name
         for name, stored in header.items():
-            if ".qc." not in name:
-                dtype, raw = stored["dtype"], bytes_of(stored, data)
-                named = {one: kind for kind, names in manifest.get("halved", {}).items() for one in names}
-                own = named.get(name, named.get("*")) if dtype == "F16" else None
-                if own:
+            if ".qc." not in name and name != "qcompress.manifest":
+                own, raw = own_dtype(name, stored, manifest), bytes_of(stored, data)
+                if own != stored["dtype"]:
                     raw = np.frombuffer(raw, "<f2").astype({"F32": "<f4", "F64": "<f8"}[own]).tobytes()
-                tensors[name] = Dense(own or dtype, tuple(stored["shape"]), raw)
-        entries = {
-            name: manifest["defaults"] | ({"shape": own} if isinstance(own, list) else own)
-            for name, own in manifest["tensors"].items()
-        }
+                tensors[name] = Dense(own, tuple(stored["shape"]), raw)
+        entries = manifest["tensors"]
         for name, (_, values) in unbounded_tensors(
             entries, lambda part, h=header, d=data: bytes_of(h[part], d)
         ).items():
-            entry = entries[name]
-            tensors[name] = Dense(entry["dtype"], tuple(entry["shape"]), in_order(entry, values))
+            tensors[name] = Dense(
+                entries[name]["dtype"], tuple(entries[name]["shape"]), in_order(entries[name], values)
+            )
         for name, entry in entries.items():
-            if entry["grid"] == "lattice":
-                continue
-            owner = entry.get("codebook", name)
-            parts = {
-                part: bytes_of(header[f"{owner}.qc.{part}"], data)
-                for part in ("scale", "zero_point", "offset", "codebook")
-                if f"{owner}.qc.{part}" in header
-            }
-            parts["codes"] = bytes_of(header[f"{name}.qc.codes"], data)
-            grid = "codebook" if entry["grid"] == "codebook" else "scale"
-            about = header[f"{owner}.qc.{grid}"]
-            tensors[name] = Dense(entry["dtype"], tuple(entry["shape"]), decode(entry, parts, about))
+            if entry["form"] != "unbounded":
+                parts = parts_of(name, entry, header, data)
+                tensors[name] = Dense(entry["dtype"], tuple(entry["shape"]), decode(entry, parts))
     return tensors | {name: tensors[twin] for name, twin in tied.items()}
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], bytes, dict[str, Any]]:
-    """Header without metadata, data, and manifest, after their checksums were checked."""
+    """Header without metadata, data, and manifest, after the checksums of the file were checked."""
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
-    manifest = json.loads(header.pop("__metadata__")["qcompress"])
-    assert manifest["format"] == 1
-    assert hashlib.sha256(raw[start:]).hexdigest() == manifest["sha256"]
-    before = b'\\"header_crc32\\":\\"'
-    place = raw.index(before) + len(before)
-    assert raw[place : place + 8].decode() == manifest["header_crc32"]
-    assert zlib.crc32(raw[:place] + b"00000000" + raw[place + 8 : start]) == int(manifest["header_crc32"], 16)
-    return header, raw[start:], manifest
+    header, data = json.loads(raw[8:start]), raw[start:]
+    assert header.pop("__metadata__") == {"format": "pt", "qcompress": "2"}
+    begin, end = header["qcompress.manifest"]["data_offsets"]
+    assert end == len(data)
+    others = [name for name in header if name == ".qc.side" or (".qc." not in name and name != "qcompress.manifest")]
+    manifest = read_manifest(data[begin:], others)
+    assert manifest["numbers"]["sha256"] == hashlib.sha256(data[:begin]).hexdigest()
+    assert manifest["numbers"]["header_crc32"] == zlib.crc32(raw[:start])
+    return header, data, manifest
+
+
+def read_manifest(frame: bytes, others: list[str]) -> dict[str, Any]:
+    """The JSON with every entry whole, and its numbers by kind and name under `numbers`."""
+    text, _, numbers = zstandard.ZstdDecompressor().decompress(frame).partition(b"\n")
+    manifest = json.loads(text)
+    assert manifest["format"] == 2
+    for name, own in manifest["tensors"].items():
+        manifest["tensors"][name] = whole_entry(manifest["defaults"], {"shape": own} if isinstance(own, list) else own)
+    entries = dict(sorted(manifest["tensors"].items()))
+    rest = sorted([*others, *manifest.get("tied", {})])
+    found: dict[str, Any] = {"sha256": numbers[:32].hex(), "input_sha256": numbers[32:64].hex()}
+    (found["header_crc32"],), at = struct.unpack_from("<I", numbers, 64), 68
+    for kind, letter, names in (
+        ("coding", "B", list(entries)),
+        ("exponent", "b", [name for name, entry in entries.items() if has_exponent(entry)]),
+        ("entries", "H", [name for name, entry in entries.items() if stores_values(entry)]),
+        ("value", "d", [name for name, entry in entries.items() if entry["form"] == "constant"]),
+        ("crc32", "I", [*entries, *rest]),
+    ):
+        values = struct.unpack_from(f"<{len(names)}{letter}", numbers, at)
+        found[kind], at = dict(zip(names, values, strict=True)), at + struct.calcsize(f"<{len(names)}{letter}")
+    assert at == len(numbers)
+    for kind in ("coding", "exponent", "entries", "value"):
+        for name, value in found[kind].items():
+            entries[name][kind] = ("packed", "zstd", "ans")[value] if kind == "coding" else value
+    manifest["numbers"] = found
+    return manifest
+
+
+def whole_entry(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """All fields of an entry of its form."""
+    form = own.get("form", defaults.get("form"))
+    own_fields = {
+        "affine": ["bits", "grid", "group", "row_exponents"],
+        "codebook": ["bits", "dim", "group", "shared", "values"],
+        "table": ["bits", "group", "row_exponents", "values"],
+        "blocked": ["bits", "grid", "group", "row_exponents", "sub_blocks", "subzero"],
+    }
+    fields = ["axis", "dtype", "form", "shape", *own_fields.get(form, [])]
+    usual = {"dim": 1, "row_exponents": False, "shared": None, "subzero": 0}
+    every = usual | defaults | own
+    assert set(own) <= set(fields)
+    return {field: every[field] for field in fields}
+
+
+def has_exponent(entry: dict[str, Any]) -> bool:
+    return entry["form"] not in ("unbounded", "constant") and not entry.get("row_exponents")
+
+
+def stores_values(entry: dict[str, Any]) -> bool:
+    if entry["form"] == "codebook":
+        return entry["shared"] is None
+    return entry["form"] == "table" and entry["values"] in ("F16", "F32", "I8")
+
+
+def own_dtype(name: str, stored: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """The dtype in which a kept tensor is given back."""
+    named = {one: kind for kind, names in manifest.get("halved", {}).items() for one in names}
+    return named.get(name, named.get("*", "F16")) if stored["dtype"] == "F16" else stored["dtype"]
+
+
+def checksums(header: dict[str, Any], data: bytes, manifest: dict[str, Any]) -> dict[str, int]:
+    """The CRC-32 of everything that has one in the manifest."""
+    entries, found = manifest["tensors"], {}
+    for name, entry in entries.items():
+        parts = parts_of(name, entry, header, data)
+        raw = b"".join(parts[part][1] for part in PARTS if part in parts)
+        if entry["form"] == "constant":
+            raw += struct.pack("<d", entry["value"])
+        said = {key: value for key, value in entry.items() if key != "value"}
+        found[name] = zlib.crc32(raw + words(name, said))
+    for name, stored in header.items():
+        if ".qc." not in name and name != "qcompress.manifest":
+            own = own_dtype(name, stored, manifest)
+            said = {"dtype": own, "form": "kept", "shape": stored["shape"], "stored": stored["dtype"]}
+            found[name] = zlib.crc32(bytes_of(stored, data) + words(name, said))
+    for name, twin in manifest.get("tied", {}).items():
+        found[name] = zlib.crc32(words(name, {"form": "tied", "to": twin}))
+    if ".qc.side" in header:
+        said = {"form": "pool", "of": pooled_names(entries)}
+        found[".qc.side"] = zlib.crc32(bytes_of(header[".qc.side"], data) + words("", said))
+    return found
+
+
+def words(name: str, said: dict[str, Any]) -> bytes:
+    return json.dumps([name, said], sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def parts_of(name: str, entry: dict[str, Any], header: dict[str, Any], data: bytes) -> dict[str, Any]:
+    """part -> (what the header says of it, its bytes); of a shared codebook those of the tensor that stores it."""
+    owner = entry.get("shared") or name
+    found = {part: header[f"{owner}.qc.{part}"] for part in PARTS if f"{owner}.qc.{part}" in header}
+    found["codes"] = header[f"{name}.qc.codes"]
+    return {part: (stored, bytes_of(stored, data)) for part, stored in found.items()}
 
 
 def bytes_of(stored: dict[str, Any], data: bytes) -> bytes:
@@ -88,21 +181,31 @@ def bytes_of(stored: dict[str, Any], data: bytes) -> bytes:
     return data[begin:end]
 
 
-def decode(entry: dict[str, Any], parts: dict[str, bytes], about: dict[str, Any]) -> bytes:
+def array(parts: dict[str, Any], part: str) -> np.ndarray:
+    """The numbers of a part, in float32 but for codes and exponents."""
+    stored, raw = parts[part]
+    dtype = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}[stored["dtype"]]
+    return np.frombuffer(raw, dtype).reshape(stored["shape"]).astype(np.float32)
+
+
+def decode(entry: dict[str, Any], parts: dict[str, Any]) -> bytes:
     """The bytes of a weight in its own dtype and order."""
-    shape, axis, bits = entry["shape"], entry["axis"], entry["bits"]
-    rows = math.prod(shape[index] for index in axis) if len(shape) > 1 else 1
+    shape, form = entry["shape"], entry["form"]
+    codes_of, raw = parts["codes"]
+    assert math.prod(shape) <= MOST_EXPANSION * len(raw)
+    if form == "constant":
+        assert codes_of["shape"] == [math.ceil(math.prod(shape) / MOST_EXPANSION)]
+        assert not any(raw)
+        value = np.full(shape, entry["value"], "<f8")
+        return (
+            value.astype("<f8").tobytes() if entry["dtype"] == "F64" else in_dtype(value.astype("<f4"), entry["dtype"])
+        )
+    rows = math.prod(shape[index] for index in entry["axis"]) if len(shape) > 1 else 1
     columns = math.prod(shape) // rows
     dim = entry.get("dim", 1)
-    codes = decode_payload(parts["codes"], entry["coding"], bits, rows // dim, columns)
-    grids = ("scale", "zero_point", "offset", "codebook")
-    checked = pack(codes, bits) + b"".join(parts.get(part, b"") for part in grids)
-    assert zlib.crc32(checked) == entry["crc32"]
+    codes = decode_payload(raw, entry["coding"], entry["bits"], rows // dim, columns, math.prod(shape))
     with np.errstate(over="ignore"):
-        if entry["grid"] == "codebook":
-            values = entries_of(codes, parts, about, entry["exponent"])
-        else:
-            values = values_of(codes, parts, about["shape"], entry["grid"], bits, entry["exponent"])
+        values = entries_of(codes, parts, entry) if form == "codebook" else values_of(codes, parts, entry)
     return in_order(entry, values)
 
 
@@ -115,14 +218,13 @@ def in_order(entry: dict[str, Any], values: np.ndarray) -> bytes:
     return in_dtype(np.moveaxis(permuted, range(len(order)), order) if order else permuted, entry["dtype"])
 
 
-def entries_of(codes: np.ndarray, parts: dict[str, bytes], about: dict[str, Any], exponent: int) -> np.ndarray:
+def entries_of(codes: np.ndarray, parts: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
     """float32 [rows, columns] of vectors, one entry at a time."""
-    codebooks, _, dim = about["shape"]
-    dtype = {"F16": "<f2", "F32": "<f4", "I8": "i1"}[about["dtype"]]
-    codebook = np.frombuffer(parts["codebook"], dtype).astype(np.float32).reshape(about["shape"])
-    if about["dtype"] == "I8":
-        codebook = codebook * np.frombuffer(parts["scale"], "<f2").astype(np.float32).reshape(codebooks, 1, 1)
-    codebook = codebook * np.float32(2.0**exponent)
+    codebook = array(parts, "codebook")
+    codebooks, _, dim = codebook.shape
+    if parts["codebook"][0]["dtype"] == "I8":
+        codebook = codebook * array(parts, "scale").reshape(codebooks, 1, 1)
+    codebook = codebook * np.float32(2.0 ** entry["exponent"])
     vectors, columns = codes.shape
     values = np.zeros((vectors * dim, columns), np.float32)
     for v, c in itertools.product(range(vectors), range(columns)):
@@ -130,24 +232,59 @@ def entries_of(codes: np.ndarray, parts: dict[str, bytes], about: dict[str, Any]
     return values
 
 
-def values_of(
-    codes: np.ndarray, parts: dict[str, bytes], grids: list[int], grid: str, bits: int, exponent: int
-) -> np.ndarray:
-    """float32 [rows, columns]."""
+def values_of(codes: np.ndarray, parts: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
+    """float32 [rows, columns] of a form whose groups have scales, one code at a time."""
     rows, columns = codes.shape
-    power = np.float32(2.0**exponent)
-    scale = np.frombuffer(parts["scale"], "<f2").astype(np.float32).reshape(grids) * power
-    row = np.arange(rows)[:, None] if grids[0] == rows else np.zeros((rows, 1), int)
-    group = np.arange(columns)[None, :] // (columns // grids[1])
-    s, code = scale[row, group], codes.astype(np.float32)
-    if grid == "offset":
-        offset = np.frombuffer(parts["offset"], "<f2").astype(np.float32).reshape(grids) * power
-        return code * s + offset[row, group]
-    if grid == "zero-point":
-        zero = np.frombuffer(parts["zero_point"], np.uint8).astype(np.float32).reshape(grids)[row, group]
-    else:
-        zero = np.float32({"narrow": 2 ** (bits - 1) - 1, "full": 2 ** (bits - 1), "mid-rise": (2**bits - 1) / 2}[grid])
-    return (code - zero) * s
+    size = {"tensor": columns, "channel": columns}.get(entry["group"], entry["group"])
+    blocks = size * entry.get("sub_blocks", 1)
+    values = np.zeros((rows, columns), np.float32)
+    table = table_of(entry, parts) if entry["form"] == "table" else None
+    arrays = {part: array(parts, part) for part in parts if part != "codes"}
+    for r, c in itertools.product(range(rows), range(columns)):
+        row = r if entry["group"] != "tensor" else 0
+        power = np.float32(2.0 ** (arrays["exponent"][row] if entry["row_exponents"] else entry["exponent"]))
+        s = arrays["scale"][row, c // blocks] * power
+        o = arrays["offset"][row, c // blocks] * power if "offset" in arrays else None
+        if entry["form"] == "blocked":
+            s = s * (arrays["subscale"][row, c // size] - np.float32(entry["subzero"]))
+            o = o * arrays["suboffset"][row, c // size] if o is not None else None
+        code = np.float32(codes[r, c])
+        if table is not None:
+            values[r, c] = table[codes[r, c]] * s
+        elif entry["grid"] == "offset":
+            values[r, c] = code * s + o
+        elif entry["grid"] == "zero-point":
+            values[r, c] = (code - arrays["zero_point"][row, c // size]) * s
+        else:
+            half = 2 ** (entry["bits"] - 1)
+            middle = {"narrow": half - 1, "full": half, "mid-rise": half - 0.5}[entry["grid"]]
+            values[r, c] = (code - np.float32(middle)) * s
+    return values
+
+
+def table_of(entry: dict[str, Any], parts: dict[str, Any]) -> np.ndarray:
+    """The values that codes name, float32."""
+    given = {"nf4": NF4, "iq4_nl": IQ4_NL, "e2m1": E2M1}
+    if entry["values"] in given:
+        return np.array([float(text) for text in given[entry["values"]].split()], np.float32)
+    if entry["values"] in ("e4m3", "e5m2"):
+        return np.array([small_float(code, entry["values"]) for code in range(256)], np.float32)
+    return array(parts, "table")
+
+
+def small_float(code: int, kind: str) -> float:
+    """The number of a byte; NaN where it has none."""
+    mantissa_bits = {"e4m3": 3, "e5m2": 2}[kind]
+    sign, exponent, mantissa = (
+        code >> 7,
+        code >> mantissa_bits & (127 >> mantissa_bits),
+        code & (1 << mantissa_bits) - 1,
+    )
+    if (kind == "e5m2" and exponent == 31) or (kind == "e4m3" and code & 127 == 127):
+        return math.nan
+    bias = {"e4m3": 7, "e5m2": 15}[kind]
+    size = math.ldexp(mantissa + ((exponent > 0) << mantissa_bits), max(exponent, 1) - bias - mantissa_bits)
+    return -size if sign else size
 
 
 def in_dtype(values: np.ndarray, dtype: str) -> bytes:
@@ -160,10 +297,10 @@ def in_dtype(values: np.ndarray, dtype: str) -> bytes:
     return values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
 
 
-def decode_payload(data: bytes, coding: str, bits: int, rows: int, columns: int) -> np.ndarray:
+def decode_payload(data: bytes, coding: str, bits: int, rows: int, columns: int, weights: int) -> np.ndarray:
     """The codes [rows, columns]."""
     if coding == "ans":
-        return decode_ans(data, rows, columns)
+        return decode_ans(data, rows, columns, len(data) == math.ceil(weights / MOST_EXPANSION))
     if coding == "zstd":
         return unpack(zstandard.ZstdDecompressor().decompress(data[1:]), data[0], rows, columns)
     return unpack(data, bits, rows, columns)
@@ -188,7 +325,7 @@ def pack(codes: np.ndarray, bits: int) -> bytes:
     return b"".join(string.to_bytes(width, "little") for string in strings)
 
 
-def decode_ans(data: bytes, rows: int, columns: int) -> np.ndarray:
+def decode_ans(data: bytes, rows: int, columns: int, filled: bool = False) -> np.ndarray:
     precision, at, code, table = data[0], 1, 0, []
     while sum(frequency for _, frequency in table) < 2**precision:
         value, at = read_varint(data, at)
@@ -217,6 +354,9 @@ def decode_ans(data: bytes, rows: int, columns: int) -> np.ndarray:
     codes = np.full((rows, columns), table[0][0], np.uint8)
     for places, length in zip(chunks, lengths, strict=True):
         stream, at = data[at : at + length], at + length
+        if filled and at == len(data):
+            stream = stream.rstrip(b"\0")
+        assert not stream.endswith(b"\0")
         words = [int.from_bytes(stream[start : start + 4], "little") for start in range(0, length, 4)]
         if words:
             decode_stream(words, table, starts, codes, places)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ class Tensor:
             rest = [size for axis, size in enumerate(self.shape) if axis not in entry["axis"]]
         self.columns, self.taps = math.prod(rest), math.prod(rest[1:])
         self.parts: dict[str, list[int]] = {}
-        self.flags = self.exponent = self.base = self.crc32 = 0
+        self.flags = self.exponent = self.base = 0
         self.step = 0.0
 
     @property
@@ -55,13 +54,9 @@ def unbounded_tensors(
     entries: Mapping[str, Mapping[str, Any]], stored: Callable[[str], bytes]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Name -> codes and values float32, both [rows, columns]; `stored` gives the bytes of a stored tensor."""
-    tensors = [Tensor(name, entry) for name, entry in sorted(entries.items()) if entry["grid"] == "lattice"]
-    shared, left = [], 2**22
-    for tensor in sorted(tensors, key=lambda one: (math.prod(one.shape), one.name)):
-        if math.prod(tensor.shape) <= min(left, 2**18):
-            shared.append(tensor)
-            left -= math.prod(tensor.shape)
-    shared.sort(key=lambda one: one.name)
+    tensors = [Tensor(name, entry) for name, entry in sorted(entries.items()) if entry["form"] == "unbounded"]
+    names = pooled_names(entries)
+    shared = [tensor for tensor in tensors if tensor.name in names]
     tables = read_side(stored(".qc.side"), shared) if shared else {}
     found = {}
     for tensor in tensors:
@@ -71,19 +66,26 @@ def unbounded_tensors(
         else:
             length, at = varint(data, 0)
             codes = read_codes(data[at + length :], tensor, read_side(data[at : at + length], [tensor]))
-        place = struct.pack("<ebB", tensor.step, tensor.exponent, tensor.trellis)
-        factors = [tensor.parts[kind] for kind in ("rows", "channels", "taps")]
-        checked = codes.astype("<i4").tobytes() + place + bytes(factor % 256 for part in factors for factor in part)
-        assert zlib.crc32(checked) == tensor.crc32
         found[tensor.name] = (codes, values(codes, tensor))
     return found
+
+
+def pooled_names(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The tensors that share the pool of their file."""
+    sizes = [(math.prod(entry["shape"]), name) for name, entry in entries.items() if entry["form"] == "unbounded"]
+    names, left = [], 2**22
+    for size, name in sorted(sizes):
+        if size <= min(left, 2**18):
+            names.append(name)
+            left -= size
+    return sorted(names)
 
 
 def read_side(data: bytes, tensors: list[Tensor]) -> dict[int, Table]:
     at = 0
     for tensor in tensors:
-        tensor.flags, tensor.exponent, tensor.base, tensor.step, tensor.crc32 = struct.unpack_from("<BbbeI", data, at)
-        at += 9
+        tensor.flags, tensor.exponent, tensor.base, tensor.step = struct.unpack_from("<Bbbe", data, at)
+        at += 5
     bins: dict[int, int] = {}
     for group in (0, 32, 64):
         count, at = data[at], at + 1
@@ -206,8 +208,12 @@ def read_codes(data: bytes, tensor: Tensor, tables: Mapping[int, Table]) -> np.n
         stream, at = varint(data, at) if place < len(chunks) - 1 else (len(data), at)
         sizes.append((raw, stream))
     codes = np.zeros((rows, columns), np.int64)
+    filled = len(data) == math.ceil(rows * columns / 4096)
     for chunk, (raw, stream) in zip(chunks, sizes, strict=True):
-        read_chunk(codes, chunk, Bits(data[at : at + raw]), Stream(data[at + raw : at + raw + stream]), tensor, tables)
+        streamed = data[at + raw : at + raw + stream]
+        if filled and chunk is chunks[-1]:
+            streamed = streamed.rstrip(b"\0")
+        read_chunk(codes, chunk, Bits(data[at : at + raw]), Stream(streamed), tensor, tables)
         at += raw + stream
     return codes
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import zstandard
 from safetensors.torch import save_file
 from torch import Tensor
 
-from artifact.educational_decoder import Dense
+from artifact.educational_decoder import Dense, checksums, read_manifest
 from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from qcompress.compress.compress import compress
@@ -94,32 +96,75 @@ def make_artifact(folder: Path, tensors: Mapping[str, Tensor] | None = None, cho
     return folder / "artifact.safetensors"
 
 
-def rewrite(path: Path, change: Callable[[Header, Header, bytearray], None]) -> Path:
-    """Let `change` edit header, manifest and data of an artifact, and make its checksums true again."""
+def rewrite(path: Path, change: Callable[[Header, Header, bytearray], Any]) -> Path:
+    """Let `change` edit header, manifest and data of an artifact, and make its file's checksums true again.
+
+    The data are those before the manifest, which has its numbers by kind and name under `numbers`, where `change` finds
+    them; what it puts into an entry for a number is left alone.
+    """
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
-    header, data = json.loads(raw[8:start]), bytearray(raw[start:])
-    manifest = json.loads(header["__metadata__"]["qcompress"])
+    header = json.loads(raw[8:start])
+    begin, end = header.pop("qcompress.manifest")["data_offsets"]
+    others = [name for name in header if name == ".qc.side" or (".qc." not in name and name != "__metadata__")]
+    data = bytearray(raw[start : start + begin])
+    manifest = read_manifest(raw[start + begin : start + end], others)
+    for entry in manifest["tensors"].values():
+        for number in ("coding", "exponent", "entries", "value"):
+            entry.pop(number, None)
     change(header, manifest, data)
-    manifest["sha256"] = hashlib.sha256(data).hexdigest()
-    for crc32 in ("0" * 8, ""):
+    return assemble(path, header, manifest, bytes(data))
+
+
+def assemble(path: Path, header: Header, manifest: Header, data: bytes) -> Path:
+    """An artifact of these, with its file's checksums."""
+    numbers = {**manifest["numbers"], "sha256": hashlib.sha256(data).hexdigest()}
+    for _ in range(2):
+        frame = pack_manifest(manifest, numbers)
+        span = {"dtype": "U8", "shape": [len(frame)], "data_offsets": [len(data), len(data) + len(frame)]}
+        write_raw(path, {**header, "qcompress.manifest": span}, data + frame)
         raw = path.read_bytes()
-        start = 8 + int.from_bytes(raw[:8], "little")
-        manifest["header_crc32"] = crc32 or f"{zlib.crc32(raw[:start]):08x}"
-        header["__metadata__"]["qcompress"] = json.dumps(manifest, separators=(",", ":"))
-        write_raw(path, header, bytes(data))
+        numbers["header_crc32"] = zlib.crc32(raw[: 8 + int.from_bytes(raw[:8], "little")])
     return path
 
 
+def pack_manifest(manifest: Header, numbers: Header) -> bytes:
+    """The frame of a manifest; its numbers are not compressed, so that none changes its length."""
+    text = {key: value for key, value in manifest.items() if key != "numbers"}
+    parts = [bytes.fromhex(numbers["sha256"] + numbers["input_sha256"]), struct.pack("<I", numbers["header_crc32"])]
+    for kind, letter in (("coding", "B"), ("exponent", "b"), ("entries", "H"), ("value", "d"), ("crc32", "I")):
+        parts += [struct.pack(f"<{letter}", value) for value in numbers[kind].values()]
+    return framed(json.dumps(text, ensure_ascii=False).encode() + b"\n" + b"".join(parts))
+
+
+def framed(content: bytes) -> bytes:
+    """A frame with a checksum, of blocks that are not compressed."""
+    checksum = zstandard.ZstdCompressor(write_checksum=True).compress(content)[-4:]
+    pieces = [content[at : at + 2**17] for at in range(0, len(content), 2**17)] or [b""]
+    blocks = [(len(one) << 3 | (one is pieces[-1])).to_bytes(3, "little") + one for one in pieces]
+    return b"\x28\xb5\x2f\xfd\xa4" + len(content).to_bytes(4, "little") + b"".join(blocks) + checksum
+
+
 def seal(header: Header, manifest: Header, data: bytes, name: str) -> None:
-    """Make the CRC-32 of a tensor with packed codes true again."""
-    parts = [
-        header[f"{name}.qc.{part}"]
-        for part in ("codes", "scale", "zero_point", "offset", "codebook")
-        if f"{name}.qc.{part}" in header
-    ]
-    spans = [part["data_offsets"] for part in parts]
-    manifest["tensors"][name]["crc32"] = zlib.crc32(b"".join(bytes(data[begin:end]) for begin, end in spans))
+    """Make the CRC-32 of a tensor true again."""
+    numbers = manifest["numbers"]
+    codings = {one: ("packed", "zstd", "ans")[code] for one, code in numbers["coding"].items()}
+    told = {"coding": codings, **{kind: numbers[kind] for kind in ("exponent", "entries", "value")}}
+    entries = {
+        one: entry | {kind: values[one] for kind, values in told.items() if one in values}
+        for one, entry in manifest["tensors"].items()
+    }
+    plain = {one: stored for one, stored in header.items() if one != "__metadata__"}
+    found = checksums(plain, data, {**manifest, "tensors": entries})
+    numbers["crc32"][name] = found[name]
+
+
+def damage(path: Path, stored: str) -> None:
+    """Flip a bit of the first byte of a stored tensor."""
+    raw = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    raw[start + json.loads(raw[8:start])[stored]["data_offsets"][0]] ^= 1
+    path.write_bytes(raw)
 
 
 def verify(path: Path) -> Artifact:

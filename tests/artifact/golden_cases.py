@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from artifact import given_method, unbounded_method
 from artifact.educational_decoder import Dense
 from artifact.examples import recipe, rtn, rule, run, save, save_folder
-from artifact.unbounded_method import METHOD, RoundedConfig
-from qcompress.registry import METHODS
+from artifact.given_method import GivenConfig
+from artifact.unbounded_method import RoundedConfig
 from qcompress.types.plan import Recipe, Rule
 
-EARLIER = {"codebook-few", "codebook-10", "codebook-10-zstd", "codebook-vector"}
-"""Files that are read for ever and written no more: codebooks that repeat the last entry up to 2**bits, and in the last
-a weight halfway between two entries, which goes to either by the processor's order of sums."""
 GOLDEN = Path(__file__).parent.parent / "golden"
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -61,6 +60,11 @@ def unbounded(choice: str, **options: Any) -> Case:
     """Two tensors of unbounded codes that share a pool, a kept tensor, and a grid."""
     tensors = {"a": weights(6, 4, 3, 3), "b": skewed(9, 20), "c": weights(5), "d": weights(3, 5)}
     return unbounded_tensors(tensors, choice, **options)
+
+
+def given(tensor: Tensor, choice: str = "packed", **options: Any) -> Case:
+    """A weight in a form that no method gives by itself."""
+    return Case({"w": tensor}, recipe(Rule("w", "given", GivenConfig(**options), "rule w")), choice)
 
 
 CASES: dict[str, Case] = {
@@ -116,14 +120,37 @@ CASES: dict[str, Case] = {
     "bf16": one(weights(3, 5, dtype=torch.bfloat16), "rtn", bits=4),
     "large": one(weights(3, 5) * 2.0**90, "rtn", bits=4),
     "tiny": one(weights(3, 5) * 2.0**-120, "rtn", bits=4),
-    "lattice-ans": unbounded("ans"),
-    "lattice-auto": unbounded("auto"),
-    "lattice-zstd": unbounded("zstd"),
-    "lattice-packed": unbounded("packed"),
-    "lattice-trellis": unbounded("ans", trellis=True),
-    "lattice-fine": unbounded("ans", step=0.01),
-    "lattice-factors": unbounded("ans", columns=True),
-    "lattice-axis": unbounded_tensors({"w": weights(4, 6, 5)}, "ans", axis=1, columns=True),
+    "unbounded-ans": unbounded("ans"),
+    "unbounded-auto": unbounded("auto"),
+    "unbounded-zstd": unbounded("zstd"),
+    "unbounded-packed": unbounded("packed"),
+    "unbounded-trellis": unbounded("ans", trellis=True),
+    "unbounded-fine": unbounded("ans", step=0.01),
+    "unbounded-factors": unbounded("ans", columns=True),
+    "unbounded-axis": unbounded_tensors({"w": weights(4, 6, 5)}, "ans", axis=1, columns=True),
+    "ragged-offset": given(weights(3, 10), form="offset", group_size=4),
+    "ragged-zero-point": given(weights(3, 10), form="zero-point", group_size=4, bits=3),
+    "ragged-full-ans": given(skewed(32, 9), "ans", form="symmetric", group_size=5),
+    "row-exponents": given(weights(5, 8), form="offset", granularity="channel", row_exponents=True),
+    "row-exponents-group": given(weights(5, 8), form="symmetric", group_size=3, row_exponents=True),
+    "table-nf4": given(weights(3, 10), form="table", group_size=4),
+    "table-iq4_nl": given(weights(3, 8), "zstd", form="table", group_size=4, table="iq4_nl"),
+    "table-e2m1": given(weights(3, 8), form="table", granularity="channel", table="e2m1", row_exponents=True),
+    "table-e4m3": given(weights(3, 8), form="table", granularity="tensor", table="e4m3", bits=8),
+    "table-e5m2": given(weights(3, 8), "ans", form="table", granularity="tensor", table="e5m2", bits=8),
+    "table-f16": given(weights(3, 8), form="table", group_size=2, table="f16", bits=3),
+    "table-f32": given(weights(3, 8), "ans", form="table", granularity="channel", table="f32", bits=2),
+    "table-int8": given(weights(3, 8), form="table", granularity="channel", table="int8", bits=5),
+    "blocked-offset": given(weights(3, 22), form="blocked", group_size=4, sub_blocks=3, offsets=True),
+    "blocked-full": given(weights(2, 5, 4), form="blocked", group_size=4, subzero=32, bits=3, axis=1),
+    "blocked-exponents": given(weights(4, 9), "ans", form="blocked", group_size=2, bits=2, row_exponents=True),
+    **{
+        f"constant-{name}": given(torch.full((3, 1500), 1.1, dtype=dtype), form="constant", granularity="tensor")
+        for name, dtype in (("f64", torch.float64), ("f32", torch.float32), ("bf16", torch.bfloat16))
+    },
+    "filled-ans": one(torch.zeros(5, 8000), "rtn", "ans", bits=2, granularity="tensor"),
+    "filled-auto": one(torch.zeros(5, 8000), "rtn", "auto", bits=3),
+    "unbounded-filled": unbounded_tensors({"w": torch.zeros(5, 8000)}, "ans"),
     "halved": Case(
         {
             "a": weights(4),
@@ -165,7 +192,8 @@ def write_case(name: str, folder: Path, version: Callable[[str], None]) -> Path:
         return folder / "folder"
     case = CASES[name]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(METHODS, "rounded", METHOD)  # type: ignore[arg-type]
+        unbounded_method.register(patch)
+        given_method.register(patch)
         return _write(case, name, folder)
 
 
@@ -181,6 +209,8 @@ def write_new(name: str, folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         path = write_case(name, folder, lambda version: patch.setattr("qcompress.plan.files.VERSION", version))
+    if (GOLDEN / path.name).is_dir():
+        shutil.rmtree(GOLDEN / path.name)
     path.rename(GOLDEN / path.name)
     values = {tensor: as_text(dense) for tensor, dense in expand(GOLDEN / path.name).items()}
     (GOLDEN / f"{name}.json").write_text(json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A method for tests of the artifact alone: every weight rounded to the nearest point of a lattice."""
+"""A method for tests of the artifact alone: every weight rounded to the nearest point of a grid without ends."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class RoundedConfig(MethodConfig):
 
     @property
     def form(self) -> Form:
-        return "lattice"
+        return "unbounded"
 
 
 def encode(rows: Tensor, config: RoundedConfig, context: EncodeContext) -> Unbounded:
-    """The lattice of the weight [rows, ...]: no two rows and, on request, no two taps and channels have one step."""
+    """The codes of the weight [rows, ...]: no two rows and, on request, no two taps and channels have one step."""
     matrix, exponent = rows.reshape(len(rows), -1).double(), context.exponent
     size = matrix.square().mean().sqrt().clamp(min=1e-30)
     step = (config.step * size * 2.0**-exponent).clamp(2.0**-20, 60000).half()

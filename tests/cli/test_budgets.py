@@ -110,7 +110,7 @@ def test_the_least_that_a_refusal_names_can_be_had_and_nothing_less(run: Run, ch
     ran = run("quantize", checkpoint, "--target-size", asked, *flags, "-n")
     least = int(ran.error_lines[0].partition("ask for at least ")[2].partition(",")[0])
     assert run("quantize", checkpoint, "--target-size", least, *flags).code == 0
-    assert checkpoint.with_name(f"model-{least}B.safetensors").stat().st_size == least
+    assert checkpoint.with_name(f"model-{least}B.safetensors").stat().st_size <= least
     assert run("quantize", checkpoint, "--target-size", least - 1, *flags).code == 3
 
 

@@ -9,6 +9,8 @@ import pytest
 from conftest import Run, files_under, small_tensors, write_checkpoint
 from safetensors.numpy import load_file
 
+from qcompress.artifact.reader import read_artifact
+
 RECIPE = """
 version: 1
 seed: 5
@@ -28,11 +30,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def resolved(artifact: Path) -> dict[str, object]:
     """The recipe that an artifact's manifest holds."""
-    from safetensors import safe_open
-
-    with safe_open(artifact, "np") as file:
-        manifest = json.loads(file.metadata()["qcompress"])
-    return dict(manifest["recipe"])
+    return dict(read_artifact(artifact).files[0].manifest.recipe)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +64,15 @@ def test_a_folder_gives_a_folder_with_its_companions(run: Run, sharded: Path) ->
     ran = run("quantize", sharded, "--bits", 4, "-q")
     output = sharded.with_name("network-w4")
     assert (ran.code, ran.out) == (0, f"{output}\n")
-    assert set(files_under(output)) == set(files_under(sharded))
-    for name in ("config.json", "tokenizer.json"):
-        assert (output / name).read_bytes() == (sharded / name).read_bytes()
+    companions = {"config.json", "tokenizer.json"}
+    weights = {name.replace("model", "model.qcompress", 1) for name in set(files_under(sharded)) - companions}
+    assert set(files_under(output)) == weights | companions
+    assert (output / "tokenizer.json").read_bytes() == (sharded / "tokenizer.json").read_bytes()
+    config = json.loads((output / "config.json").read_text())
+    assert config.pop("quantization_config") == {"quant_method": "qcompress"}
+    assert config == json.loads((sharded / "config.json").read_text())
     report = json.loads(sharded.with_name("network-w4.report.json").read_text())
-    shards = [*output.glob("*.safetensors"), output / "model.safetensors.index.json"]
+    shards = [*output.glob("*.safetensors"), output / "model.qcompress.safetensors.index.json"]
     assert report["size"]["artifact_bytes"] == sum(path.stat().st_size for path in shards)
     assert run("verify", output).code == 0
 

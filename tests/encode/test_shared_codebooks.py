@@ -57,7 +57,7 @@ def test_tensors_that_share_have_one_stored_codebook(
     assert report["size"]["artifact_bytes"] == output.stat().st_size
     file = read_artifact(output).files[0]
     stored = {name for name in file.container.by_name if name.endswith(".qc.codebook")}
-    owners = {name: entry.codebook or name for name, entry in file.manifest.tensors.items()}
+    owners = {name: entry.shared or name for name, entry in file.manifest.tensors.items()}
     groups = GROUPS[share]
     assert len(stored) == len(groups) and {f"{owner}.qc.codebook" for owner in owners.values()} == stored
     source, loaded = load_file(checkpoint), qcompress.load_state_dict(output)
@@ -142,8 +142,8 @@ def test_different_settings_share_nothing(run: Run, checkpoint: Path, tmp_path: 
     )
     assert run("cluster", str(checkpoint), "-r", str(recipe), "-o", str(output), "-q").code == 0
     manifest = read_artifact(output).files[0].manifest
-    assert manifest.tensors["head.weight"].codebook is None
-    assert sum(manifest.tensors[name].codebook is None for name in NAMES) == 1
+    assert manifest.tensors["head.weight"].shared is None
+    assert sum(manifest.tensors[name].shared is None for name in NAMES) == 1
 
 
 def test_the_plan_of_shared_codebooks_knows_the_size(run: Run, checkpoint: Path, tmp_path: Path) -> None:

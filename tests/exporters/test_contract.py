@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from artifact.educational_decoder import Dense, expand
-from artifact.examples import denses, make_artifact, rewrite, save
+from artifact.examples import damage, denses, make_artifact, rewrite, save
 from artifact.golden_cases import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor
 
 import qcompress.exporters
-from qcompress.artifact.manifest import GRIDS
+from qcompress.artifact.entry import FORMS, GRIDS
 from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.errors import ArtifactError, OutputError, ResourceError
@@ -47,7 +47,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return found | {name: found[twin] for name, twin in read_checkpoint(path).tied.items()}
 
 
-MEMBERS = {"safetensors": Member(read_safetensors, frozenset(GRIDS))}
+ALL_FORMS = {*GRIDS, *FORMS} - {"affine"}
+MEMBERS = {"safetensors": Member(read_safetensors, frozenset(ALL_FORMS))}
 
 BUILT = {name: exporter for name, exporter in EXPORTERS.items() if exporter.target is not None}
 ARTIFACTS = {path.stem: path for path in GOLDEN.glob("*.safetensors")} | {"folder": GOLDEN / "folder"}
@@ -56,8 +57,9 @@ each_exporter = pytest.mark.parametrize("name", sorted(BUILT))
 
 
 def forms(artifact: Artifact) -> dict[str, str]:
-    """Compressed tensor -> its grid form."""
-    return {name: entry.grid for file in artifact.files for name, entry in file.manifest.tensors.items()}
+    """Compressed tensor -> its form, of an affine one what places its grid."""
+    entries = {name: entry for file in artifact.files for name, entry in file.manifest.tensors.items()}
+    return {name: str(entry.grid) if entry.form == "affine" else entry.form for name, entry in entries.items()}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -80,7 +82,7 @@ def test_every_exporter_is_a_member_a_file_and_a_function() -> None:
 
 def test_the_artifacts_are_of_every_form_and_say_what_is_tied_and_kept() -> None:
     artifacts = [read_artifact(path) for path in ARTIFACTS.values()]
-    assert {form for artifact in artifacts for form in forms(artifact).values()} == set(GRIDS)
+    assert {form for artifact in artifacts for form in forms(artifact).values()} == ALL_FORMS
     assert any(artifact.tied for artifact in artifacts)
     assert {info.dtype for artifact in artifacts for file in artifact.files for info in file.kept} >= {
         "BOOL", "F16", "F32", "F8_E4M3", "I64",
@@ -139,9 +141,7 @@ def test_an_existing_output_is_kept_without_force(name: str, tmp_path: Path) -> 
 def assert_all_or_nothing(export: Export, folder: Path) -> None:
     """An export that fails on its way leaves the folder as it was."""
     path = make_artifact(folder)
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
+    damage(path, "w.qc.codes")
     (folder / "old.bin").write_bytes(b"the user's")
     before = sorted(folder.iterdir()), files_of(folder)
     for output, force in (("new.bin", False), ("old.bin", True)):

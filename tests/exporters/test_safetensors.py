@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 from artifact.educational_decoder import expand
-from artifact.examples import denses, gaussian, make_artifact, recipe, rewrite, rtn, rule, run, save, save_folder
+from artifact.examples import (
+    damage,
+    denses,
+    gaussian,
+    make_artifact,
+    recipe,
+    rewrite,
+    rtn,
+    rule,
+    run,
+    save,
+    save_folder,
+    seal,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 from torch import nn
@@ -102,8 +115,10 @@ def test_a_vector_and_a_scalar_are_exported_whatever_their_axis(tmp_path: Path) 
     source = save(tmp_path / "m.safetensors", {"scalar": torch.tensor(2.5), "vector": gaussian(5)})
     run(source, tmp_path / "a.safetensors", recipe(rule("scalar", "rtn", bits=8), rule("vector", "rtn", bits=8)))
 
-    def other_axes(_header: Any, manifest: Any, _data: bytearray) -> None:
-        manifest["defaults"]["axis"] = [1]
+    def other_axes(header: Any, manifest: Any, data: bytearray) -> None:
+        for name, own in manifest["tensors"].items():
+            own["axis"] = [1]
+            seal(header, manifest, data, name)
 
     artifact = rewrite(tmp_path / "a.safetensors", other_axes)
     export(read_artifact(artifact), tmp_path / "d.safetensors", force=False)
@@ -144,9 +159,7 @@ def test_exporting_twice_gives_equal_bytes_and_never_the_artifact_itself(tmp_pat
 
 def test_a_damaged_tensor_leaves_nothing(tmp_path: Path) -> None:
     path = make_artifact(tmp_path)
-    damaged = bytearray(path.read_bytes())
-    damaged[-1] ^= 1
-    path.write_bytes(damaged)
+    damage(path, "w.qc.codes")
     names = {one.name for one in tmp_path.iterdir()}
     with pytest.raises(ArtifactError, match="tensor 'w'"):
         export(read_artifact(path), tmp_path / "d.safetensors", force=False)

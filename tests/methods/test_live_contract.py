@@ -13,7 +13,8 @@ from model.networks import Mlp, Residual, Separable, Untraceable, decisions, liv
 from torch import nn
 from training.small import make_trainer as trainer
 
-from qcompress.artifact.layout import grid_of, make_slots
+from qcompress.artifact.entry import planned_entry
+from qcompress.artifact.layout import make_slots
 from qcompress.coding.grids import decode
 from qcompress.coding.unbounded.lengths import coded_bits
 from qcompress.errors import ModelError
@@ -93,7 +94,7 @@ def test_what_comes_back_is_well_formed_and_in_place(
                 value = getattr(encoded, part)
                 assert (None if value is None else tuple(value.shape)) == slots.get(part)
             placed = {True: "zero-point", False: "offset"}[encoded.zero_point is not None]
-            assert grid_of(decision) == (encoded.convention or placed)
+            assert planned_entry(decision).grid == (encoded.convention or placed)
         weight = find_tensor(found.quantized, name)
         assert bool(weight.isfinite().all())
         torch.testing.assert_close(decode(encoded), weight, rtol=0, atol=0)

@@ -21,7 +21,7 @@ def form_of(encoded: Coded) -> Form:
     if isinstance(encoded, Codebook):
         return "codebook"
     if isinstance(encoded, Unbounded):
-        return "lattice"
+        return "unbounded"
     assert sum(part is not None for part in (encoded.zero_point, encoded.offset, encoded.convention)) == 1
     if encoded.convention is not None:
         return "symmetric"

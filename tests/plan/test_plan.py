@@ -14,7 +14,8 @@ from contexts import context_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompress.artifact.layout import grid_of, make_slots
+from qcompress.artifact.entry import planned_entry
+from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.compress.compress import compress
 from qcompress.errors import DataError, QcompressError, RecipeError, Refusals
@@ -290,7 +291,7 @@ def test_every_method_stores_the_grid_that_its_config_foretells(method: str, opt
         if encoded.offset is not None
         else encoded.convention
     )
-    assert grid_of(decision) == grid
+    assert planned_entry(decision).grid == grid
 
 
 FACTS: dict[str, TensorFacts] = {

@@ -24,7 +24,10 @@ from qcompress.registry import (
 from qcompress.types.config import MethodConfig
 from qcompress.types.plan import KEPT, Widths
 
-READ = ("form", "granularity", "unit", "group_size", "dim", "axis", "stored_convention", "codebook", "share")
+READ = (
+    *("form", "granularity", "unit", "group_size", "dim", "axis", "stored_convention", "codebook", "share"),
+    *("table", "sub_blocks", "subzero", "offsets", "row_exponents"),
+)
 """All that the plan and the layout read of a config beside its bits."""
 
 
@@ -57,6 +60,11 @@ def test_a_kept_tensor_has_a_config_too() -> None:
         "stored_convention": "full",
         "codebook": "f16",
         "share": None,
+        "table": "f16",
+        "sub_blocks": 1,
+        "subzero": 0,
+        "offsets": False,
+        "row_exponents": False,
     }
     assert KEPT.refuse((3, 5)) is None
 
@@ -77,7 +85,7 @@ FORMS: list[tuple[MethodConfig, str]] = [
     (KmeansConfig(bits=4), "codebook"),
     (LearnedConfig(), "codebook"),
     (DkmConfig(bits=4), "codebook"),
-    (RdConfig(), "lattice"),
+    (RdConfig(), "unbounded"),
 ]
 
 

@@ -4,7 +4,7 @@
     packed   tokens in lanes of a few bits, then those that do not fit, then raw bits
     zstd     one zstd frame of that
 
-artifact/SPEC.md describes all three to the byte, "Lattices on disk".
+artifact/SPEC.md describes all three to the byte, "Unbounded codes on disk".
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcompress.coding.ans import parse_varint, varint
+from qcompress.coding.ans import fill_up, parse_varint, varint
+from qcompress.coding.frames import bound_frame, compress_frame, expand_frame
 from qcompress.coding.packing import pack, row_bytes, unpack
-from qcompress.coding.payload import bound_frame, compress_frame, expand_frame
+from qcompress.coding.payload import least_bytes
 from qcompress.coding.unbounded.side import grid_of_unbounded, side_bytes
 from qcompress.coding.unbounded.streams import decode_streams, encode_streams
 from qcompress.coding.unbounded.tables import Pool, Source, class_uses, fit_pool, make_source
@@ -55,28 +56,28 @@ class CodedPool:
 def encode_pool(unbounded_tensors: Sequence[Unbounded], choice: CodingChoice) -> CodedPool:
     """The bytes of tensors that share tables; equal inputs give equal bytes.
 
-    choice  `auto` takes the smaller of `ans` and `zstd`, tensor by tensor
+    choice  `auto` takes the smaller of `ans` and `zstd`, tensor by tensor; a `zstd` frame that stands for more weights
+            than its bytes may is stored as `packed`, and `ans` is filled up, see `least_bytes`
     raises  ValueError for a code beyond 2**31 - 1, and for a trellis on rows of more than 2**18 codes
     """
     sources = [make_source(unbounded) for unbounded in unbounded_tensors]
     grids = [grid_of_unbounded(unbounded) for unbounded in unbounded_tensors]
     streamed = list(range(len(sources))) if choice in ("auto", "ans") else []
-    plain = {}
+    plain: dict[int, tuple[Coding, bytes]] = {}
     if choice != "ans":
         plain = {place: _plain(source, choice) for place, source in enumerate(sources)}
     pool, streams = _encode_streamed(sources, streamed)
     if choice == "auto":
-        smaller = [place for place, stream in streams.items() if len(stream) <= len(plain[place])]
+        smaller = [place for place, stream in streams.items() if len(stream) <= len(plain[place][1])]
         if len(smaller) < len(streamed):
             pool, streams = _encode_streamed(sources, smaller)
-    payloads = [streams.get(place, plain.get(place, b"")) for place in range(len(sources))]
-    rest: Coding = "packed" if choice == "packed" else "zstd"
-    codings: list[Coding] = ["ans" if place in streams else rest for place in range(len(sources))]
+    coded = {**plain, **{place: ("ans", stream) for place, stream in streams.items()}}
     uses = [
         class_uses(source, pool.levels[place], pool) if place in streams else None
         for place, source in enumerate(sources)
     ]
-    return CodedPool(side_bytes(grids, pool), tuple(codings), tuple(payloads), tuple(uses))
+    codings, payloads = zip(*(coded[place] for place in range(len(sources))), strict=True)
+    return CodedPool(side_bytes(grids, pool), codings, payloads, tuple(uses))
 
 
 def _encode_streamed(sources: Sequence[Source], places: Sequence[int]) -> tuple[Pool, dict[int, bytes]]:
@@ -88,18 +89,21 @@ def _encode_streamed(sources: Sequence[Source], places: Sequence[int]) -> tuple[
     streams = {}
     for place, own in zip(places, pool.levels, strict=True):
         levels[place] = own
-        streams[place] = encode_streams(sources[place], own, pool.tables)
+        source = sources[place]
+        streams[place] = fill_up(encode_streams(source, own, pool.tables), least_bytes(source.codes.size))
     return Pool(tuple(levels), pool.slopes), streams
 
 
-def _plain(source: Source, choice: CodingChoice) -> bytes:
-    """The `packed` payload, or the smallest frame of one."""
+def _plain(source: Source, choice: CodingChoice) -> tuple[Coding, bytes]:
+    """The smallest frame of a `packed` payload; where none may be that small, or none is wanted, that payload."""
+    if choice != "packed":
+        contents = (_packed(source, lane) for lane in ZSTD_LANES)
+        frame = min((compress_frame([content], len(content)) for content in contents), key=len)
+        if len(frame) >= least_bytes(source.codes.size):
+            return "zstd", frame
     counts = np.bincount(source.tokens.reshape(-1), minlength=TOKENS)
-    if choice == "packed":
-        best = min(LANES, key=lambda lane: source.tokens.size * lane + 8 * int(counts[2**lane - 1 :].sum()))
-        return _packed(source, best)
-    contents = (_packed(source, lane) for lane in ZSTD_LANES)
-    return min((compress_frame([content], len(content)) for content in contents), key=len)
+    best = min(LANES, key=lambda lane: source.tokens.size * lane + 8 * int(counts[2**lane - 1 :].sum()))
+    return "packed", _packed(source, best)
 
 
 def _packed(source: Source, lane: int) -> bytes:
@@ -148,7 +152,8 @@ def decode_codes(
     not that of a matrix of this shape; damage that leaves a valid payload of other codes is for the checksum to see.
     """
     if coding == "ans":
-        return decode_streams(data, shape, pool.levels[place], pool.tables, trellis, executor)
+        least = least_bytes(shape[0] * shape[1])
+        return decode_streams(data, shape, pool.levels[place], pool.tables, trellis, executor, least)
     if coding == "zstd":
         count = shape[0] * shape[1]
         data = memoryview(expand_frame(data, 1 + row_bytes(count, LANES[0]), 1 + (1 + _WIDEST_CODE) * count))

@@ -7,9 +7,8 @@ stream. artifact/SPEC.md, "Side information".
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,6 @@ from qcompress.coding.unbounded.tokens import (
     CLASSES,
     CONTEXTS,
     TOKENS,
-    Codes,
     Levels,
     codes_from_tokens,
     raw_bits,
@@ -32,8 +30,7 @@ from qcompress.types.encoded import Unbounded
 
 Integers = NDArray[np.int32]
 
-_FIXED = struct.Struct("<BbbHI")
-_PLACE = struct.Struct("<HbB")
+_FIXED = struct.Struct("<BbbH")
 _PARTS = ("level rows", "level columns", "step rows", "step channels", "step taps", "trellis")
 _GROUPS = range(0, CONTEXTS, CLASSES)
 FACTOR_LIMIT = 127
@@ -56,13 +53,11 @@ class Grid:
 
     step     the bits of a float16
     factors  integers: of rows [rows], of channels [columns / taps, or columns without factors of taps], of taps [taps]
-    crc32    see `unbounded_crc32`
     """
 
     step: int
     exponent: int
     trellis: bool
-    crc32: int
     rows: Integers | None = None
     channels: Integers | None = None
     taps: Integers | None = None
@@ -80,18 +75,7 @@ def grid_of_unbounded(unbounded: Unbounded) -> Grid:
         for part in (unbounded.rows, unbounded.channels, unbounded.taps)
     )
     step = int(unbounded.step.cpu().numpy().view(np.uint16))
-    grid = Grid(step, unbounded.exponent, unbounded.trellis, 0, rows, channels, taps)
-    return replace(grid, crc32=unbounded_crc32(unbounded.codes.cpu().numpy(), grid))
-
-
-def unbounded_crc32(codes: Codes, grid: Grid) -> int:
-    """The CRC-32 of codes, as little-endian int32, and of the grid that places them."""
-    crc = zlib.crc32(np.ascontiguousarray(codes, "<i4").data)
-    crc = zlib.crc32(_PLACE.pack(grid.step, grid.exponent, grid.trellis), crc)
-    for part in (grid.rows, grid.channels, grid.taps):
-        if part is not None:
-            crc = zlib.crc32(part.astype(np.int8).tobytes(), crc)
-    return crc
+    return Grid(step, unbounded.exponent, unbounded.trellis, rows, channels, taps)
 
 
 def side_bytes(grids: Sequence[Grid], pool: Pool) -> bytes:
@@ -120,7 +104,7 @@ def _slope_bytes(slopes: Integers) -> bytes:
 def _fixed(grid: Grid, levels: Levels) -> bytes:
     parts = (levels.rows, levels.channels, grid.rows, grid.channels, grid.taps, grid.trellis or None)
     flags = sum(1 << bit for bit, part in enumerate(parts) if part is not None)
-    return _FIXED.pack(flags, grid.exponent, levels.base, grid.step, grid.crc32)
+    return _FIXED.pack(flags, grid.exponent, levels.base, grid.step)
 
 
 def _group_bins(pool: Pool) -> bytes:
@@ -158,7 +142,7 @@ def parse_side(data: memoryview, matrices: Sequence[Matrix]) -> tuple[list[Grid]
     if len(data) < at:
         raise ValueError(f"{len(data)} bytes of side information for {len(matrices)} tensors")
     fixed = list(_FIXED.iter_unpack(data[:at]))
-    for flags, exponent, _, step, _ in fixed:
+    for flags, exponent, _, step in fixed:
         _check_fixed(flags, exponent, step)
     sizes, at = _parse_group_bins(data, at)
     counts = [*_counts(fixed, matrices), sum(size - 1 for size in sizes.values())]
@@ -266,12 +250,12 @@ def _assemble(
     take = [_taker(field) for field in fields]
     grids, levels = [], []
     for values, matrix in zip(fixed, matrices, strict=True):
-        flags, exponent, base, step, crc32 = values
+        flags, exponent, base, step = values
         parts = [one(count) for one, count in zip(take, _part_sizes(values, matrix), strict=False)]
         has = [bool(flags >> bit & 1) for bit in range(len(_PARTS))]
         levels.append(Levels(base, parts[0] if has[0] else None, *(parts[1:3] if has[1] else (None, None))))
         factors = [part if flag else None for part, flag in zip(parts[3:], has[2:5], strict=True)]
-        grids.append(Grid(step, exponent, has[5], crc32, *factors))
+        grids.append(Grid(step, exponent, has[5], *factors))
     slopes = {context: take[6](size - 1) for context, size in sizes.items()}
     return grids, Pool(tuple(levels), slopes)
 

@@ -1,6 +1,6 @@
 """Codes of one matrix become the streams of its chunks and back, under the tables of a pool.
 
-Chunks decode by themselves and in any order. artifact/SPEC.md, "Streams of a lattice".
+Chunks decode by themselves and in any order. artifact/SPEC.md, "Unbounded codes on disk".
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qcompress.coding.ans import (
     parse_varint,
     run_jobs,
     varint,
+    without_filling,
 )
 from qcompress.coding.rows import tiles
 from qcompress.coding.trellis import NEXT_STATE
@@ -104,8 +105,9 @@ def decode_streams(
     tables: Tables,
     trellis: bool,
     executor: Executor | None = None,
+    least: int = 0,
 ) -> Codes:
-    """The codes, int32 [rows, columns], of a payload that is all of `data`.
+    """The codes, int32 [rows, columns], of a payload that is all of `data`, which was filled up to `least` bytes.
 
     Nothing is allocated before the payload's length makes the size possible. Raises ValueError where the payload is
     not that of a matrix of this shape under these tables.
@@ -118,6 +120,7 @@ def decode_streams(
     if len(data) < 2 * chunks - 1:
         raise ValueError(f"{len(data)} bytes of payload cannot hold {chunks} chunks")
     parts = _parse_index(data, chunks)
+    parts[-1] = (parts[-1][0], without_filling(parts[-1][1], len(data), least))
     classes = class_matrix(levels, *shape)
     spans = list(tiles(*shape, CHUNK_CODES))
     jobs = (

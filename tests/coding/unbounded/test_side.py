@@ -17,7 +17,7 @@ NO_CLASSES = b"\0\0\0"
 
 
 def fixed(flags: int = 0, step: int = ONE) -> bytes:
-    return struct.pack("<BbbHI", flags, 0, 0, step, 7)
+    return struct.pack("<BbbH", flags, 0, 0, step)
 
 
 def parse(data: bytes, rows: int = 1) -> tuple[Grid, Levels]:
@@ -32,7 +32,7 @@ def level_rows(bins: int, slope: int = 0, offset: int = 0) -> bytes:
 
 def test_the_least_is_fixed_fields_no_classes_and_no_raw_bits() -> None:
     grid, levels = parse(fixed() + NO_CLASSES + varint(0))
-    assert (grid.step, grid.value, grid.crc32, grid.trellis) == (ONE, 1.0, 7, False)
+    assert (grid.step, grid.value, grid.trellis) == (ONE, 1.0, False)
     assert (grid.rows, grid.channels, grid.taps, levels.rows) == (None,) * 4
 
 
@@ -43,7 +43,7 @@ def test_the_least_is_fixed_fields_no_classes_and_no_raw_bits() -> None:
         (varint(2) + b"x", "longer than it is"),
         (varint(1) + b"x", "raw bits that no number needs"),
         (varint(1) + b"\0", "raw bits that no number needs"),
-        (b"", "no integer at byte 12"),
+        (b"", "no integer at byte 8"),
     ],
 )
 def test_raw_bits_are_just_what_the_numbers_need(rest: bytes, words: str) -> None:
@@ -89,7 +89,7 @@ def test_slopes_and_offsets_of_fields_have_limits() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_factors_fit_a_byte_and_levels_their_limit(part: str, sign: int) -> None:
     def side(factor: int, level: int) -> bytes:
-        grid = Grid(ONE, 0, trellis=False, crc32=0, **{part: np.array([sign * factor], np.int32)})
+        grid = Grid(ONE, 0, trellis=False, **{part: np.array([sign * factor], np.int32)})
         return side_bytes([grid], Pool((Levels(0, np.array([sign * level], np.int32)),), {}))
 
     grid, levels = parse(side(FACTOR_LIMIT, LEVEL_LIMIT))
