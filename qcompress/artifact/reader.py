@@ -121,7 +121,7 @@ class ArtifactFile:
     def check_kept(self, name: str) -> None:
         """Hold a kept tensor against its CRC-32. Raises ArtifactError."""
         info, own = self.container.by_name[name], self.original(name)
-        crc32 = zlib.crc32(self.container.bytes_of(name))
+        crc32 = self.container.crc32_of(name)
         if seal_kept(name, own.dtype, info.dtype, info.shape, crc32) != self.manifest.crc32s[name]:
             raise self._damaged(name, "its checksum does not hold")
 
@@ -228,7 +228,10 @@ class ArtifactFile:
     def check_digests(self) -> None:
         """Hold the data against the SHA-256 that the manifest names. Raises ArtifactError."""
         start, end = self.container.data_start, self.container.spans[MANIFEST_NAME][0]
-        if hashlib.sha256(memoryview(self.container.mapped)[start : start + end]).hexdigest() != self.manifest.sha256:
+        digest = hashlib.sha256()
+        for piece in self.container.pieces(start, start + end):
+            digest.update(piece)
+        if digest.hexdigest() != self.manifest.sha256:
             raise ArtifactError(str(self.path), "its data do not have the SHA-256 that its manifest names", REFETCH)
 
     def _damaged(self, name: str, what: str) -> ArtifactError:
@@ -453,6 +456,6 @@ def _read_manifest(container: Container) -> Manifest:
     if (info.dtype, len(info.shape)) != ("U8", 1) or container.spans[MANIFEST_NAME][1] != container.data_bytes:
         raise ManifestError(f"its {MANIFEST_NAME!r} is not a list of bytes at its end")
     manifest = open_manifest(container.bytes_of(MANIFEST_NAME), other_names(container))
-    if zlib.crc32(container.mapped[: container.data_start]) != manifest.header_crc32:
+    if zlib.crc32(container.read(0, container.data_start)) != manifest.header_crc32:
         raise ManifestError("its header does not have the CRC-32 that its manifest names")
     return manifest

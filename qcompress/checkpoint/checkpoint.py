@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,21 +201,40 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def tensor_view(container: Container, info: TensorInfo) -> Tensor:
-    """A weight (F64, F32, F16 or BF16) in its own shape and dtype: backed by the mapped file, so never write to it."""
+    """A weight (F64, F32, F16 or BF16) in its own shape and dtype, read now. Raises the container's error."""
+    return _as_tensor(container.bytes_of(info.name), info.dtype, info.shape)
+
+
+def _as_tensor(raw: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     import torch
 
     from qcompress.coding.grids import TORCH_DTYPES
 
-    dtype = TORCH_DTYPES[info.dtype]
-    if info.numel == 0:
-        return torch.zeros(info.shape, dtype=dtype)
-    warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-    flat = torch.frombuffer(container.mapped, dtype=torch.uint8)
-    begin, end = container.spans[info.name]
-    raw = flat[container.data_start + begin : container.data_start + end]
-    # A header of odd length leaves the data unaligned, which a view cannot express.
-    aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
-    return aligned.view(dtype).reshape(info.shape)
+    if not len(raw):
+        return torch.zeros(shape, dtype=TORCH_DTYPES[dtype])
+    return torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype]).reshape(shape)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A weight [rows, ...] whose rows are read when they are asked for, so that it need not fit the memory.
+
+    shape  its leading dimension counts the rows as they lie in the file
+    """
+
+    container: Container
+    info: TensorInfo
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Some of the rows, in the weight's own dtype. Raises the container's error."""
+        start, stop, _ = rows.indices(self.shape[0])
+        row_bytes = self.info.n_bytes // max(self.shape[0], 1)
+        raw = self.container.bytes_of(self.info.name, start * row_bytes, stop * row_bytes)
+        return _as_tensor(raw, self.info.dtype, (stop - start, *self.shape[1:]))
+
+    def numel(self) -> int:
+        return self.info.numel
 
 
 def tensor_bytes(value: Tensor, info: TensorInfo) -> memoryview:

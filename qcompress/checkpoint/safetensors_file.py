@@ -1,4 +1,4 @@
-"""A safetensors file's header is checked here against every way it can lie, and its bytes are mapped, not copied.
+"""A safetensors file's header is checked here against every way it can lie, and its bytes are read when asked for.
 
 The library reads whole tensors and says little of what is wrong; here rows are read out of files larger than memory,
 and every error names the file, the tensor and the hint. Imports no torch.
@@ -7,10 +7,10 @@ and every error names the file, the tensor and the hint. Imports no torch.
 from __future__ import annotations
 
 import json
-import mmap
 import os
+import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,9 +41,22 @@ FOREIGN_MAGIC = {
 }
 
 
+PIECE_BYTES = 1 << 20
+"""What is read at a time where nobody needs all of it."""
+STEADY = "let nothing write to it meanwhile, and run again"
+
+
 @dataclass(frozen=True)
 class Container:
-    """The header of one safetensors file. Spans are [begin, end) in bytes from the start of the data."""
+    """The header of one safetensors file, and a way to its bytes.
+
+    Bytes are read and not mapped: of a file that is cut short meanwhile, a mapping ends the process. Each read is held
+    against the file as it was when its header was read, so that no two states of it are mixed.
+
+    spans    [begin, end) of each tensor, in bytes from the start of the data
+    state    the file when its header was read: device, inode, size, time of its last change
+    error    what is raised where the file has changed since
+    """
 
     path: Path
     tensors: tuple[TensorInfo, ...]
@@ -51,12 +64,53 @@ class Container:
     metadata: Mapping[str, str]
     data_start: int
     data_bytes: int
-    mapped: mmap.mmap = field(repr=False, compare=False)
+    state: tuple[int, int, int, int] = field(repr=False, compare=False)
+    error: type[InputError] = field(repr=False, compare=False)
 
-    def bytes_of(self, name: str) -> memoryview:
-        """The stored bytes of a tensor: a read-only view of the mapped file."""
+    def bytes_of(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
+        """The stored bytes of a tensor, or those from `start` to `stop` of them. Raises `error`."""
         begin, end = self.spans[name]
-        return memoryview(self.mapped)[self.data_start + begin : self.data_start + end]
+        last = end if stop is None else min(begin + stop, end)
+        return self.read(self.data_start + begin + start, self.data_start + last)
+
+    def pieces_of(self, name: str) -> Iterator[memoryview]:
+        """The stored bytes of a tensor in pieces of PIECE_BYTES. Raises `error`."""
+        begin, end = self.spans[name]
+        yield from self.pieces(self.data_start + begin, self.data_start + end)
+
+    def crc32_of(self, name: str) -> int:
+        """The CRC-32 of a tensor's bytes. Raises `error`."""
+        crc32 = 0
+        for piece in self.pieces_of(name):
+            crc32 = zlib.crc32(piece, crc32)
+        return crc32
+
+    def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
+        """The file's bytes from `begin` to `end` in pieces. Raises `error`."""
+        for start in range(begin, end, PIECE_BYTES):
+            yield self.read(start, min(start + PIECE_BYTES, end))
+
+    def read(self, begin: int, end: int) -> memoryview:
+        """The file's bytes from `begin` to `end`. Raises `error` where the file has changed, or cannot be read."""
+        data = bytearray(end - begin)
+        view, done = memoryview(data), 0
+        try:
+            with open_regular(self.path) as file:
+                while done < len(data) and (count := os.preadv(file.fileno(), [view[done:]], begin + done)):
+                    done += count
+                steady = _state_of(file.fileno()) == self.state
+        except OSError as error:
+            raise self.error(str(self.path), error.strerror or str(error), "check that the file can be read") from None
+        if done < len(data) or not steady:
+            raise self._changed()
+        return view
+
+    def refuse_changed(self) -> None:
+        """Raise `error` where the file is not the one, or not as it was, when its header was read."""
+        self.read(0, 0)
+
+    def _changed(self) -> InputError:
+        return self.error(str(self.path), "has changed while it was read", STEADY)
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorInfo]:
@@ -83,7 +137,7 @@ def read_container(path: Path, error: type[InputError]) -> Container:
             size = os.fstat(file.fileno()).st_size
             raw = _read_header(file.fileno(), size)
             tensors, spans, metadata = _parse_header(raw, size - 8 - len(raw))
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            state = _state_of(file.fileno())
     except _Broken as broken:
         raise error(str(path), broken.what, broken.hint) from None
     except FileNotFoundError:
@@ -94,7 +148,12 @@ def read_container(path: Path, error: type[InputError]) -> Container:
         raise error(str(path), os_error.strerror or str(os_error), "check that the file can be read") from None
     except ValueError:
         raise error(ascii(str(path)), "is no name that a file can have", "check the path") from None
-    return Container(path, tensors, spans, metadata, 8 + len(raw), size - 8 - len(raw), mapped)
+    return Container(path, tensors, spans, metadata, 8 + len(raw), size - 8 - len(raw), state, error)
+
+
+def _state_of(descriptor: int) -> tuple[int, int, int, int]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_header(descriptor: int, size: int) -> bytes:

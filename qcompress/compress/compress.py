@@ -78,6 +78,8 @@ def compress_to(
     refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
     run, folder = Run(fitted, sources, options), checkpoint.is_folder
     done = [write_shard(shard, place / shard.file if folder else place, run) for shard in shards]
+    for source in checkpoint.shards:
+        source.refuse_changed()
     index_bytes = 0
     if folder:
         copy_companions(checkpoint.path, place)

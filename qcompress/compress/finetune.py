@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import shutil
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,7 +182,7 @@ def run_identity(recipe: Recipe, checkpoint: Checkpoint | None, world: World) ->
     digest = hashlib.sha256(recipe_hash(recipe).encode())
     for shard in checkpoint.shards if checkpoint is not None else ():
         for info in shard.tensors:
-            digest.update(f"{info}{zlib.crc32(shard.bytes_of(info.name))}".encode())
+            digest.update(f"{info}{shard.crc32_of(info.name)}".encode())
     digest.update(f"{world.size}".encode())
     return digest.hexdigest()
 
@@ -262,6 +261,8 @@ def _train_and_write(
         if world.is_first:
             with reporting_resources(output.parent):
                 _write(module, checkpoint, staged)
+                for shard in checkpoint.shards if checkpoint is not None else ():
+                    shard.refuse_changed()
                 state.unlink(missing_ok=True)
                 _write_beside(penalties.saved(), training_path(output, "reg.safetensors"))
     return trained

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -16,7 +16,7 @@ import torch
 
 from qcompress.artifact.entry import PARTS, Entry, part_name, planned_entry, seal
 from qcompress.artifact.writer import SlotWriter
-from qcompress.checkpoint.checkpoint import tensor_view
+from qcompress.checkpoint.checkpoint import StoredRows, tensor_view
 from qcompress.checkpoint.safetensors_file import Container
 from qcompress.coding.grids import (
     centroid_values,
@@ -39,7 +39,7 @@ from qcompress.report.document import LayerFigures
 from qcompress.report.figures import LayerMeter, unclipped_range
 from qcompress.types.config import Coding, CodingChoice
 from qcompress.types.encoded import Codebook, Coded, Compressed, Constant, Encoded, Kept, Unbounded
-from qcompress.types.plan import Decision, TensorInfo
+from qcompress.types.plan import Decision, TensorInfo, row_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +49,6 @@ Payload: TypeAlias = bytes | memoryview
 CompressedT = TypeVar("CompressedT", bound=Compressed)
 
 BLOCK_WEIGHTS = 1 << 19
-SURVEY_BYTES = 1 << 20
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 FIELDS = {**{part: part for part in PARTS}, "codebook": "centroids", "exponent": "row_exponents", "table": "values"}
@@ -76,12 +75,11 @@ class Survey:
         return self.largest <= FLOAT32_MAX
 
 
-def survey_bytes(raw: memoryview, dtype: str) -> Survey:
-    """The survey of a tensor's bytes; `largest` is 0 for dtypes that are not weights."""
+def survey_bytes(pieces: Iterable[memoryview], dtype: str) -> Survey:
+    """The survey of a tensor's bytes, in pieces of whole values; `largest` is 0 for dtypes that are not weights."""
     crc, signed_top, unsigned_top = 0, 0, 0
     formats = MAGNITUDES.get(dtype)
-    for start in range(0, len(raw), SURVEY_BYTES):
-        piece = raw[start : start + SURVEY_BYTES]
+    for piece in pieces:
         crc = zlib.crc32(piece, crc)
         if formats is not None:
             # Bit patterns of floats of one sign are ordered like their magnitudes, NaN and Inf above all.
@@ -152,12 +150,11 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     """
     source, decision, writer = job.source, job.decision, job.writer
     tensor = decision.tensor
-    survey = survey_bytes(source.bytes_of(tensor.name), tensor.dtype)
-    weight = tensor_view(source, tensor)
+    survey = survey_bytes(source.pieces_of(tensor.name), tensor.dtype)
     if not survey.finite:
-        raise nonfinite_error(source, tensor, count_nonfinite(weight))
-    rows = rows_from_weight(weight if job.reference is None else job.reference, decision.axis)
-    whole = _whole_codes(job, weight, survey.largest)
+        raise nonfinite_error(source, tensor, count_nonfinite(tensor_view(source, tensor)))
+    rows = _rows_of(job)
+    whole = _whole_codes(job, survey.largest)
     if isinstance(whole, Constant):
         return _finish_constant(job, rows, whole, survey)
     if isinstance(whole, Unbounded):
@@ -195,7 +192,17 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     return Finished(decision, entry, replace(meter.result(), **about_codebook), survey.crc32, payload)
 
 
-def _whole_codes(job: Job, weight: Tensor, largest: float) -> Compressed | None:
+def _rows_of(job: Job) -> Tensor | StoredRows:
+    """What the codes stand for as [rows, ...]: read row block by row block where the channels lead in the file."""
+    tensor, axis = job.decision.tensor, job.decision.axis
+    if job.reference is not None:
+        return rows_from_weight(job.reference, axis)
+    if len(tensor.shape) > 1 and axis == tuple(range(len(axis))):
+        return StoredRows(job.source, tensor, row_shape(tensor.shape, axis))
+    return rows_from_weight(tensor_view(job.source, tensor), axis)
+
+
+def _whole_codes(job: Job, largest: float) -> Compressed | None:
     """The codes of a weight that is encoded in one piece, on the CPU; None for one that goes by row blocks."""
     decision, method = job.decision, METHODS[job.decision.method or ""]
     if job.ready is not None:
@@ -205,15 +212,16 @@ def _whole_codes(job: Job, weight: Tensor, largest: float) -> Compressed | None:
         return None
     # What stands in for a live model is on the CPU.
     device = job.device if method.needs == "weights" else "cpu"
+    weight = tensor_view(job.source, decision.tensor)
     return coded_on_cpu(encode_weight(weight, decision, job.sources, device, largest))
 
 
-def _finish_constant(job: Job, rows: Tensor, constant: Constant, survey: Survey) -> Finished:
+def _finish_constant(job: Job, rows: Tensor | StoredRows, constant: Constant, survey: Survey) -> Finished:
     """A weight of one value, which has no codes."""
     decision = job.decision
     entry = replace(planned_entry(decision), value=constant.value)
     meter = LayerMeter(decision.tensor.numel)
-    for span in row_slices(len(rows), decision.tensor.numel // len(rows), BLOCK_WEIGHTS):
+    for span in row_slices(rows.shape[0], decision.tensor.numel // rows.shape[0], BLOCK_WEIGHTS):
         block = _float_rows(rows[span]).reshape(span.stop - span.start, -1)
         meter.add(block, torch.full_like(block, constant.value), None)
     codes = bytes(least_bytes(entry.numel))
@@ -223,7 +231,9 @@ def _finish_constant(job: Job, rows: Tensor, constant: Constant, survey: Survey)
     return Finished(decision, entry, meter.result(counts), survey.crc32, None)
 
 
-def _finish_unbounded(job: Job, rows: Tensor, unbounded: Unbounded, survey: Survey, stop: threading.Event) -> Finished:
+def _finish_unbounded(
+    job: Job, rows: Tensor | StoredRows, unbounded: Unbounded, survey: Survey, stop: threading.Event
+) -> Finished:
     """A weight whose codes have no width; they are coded here unless they wait for others."""
     decision = job.decision
     meter = LayerMeter(decision.tensor.numel)
@@ -261,7 +271,7 @@ def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> Checkp
     return CheckpointError(str(source.path), what, hint, Subject(tensor.name), cause)
 
 
-def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Tensor, Coded]]:
+def _encoded_blocks(rows: Tensor | StoredRows, job: Job, exponent: int) -> Iterator[tuple[Tensor, Coded]]:
     """Row blocks as float32 [rows, columns] on the CPU, each encoded by itself."""
     count, context = rows.shape[0], job.sources.context_of(job.decision, exponent)
     step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
@@ -271,7 +281,7 @@ def _encoded_blocks(rows: Tensor, job: Job, exponent: int) -> Iterator[tuple[Ten
         yield block.reshape(len(block), -1), coded_on_cpu(found)
 
 
-def _row_blocks(rows: Tensor, whole: Coded) -> Iterator[tuple[Tensor, Coded]]:
+def _row_blocks(rows: Tensor | StoredRows, whole: Coded) -> Iterator[tuple[Tensor, Coded]]:
     """Row blocks of a weight that has its codes already, as `_encoded_blocks` gives them."""
     for start, stop in row_spans(whole, BLOCK_WEIGHTS):
         block = _float_rows(rows[start:stop])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import zip_longest
 from pathlib import Path
 
 from torch import Tensor
@@ -47,7 +48,7 @@ def _bears_half(value: Tensor) -> bool:
 def count_nonfinite_values(checkpoint: Checkpoint, tensor: TensorInfo) -> int:
     """How many values of a weight are NaN or Inf. Reads it once."""
     source = checkpoint.shard_of(tensor.name)
-    if survey_bytes(source.bytes_of(tensor.name), tensor.dtype).finite:
+    if survey_bytes(source.pieces_of(tensor.name), tensor.dtype).finite:
         return 0
     return count_nonfinite(tensor_view(source, tensor))
 
@@ -58,7 +59,7 @@ def refuse_nonfinite(checkpoint: Checkpoint, plan: Plan) -> None:
     for decision in plan.decisions:
         if decision.compresses:
             source, tensor = checkpoint.shard_of(decision.tensor.name), decision.tensor
-            if not survey_bytes(source.bytes_of(tensor.name), tensor.dtype).finite:
+            if not survey_bytes(source.pieces_of(tensor.name), tensor.dtype).finite:
                 errors.append(nonfinite_error(source, tensor, count_nonfinite(tensor_view(source, tensor))))
     raise_all(errors)
 
@@ -70,9 +71,8 @@ def refuse_untrue_ties(checkpoint: Checkpoint, plan: Plan) -> None:
         if decision.tied_to is None:
             continue
         name, twin = decision.tensor.name, decision.tied_to
-        one = checkpoint.shard_of(name).bytes_of(name)
-        other = checkpoint.shard_of(twin).bytes_of(twin)
-        if one != other:
+        one, other = (checkpoint.shard_of(each).pieces_of(each) for each in (name, twin))
+        if any(a != b for a, b in zip_longest(one, other)):
             what = f"is called tied to {twin!r}, and their values differ"
             hint = "name it in a rule without a wildcard, which stores it by itself"
             cause = "are called tied to others, and their values differ"

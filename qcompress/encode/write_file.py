@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import threading
+import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -22,15 +23,13 @@ from qcompress.checkpoint.checkpoint import tensor_bytes, tensor_view
 from qcompress.checkpoint.staging import staging_folder
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.unbounded.payload import encode_pool
-from qcompress.encode.encode_tensor import Finished, Job, encode_tensor, sealed_unbounded, survey_bytes
+from qcompress.encode.encode_tensor import Finished, Job, encode_tensor, sealed_unbounded
 from qcompress.encode.encode_weight import ContextSources
 from qcompress.plan.files import Shard
 from qcompress.report.document import LayerFigures
 from qcompress.types.encoded import ClassUse, Fitted, Kept
 from qcompress.types.plan import Decision, TensorInfo
 from qcompress.types.run import Options, Say
-
-COPY_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ def _restore(shard: Shard, writer: SlotWriter, journal: Journal, options: Option
     records = []
     for record, decision in zip(journal.read(options.say), _in_order(shard), strict=False):
         tensor = decision.tensor
-        same = survey_bytes(shard.source.bytes_of(tensor.name), tensor.dtype).crc32 == record.input_crc32
+        same = shard.source.crc32_of(tensor.name) == record.input_crc32
         if record.tensor != tensor.name or not same or not writer.restore(record.slots):
             break
         finished[tensor.name] = Finished(
@@ -256,16 +255,18 @@ def _copy_kept(shard: Shard, writer: SlotWriter, fitted: Fitted, options: Option
         if decision.compresses:
             continue
         tensor = decision.tensor
-        raw = shard.source.bytes_of(tensor.name)
-        crcs[tensor.name] = survey_bytes(raw, "bytes").crc32
         adjusted = fitted.encoded.get(tensor.name)
-        if isinstance(adjusted, Kept):
-            raw = tensor_bytes(adjusted.value, replace(tensor, dtype=decision.stored or tensor.dtype))
-        elif decision.stored is not None:
-            raw = tensor_bytes(tensor_view(shard.source, tensor), replace(tensor, dtype=decision.stored))
-        if decision.tied_to is None:
-            for start in range(0, len(raw), COPY_BYTES):
-                writer.put(tensor.name, raw[start : start + COPY_BYTES])
+        value = adjusted.value if isinstance(adjusted, Kept) else None
+        if value is None and decision.stored is not None:
+            value = tensor_view(shard.source, tensor)
+        crc32 = 0
+        for piece in shard.source.pieces_of(tensor.name):
+            crc32 = zlib.crc32(piece, crc32)
+            if value is None and decision.tied_to is None:
+                writer.put(tensor.name, piece)
+        crcs[tensor.name] = crc32
+        if value is not None and decision.tied_to is None:
+            writer.put(tensor.name, tensor_bytes(value, replace(tensor, dtype=decision.stored or tensor.dtype)))
         _report_progress(options, tensor)
     return crcs
 

@@ -5,7 +5,6 @@ Imports no torch. budget.sensitivity measures them, plan.allocate spends by them
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +132,7 @@ def checkpoint_sha256(checkpoint: Checkpoint) -> str:
     """That of an artifact's input: names, dtypes, shapes and CRC-32s. Reads every byte."""
     hashes = []
     for shard in checkpoint.shards:
-        crcs = {info.name: zlib.crc32(shard.bytes_of(info.name)) for info in shard.tensors}
+        crcs = {info.name: shard.crc32_of(info.name) for info in shard.tensors}
         hashes.append((shard.path.name, input_hash(shard.tensors, crcs)))
     return artifact_hash(hashes)
 

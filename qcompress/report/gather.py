@@ -5,7 +5,6 @@ Imports torch only where a baseline is given.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -79,7 +78,7 @@ def _refuse_other_baseline(artifact: Artifact, baseline: Checkpoint) -> None:
         what = f"is not {made_from}: {len(baseline.shards)} files, not {len(wanted)}"
         raise ReportError(str(baseline.path), what, hint)
     for shard in baseline.shards:
-        crcs = {info.name: zlib.crc32(shard.bytes_of(info.name)) for info in shard.tensors}
+        crcs = {info.name: shard.crc32_of(info.name) for info in shard.tensors}
         # A single file may have any name; shards keep theirs.
         key = shard.path.name if len(wanted) > 1 else next(iter(wanted))
         if wanted.get(key) != input_hash(shard.tensors, crcs):
