@@ -1,7 +1,7 @@
 """Writes what docs/ take from the program: python docs/tables.py
 
-The tables of docs/training.md come from the config dataclasses, those of docs/cli.md from the commands;
-docs/glossary.md and the schema of reports from the rows of their figures.
+The tables of docs/recipes.md and docs/training.md come from the config dataclasses, those of docs/cli.md from the
+commands; docs/glossary.md and the schema of reports from the rows of their figures.
 """
 
 from __future__ import annotations
@@ -10,59 +10,86 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from typer.main import get_command
 
 from qcompress.cli.app import app
 from qcompress.cli.panels import PanelCommand, panels_of
-from qcompress.recipe.explain import limits
+from qcompress.recipe.explain import expected, limits
 from qcompress.recipe.schema import recipe_schema
+from qcompress.recipe.show import flow
+from qcompress.registry import METHODS, ClusterConfig, GridConfig
 from qcompress.registry.regularizers import REGULARIZERS, RegularizerConfig
 from qcompress.report.document_json import REPORT
 from qcompress.report.glossary import glossary_markdown, schema_text
+from qcompress.types.config import PenaltyConfig
 from qcompress.types.settings import AUGMENTATIONS
 
-PAGE = Path(__file__).with_name("training.md")
+PAGES = (Path(__file__).with_name("recipes.md"), Path(__file__).with_name("training.md"))
 COMMANDS_PAGE = Path(__file__).with_name("cli.md")
 GLOSSARY = Path(__file__).with_name("glossary.md")
 REPORT_SCHEMA = Path(__file__).parents[1] / "qcompress" / "report" / "schema.json"
-SHARED = [one.name for one in dataclasses.fields(RegularizerConfig)]
+SHARED: dict[str, type] = {
+    "grids": GridConfig,
+    "clusters": ClusterConfig,
+    "regularizers": RegularizerConfig,
+}
+"""What several have in common, which has a table of its own."""
+REQUIRED = dataclasses.MISSING
 OWN = ("strength", "start", "ramp")
 """Shared options whose defaults differ between regularizers."""
 
 
-def page() -> str:
-    """The page with every table as it should be."""
-    text = PAGE.read_text(encoding="utf-8")
-    return re.sub(r"<!-- options of (\S+) -->\n.*?(?=\n\n|\Z)", _section, text, flags=re.DOTALL)
+def pages() -> dict[Path, str]:
+    """The pages with options, every table as it should be."""
+    marked = r"<!-- options of (\S+) -->\n.*?(?=\n\n|\Z)"
+    return {page: re.sub(marked, _section, page.read_text(encoding="utf-8"), flags=re.DOTALL) for page in PAGES}
 
 
 def _section(found: re.Match[str]) -> str:
-    name = found[1]
-    schema = recipe_schema()["$defs"]
-    if name == "finetune":
-        sections = ("optimizer", "schedule", "distil", "regularize")
-        options = {key: value for key, value in schema["WrittenFinetune"]["properties"].items() if key not in sections}
-        rows = [_row(key, option, _default(option.get("default"))) for key, option in options.items()]
-    elif name == "augment":
-        rows = [*_augmentations(schema)]
-    elif name == "all":
-        options = schema["L2Config"]["properties"]
-        rows = [_row(key, options[key], "" if key in OWN else _default(options[key].get("default"))) for key in SHARED]
+    rows = [*_rows(found[1], recipe_schema()["$defs"])]
+    return "\n".join([f"<!-- options of {found[1]} -->", "| option | values | default | |", "|---|---|---|---|", *rows])
+
+
+def _rows(name: str, schema: dict[str, Any]) -> Iterator[str]:
+    """The rows of a method or regularizer, of what several have in common, of augmentations, or of a section."""
+    kinds: dict[str, type] = {one: kind.config for one, kind in {**METHODS, **REGULARIZERS}.items()}
+    if name == "augment":
+        yield from _augmentations(schema)
+    elif name in SHARED:
+        # A member tells the defaults that its class fills in.
+        config = next(config for config in kinds.values() if issubclass(config, SHARED[name]))
+        for option in dataclasses.fields(SHARED[name]):
+            default = "" if option.name in OWN else _defaults(config, option.name)
+            yield _row(option.name, schema[config.__name__]["properties"][option.name], default)
+    elif name in kinds:
+        config = kinds[name]
+        shared = {one.name for base in SHARED.values() if issubclass(config, base) for one in dataclasses.fields(base)}
+        for key, option in schema[config.__name__]["properties"].items():
+            if key in OWN or key not in shared:
+                yield _row(key, option, _defaults(config, key))
     else:
-        config = REGULARIZERS[name].config
-        options = schema[config.__name__]["properties"]
-        needed: dict[str, Any] = {"levels": 4} if name in ("sine", "cosine") else {}
-        usual = config(**needed)
-        preset = options.get("preset")
-        paper = config(**needed, preset=_choices(preset)[0].strip("`")) if preset else usual
-        rows = [
-            _row(key, option, "" if key in ("preset", *needed) else _both(getattr(usual, key), getattr(paper, key)))
-            for key, option in options.items()
-            if key not in SHARED or key in OWN
-        ]
-    return "\n".join([f"<!-- options of {name} -->", "| option | values | default | |", "|---|---|---|---|", *rows])
+        for key, option in schema[name]["properties"].items():
+            if name != "WrittenFinetune" or key not in ("optimizer", "schedule", "distil", "regularize"):
+                yield _row(key, option, _default(option.get("default")))
+
+
+def _defaults(config: type, name: str) -> str:
+    """What a config has where the option is left out, without a preset and with one."""
+    options = {one.name: one for one in dataclasses.fields(config)}
+    # Grids cannot be made without bits, nor sine and cosine without levels.
+    needed = {key: 4 for key in ("bits", "levels") if key in options and options[key].default in (None, REQUIRED)}
+    if issubclass(config, PenaltyConfig):
+        needed.pop("bits", None)
+    if options[name].default is REQUIRED:
+        return "required"
+    if name in needed or name == "preset":
+        return ""
+    usual = _default(getattr(config(**needed), name))
+    presets = get_args(get_args(get_type_hints(config)["preset"])[0]) if "preset" in options else ()
+    paper = [_default(getattr(config(**needed, preset=preset), name)) for preset in presets]
+    return usual if paper in ([], [usual]) else f"{usual or 'none'}; paper {paper[0] or 'none'}"
 
 
 def _augmentations(schema: dict[str, Any]) -> Iterator[str]:
@@ -74,21 +101,20 @@ def _augmentations(schema: dict[str, Any]) -> Iterator[str]:
 
 
 def _row(name: str, option: dict[str, Any], default: str) -> str:
-    return f"| `{name}` | {', '.join(_choices(option))} | {default} | {option.get('description', '')} |"
-
-
-def _both(usual: Any, paper: Any) -> str:
-    if usual == paper:
-        return _default(usual)
-    return f"{_default(usual) or 'none'}; paper {_default(paper) or 'none'}"
+    """A row of the table; what the description ends in of an option that is left out stands under its default."""
+    text, _, absent = option.get("description", "").replace("|", "\\|").partition("; where absent ")
+    default = re.sub(r"^[^;]*", lambda _: absent, default, count=1) if absent else default
+    return f"| `{name}` | {', '.join(_choices(option))} | {default} | {text} |"
 
 
 def _default(value: Any) -> str:
     match value:
         case None:
             return ""
-        case bool() | str():
+        case bool():
             return f"`{str(value).lower()}`"
+        case str():
+            return f"`{value}`"
         case list() | tuple():
             return f"[{', '.join(f'{one:.4g}' if isinstance(one, float) else str(one) for one in value)}]"
         case _:
@@ -99,6 +125,8 @@ def _choices(option: dict[str, Any]) -> list[str]:
     """The values that an option takes, in words."""
     if "anyOf" in option:
         return [choice for branch in option["anyOf"] if branch.get("type") != "null" for choice in _choices(branch)]
+    if "$ref" in option:
+        return ["a mapping"]
     if "enum" in option:
         return [f"`{value}`" for value in option["enum"]]
     if "const" in option:
@@ -107,9 +135,11 @@ def _choices(option: dict[str, Any]) -> list[str]:
         case "boolean":
             return ["`true`", "`false`"]
         case "array":
-            return ["[low, high]" if "prefixItems" in option else "a list"]
+            return ["[low, high]" if "prefixItems" in option else expected(option)]
+        case "object":
+            return ["a mapping" + "".join(f", as `{flow(one)}`" for one in option.get("examples", ()))]
         case "string":
-            return ["text"]
+            return ["a size as `2MB`" if "pattern" in option else "text"]
         case kind:
             words = limits(option) or ("a number" if kind == "number" else "an integer")
             words = re.sub(r"^between (\S+) and ", r"\1 to ", words)
@@ -156,7 +186,8 @@ def _option(option: Any, context: Any) -> str | None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
     COMMANDS_PAGE.write_text(commands_page(), encoding="utf-8")
     GLOSSARY.write_text(glossary_markdown(), encoding="utf-8")
     REPORT_SCHEMA.write_text(schema_text(REPORT), encoding="utf-8")

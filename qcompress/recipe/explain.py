@@ -1,4 +1,4 @@
-"""What pydantic refuses is said in a recipe's words: where it was written, what is wrong, and what would be right."""
+"""pydantic's refusals are said in a recipe's words: where it was written, what is wrong, and what would be right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods that work on a live model have their configs and entries here: from its graph, data, or training."""
+"""Configs and entries of the methods that work on a model in memory: on its graph, with data, by training."""
 
 from __future__ import annotations
 
@@ -45,13 +45,15 @@ class LiveConfig(PresetConfig):
 class DfqConfig(LiveConfig):
     """Data-free quantization: fold batch norms, equalize neighbouring layers, absorb high biases, correct biases.
 
-    fold             fold every batch norm into the layer before it; where absent, where equalization needs it
-    equalize         cross-layer equalization of pairs, and of what has depthwise layers in between; where absent, with
-                     one grid a tensor: channels that have grids of their own gain nothing
-    absorb           high-bias absorption: smaller activation ranges, at a loss where batch norms mispredict; off where
-                     absent
-    bias_correction  `analytic` from the batch norms' statistics, `empirical` from calibration data, `none`; empirical
-                     where there is calibration data, else analytic
+    preset           `paper`: as in AIMET, on a symmetric grid a tensor, with layers equalized in one pass
+    range            how the grid's range is chosen: `minmax`; `mse`, the least squared error of the weights;
+                     `tf-enhanced`, AIMET's histogram; not `hessian`, which needs the inputs of each layer
+    fold             fold each batch norm into the layer before it; where absent where equalization needs it
+    equalize         cross-layer equalization of pairs, and of what has depthwise layers in between; channels that have
+                     grids of their own gain nothing by it; where absent with one grid a tensor
+    absorb           high-bias absorption: smaller activation ranges, at a loss where batch norms mispredict
+    bias_correction  `analytic` from the batch norms' statistics, `empirical` from calibration data, `none`; where
+                     absent `empirical` with calibration data, else `analytic`
     relu6            across ReLU6, `skip` equalization; or keep it exact by per-channel `caps` that the artifact stores;
                      or `relax` it: channels that shrink are cut off later than they were, up to never
     """
@@ -75,14 +77,15 @@ class DfqConfig(LiveConfig):
 class AdaroundConfig(LiveConfig):
     """AdaRound: learn for each weight whether to round up or down, layer by layer, against the layer's output.
 
+    preset         `paper`: as in AIMET, on a symmetric grid a tensor
     objective      `gram`: full-batch steps on the inputs' Gram matrix; `sampled`: random batches, as published
-    iterations     steps a layer
-    learning_rate  of Adam
-    strength       weight of the rounding regularizer; relative to the output's energy for gram
+    iterations     steps a layer; with `preset: paper` at 8 bits 10,000
+    learning_rate  of Adam; 0.001 with `sampled`
+    strength       weight of the rounding regularizer, relative to the output's energy with `gram`; 0.01 with `sampled`
     warm_up        share of the steps without the regularizer
     fold           fold batch norms first, so that the range and the following activation are those of the folded layer
     asymmetric     inputs from the already quantized network, targets from the full-precision one
-    batch_size     samples a step of sampled
+    batch_size     samples a step of `sampled`
     """
 
     objective: Literal["gram", "sampled"] | None = None
@@ -116,6 +119,7 @@ class AdaroundConfig(LiveConfig):
 class PdquantConfig(LiveConfig):
     """PD-Quant: learn rounding and activation steps block by block, against the network's prediction.
 
+    preset                   `paper`: as in the official code, on a grid a channel with an integer zero point
     iterations               steps a block
     batch_size               samples a step
     learning_rate            of the rounding, by Adam
@@ -180,6 +184,7 @@ class PdquantConfig(LiveConfig):
 class GptqConfig(LiveConfig):
     """GPTQ: round column by column, and let the columns still to come make up for each error.
 
+    preset      `paper`: as in the official code, on a grid a channel with an integer zero point
     damping     added to the Hessian's diagonal, as a share of its mean
     act_order   columns of the most active inputs first
     asymmetric  aim at the full-precision network's outputs, not only at this layer's on quantized inputs
@@ -203,19 +208,23 @@ class GptqConfig(LiveConfig):
 class RdConfig(MethodConfig):
     """Rate-distortion: unbounded codes by error feedback, entropy coded, their steps chosen for all tensors together.
 
-    effort      `fast`: one kind of allocation, no price on bits; `normal`: the better of two allocations, codes priced
-                and descended; `high`: trellis-coded as well, and a second sweep
-    allocation  with data: `measured` sensitivities of the network's output, or the same `relative` error of every
-                layer's normed output; the one that measures better where absent
-    price       what a bit weighs against step**2 times conditional energy; where absent 0.03, of a trellis 0.12 with
-                data and 0.06 without
-    descent     sweeps of coordinate descent over the finished codes; 2 where absent, never with a trellis
-    columns     steps that vary over input channels and kernel places; where it pays, where absent
-    match       batch norms and biases matched to the full-precision network's on the calibration data
-    prior       without data: `correlated` inputs of a convolution, errors summed to nothing by `flips`, or `none`
+    effort      `fast`: one kind of allocation and no price on bits; `normal`: the better of two allocations, codes
+                priced and descended; `high`: coded by a trellis as well and, with data, swept once more: about five
+                times the time
+    allocation  with data: steps by what each layer does to the network's output (`measured`), or by the same error of
+                each layer's normed output (`relative`); where absent the one that measures better
+    price       Lagrange multiplier lambda of rate against distortion, in units of step squared times conditional
+                energy; where absent 0.03, with a trellis 0.12, or 0.06 without data; 0 with `effort: fast`
+    descent     sweeps of coordinate descent over the finished codes; where absent 2, with a trellis or `effort: fast` 0
+    columns     with data: steps that vary over input channels and places of the kernel; where absent where it pays,
+                above 1.2 bits a weight
+    match       with data: batch norms and biases matched to what the full-precision network gives
+    prior       without data: inputs of convolutions are taken for `correlated`, or the errors of each kernel and of
+                each channel are summed to nothing by `flips`, or `none`
     damping     added to the Hessian's diagonal, as a share of its mean
-    step        without a budget: the step of a tensor in units of the square root of its weights' deviation
-    axis        the channel axis, or the pair of them in stacked experts; the plan's choice where absent
+    step        without data: the step of each tensor in units of the square root of its deviation; where absent the
+                budget's
+    axis        the channel axis, or the pair of them in stacked experts; where absent the checkpoint's, else 0
     """
 
     effort: Effort = "normal"
@@ -241,8 +250,8 @@ class RdConfig(MethodConfig):
         return self.effort == "high"
 
     @property
-    def rate(self) -> float:
-        """The price, chosen."""
+    def lam(self) -> float:
+        """Lambda of rate against distortion: the price, chosen."""
         if self.price is not None:
             return self.price
         return 0.0 if self.effort == "fast" else 0.12 if self.trellis else 0.03
@@ -259,7 +268,7 @@ class RdConfig(MethodConfig):
 class TrainedConfig(GridConfig):
     """What quantization-aware training shares; its grids are symmetric.
 
-    learning_rate  of what is learned beside the weights; the optimizer's where absent
+    learning_rate  of the steps or clips, which are learned beside the weights; where absent the optimizer's
     """
 
     learning_rate: Annotated[float, Gt(0)] | None = None
@@ -276,9 +285,9 @@ class LsqConfig(TrainedConfig):
     """Learned step size quantization: the steps of weights and of inputs are trained with the network.
 
     bits   2 to 8
-    start  where steps start: `error`, with the least squared error; `mean`, as published, 2 mean|v| / sqrt(Qp), which
-           is too wide for a short training at 2 bits. Those of inputs start from the range of the recipe's activations
-           where that is given
+    start  where steps start: `error`, with the least squared error; `mean`, as published, at 2 mean|v| / sqrt(Qp),
+           which is too wide for a short training at 2 bits. Those of inputs start from the range of the recipe's
+           activations where that is given
     """
 
     bits: Annotated[int, Interval(ge=2, le=8)]
@@ -293,8 +302,8 @@ class LsqConfig(TrainedConfig):
 class PactConfig(TrainedConfig):
     """PACT and DoReFa: inputs are clipped where training says, weights are quantized after a hyperbolic tangent.
 
-    clip        where the clip of each input starts; where absent, with the least squared error of the inputs
-    clip_decay  of the clips; the optimizer's weight_decay where absent
+    clip        where the clip of each input starts; where absent with the least squared error of the inputs
+    clip_decay  weight decay of the clips; where absent the optimizer's
     scale       `weight`: the levels span the weights as they are after the tangent; `unit`: they span [-1, 1], as
                 published, which needs a batch norm after the layer. At 1 bit both have the mean magnitude
     """

@@ -1,4 +1,4 @@
-"""Methods that share weights have their configs and entries here: codes name the entries of a codebook."""
+"""Configs and entries of the methods that share weights: codes name the entries of a codebook."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ class Tune(Section):
 class ClusterConfig(MethodConfig):
     """What all methods with a codebook share.
 
-    bits         of a code, 1 to 12: a codebook has 2**bits entries, fewer where fewer values differ
-    dim          neighbouring channels that have one code together: bits / dim bits a weight
-    granularity  one codebook a tensor, a channel, or `group_size` channels; group where only `group_size` is given
+    bits         a codebook has 2**bits entries, fewer where fewer values differ
+    dim          neighbouring channels that have one code together: bits / dim bits a weight; must divide the channels
+    granularity  one codebook for the whole tensor, for each channel, or for each `group_size` channels; where absent
+                 `tensor`, or `group` where `group_size` is given
     group_size   channels that share a codebook
     codebook     how entries are stored; codes are chosen against what is stored
-    tune         centroid tuning, which needs a live model and data.train
-    axis         the channel axis, or the pair of them in stacked experts; the plan's choice where absent
+    tune         centroid tuning on data.train, which needs a model: `epochs` (3), `learning_rate` (0.0001), `gradient`
+    axis         the channel axis, or the pair of them in stacked experts; where absent the checkpoint's, else 0
     """
 
     example: ClassVar = {"bits": 4}

@@ -1,4 +1,4 @@
-"""A registry holds methods and exporters; the functions that they name are loaded and typed here. Imports no torch."""
+"""What a registry holds: methods and exporters, and the types of the functions that they name. Imports no torch."""
 
 from __future__ import annotations
 

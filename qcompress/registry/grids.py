@@ -1,4 +1,4 @@
-"""Methods that need weights alone have their configs and entries here, on affine grids."""
+"""Configs and entries of the methods on affine grids that need the weights alone."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ Given: TypeAlias = Mapping[str, object]
 class GridConfig(MethodConfig):
     """What every method on an affine grid shares.
 
-    bits         1 to 8
-    granularity  one grid per tensor, per channel, or per group of `group_size` values of a channel;
-                 group where only `group_size` is given, else channel
-    symmetric    a grid around zero; false where absent
-    axis         the channel axis, or the pair of them in stacked experts; the plan's choice where absent
+    bits         of a code
+    granularity  one grid for the whole tensor, for each channel, or for each group of a channel's values; where absent
+                 `channel`, or `group` where `group_size` is given
+    group_size   values of a group; must divide the values of a channel, and the plan names the nearest size that does;
+                 where absent 64
+    symmetric    a grid around zero, which stores a scale alone
+    axis         the channel axis, or the pair of them in stacked experts; where absent the checkpoint's, else 0
     """
 
     example: ClassVar = {"bits": 4}
@@ -72,9 +74,10 @@ class GridConfig(MethodConfig):
 class RtnConfig(GridConfig):
     """Round to nearest on the min-max range: the papers' naive quantization.
 
-    convention  of the symmetric scale (methods differ, see docs/methods.md): `full-range` lets the larger end lie on
-                the extra code (AutoRound), `narrow` drops that code, `aimet` and `gptq` follow those tools, `mid-rise`
-                has no zero
+    convention  how a symmetric scale follows from the largest weight, with `symmetric: true` (methods differ, see
+                docs/methods.md): `full-range` lets the larger end lie on the extra code (AutoRound), `narrow` drops
+                that code, `aimet` and `gptq` follow those tools, `mid-rise` has no zero; where absent `full-range`, at
+                1 bit `mid-rise`
     """
 
     convention: Literal["full-range", "narrow", "aimet", "gptq", "mid-rise"] | None = None
@@ -107,8 +110,9 @@ class MseConfig(GridConfig):
 
     search  `als` refits scale and real offset to the codes (squared error); `grid` tries shrunken min-max ranges with
             an integer zero point (error to the power `norm`)
-    effort  of als: `high` tries three times as many starts, for about 0.1 dB; `normal` in groups where absent, else
+    effort  of als: `high` tries three times as many starts, for about 0.1 dB; where absent `normal` in groups, else
             `high`
+    norm    the power of the error that `grid` minimises; where absent 2.4
     """
 
     search: Literal["als", "grid"] = "als"
@@ -151,9 +155,9 @@ class PresetConfig(GridConfig):
 class SquantConfig(PresetConfig):
     """SQuant: flip roundings until the errors of each kernel and each channel sum to nearly nothing.
 
-    preset  `paper`: range minmax and stages EKC, on a grid with an integer zero point
+    preset  `paper`: as published, with the range `minmax` on a grid with an integer zero point
     range   `minmax`: from the least to the largest weight; `clip`: the least-squares range, in convolutions stretched
-            so that what is coded keeps its size, with the clipped error counted in the sums; clip where absent
+            so that what is coded keeps its size, with the clipped error counted in the sums
     stages  E rounds, K flips within kernels, C flips within channels
     """
 
@@ -175,7 +179,10 @@ class SquantConfig(PresetConfig):
 class HqqConfig(GridConfig):
     """Half-quadratic quantization: the min-max scale, and a zero point fitted under an l_p norm.
 
-    round_zero  start from an integer zero point; at 4 bits where absent, as the official default does
+    norm        the p of the norm
+    beta        weight of the quadratic term
+    iterations  half-quadratic steps
+    round_zero  start from an integer zero point; where absent `true` at 4 bits, as the official default
     """
 
     norm: Annotated[float, Interval(gt=0, le=1)] = 0.7

@@ -1,4 +1,4 @@
-"""Every weight regularizer has its config here, its name and where its code lies. Imports no torch.
+"""Configs and entries of the weight regularizers. Imports no torch.
 
 `preset: paper-dsmm` and `preset: paper-qar` fill what is left open as the papers have it, without it with what measures
 best (docs/results.md). Times are shares of all steps; strengths multiply the penalty that each docstring names.
@@ -30,7 +30,7 @@ class RegularizerConfig(PenaltyConfig):
     strength         factor of the penalty
     start            share of the steps before it begins
     ramp             share of the steps over which it grows to its strength
-    hold             share of the steps that it then stays; to the end where absent
+    hold             share of the steps that it then stays; where absent to the end
     shape            how it grows
     layers           weights of all convolutions and dense layers, or of one kind; other tensors only where named
     layer_reduction  over the layers of this rule
@@ -38,7 +38,7 @@ class RegularizerConfig(PenaltyConfig):
     coupling         `coupled`: part of the loss; `decoupled`: a step of its own at the learning rate, after the
                      optimizer's; `proximal`: the exact minimum near the weight, where there is a closed form
     every            it is applied every so many steps, scaled by their number
-    learning_rate    of what the regularizer learns; the optimizer's where absent
+    learning_rate    of what the regularizer learns; where absent the optimizer's
     weight_decay     of what the regularizer learns: only 0 is meaningful
     """
 

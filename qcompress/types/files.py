@@ -1,4 +1,4 @@
-"""Files are opened for reading here so that nothing is waited for: a pipe without a writer blocks whoever opens it."""
+"""Files are opened for reading so that nothing is waited for: a pipe without a writer blocks whoever opens it."""
 
 from __future__ import annotations
 

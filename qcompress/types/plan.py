@@ -1,4 +1,4 @@
-"""A plan has its nouns here, frozen, in the order in which data meets them; `encoded` has what weights become.
+"""The nouns of a plan, frozen, in the order in which data meets them; `encoded` has what weights become.
 
 checkpoint -> TensorInfo -> Recipe of Rules -> Plan of Decisions -> Encoded
 """
@@ -89,7 +89,8 @@ class Budget(Section):
     bpw          bits per compressed weight, all side information counted
     size         bytes of the whole artifact: 2000000, 2MB (powers of 1000) or 2MiB (powers of 1024)
     minimize     the smallest artifact that holds the gates
-    sensitivity  a file of what each layer costs at each width, from `report --sensitivity`
+    sensitivity  a file of what each layer costs at each width, from `report --sensitivity`; a path from the recipe's
+                 folder or from `QCOMPRESS_DATA`
     """
 
     example: ClassVar = {"bpw": 2.0}

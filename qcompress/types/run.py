@@ -1,4 +1,4 @@
-"""A run is described by plain values here: its recipe and device, and what it gives a method. No torch at run time."""
+"""Plain values that describe a run: its recipe and device, and what it gives a method. No torch at run time."""
 
 from __future__ import annotations
 

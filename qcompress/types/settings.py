@@ -521,7 +521,7 @@ class Training(Section):
     batch_norm       `frozen`: batch norms keep the statistics that they have
     norm_batches     batches of data.train, augmented as for training, from which batch norms take their statistics anew
                      after each epoch; 0: none
-    loss             "module:function" or "file.py:function": (output, batch) -> scalar; the task's own where absent
+    loss             "module:function" or "file.py:function": (output, batch) -> scalar; where absent the task's own
     log_steps        steps between two lines of the log
     save_steps       steps between two saved states for --resume; where absent each epoch, and every few minutes
     naive_bits       widths at which the report tries naive quantization before and after

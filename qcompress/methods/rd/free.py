@@ -148,9 +148,9 @@ def encode(weight: Tensor, config: RdConfig, context: EncodeContext) -> Unbounde
     if config.trellis and hessian.shape[-1] == 1:
         hessian = torch.eye(size[1], dtype=torch.float64, device=rows.device).unsqueeze(0)
     bit_costs = None
-    if config.rate > 0:
+    if config.lam > 0:
         ((classes, bits),) = class_costs([with_codes(grid, rows / steps)], PRICED_CODES)
-        bit_costs = BitCosts(classes.long().to(rows.device), bits.to(rows.device), config.rate)
+        bit_costs = BitCosts(classes.long().to(rows.device), bits.to(rows.device), config.lam)
     return with_codes(grid, _codes(rows, steps, hessian, bit_costs, config))
 
 

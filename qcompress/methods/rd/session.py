@@ -236,13 +236,13 @@ class Session:
         )
 
     def _bit_costs(self, before: Mapping[str, Unbounded]) -> dict[str, BitCosts]:
-        if self.config.rate == 0:
+        if self.config.lam == 0:
             return {}
         ordered = [before.get(name) or before[layer.decision.tensor.name] for name, layer in self.layers.items()]
-        device, rate = self.live.device, self.config.rate
+        device, lam = self.live.device, self.config.lam
         found = class_costs(ordered, PRICED_CODES)
         return {
-            name: BitCosts(classes.long().to(device), bits.to(device), rate)
+            name: BitCosts(classes.long().to(device), bits.to(device), lam)
             for name, (classes, bits) in zip(self.layers, found, strict=True)
         }
 
