@@ -5,24 +5,34 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import torch
+from artifact.examples import rewrite, seal
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fuzz.campaign import Target
-from fuzz.mutations import mutate_bytes, mutate_json, mutate_text
+from fuzz.campaign import Disagree, Target
+from fuzz.mutations import mutate_bytes, mutate_json, mutate_text, mutate_value
+from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.checkpoint.side_files import HESSIAN, read_statistics, save_statistics
+from qcompress.compress.load import load_state_dict
 from qcompress.data.batches import Source
 from qcompress.data.sources import read_data
 from qcompress.encode.write_file import Journal
+from qcompress.errors import QcompressError
+from qcompress.exporters.safetensors import export
 from qcompress.plan.sensitivity import read_sensitivity
 from qcompress.recipe import read_recipe
 from qcompress.report.document_json import read_report
+from qcompress.report.gather import gather_report
 from qcompress.report.html.render_html import render_html
 from qcompress.report.render import Format, render
 from qcompress.types.settings import Data, ImagesData, NpzData
@@ -30,7 +40,7 @@ from qcompress.types.settings import Data, ImagesData, NpzData
 
 def make_targets(scratch: Path) -> dict[str, Target]:
     """All targets by name; sound files are made under `scratch`."""
-    found = [*_of_text(scratch), *_of_data(scratch), *_of_runs(scratch)]
+    found = [*_of_artifacts(scratch), *_of_text(scratch), *_of_data(scratch), *_of_runs(scratch)]
     return {target.name: target for target in found}
 
 
@@ -47,6 +57,90 @@ def checkpoint_bytes(**tensors: Tensor) -> bytes:
 
 def gaussian(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+# --- artifacts --------------------------------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+LARGEST_SEED = 2000
+"""Bytes of the golden artifacts to start from: small ones, so that a mutation hits something that matters."""
+
+
+def _of_artifacts(scratch: Path) -> list[Target]:
+    """Golden artifacts of every form and coding: as they are damaged by chance, and by those who know the checksums."""
+    seeds = {path.stem: path.read_bytes() for path in sorted(GOLDEN.glob("*.safetensors"))}
+    seeds = {name: data for name, data in seeds.items() if len(data) < LARGEST_SEED}
+    place = scratch / "sealed.safetensors"
+
+    def sealed(data: bytes, chance: Random) -> bytes:
+        place.write_bytes(data)
+        try:
+            rewrite(place, lambda header, manifest, raw: _change(header, manifest, raw, chance))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, struct.error):
+            # What cannot be sealed again is read as far as it was written.
+            return mutate_bytes(place.read_bytes(), chance)
+        return place.read_bytes()
+
+    return [
+        Target("artifact", seeds, mutate_bytes, _weights, ".safetensors", lambda one, other: bool(one == other)),
+        Target("sealed artifact", seeds, sealed, _agreed, ".safetensors"),
+    ]
+
+
+def _change(header: dict[str, Any], manifest: dict[str, Any], data: bytearray, chance: Random) -> None:
+    """Change a field of an entry, a number, or bytes of one stored tensor, and make that tensor's checksum true."""
+    stored = [name for name, entry in header.items() if name != "__metadata__" and entry["data_offsets"][1]]
+    match chance.randrange(4):
+        case 0 | 1:
+            begin, end = header[chance.choice(stored)]["data_offsets"]
+            changed = mutate_bytes(bytes(data[begin:end]), chance)[: end - begin]
+            data[begin : begin + len(changed)] = changed
+        case 2:
+            key = chance.choice(sorted(manifest.keys() - {"numbers"}))
+            manifest[key] = mutate_value(manifest[key], chance)
+        case 3:
+            kind = chance.choice(("coding", "exponent", "entries", "value"))
+            for name in manifest["numbers"][kind]:
+                manifest["numbers"][kind][name] = chance.choice((0, 1, 2, 3, -126, 111, 255, 2**16 - 1, 1e300))
+    for name in manifest["numbers"]["crc32"]:
+        seal(header, manifest, bytes(data), name)
+
+
+def _weights(path: Path) -> dict[str, str]:
+    return {name: digest(value) for name, value in load_state_dict(path).items()}
+
+
+def _agreed(path: Path) -> dict[str, str]:
+    """What all readers say; an error of ours where all refuse, and Disagree where some do."""
+    readers: dict[str, Callable[[Path], Any]] = {
+        "load": _weights,
+        "verify": lambda at: [name for name, _ in read_artifact(at).verify()],
+        "report": lambda at: render([gather_report(at)], "csv"),
+        "export": lambda at: _exported(at, at.with_name("dense.safetensors")),
+    }
+    found: dict[str, Any] = {}
+    for name, read in readers.items():
+        try:
+            found[name] = read(path)
+        except QcompressError as error:
+            found[name] = error
+    refused = [name for name, value in found.items() if isinstance(value, QcompressError)]
+    if len(refused) == len(found):
+        raise found["load"]
+    # A report tells of the file's sizes, which a damaged code does not change.
+    if refused not in ([], ["load", "verify", "export"]):
+        raise Disagree(f"refused by {refused}: {found[refused[0]]}")
+    if refused:
+        raise found["load"]
+    if found["export"] != found["load"]:
+        raise Disagree("export gives other weights than load_state_dict")
+    weights: dict[str, str] = found["load"]
+    return weights
+
+
+def _exported(path: Path, output: Path) -> dict[str, str]:
+    export(read_artifact(path), output, force=True)
+    return {name: digest(value) for name, value in load_file(output).items()}
 
 
 # --- text and JSON ----------------------------------------------------------------------------------------------------

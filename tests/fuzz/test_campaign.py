@@ -18,6 +18,7 @@ from qcompress.errors import DataError, QcompressError
 
 CASES = 2000
 NAMES = [
+    *("artifact", "sealed artifact"),
     *("recipe", "report", "sensitivity", "npz", "image", "table of images", "checkpoint", "statistics", "journal"),
     *("state",),
 ]
