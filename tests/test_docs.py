@@ -341,3 +341,15 @@ def test_recipes_in_the_training_page_are_valid() -> None:
     assert blocks
     for block in blocks:
         parse_recipe(block, "docs")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_prose_is_wrapped(path: Path) -> None:
+    """At 120 columns, but for tables, code and what a console showed, which are lines of their own."""
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "    ", "<!--"))]
+    assert long == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
