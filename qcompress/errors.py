@@ -2,6 +2,7 @@
 
     QcompressError
     ├── UsageError        2
+    │   └── UsageErrors   several of them
     ├── InputError        3
     │   ├── CheckpointError
     │   ├── RecipeError
@@ -206,15 +207,25 @@ class GatesFailed(_Several, GateFailed):
     """Several gates did not hold, or one for several artifacts."""
 
 
-def raise_all(errors: Sequence[InputError] | Sequence[GateFailed]) -> None:
-    """Raise the one error, or all of them at once, each told once; return where there is none."""
+class UsageErrors(_Several, UsageError):
+    """Several things are wrong with a command line, or are missing for it."""
+
+
+def raise_all(errors: Sequence[QcompressError]) -> None:
+    """Raise the one error, or all of them at once, each told once; return where there is none.
+
+    What is wrong with an input counts for more than what is missing for it.
+    """
     different: dict[str, QcompressError] = {}
     for error in errors:
         different.setdefault(str(error), error)
     if len(different) == 1:
         raise errors[0]
     if different:
-        raise (GatesFailed if isinstance(errors[0], GateFailed) else Refusals)([*different.values()])
+        for kind, several in ((GateFailed, GatesFailed), (InputError, Refusals), (UsageError, UsageErrors)):
+            if any(isinstance(error, kind) for error in different.values()):
+                raise several([*different.values()])
+        raise errors[0]
 
 
 class ResourceError(QcompressError):

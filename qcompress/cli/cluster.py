@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
 from qcompress.cli.output import Streams, refuse_mixed
-from qcompress.cli.panels import METHOD, MODEL
+from qcompress.cli.panels import METHOD
 from qcompress.cli.recipe import make_recipe
 
 
@@ -71,16 +70,7 @@ def cluster(
     streams: Streams,
     running: RunFlags,
     allow_code: opt.AllowCode = False,
-    representatives: Annotated[
-        Path | None,
-        typer.Option(
-            "--representatives",
-            metavar="FILE",
-            help="Representatives that finetune-reg has learned, for --method learned. Without it "
-            "CHECKPOINT.reg.safetensors.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    representatives: opt.Representatives = None,
     statistics: opt.Statistics = None,
     save_statistics: opt.SaveStatistics = None,
     gates: GateFlags,

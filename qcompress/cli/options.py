@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from qcompress.cli.panels import BUDGET, GATES, INPUT, METHOD, MODEL, OUTPUT, RUNNING
-from qcompress.errors import UnmeasuredError, UsageError, raise_all
+from qcompress.errors import UnmeasuredError, UsageError
 from qcompress.registry import METHODS
 from qcompress.types.plan import Family, Gates
 
@@ -136,7 +136,9 @@ Json = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="Print the output's path and nothing else.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--quiet", "-q", help="Print no progress, and of the result only the output's path.", rich_help_panel=OUTPUT
+    ),
 ]
 Verbose = Annotated[
     bool,
@@ -260,6 +262,16 @@ Sensitivity = Annotated[
         metavar="FILE",
         help="What each layer costs at each width, from `qcompress report --sensitivity`, to spend the budget by.",
         rich_help_panel=BUDGET,
+    ),
+]
+Representatives = Annotated[
+    Path | None,
+    typer.Option(
+        "--representatives",
+        metavar="FILE",
+        help="Representatives that finetune-reg has learned, for the method learned. Without it "
+        "CHECKPOINT.reg.safetensors.",
+        rich_help_panel=MODEL,
     ),
 ]
 SaveStatistics = Annotated[
@@ -483,17 +495,14 @@ def parse_size_flag(flag: str, text: str, example: str = "2MB") -> int:
         raise UsageError(f"{flag} {text}", str(error), f"write it like {example} or 4GiB") from None
 
 
-def refuse_unmeasurable(gates: Gates) -> None:
-    """Raise UnmeasuredError (Refusals where several) for gates on metrics, which a run from weights alone never has."""
-    raise_all(
-        [
-            UnmeasuredError(
-                f"gate {kind} {metric}", "this run measures no metric: it has weights, but no data", NO_METRIC_HINT
-            )
-            for kind, limits in (("min-metric", gates.min_metric), ("max-drop", gates.max_drop))
-            for metric in limits
-        ]
-    )
+def unmeasurable(gates: Gates) -> list[UnmeasuredError]:
+    """An error for each gate on a metric, which a run from weights alone never has."""
+    what = "this run measures no metric: it has weights, but no data"
+    return [
+        UnmeasuredError(f"gate {kind} {metric}", what, NO_METRIC_HINT)
+        for kind, limits in (("min-metric", gates.min_metric), ("max-drop", gates.max_drop))
+        for metric in limits
+    ]
 
 
 def make_budget_flag(bpw: float | None, target_size: str | None, minimize: Minimize | None) -> BudgetFlag | None:

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.output import json_document, print_result, read_stdin, refuse_harm, refuse_mixed, write_text
-from qcompress.errors import UsageError
+from qcompress.cli.output import (
+    json_document,
+    print_note,
+    print_result,
+    read_stdin,
+    refuse_harm,
+    refuse_mixed,
+    write_text,
+)
+from qcompress.errors import UsageError, raise_all
 
 if TYPE_CHECKING:
     from qcompress.recipe import BudgetFlag
@@ -32,26 +40,45 @@ def check(
         typer.Argument(metavar="[CHECKPOINT]", help="A checkpoint whose headers the recipe is held against."),
     ] = None,
     overrides: opt.Overrides = None,
-    quiet: opt.Quiet = False,
+    allow_code: opt.AllowCode = False,
+    statistics: opt.Statistics = None,
+    representatives: opt.Representatives = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing where the recipe is sound: the exit code tells.")
+    ] = False,
 ) -> None:
-    """Say all that is wrong with a recipe, by itself or for a checkpoint."""
+    """Say all that is wrong with a recipe, by itself or for a checkpoint.
+
+    It looks for files, packages, code and data that a run would need, and builds the network without weights.
+    """
+    from qcompress.cli.run import find_representatives
+    from qcompress.compress.check import check_recipe, plan_checked
     from qcompress.report.words import count_words
 
     checked = read_given(path, overrides)
-    # A rule with a list of globs is one rule to its writer.
-    words = count_words(len({rule.where for rule in checked.rules}), "rule")
+    source = None
     if checkpoint is not None:
         from qcompress.checkpoint.checkpoint import read_checkpoint
-        from qcompress.plan.allocate import refuse_infeasible
-        from qcompress.plan.plan import make_plan
 
         source = read_checkpoint(checkpoint)
-        plan = make_plan(checked, source.tensors, source.tied, source.axes)
+    found = check_recipe(checked, source, allow_code=allow_code, statistics=statistics is not None)
+    if checked.model is None:
+        found.errors += opt.unmeasurable(checked.gates)
+    for line in found.unchecked:
+        print_note(f"not checked: {line}")
+    # A rule with a list of globs is one rule to its writer.
+    words = count_words(len({rule.where for rule in checked.rules}), "rule")
+    if source is not None and checkpoint is not None and checked.rules:
+        from qcompress.plan.allocate import refuse_infeasible
+
+        plan = plan_checked(found, source, checked, find_representatives(checked, checkpoint, representatives))
         refuse_infeasible(source, plan, "auto")
         compressed = sum(decision.compresses for decision in plan.decisions)
         words += f", {compressed} of {len(plan.decisions)} tensors compressed"
+    raise_all(found.errors)
     if not quiet:
-        print_result(f"{path}: sound, {words}")
+        sound = "sound" if not found.unchecked else "sound as far as it was checked"
+        print_result(f"{path}: {sound}, {words}")
 
 
 @recipe.command()

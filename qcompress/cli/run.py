@@ -73,8 +73,10 @@ def run(request: Request, streams: Streams) -> None:
     recipe, source = request.recipe, read_checkpoint(request.checkpoint)
     target = request.writing.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
     coding: CodingChoice = request.writing.coding.value
+    if recipe.model is not None:
+        _refuse_weights_only(request)
     if request.writing.dry_run:
-        plan, _ = _make_plan(source, request, None)
+        plan = _dry_plan(source, request, streams)
         if request.sensitivity is not None:
             plan = allocate(source, plan, coding, read_costs(source, plan, request.sensitivity))
         print_plan(source, plan, target, coding, streams)
@@ -83,7 +85,6 @@ def run(request: Request, streams: Streams) -> None:
     options = _make_options(request, target, coding, streams)
     model_run = None
     if recipe.model is not None:
-        _refuse_weights_only(request)
         # Threads encode tensors beside one another; only training has steps that are worth several.
         threads = request.running.threads if trains(recipe) else None
         model_run = make_model_run(recipe, request.running.device, request.allow_code, streams, threads)
@@ -111,7 +112,7 @@ def _checked(request: Request) -> Request:
     recipe = replace(recipe, gates=opt.make_gates(recipe.gates, request.gates))
     raise_all(refuse_missing(recipe, statistics=request.statistics is not None))
     if recipe.model is None:
-        opt.refuse_unmeasurable(recipe.gates)
+        raise_all(opt.unmeasurable(recipe.gates))
         if request.save_statistics is not None:
             hint = "add -r RECIPE with model and data"
             raise UsageError("--save-statistics", "there is no model to gather from", hint)
@@ -219,11 +220,28 @@ def _make_plan(source: Checkpoint, request: Request, model_run: ModelRun | None)
 
     raises  Refusals, and what building a model and reading the file raise
     """
-    learned = None
-    if any(rule.method is not None and METHODS[rule.method].representatives for rule in request.recipe.rules):
-        learned = request.representatives or representatives_path(request.checkpoint)
-    skip = request.running.skip_nonfinite and not request.writing.dry_run
+    learned = find_representatives(request.recipe, request.checkpoint, request.representatives)
+    skip = request.running.skip_nonfinite
     return plan_checkpoint(source, request.recipe, model_run, learned, skip_nonfinite=skip), learned
+
+
+def _dry_plan(source: Checkpoint, request: Request, streams: Streams) -> Plan:
+    """The plan, once all else was checked that a run would need. Raises Refusals, UsageErrors."""
+    from qcompress.compress.check import check_recipe, plan_checked
+
+    recipe, statistics = request.recipe, request.statistics is not None
+    found = check_recipe(recipe, source, allow_code=request.allow_code, statistics=statistics)
+    for line in found.unchecked:
+        streams.say(f"not checked: {line}")
+    learned = find_representatives(recipe, request.checkpoint, request.representatives)
+    return plan_checked(found, source, recipe, learned)
+
+
+def find_representatives(recipe: Recipe, checkpoint: Path, named: Path | None) -> Path | None:
+    """The file of learned representatives, where a method takes it up."""
+    if any(rule.method is not None and METHODS[rule.method].representatives for rule in recipe.rules):
+        return named or representatives_path(checkpoint)
+    return None
 
 
 def _compress(source: Checkpoint, plan: Plan, options: Options, request: Request, streams: Streams) -> Report:

@@ -1,8 +1,50 @@
-"""What can be found out about a run before its work begins is found here."""
+"""What can be found out about a run before its work begins is found here, all of it at once.
+
+Imports no torch for recipes without a model.
+"""
 
 from __future__ import annotations
 
-from qcompress.types.plan import Recipe
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qcompress.checkpoint.checkpoint import Checkpoint
+from qcompress.compress.plan_checkpoint import plan_checkpoint
+from qcompress.data.foreign import find_file
+from qcompress.data.user_code import find_callable, missing_package
+from qcompress.errors import BudgetError, DataError, InputError, QcompressError, raise_all
+from qcompress.plan.allocate import sensitivity_file
+from qcompress.recipe import refuse_missing, refuse_untrainable
+from qcompress.types.config import Shape
+from qcompress.types.plan import ModelFacts, Plan, Recipe
+from qcompress.types.run import ModelRun
+from qcompress.types.settings import (
+    Crop4,
+    Data,
+    Flip,
+    HubData,
+    ImagesData,
+    TextData,
+    Translation,
+)
+
+OURS = (Flip, Crop4)
+"""What is done to images without torchvision."""
+
+
+@dataclass
+class Findings:
+    """What a recipe is found to be before it runs.
+
+    errors     all that is wrong, to be raised at once
+    unchecked  lines on what could not be checked, and why
+    facts      what its network says, where there is one that could be built
+    """
+
+    errors: list[QcompressError] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    facts: ModelFacts | None = None
 
 
 def refuse_code(recipe: Recipe, allow_code: bool) -> None:
@@ -11,3 +53,146 @@ def refuse_code(recipe: Recipe, allow_code: bool) -> None:
         from qcompress.model.factories import refuse_code
 
         refuse_code(recipe)
+
+
+def check_recipe(
+    recipe: Recipe, checkpoint: Checkpoint | None = None, *, allow_code: bool = False, statistics: bool = False
+) -> Findings:
+    """All that a run by this recipe would stumble over: missing parts, files and packages, code, network and data.
+
+    checkpoint  what the network is held against
+    allow_code  whether code that the recipe names may be imported and called
+    statistics  whether saved statistics stand in for model and calibration data
+    """
+    found = Findings()
+    if recipe.rules or recipe.finetune is None:
+        found.errors += refuse_missing(recipe, statistics=statistics)
+    if recipe.finetune is not None:
+        found.errors += refuse_untrainable(recipe)
+    found.errors += [error for name in _packages(recipe) if (error := missing_package(name)) is not None]
+    absent = dict(_absent_files(recipe))
+    found.errors += absent.values()
+    waiting = _code(recipe, allow_code, found)
+    if recipe.model is not None:
+        _check_live(recipe, checkpoint, allow_code, {*absent, *waiting}, found)
+    return found
+
+
+def plan_checked(found: Findings, checkpoint: Checkpoint, recipe: Recipe, representatives: Path | None) -> Plan:
+    """The plan of a recipe that was checked, by what its network says. Raises all that is wrong with either at once."""
+    try:
+        plan = plan_checkpoint(checkpoint, recipe, representatives=representatives, facts=found.facts)
+    except InputError as error:
+        found.errors.append(error)
+        plan = Plan(recipe, ())
+    raise_all(found.errors)
+    return plan
+
+
+def data_parts(recipe: Recipe) -> dict[str, Data]:
+    """The data that a recipe names: "data.eval" -> where they come from."""
+    data = recipe.data
+    if data is None:
+        return {}
+    train = None if data.train is None else data.train.source
+    parts = {"calibration": data.calibration, "eval": data.eval, "train": train}
+    return {f"data.{name}": one for name, one in parts.items() if one is not None}
+
+
+def _absent_files(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
+    """Section -> the error of a file or folder that it names and that is not there."""
+    for part, settings in data_parts(recipe).items():
+        for key in settings.paths:
+            name = getattr(settings, key)
+            try:
+                if name is not None:
+                    find_file(recipe.root, name, recipe.place(part))
+            except DataError as error:
+                yield part, error
+    try:
+        sensitivity_file(recipe)
+    except BudgetError as error:
+        yield "budget", error
+
+
+def _packages(recipe: Recipe) -> Iterator[str]:
+    """The packages of extras that a recipe cannot do without."""
+    if recipe.model is not None:
+        top = recipe.model.factory.partition(".")[0].partition(":")[0]
+        yield from (name for name in ("torchvision", "timm", "transformers") if name == top)
+    for settings in data_parts(recipe).values():
+        if isinstance(settings, ImagesData):
+            yield "PIL"
+        if isinstance(settings, HubData):
+            yield "datasets"
+        if isinstance(settings, HubData | TextData) and settings.tokenizer is not None:
+            yield "tokenizers" if settings.tokenizer.endswith(".json") else "transformers"
+    if recipe.data is not None and recipe.data.train is not None:
+        yield from ("torchvision" for step in recipe.data.train.augment if not isinstance(step, OURS))
+    if isinstance(recipe.task, Translation):
+        yield "sacrebleu"
+
+
+def _code(recipe: Recipe, allow_code: bool, found: Findings) -> set[str]:
+    """The sections whose code waits for consent, which is told of; with consent task and loss are imported."""
+    from qcompress.model.factories import argument_error, code_of
+
+    try:
+        code = code_of(recipe)
+    except QcompressError as error:
+        # A missing extra tells the listed networks.
+        found.errors.append(error)
+        return {"model"}
+    if allow_code:
+        for one in code:
+            # The network and the data are made further on.
+            if one.key in ("finetune.loss", "task.factory"):
+                try:
+                    find_callable(one.name, recipe.root, allow_code, one.where, DataError)
+                except QcompressError as error:
+                    found.errors.append(error)
+        return set()
+    found.unchecked += [f"{one.where}: {one.name!r} is code, which runs only with --allow-code" for one in code]
+    waiting = {one.key.rpartition(".")[0] for one in code}
+    argument = None if recipe.model is None else argument_error(recipe.model, recipe.place("model"))
+    if argument is not None and "model" not in waiting:
+        found.unchecked.append(f"{argument.where}: {argument.what}, and does only with --allow-code")
+        waiting.add("model")
+    return waiting
+
+
+def _check_live(
+    recipe: Recipe, checkpoint: Checkpoint | None, allow_code: bool, skipped: set[str], found: Findings
+) -> None:
+    """Build the network, hold the checkpoint against it, and open the data, but for what is `skipped`."""
+    import torch
+
+    from qcompress.data.batches import Source
+    from qcompress.data.sources import check_data
+    from qcompress.model.build import build_skeleton, facts_of, refuse_misfit
+    from qcompress.training.penalties import decide_penalties
+
+    model_run = ModelRun(recipe, torch.device("cpu"), allow_code)
+    if "model" not in skipped:
+        try:
+            module = build_skeleton(model_run)
+            found.facts = facts_of(module)
+            if checkpoint is not None:
+                refuse_misfit(module, _shapes(checkpoint), str(checkpoint.path))
+            if recipe.finetune is not None:
+                decide_penalties(module, recipe.finetune.regularize)
+        except QcompressError as error:
+            found.errors.append(error)
+    for part, settings in data_parts(recipe).items():
+        if part not in skipped:
+            assert recipe.data is not None
+            try:
+                check_data(settings, Source(recipe.root, recipe.place(part), recipe.data.normalize, allow_code))
+            except QcompressError as error:
+                found.errors.append(error)
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
+    """Every name of a checkpoint, tied ones too, with its shape."""
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
+    return {**{name: shapes[twin] for name, twin in checkpoint.tied.items() if twin in shapes}, **shapes}

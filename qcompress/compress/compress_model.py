@@ -106,9 +106,7 @@ def _refuse_early(checkpoint: Checkpoint, plan: Plan, options: Options, world: W
     """Raise what is known to be wrong before the network is built, and long before anything is trained."""
     if world.size > 1 and plan.recipe.budget is not None:
         what = "a budget is spent by one process, and this run has several ranks"
-        raise BudgetError(
-            plan.recipe.places.get("budget", "budget"), what, "give each rule its bits, or run one process"
-        )
+        raise BudgetError(plan.recipe.place("budget"), what, "give each rule its bits, or run one process")
     refuse_own_input(checkpoint.path, options.output)
     if world.is_first:
         refuse_existing(options.output, options.force, checkpoint.is_folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.plan.plan import make_plan
-from qcompress.types.plan import Plan, Recipe
+from qcompress.types.plan import ModelFacts, Plan, Recipe
 from qcompress.types.run import ModelRun
 
 
@@ -17,17 +17,18 @@ def plan_checkpoint(
     model_run: ModelRun | None = None,
     representatives: Path | None = None,
     *,
+    facts: ModelFacts | None = None,
     skip_nonfinite: bool = False,
 ) -> Plan:
     """The plan of a recipe for a checkpoint, from headers and, where they are asked for, from these:
 
     model_run        the network that the recipe names, which knows axes and ties that headers do not show
     representatives  the file of what finetune-reg has learned, for the methods that take it up
+    facts            what that network says, where it is known already
     skip_nonfinite   weights that hold NaN or Inf are kept; reads all weights to compress once
     raises           what `make_plan` and building the network raise
     """
-    facts = None
-    if model_run is not None:
+    if model_run is not None and facts is None:
         from qcompress.model.build import read_facts
 
         facts = read_facts(model_run)

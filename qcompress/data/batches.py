@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qcompress.data.foreign import refuse_irregular
+from qcompress.data.foreign import find_file
 from qcompress.errors import DataError, ModelError, QcompressError
 from qcompress.types.settings import Normalize
 
@@ -163,15 +162,7 @@ class Source:
 
     def find(self, name: str) -> Path:
         """The file or folder of that name. Raises DataError."""
-        base = os.environ.get("QCOMPRESS_DATA")
-        for folder in (self.root, *([Path(base)] if base else [])):
-            if (folder / name).exists():
-                refuse_irregular(folder / name, self.place)
-                return folder / name
-        where = "the recipe's folder" + (", nor in QCOMPRESS_DATA" if base else "; QCOMPRESS_DATA is not set")
-        raise DataError(
-            self.place, f"{name!r} is not in {where}", "check the path, or set QCOMPRESS_DATA to its folder"
-        )
+        return find_file(self.root, name, self.place)
 
     def standardized(self, x: Tensor) -> Tensor:
         """Images or signals [samples, channels, ...] less the mean, over the standard deviation of each channel."""

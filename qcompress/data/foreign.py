@@ -38,6 +38,17 @@ def first_line(error: BaseException, length: int = 200) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:length]
 
 
+def find_file(root: Path, name: str, place: str) -> Path:
+    """A file or folder that a recipe names, from its folder `root` or from QCOMPRESS_DATA. Raises DataError."""
+    base = os.environ.get("QCOMPRESS_DATA")
+    for folder in (root, *([Path(base)] if base else [])):
+        if (folder / name).exists():
+            refuse_irregular(folder / name, place)
+            return folder / name
+    where = "the recipe's folder" + (", nor in QCOMPRESS_DATA" if base else "; QCOMPRESS_DATA is not set")
+    raise DataError(place, f"{name!r} is not in {where}", "check the path, or set QCOMPRESS_DATA to its folder")
+
+
 def refuse_irregular(path: Path, where: str) -> None:
     """Raise DataError for a pipe, a device or a socket: reading one may wait for ever, and no second time succeeds."""
     if not (path.is_file() or path.is_dir()):

@@ -29,17 +29,10 @@ def read_npz(settings: NpzData, source: Source) -> tuple[int, Reader]:
     """The samples of the file, and how to read some of them as they are stored. Raises DataError."""
     path = source.find(settings.npz)
     keyword = settings.inputs if isinstance(settings.inputs, dict) else {}
-    names = [settings.inputs] if isinstance(settings.inputs, str) else [*(keyword.values() or settings.inputs)]
-    labels = settings.labels
     with _open(path, source.place) as file:
-        if labels is None and LABELS in file.files and LABELS not in names:
-            labels = LABELS
+        names, labels = _names(settings, file)
         arrays = {name: _array(file, name, path) for name in (*names, labels, settings.lengths) if name is not None}
-    total = len(arrays[names[0]])
-    for name, array in arrays.items():
-        if array.ndim == 0 or len(array) != total:
-            what = f"array {name!r} has the shape {list(array.shape)}, and {names[0]!r} has {total} samples"
-            raise DataError(str(path), what, "give arrays with as many samples each")
+    total = _samples({name: array.shape for name, array in arrays.items()}, names[0], path)
     _refuse_broken(arrays, path)
 
     def read(indices: Sequence[int]) -> Batch:
@@ -55,6 +48,35 @@ def read_npz(settings: NpzData, source: Source) -> tuple[int, Reader]:
     return total, read
 
 
+def count_npz(settings: NpzData, source: Source) -> int:
+    """The samples of the file, from the headers of its arrays alone. Raises DataError."""
+    path = source.find(settings.npz)
+    with _open(path, source.place) as file:
+        names, labels = _names(settings, file)
+        wanted = [name for name in (*names, labels, settings.lengths) if name is not None]
+        return _samples({name: _header(file, name, path)[0] for name in wanted}, names[0], path)
+
+
+def _names(settings: NpzData, file: NpzFile) -> tuple[list[str], str | None]:
+    """The arrays of the inputs, and that of the labels where there are some."""
+    inputs = settings.inputs
+    names = [inputs] if isinstance(inputs, str) else [*(inputs.values() if isinstance(inputs, dict) else inputs)]
+    labels = settings.labels
+    if labels is None and LABELS in file.files and LABELS not in names:
+        labels = LABELS
+    return names, labels
+
+
+def _samples(shapes: Mapping[str, tuple[int, ...]], first: str, path: Path) -> int:
+    """As many as the first array has, and all others too. Raises DataError."""
+    total = shapes[first][0] if shapes[first] else 0
+    for name, shape in shapes.items():
+        if not shape or shape[0] != total:
+            what = f"array {name!r} has the shape {list(shape)}, and {first!r} has {total} samples"
+            raise DataError(str(path), what, "give arrays with as many samples each")
+    return total
+
+
 def _open(path: Path, place: str) -> NpzFile:
     with reading(path, "is no npz file", f"see {place}"):
         file = np.load(path, allow_pickle=False)
@@ -64,19 +86,27 @@ def _open(path: Path, place: str) -> NpzFile:
 
 
 def _array(file: NpzFile, name: str, path: Path) -> Array:
+    shape, dtype = _header(file, name, path)
+    refuse_immense(math.prod(shape) * dtype.itemsize, path)
+    with reading(path, f"array {name!r} cannot be read", "save it again, as numbers"):
+        array: Array = file[name]
+    return array
+
+
+def _header(file: NpzFile, name: str, path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of an array of numbers. Raises DataError."""
     if name not in file:
         close = difflib.get_close_matches(name, [*file], n=1, cutoff=0.0)
         raise DataError(str(path), f"has no array {name!r}", f"did you mean {close[0]!r}?" if close else "it is empty")
     with reading(path, f"array {name!r} cannot be read", "save it again, as numbers"):
-        refuse_immense(_declared(file, name), path)
-        array: Array = file[name]
-    if array.dtype.kind not in "biuf":
-        raise DataError(str(path), f"array {name!r} is of {array.dtype}, not of numbers", "save it as numbers")
-    return array
+        shape, dtype = _declared(file, name)
+    if dtype.kind not in "biuf":
+        raise DataError(str(path), f"array {name!r} is of {dtype}, not of numbers", "save it as numbers")
+    return shape, dtype
 
 
-def _declared(file: NpzFile, name: str) -> int:
-    """Bytes that an array's header asks for; ValueError where its member of the archive has another length."""
+def _declared(file: NpzFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """What an array's header says; ValueError where its member of the archive has another length."""
     archive = file.zip
     assert archive is not None
     member = name if name in archive.namelist() else f"{name}.npy"
@@ -90,7 +120,7 @@ def _declared(file: NpzFile, name: str) -> int:
         raise ValueError("it holds Python objects")
     if header + declared != archive.getinfo(member).file_size:
         raise ValueError(f"its header declares {declared} bytes of data")
-    return declared
+    return shape, dtype
 
 
 def _refuse_broken(arrays: Mapping[str, Array], path: Path) -> None:

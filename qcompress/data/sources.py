@@ -59,12 +59,7 @@ def read_data(settings: Data, source: Source, seed: int) -> Batches:
             total, read = read_text(settings, source)
         case FactoryData():
             total, read = read_factory(settings, source)
-    wanted = total if settings.samples is None else settings.samples
-    if wanted > total:
-        hint = f"ask for at most {total}, or leave `samples` out"
-        raise DataError(source.place, f"{wanted} samples are asked for and there are {total}", hint)
-    if total == 0:
-        raise DataError(source.place, "there are no samples", "check the folder or the file")
+    wanted = _wanted(settings, total, source.place)
     if not settings.shuffle:
         return Batches(wanted, settings.batch_size, read, finish, read_cut)
     generator = torch.Generator().manual_seed(seed)
@@ -81,6 +76,34 @@ def read_data(settings: Data, source: Source, seed: int) -> Batches:
         return read_cut(of_chosen(indices), cut)
 
     return Batches(wanted, settings.batch_size, read_chosen, finish, None if read_cut is None else cut_chosen)
+
+
+def _wanted(settings: Data, total: int, place: str) -> int:
+    """The samples that are asked for, of so many. Raises DataError."""
+    wanted = total if settings.samples is None else settings.samples
+    if wanted > total:
+        hint = f"ask for at most {total}, or leave `samples` out"
+        raise DataError(place, f"{wanted} samples are asked for and there are {total}", hint)
+    if total == 0:
+        raise DataError(place, "there are no samples", "check the folder or the file")
+    return wanted
+
+
+def check_data(settings: Data, source: Source) -> None:
+    """What `read_data` raises, as far as it can be told without reading the samples; of a factory all of it."""
+    match settings:
+        case NpzData():
+            from qcompress.data.npz import count_npz
+
+            _wanted(settings, count_npz(settings, source), source.place)
+        case TextData() if settings.target is None and settings.labels is None:
+            from qcompress.data.text import read_tokenizer
+
+            # Its windows are counted once all of it is tokenized.
+            source.find(settings.text)
+            read_tokenizer(source.find(settings.tokenizer))
+        case _:
+            read_data(settings, source, 0)
 
 
 def read_factory(settings: FactoryData, source: Source) -> tuple[int, Reader]:

@@ -45,10 +45,17 @@ def import_package(name: str) -> Any:
             _import_torchvision()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        missing = missing_package(error.name) if error.name in EXTRAS else None
+        if missing is None:
             raise
-        hint = f"pip install 'qcompress[{EXTRAS[error.name]}]'"
-        raise UsageError(name, f"the package {error.name} is not installed", hint) from None
+        raise missing from None
+
+
+def missing_package(name: str) -> UsageError | None:
+    """What importing a package of an extra would raise where it is not installed; nothing is imported."""
+    if importlib.util.find_spec(name) is not None:
+        return None
+    return UsageError(name, f"the package {name} is not installed", f"pip install 'qcompress[{EXTRAS[name]}]'")
 
 
 def _import_torchvision() -> None:
@@ -101,7 +108,7 @@ def named_code(recipe: Recipe) -> list[NamedCode]:
 
 def _place(recipe: Recipe, key: str) -> str:
     section, _, last = key.rpartition(".")
-    return f"{recipe.places.get(section, section)}.{last}"
+    return f"{recipe.place(section)}.{last}"
 
 
 def consent_error(found: Sequence[NamedCode], instead: str | None = None) -> UsageError:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.data.user_code import find_callable
-from qcompress.errors import CheckpointError, ModelError, QcompressError, RecipeError
+from qcompress.errors import CheckpointError, ModelError, QcompressError, RecipeError, Subject, raise_all
 from qcompress.model.factories import listed_network, refuse_arguments, without_network
-from qcompress.types.plan import Axis, ModelFacts, TensorFacts
+from qcompress.model.layers import matrix_layer
+from qcompress.types.config import Shape
+from qcompress.types.plan import Axis, ModelFacts, TensorFacts, WeightKind
 from qcompress.types.run import ModelRun
 from qcompress.types.settings import ModelSettings
 
@@ -74,33 +76,39 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
 
     A batch norm's count of batches may be missing, and so may a name that shares its tensor with one that is there.
 
-    raises  CheckpointError naming what is missing, left over or of another shape
+    raises  CheckpointError (Refusals where several) naming what is missing, left over or of another shape
     """
+    refuse_misfit(module, {name: tuple(value.shape) for name, value in state.items()}, source)
+    with torch.no_grad():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if name in state:
+                tensor.copy_(state[name])
+
+
+def refuse_misfit(module: nn.Module, shapes: Mapping[str, Shape], source: str) -> None:
+    """Raise CheckpointError, Refusals where several, naming what is missing, left over or of another shape."""
     own = module.state_dict(keep_vars=True)
     shared = tied_names(module)
-    given = set(state)
     missing = [
         name
         for name in own
-        if name not in given
+        if name not in shapes
         and not name.endswith("num_batches_tracked")
-        and not any(alias in given for alias in _same(shared, name))
+        and not any(alias in shapes for alias in _same(shared, name))
     ]
-    surplus = sorted(given - set(own))
-    wrong = [name for name in own if name in given and state[name].shape != own[name].shape]
+    surplus = sorted(set(shapes) - set(own))
     kind = type(module).__name__
     if missing or surplus:
         parts = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has {_listed(surplus)} too many"] * bool(surplus)
         hint = "name the model that the checkpoint was saved from, with the same args"
         raise CheckpointError(source, f"does not fit {kind}: it {' and '.join(parts)}", hint)
-    if wrong:
-        name = wrong[0]
-        what = f"is {list(state[name].shape)} in the checkpoint and {list(own[name].shape)} in {kind}"
-        raise CheckpointError(f"{source}: tensor {name!r}", what, "check model.args")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if name in given:
-                tensor.copy_(state[name])
+    errors = []
+    for name, tensor in own.items():
+        if name in shapes and shapes[name] != tensor.shape:
+            what = f"is {list(shapes[name])} in the checkpoint and {list(tensor.shape)} in {kind}"
+            cause = f"have other shapes in the checkpoint than in {kind}"
+            errors.append(CheckpointError(source, what, "check model.args", Subject(name), cause))
+    raise_all(errors)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -131,12 +139,21 @@ def read_facts(model_run: ModelRun) -> ModelFacts:
 
     raises  what `build_network` raises
     """
+    return facts_of(build_skeleton(model_run))
+
+
+def build_skeleton(model_run: ModelRun) -> nn.Module:
+    """The network that a recipe names, without weights where it can be built so. Raises what `build_network` raises."""
     try:
         with torch.device("meta"):
-            module = build_network(model_run)
+            return build_network(model_run)
     except ModelError:
         # A constructor may read values, which tensors without data do not have.
-        module = build_network(model_run)
+        return build_network(model_run)
+
+
+def facts_of(module: nn.Module) -> ModelFacts:
+    """What a network says of its tensors."""
     axes, tied = channel_axes(module), tied_names(module)
     owners = dict(module.named_modules(remove_duplicate=False))
     facts = {}
@@ -145,8 +162,16 @@ def read_facts(model_run: ModelRun) -> ModelFacts:
         owner = owners.get(name.rpartition(".")[0], module)
         # MultiheadAttention multiplies by its last weight itself.
         called = type(owner).__name__ != "NonDynamicallyQuantizableLinear"
-        facts[name] = TensorFacts(type(owner).__name__, axes.get(name), tied.get(name), called)
+        kind = weight_kind(owner) if name.endswith("weight") and called else "else"
+        facts[name] = TensorFacts(type(owner).__name__, axes.get(name), tied.get(name), called, kind)
     return facts
+
+
+def weight_kind(module: nn.Module) -> WeightKind:
+    """What a module does with its weight."""
+    if matrix_layer(module) is not None:
+        return "product"
+    return "table" if isinstance(module, nn.Embedding) else "else"
 
 
 def channel_axes(module: nn.Module) -> dict[str, Axis]:

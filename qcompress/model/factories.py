@@ -138,11 +138,19 @@ def _without_pretrained(config: Any, configs: type) -> Any:
 
 def refuse_arguments(settings: ModelSettings, place: str) -> None:
     """Raise UsageError for the first argument that may name weights, a file, a server or code."""
+    error = argument_error(settings, place)
+    if error is not None:
+        raise error
+
+
+def argument_error(settings: ModelSettings, place: str) -> UsageError | None:
+    """What is said of the first argument that needs consent, or None."""
     for keys, value in _walk((), settings.args):
         names = [key for key in keys if isinstance(key, str)]
         if names and not set(names) & set(LABELS) and _is_place(names[-1], value):
             what = "may name weights, a file, a server or code, which only a recipe that you trust may do"
-            raise UsageError(f"{place}.args.{'.'.join(map(str, keys))}", what, "remove it, or pass --allow-code")
+            return UsageError(f"{place}.args.{'.'.join(map(str, keys))}", what, "remove it, or pass --allow-code")
+    return None
 
 
 def _walk(keys: tuple[str | int, ...], value: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -205,7 +213,7 @@ def refuse_code(recipe: Recipe) -> None:
     if found:
         raise consent_error(found, _nearest(recipe) if found[0].key == "model.factory" else None)
     if recipe.model is not None:
-        refuse_arguments(recipe.model, recipe.places.get("model", "model"))
+        refuse_arguments(recipe.model, recipe.place("model"))
 
 
 def _nearest(recipe: Recipe) -> str | None:

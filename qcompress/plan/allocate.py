@@ -40,7 +40,7 @@ LINKED = (
 
 def budget_place(plan: Plan) -> str:
     """How errors name a plan's budget: "recipe.yaml:3: budget"."""
-    return plan.recipe.places.get("budget", "budget")
+    return plan.recipe.place("budget")
 
 
 def coded_weights(plan: Plan) -> int:
@@ -151,12 +151,11 @@ def sensitivity_file(recipe: Recipe) -> Path | None:
     """
     if recipe.budget is None or recipe.budget.sensitivity is None:
         return None
-    source, base = Path(recipe.source), os.environ.get("QCOMPRESS_DATA")
-    for folder in (source.parent if source.suffix else Path(), *([Path(base)] if base else [])):
+    base = os.environ.get("QCOMPRESS_DATA")
+    for folder in (recipe.root, *([Path(base)] if base else [])):
         if (folder / recipe.budget.sensitivity).exists():
             return folder / recipe.budget.sensitivity
-    where = recipe.places.get("budget", "budget")
-    raise BudgetError(f"{where}.sensitivity", f"{recipe.budget.sensitivity!r} is not there", AGAIN)
+    raise BudgetError(f"{recipe.place('budget')}.sensitivity", f"{recipe.budget.sensitivity!r} is not there", AGAIN)
 
 
 def read_costs(checkpoint: Checkpoint, plan: Plan, path: Path) -> Costs:

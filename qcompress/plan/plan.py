@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qcompress.checkpoint.side_files import count_representatives
 from qcompress.errors import DataError, InputError, RecipeError, Subject, raise_all
-from qcompress.registry import METHODS, ClusterConfig, RdConfig, refuse_cost
+from qcompress.registry import METHODS, ClusterConfig, MseConfig, RdConfig, refuse_cost
 from qcompress.types.config import MethodConfig
 from qcompress.types.plan import (
     COMMAND_LINE,
@@ -31,6 +31,7 @@ from qcompress.types.plan import (
     Plan,
     Recipe,
     Rule,
+    TensorFacts,
     TensorInfo,
     Widths,
     row_shape,
@@ -106,6 +107,7 @@ def make_plan(
     facts = {name: one for name, one in (model or {}).items() if name in names}
     tied = {name: one.tied_to for name, one in facts.items() if one.tied_to in names} | dict(tied)
     axes = {name: one.axis for name, one in facts.items() if one.axis is not None} | dict(axes)
+    calibrated = recipe.data is not None and recipe.data.calibration is not None
     deciders = find_deciders(recipe.rules, [tensor.name for tensor in tensors])
     twins = _stored_twins(deciders, tied)
     decisions: list[Decision] = []
@@ -113,7 +115,8 @@ def make_plan(
     for tensor in tensors:
         rule = deciders[tensor.name]
         try:
-            decision = _decide(tensor, rule, twins.get(tensor.name), axes.get(tensor.name))
+            because = _not_taken(rule, facts.get(tensor.name), calibrated)
+            decision = _decide(tensor, rule, twins.get(tensor.name), axes.get(tensor.name), because)
             decisions.append(_stored(decision, rule, recipe.keep_dtype))
         except RecipeError as error:
             errors.append(error)
@@ -179,7 +182,10 @@ def _stored_twins(deciders: Mapping[str, Rule | None], tied: Mapping[str, str]) 
     return twins
 
 
-def _decide(tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis | None) -> Decision:
+def _decide(
+    tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis | None, foreign: str | None
+) -> Decision:
+    """What happens to a tensor; `foreign` is why the rule's method cannot take its weight. Raises RecipeError."""
     if twin is not None:
         return Decision(tensor, None, KEPT, f"tied to {twin}, stored once", tied_to=twin)
     if rule is None:
@@ -194,12 +200,55 @@ def _decide(tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis
         return Decision(tensor, None, KEPT, because)
     if len(tensor.shape) < 2 and not rule.names_one_tensor:
         return Decision(tensor, None, KEPT, "fewer than two dimensions")
+    stands_in = ""
+    if foreign is not None:
+        stands_in = f"; mse, for {rule.method} cannot take it: {foreign}"
+        instead = _rule_instead(tensor, rule, foreign)
+        if instead is None:
+            return Decision(tensor, None, KEPT, f"{rule.method} cannot take it: {foreign}")
+        rule = instead
     axis, reason = _channel_axis(tensor, rule, known)
+    reason += stands_in
     accepted = _accepted(tensor, rule, axis)
     shared = shared_by(tensor.name, accepted.share)
     if shared is not None:
         reason = f"{reason}; one codebook for the {shared}"
     return Decision(tensor, rule.method, accepted, reason, axis, codebook=CodebookSpec(shared=shared))
+
+
+def _not_taken(rule: Rule | None, fact: TensorFacts | None, calibrated: bool) -> str | None:
+    """Why the rule's method cannot take a weight that a live model has, or None."""
+    if rule is None or rule.method is None or fact is None:
+        return None
+    method = METHODS[rule.method]
+    if method.needs == "weights" and not (method.rates and calibrated):
+        return None
+    if method.called and not fact.called:
+        return "the model reads this weight without calling its module"
+    if method.takes and fact.kind not in method.takes:
+        return f"its module, {fact.module}, is not a matrix product"
+    return None
+
+
+def _rule_instead(tensor: TensorInfo, rule: Rule, because: str) -> Rule | None:
+    """The rule of mse at the same bits for a weight that the method cannot take; None where it is no weight of a layer.
+
+    raises  RecipeError where the rule names the tensor, and where the method works on all its weights together: it
+            would train or spend bits beside codes that it does not know
+    """
+    method = METHODS[rule.method or ""]
+    if rule.names_one_tensor or method.needs not in ("graph", "calibration"):
+        other = "kmeans" if method.family == "cluster" else "mse"
+        hint = f"give it a rule of its own with {other}, which needs weights alone, or keep: {{}}"
+        what = f"{method.name} cannot take it: {because}"
+        raise RecipeError(rule.where, what, hint, Subject(tensor.name, tensor.shape))
+    if not tensor.name.endswith("weight"):
+        return None
+    config = rule.options
+    if isinstance(config, Widths):
+        return replace(rule, method="mse", config=Widths({width: MseConfig(bits=width) for width in config.configs}))
+    assert config.bits is not None
+    return replace(rule, method="mse", config=MseConfig(bits=config.bits))
 
 
 def _accepted(tensor: TensorInfo, rule: Rule, axis: tuple[int, ...]) -> MethodConfig:

@@ -57,7 +57,7 @@ def refuse_untrainable(recipe: Recipe, *, from_scratch: bool = False) -> list[In
 
 def _place(recipe: Recipe, section: str) -> str:
     """How errors name a section of the recipe."""
-    return recipe.places.get(section, section)
+    return recipe.place(section)
 
 
 def _has_eval(recipe: Recipe) -> bool:

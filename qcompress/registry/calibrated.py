@@ -318,11 +318,17 @@ class PactConfig(TrainedConfig):
 
 
 CALIBRATED: tuple[Method, ...] = (
-    Method("dfq", "quantize", DfqConfig, "graph", adjusts=True),
-    Method("adaround", "quantize", AdaroundConfig, "calibration", adjusts=True, statistics=True),
-    Method("gptq", "quantize", GptqConfig, "calibration", statistics=True),
-    Method("pdquant", "quantize", PdquantConfig, "calibration"),
-    Method("rd", "quantize", RdConfig, "weights", adjusts=True, rates=True),
-    Method("lsq", "quantize", LsqConfig, "training", adjusts=True),
-    Method("pact", "quantize", PactConfig, "training", adjusts=True),
+    Method("dfq", "quantize", DfqConfig, "graph", called=True, adjusts=True),
+    Method(
+        *("adaround", "quantize", AdaroundConfig, "calibration"),
+        takes=("product",),
+        called=True,
+        adjusts=True,
+        statistics=True,
+    ),
+    Method("gptq", "quantize", GptqConfig, "calibration", takes=("product",), called=True, statistics=True),
+    Method("pdquant", "quantize", PdquantConfig, "calibration", takes=("product",), called=True),
+    Method("rd", "quantize", RdConfig, "weights", takes=("product", "table"), called=True, adjusts=True, rates=True),
+    Method("lsq", "quantize", LsqConfig, "training", called=True, adjusts=True),
+    Method("pact", "quantize", PactConfig, "training", called=True, adjusts=True),
 )

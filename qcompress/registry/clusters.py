@@ -174,5 +174,5 @@ def refuse_cost(config: ClusterConfig, shapes: Sequence[Shape], stored_bytes: in
 CLUSTERS: tuple[Method, ...] = (
     Method("kmeans", "cluster", KmeansConfig, "weights", statistics=True),
     Method("learned", "cluster", LearnedConfig, "weights", statistics=True, representatives=True),
-    Method("dkm", "cluster", DkmConfig, "training", adjusts=True),
+    Method("dkm", "cluster", DkmConfig, "training", called=True, adjusts=True),
 )

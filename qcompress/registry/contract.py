@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, Literal, Protocol, cast
 from typing_extensions import TypeVar
 
 from qcompress.types.config import MethodConfig
-from qcompress.types.plan import Family
+from qcompress.types.plan import Family, WeightKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,6 +72,8 @@ class Method(Generic[ConfigT]):
 
     needs            what it works from: `weights` alone, tensor by tensor; the `graph` of a live model; `calibration`
                      data too; `training` data
+    takes            on a live model, of which kind the weights are that it can take; empty: any
+    called           on a live model, whether a forward pass must call the modules that hold its weights
     adjusts          whether it changes tensors that it was not given: batch norms, biases
     rates            whether its codes have a step of any size in place of a width
     statistics       whether saved statistics of the layers' inputs can stand in for a live model or, where it needs
@@ -84,6 +86,8 @@ class Method(Generic[ConfigT]):
     family: Family
     config: type[ConfigT]
     needs: Literal["weights", "graph", "calibration", "training"]
+    takes: tuple[WeightKind, ...] = ()
+    called: bool = False
     adjusts: bool = False
     rates: bool = False
     statistics: bool = False

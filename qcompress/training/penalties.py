@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompress.errors import ModelError, RecipeError, raise_all
+from qcompress.errors import ModelError, RecipeError, Subject, raise_all
 from qcompress.model.build import channel_axes
 from qcompress.plan.plan import find_deciders, rule_uses
 from qcompress.registry.regularizers import RegularizerConfig, RepresentativesConfig, refuse_levels
@@ -266,28 +266,15 @@ def attach_penalties(module: nn.Module, rules: Sequence[Rule]) -> Penalties:
     Weights of convolutions and dense layers are matched; any other parameter only by a rule that names it without a
     wildcard. Tied weights count once, by their first name.
 
-    raises  RecipeError for a rule that decides nothing; ModelError for a weight that cannot follow its rule
+    raises  RecipeError for a rule that decides nothing; ModelError for a weight that cannot follow its rule; Refusals
+            where several
     """
-    kinds = weight_kinds(module)
     axes = channel_axes(module)
     parameters = dict(module.named_parameters())
-
-    def reaches(rule: Rule, name: str) -> bool:
-        if rule.names_one_tensor or rule.method is None:
-            return True
-        return name in kinds and config_of(rule).layers in ("all", kinds[name])
-
-    deciders = find_deciders(rules, parameters, reaches)
-    _refuse_idle(rules, deciders)
     found: list[Regularized] = []
-    for name, weight in parameters.items():
-        rule = deciders[name]
-        if rule is None or rule.method is None:
-            continue
-        because = refuse_levels(config_of(rule), tuple(weight.shape))
-        if because is not None:
-            raise ModelError(f"{rule.where}: {name}", because, "ask for fewer, or leave the tensor out of the match")
-        order = None
+    for name, rule in decide_penalties(module, rules).items():
+        weight, order = parameters[name], None
+        assert rule.method is not None
         if name in axes:
             first = axes[name].axes
             order = (*first, *(place for place in range(weight.ndim) if place not in first))
@@ -299,8 +286,32 @@ def attach_penalties(module: nn.Module, rules: Sequence[Rule]) -> Penalties:
     for one in found:
         if one.config.layer_reduction == "mean":
             one.share = 1 / sum(other.where == one.where for other in found)
-    _share_representatives(found, kinds)
+    _share_representatives(found, weight_kinds(module))
     return Penalties(found)
+
+
+def decide_penalties(module: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule]:
+    """Weight -> the rule of its penalty, from names and shapes alone. Raises what `attach_penalties` raises."""
+    kinds = weight_kinds(module)
+    parameters = dict(module.named_parameters())
+
+    def reaches(rule: Rule, name: str) -> bool:
+        if rule.names_one_tensor or rule.method is None:
+            return True
+        return name in kinds and config_of(rule).layers in ("all", kinds[name])
+
+    deciders = find_deciders(rules, parameters, reaches)
+    _refuse_idle(rules, deciders)
+    found = {name: rule for name, rule in deciders.items() if rule is not None and rule.method is not None}
+    errors = []
+    for name, rule in found.items():
+        shape = tuple(parameters[name].shape)
+        because = refuse_levels(config_of(rule), shape)
+        if because is not None:
+            hint = "ask for fewer, or leave the tensor out of the match"
+            errors.append(ModelError(rule.where, because, hint, Subject(name, shape)))
+    raise_all(errors)
+    return found
 
 
 def config_of(rule: Rule) -> RegularizerConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar, Final, Generic, Literal, TypeAlias
 
 from annotated_types import Gt, Interval, MinLen
@@ -297,6 +298,16 @@ class Recipe(Sections):
     source: str = COMMAND_LINE
     places: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def root(self) -> Path:
+        """The folder that its paths start from."""
+        source = Path(self.source)
+        return source.parent if source.suffix else Path()
+
+    def place(self, section: str) -> str:
+        """How errors name a section."""
+        return self.places.get(section, section)
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -304,6 +315,9 @@ class Axis:
 
     axes: tuple[int, ...]
     reason: str
+
+
+WeightKind: TypeAlias = Literal["product", "table", "else"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,12 +328,14 @@ class TensorFacts:
     axis     its channel axes, where they are not the first
     tied_to  the earlier tensor that it is
     called   whether a forward pass calls that module, rather than reading the weight alone
+    kind     what the module does with it: a matrix `product`, a `table` that it looks rows up in, or something `else`
     """
 
     module: str
     axis: Axis | None = None
     tied_to: str | None = None
     called: bool = True
+    kind: WeightKind = "else"
 
 
 ModelFacts: TypeAlias = Mapping[str, TensorFacts]

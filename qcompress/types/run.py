@@ -46,12 +46,11 @@ class ModelRun:
     @property
     def root(self) -> Path:
         """What the recipe's paths start from."""
-        source = Path(self.recipe.source)
-        return source.parent if source.suffix else Path()
+        return self.recipe.root
 
     def place(self, section: str) -> str:
         """How errors name a section of the recipe."""
-        return self.recipe.places.get(section, section)
+        return self.recipe.place(section)
 
 
 def _processor_seconds() -> float:

@@ -57,6 +57,9 @@ class Portion(Section):
     batch_size  samples that run through the network at once
     """
 
+    paths: ClassVar[tuple[str, ...]] = ()
+    """The keys whose values are files or folders."""
+
     samples: Annotated[int, Ge(1)] | None = None
     batch_size: Annotated[int, Ge(1)] = 64
     shuffle: bool = False
@@ -72,6 +75,8 @@ class NpzData(Portion):
     zero_point  see scale
     lengths     the array of sequence lengths: what lies beyond is padding
     """
+
+    paths: ClassVar = ("npz",)
 
     npz: str
     inputs: str | tuple[str, ...] | dict[str, str] = "x"
@@ -89,6 +94,8 @@ class ImagesData(Portion):
     crop    the centre that the model sees
     """
 
+    paths: ClassVar = ("images",)
+
     images: str
     resize: Annotated[int, Ge(1)] | None = None
     crop: Annotated[int, Ge(1)] = 224
@@ -104,6 +111,8 @@ class HubData(Portion):
     tokenizer  a folder that transformers.AutoTokenizer reads
     length     tokens a sample at most
     """
+
+    paths: ClassVar = ("dataset", "tokenizer")
 
     dataset: str
     split: str | None = None
@@ -123,6 +132,8 @@ class TextData(Portion):
     tokenizer  a folder or a tokenizer.json
     length     tokens a sample: windows of running text, the most of a sentence
     """
+
+    paths: ClassVar = ("text", "tokenizer", "target", "labels")
 
     text: str
     tokenizer: str

@@ -123,7 +123,11 @@ def test_only_what_is_unusual_is_told_of(tmp_path: Path) -> None:
         "attention.out_proj.weight",
         "attention.out_proj.bias",
     }, "attention multiplies by its last weight itself"
-    assert found["down.weight"] == TensorFacts("Conv1d")
+    assert found["down.weight"] == TensorFacts("Conv1d", kind="product")
+    assert {name: one.kind for name, one in found.items() if one.kind != "else"} == {
+        "embed.weight": "table",
+        **dict.fromkeys(("head.weight", "up.weight", "down.weight"), "product"),
+    }
 
 
 def test_a_factory_that_fails_either_way_is_named(tmp_path: Path) -> None:

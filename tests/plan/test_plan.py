@@ -18,12 +18,13 @@ from qcompress.artifact.entry import planned_entry
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.compress.compress import compress
-from qcompress.errors import DataError, QcompressError, RecipeError, Refusals
+from qcompress.errors import DataError, InputError, QcompressError, RecipeError, Refusals
 from qcompress.plan.files import make_shards
 from qcompress.plan.plan import make_plan
-from qcompress.registry import METHODS, RtnConfig
-from qcompress.types.plan import KEPT, Axis, Decision, Plan, Recipe, Rule, TensorFacts, TensorInfo
+from qcompress.registry import METHODS, MseConfig, RtnConfig
+from qcompress.types.plan import KEPT, Axis, Decision, Family, Plan, Recipe, Rule, TensorFacts, TensorInfo, Widths
 from qcompress.types.run import Options
+from qcompress.types.settings import DataSettings, NpzData
 
 INFOS = (
     TensorInfo("a.weight", (8, 4), "F32"),
@@ -315,6 +316,83 @@ def test_a_network_knows_axes_and_ties_that_no_header_shows() -> None:
     assert (found["b.weight"].tied_to, found["b.weight"].config) == ("a.weight", KEPT)
     assert found["twin"].tied_to == "a.weight", "what the checkpoint says of itself holds too"
     assert found["scale"].tied_to is None, "a copy of what the checkpoint lacks is stored"
+
+
+KINDS: dict[str, TensorFacts] = {
+    "a.weight": TensorFacts("Linear", kind="product"),
+    "b.weight": TensorFacts("Embedding", kind="table"),
+    "twin": TensorFacts("Net"),
+}
+LOOSE = [
+    TensorInfo("a.weight", (8, 6), "F32"),
+    TensorInfo("b.weight", (8, 6), "F32"),
+    TensorInfo("twin", (8, 6), "F32"),
+]
+CALIBRATION = DataSettings(calibration=NpzData(npz="x.npz"))
+
+
+def taken(*rules: Rule, facts: dict[str, TensorFacts] = KINDS, family: Family = "quantize") -> dict[str, Decision]:
+    asked = replace(recipe(*rules), data=CALIBRATION, family=family)
+    return {one.tensor.name: one for one in make_plan(asked, LOOSE, {}, {}, model=facts).decisions}
+
+
+@pytest.mark.parametrize("method", ["gptq", "adaround", "pdquant"])
+def test_what_a_calibrated_method_cannot_take_gets_mse_or_is_kept(method: str) -> None:
+    found = taken(rule("*", method, bits=3))
+    assert {name: one.method for name, one in found.items()} == {"a.weight": method, "b.weight": "mse", "twin": None}
+    assert found["b.weight"].config == MseConfig(bits=3)
+    why = "its module, Embedding, is not a matrix product"
+    assert found["b.weight"].reason == f"rule *; mse, for {method} cannot take it: {why}"
+    assert found["twin"].reason == f"{method} cannot take it: its module, Net, is not a matrix product"
+    unknown = taken(rule("*", method, bits=3), facts={})
+    assert {one.method for one in unknown.values()} == {method}, "without a network nothing speaks against it"
+
+
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.fits])
+def test_every_method_on_a_live_model_takes_what_it_says(method: str) -> None:
+    """Kinds that it does not name, and weights that no module is called for, are refused or left to another method."""
+    one, options = METHODS[method], {"step": 0.5} if METHODS[method].rates else {"bits": 2}
+    for kind in ("product", "table", "else"):
+        for called in (True, False):
+            facts = {info.name: TensorFacts("Some", called=called, kind=kind) for info in LOOSE}
+            fits = (not one.takes or kind in one.takes) and (called or not one.called)
+            try:
+                found = taken(rule("?.weight", method, **options), facts=facts, family=one.family)
+                assert (found["a.weight"].method == method) is fits
+                assert fits or found["a.weight"].method == "mse"
+            except InputError:
+                assert not fits
+
+
+@pytest.mark.parametrize(
+    ("asked", "facts", "line"),
+    [
+        (
+            rule("b.weight", "gptq", bits=4),
+            KINDS,
+            "b.weight [8, 6]: gptq cannot take it: its module, Embedding, is not a matrix product",
+        ),
+        (
+            rule("*", "lsq", bits=4),
+            {name: replace(one, called=False) for name, one in KINDS.items()},
+            "3 tensors of shape [8, 6], first a.weight: lsq cannot take it: the model reads this weight without",
+        ),
+        (rule("*", "rd", step=0.3), KINDS, "twin [8, 6]: rd cannot take it: its module, Net, is not a matrix product"),
+    ],
+)
+def test_what_a_method_cannot_do_without_is_refused(asked: Rule, facts: dict[str, TensorFacts], line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        taken(asked, facts=facts)
+    (found,) = caught.value.lines()
+    assert line in found
+    assert "give it a rule of its own with mse, which needs weights alone, or keep: {}" in found
+
+
+def test_a_budget_leaves_the_widths_of_what_gets_mse_open() -> None:
+    configs = Widths({bits: METHODS["gptq"].config(bits=bits) for bits in (2, 4)})  # type: ignore[call-arg]
+    found = taken(replace(rule("*", "gptq", bits=2), config=configs))
+    assert found["b.weight"].method == "mse"
+    assert found["b.weight"].widths.configs == {2: MseConfig(bits=2), 4: MseConfig(bits=4)}
 
 
 def test_the_recipe_and_then_the_checkpoint_have_their_say_before_the_network() -> None:
