@@ -121,7 +121,7 @@ def find_sensitivity(checkpoint: Path, flags: SensitivityFlags, force: bool, str
         hint = "add -r RECIPE with model, data and rules"
         raise UsageError("--sensitivity", "takes a recipe to run the network by", hint)
     recipe = read_given(flags.recipe, flags.overrides)
-    raise_all(refuse_missing(recipe))
+    raise_all(refuse_missing(recipe, statistics=None))
     if recipe.model is None:
         raise RecipeError(recipe.source, "names no model", "add `model`, and `data.calibration` or `data.eval`")
     source = read_checkpoint(checkpoint)

@@ -19,10 +19,10 @@ def trains(recipe: Recipe) -> bool:
     return any(rule.method is not None and METHODS[rule.method].needs == "training" for rule in recipe.rules)
 
 
-def refuse_missing(recipe: Recipe, *, statistics: bool = False, measures: bool = False) -> list[InputError]:
+def refuse_missing(recipe: Recipe, *, statistics: bool | None = False, measures: bool = False) -> list[InputError]:
     """One error for everything that the recipe lacks.
 
-    statistics  whether saved statistics stand in for model and calibration data
+    statistics  whether saved statistics stand in for model and calibration data; None where the command takes none
     measures    whether the command does nothing but measure
     """
     errors: list[InputError] = [*_missing_for_measuring(recipe, measures)]
@@ -103,7 +103,7 @@ def _unknown_metrics(recipe: Recipe, task: Task) -> Iterator[InputError]:
                 yield RecipeError(f"gates.{kind}", what, f"it measures {', '.join(known)}")
 
 
-def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[InputError]:
+def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool | None) -> Iterator[InputError]:
     if rule.method is None:
         return
     if _tune_of(rule) is not None:
@@ -120,7 +120,7 @@ def _missing_for_rule(recipe: Recipe, rule: Rule, statistics: bool) -> Iterator[
         if _folds(rule):
             yield RecipeError(rule.where, "folding batch norms needs a live model", "use fold: false")
         return
-    instead = "; or run with --statistics FILE" if method.statistics else ""
+    instead = "; or run with --statistics FILE" if method.statistics and statistics is not None else ""
     if recipe.model is None:
         data = " and `data.calibration`" if method.needs == "calibration" else ""
         yield RecipeError(rule.where, f"{rule.method} needs a live model", f"add `model`{data}{instead}")
