@@ -19,7 +19,7 @@ from qcompress.coding.payload import least_bytes
 from qcompress.coding.rows import stored_codebook_shape
 from qcompress.coding.tables import GIVEN_BITS
 from qcompress.types.config import Coding, Convention, Shape, TableName
-from qcompress.types.plan import Decision, row_shape
+from qcompress.types.plan import Decision, TensorInfo, row_shape
 
 StoredForm: TypeAlias = Literal["affine", "codebook", "table", "blocked", "unbounded", "constant"]
 Placement: TypeAlias = Literal["zero-point", "offset"] | Convention
@@ -275,6 +275,12 @@ def seal_kept(name: str, dtype: str, stored: str, shape: Shape, crc32: int) -> i
     """The same of a kept tensor: `dtype` is its own, `stored` the one of its bytes."""
     fields = {"dtype": dtype, "form": "kept", "shape": list(shape), "stored": stored}
     return zlib.crc32(describe(name, fields), crc32)
+
+
+def seal_all_kept(kept: Sequence[tuple[TensorInfo, str]], crc32: int) -> int:
+    """The same of all kept tensors of a compact file, each as it is stored and with its own dtype, in order."""
+    of = [[info.name, dtype, info.dtype, list(info.shape)] for info, dtype in kept]
+    return zlib.crc32(describe("", {"form": "kept", "of": of}), crc32)
 
 
 def seal_tied(name: str, twin: str) -> int:

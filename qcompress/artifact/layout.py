@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qcompress.artifact.entry import Entry, part_name, planned_entry
-from qcompress.artifact.manifest import FORMAT, MANIFEST_NAME, METADATA_KEY, Manifest, manifest_frame
-from qcompress.checkpoint.safetensors_file import RESERVED
+from qcompress.artifact.entry import PARTS, Entry, part_name, planned_entry
+from qcompress.artifact.manifest import (
+    DATA_NAME,
+    FORMAT,
+    MANIFEST_NAME,
+    METADATA_KEY,
+    POOL_NAME,
+    Manifest,
+    ManifestError,
+    manifest_frame,
+    pool_names,
+)
+from qcompress.checkpoint.safetensors_file import Container as StoredFile
 from qcompress.coding.payload import bound_bytes, least_bytes
 from qcompress.coding.unbounded.payload import bound_payload, bound_side
-from qcompress.coding.unbounded.tables import pooled
 from qcompress.types.config import CodingChoice, Shape
-from qcompress.types.plan import DTYPE_BITS, Decision
+from qcompress.types.plan import DTYPE_BITS, Decision, TensorInfo
 
 INDEX_NAME = "model.qcompress.safetensors.index.json"
 SUFFIX = ".safetensors"
 MARK = ".qcompress"
 """Stands in the file names of a compressed folder, so that nothing takes what they hold for plain weights."""
-
-POOL_NAME = f"{RESERVED}side"
-"""The side information of all small unbounded tensors of a file: a part of no tensor."""
 
 OWN_NAMES = (MANIFEST_NAME, POOL_NAME)
 """Stored tensors of an artifact that each of its files may have."""
@@ -50,11 +56,13 @@ class Layout:
 
     header_bytes  the 8 bytes of length and the padded header
     shrinks       whether data may move up, in the end, to where the header turns out to stop
+    compact       whether the header names the slots in one
     """
 
     slots: tuple[Slot, ...]
     header_bytes: int
     shrinks: bool = False
+    compact: bool = False
 
     @property
     def data_bytes(self) -> int:
@@ -102,31 +110,84 @@ def _most_codes(entry: Entry, choice: CodingChoice) -> tuple[Shape, int, bool]:
 
 def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: Manifest) -> Layout:
     """The layout of one file; `manifest` holds all that is known before the data, see `planned_manifest`."""
-    pool = pool_of(decisions)
-    slots = sorted(
-        (slot for d in decisions for slot in make_slots(d, choice)), key=lambda slot: _file_order(slot, pool)
-    )
+    pool = pool_names(manifest.tensors)
+    slots = [slot for d in decisions for slot in make_slots(d, choice)]
     if pool:
-        most = bound_side([d.tensor.numel for d in decisions if d.tensor.name in pool])
+        most = bound_side([manifest.tensors[name].numel for name in pool])
         slots.append(Slot(POOL_NAME, "U8", (most,), most, POOL_NAME, varies=True))
+    if manifest.is_compact:
+        manifest = replace(manifest, lengths={slot.name: slot.n_bytes for slot in slots if slot.varies})
+        slots.sort(key=lambda slot: compact_order(slot, manifest.tensors, pool))
+    else:
+        slots.sort(key=lambda slot: _file_order(slot, pool))
     slots.append(manifest_slot(manifest_frame(manifest)))
-    return Layout(tuple(slots), header_room(render_header(slots)), shrinks=bool(pool))
+    room = header_room(render_header(slots, compact=manifest.is_compact))
+    return Layout(tuple(slots), room, shrinks=bool(pool), compact=manifest.is_compact)
 
 
 def manifest_slot(frame: bytes) -> Slot:
-    """The slot of a manifest, whose length the plan knows; it belongs to no tensor, and is written last."""
+    """The slot of a manifest, which belongs to no tensor and is written last."""
     return Slot(MANIFEST_NAME, "U8", (len(frame),), len(frame), MANIFEST_NAME, varies=False)
 
 
-def planned_manifest(manifest: Manifest, decisions: Sequence[Decision]) -> Manifest:
+def planned_manifest(manifest: Manifest, decisions: Sequence[Decision], *, compact: bool) -> Manifest:
     """The manifest with the entries of a plan and with nothing in the place of the numbers that only data tell."""
-    kept = [d.tensor.name for d in decisions if not d.compresses and d.tied_to is None]
-    pool = [POOL_NAME] if pool_of(decisions) else []
+    stored = {d.tensor.name: d.stored or d.tensor.dtype for d in decisions if not d.compresses and d.tied_to is None}
+    tensors = {d.tensor.name: planned_entry(d) for d in decisions if d.compresses}
+    pool = [POOL_NAME] if pool_names(tensors) else []
+    kept = {d.tensor.name: replace(d.tensor, dtype=stored[d.tensor.name]) for d in decisions if d.tensor.name in stored}
     return replace(
         manifest,
-        tensors={d.tensor.name: planned_entry(d) for d in decisions if d.compresses},
-        crc32s=dict.fromkeys([*kept, *pool, *manifest.tied], 0),
+        tensors=tensors,
+        kept=kept if compact else None,
+        crc32s=dict.fromkeys([*([DATA_NAME] if compact else kept), *pool, *manifest.tied], 0),
     )
+
+
+def compact_order(slot: Slot, entries: Mapping[str, Entry], pool: Container[str]) -> tuple[int, int, str, int]:
+    """Where a stored tensor of a compact file lies: kept ones, then grids, then codes, those that are written last
+    behind the others, and the pool's side information."""
+    entry = entries.get(slot.tensor)
+    if entry is None:
+        return (4 if slot.name == POOL_NAME else 0, 0, slot.name, 0)
+    part = slot.name.removeprefix(part_name(slot.tensor, ""))
+    if part != "codes":
+        return (1, 0, slot.tensor, PARTS.index(part))
+    last = {"constant": 0, "unbounded": 2}.get(entry.form, 1) + (slot.tensor in pool)
+    return (2, last, slot.tensor, 0)
+
+
+def stored_slots(manifest: Manifest) -> list[Slot]:
+    """The stored tensors of a compact file in their order, as its manifest tells them."""
+    slots = [
+        Slot(info.name, info.dtype, info.shape, info.n_bytes, info.name) for info in (manifest.kept or {}).values()
+    ]
+    for name, entry in manifest.tensors.items():
+        for part, (dtype, shape) in entry.parts().items():
+            stored = part_name(name, part)
+            shape = (manifest.lengths[stored],) if stored in manifest.lengths else shape
+            slots.append(Slot(stored, dtype, shape, math.prod(shape) * DTYPE_BITS[dtype] // 8, name))
+    pool = pool_names(manifest.tensors)
+    if pool:
+        size = manifest.lengths[POOL_NAME]
+        slots.append(Slot(POOL_NAME, "U8", (size,), size, POOL_NAME))
+    return sorted(slots, key=lambda slot: compact_order(slot, manifest.tensors, pool))
+
+
+def expand_file(file: StoredFile, manifest: Manifest) -> StoredFile:
+    """A compact file as if its header had named every stored tensor. Raises ManifestError where they do not fit."""
+    found = file.by_name.get(DATA_NAME)
+    if set(file.by_name) - {DATA_NAME, MANIFEST_NAME} or found is None or (found.dtype, len(found.shape)) != ("U8", 1):
+        raise ManifestError(f"it is compact, and its tensors are not just {DATA_NAME!r} and {MANIFEST_NAME!r}")
+    manifest_info, manifest_span = file.by_name[MANIFEST_NAME], file.spans[MANIFEST_NAME]
+    tensors, spans, position = [], {}, 0
+    for slot in stored_slots(manifest):
+        tensors.append(TensorInfo(slot.name, slot.shape, slot.dtype))
+        spans[slot.name] = (position, position + slot.n_bytes)
+        position += slot.n_bytes
+    if position != found.n_bytes:
+        raise ManifestError(f"its tensors take {position} bytes, and {DATA_NAME!r} has {found.n_bytes}")
+    return replace(file, tensors=(*tensors, manifest_info), spans={**spans, MANIFEST_NAME: manifest_span})
 
 
 def marked_name(file: str) -> str:
@@ -150,28 +211,21 @@ def header_room(header: bytes) -> int:
     return 8 + -(-len(header) // 8) * 8
 
 
-def pool_of(decisions: Iterable[Decision]) -> list[str]:
-    """The unbounded tensors of a file that share tables, by name: they are coded together, when all are known."""
-    unbounded_tensors = (d.tensor for d in decisions if d.compresses and d.config.form == "unbounded")
-    return pooled_names({tensor.name: tensor.numel for tensor in unbounded_tensors})
-
-
-def pooled_names(sizes: Mapping[str, int]) -> list[str]:
-    """Which unbounded tensors of a file share its pool, in the order of their names; `sizes` are weights by name."""
-    names = sorted(sizes)
-    if not names:
-        return []
-    return [name for name, shared in zip(names, pooled([sizes[name] for name in names]), strict=True) if shared]
-
-
-def _file_order(slot: Slot, pool: Container[str]) -> tuple[bool, bool, bool, int, str]:
+def _file_order(slot: Slot, pool: Container[str]) -> tuple[int, bool, bool, int, str]:
     # Codes, whose length may vary, come last, so that all else has its place; wide dtypes first keep that aligned.
-    # Those of the pool come last of all, because they wait for one another.
-    return (slot.name.endswith(".qc.codes"), slot.varies, slot.tensor in pool, -DTYPE_BITS[slot.dtype], slot.name)
+    # Those of the pool come last of all, because they wait for one another, and what they share behind them.
+    last = 2 if slot.name == POOL_NAME else int(slot.name.endswith(".qc.codes"))
+    return (last, slot.varies, slot.tensor in pool, -DTYPE_BITS[slot.dtype], slot.name)
 
 
-def render_header(slots: Sequence[Slot]) -> bytes:
-    """The safetensors header of an artifact of `slots` in file order, without length and padding."""
+def render_header(slots: Sequence[Slot], *, compact: bool) -> bytes:
+    """The safetensors header of an artifact of `slots` in file order, without length and padding.
+
+    compact  all but the manifest, which is the last, are one tensor there
+    """
+    if compact:
+        size = sum(slot.n_bytes for slot in slots[:-1])
+        slots = (Slot(DATA_NAME, "U8", (size,), size, DATA_NAME), slots[-1])
     return header_text(slots, {"format": "pt", METADATA_KEY: str(FORMAT)})
 
 

@@ -14,14 +14,20 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from qcompress.artifact.entry import CODINGS, USUAL, Entry
+from qcompress.artifact.entry import CODINGS, USUAL, Entry, part_name
+from qcompress.checkpoint.safetensors_file import OWN_TENSORS, RESERVED
+from qcompress.coding.ans import parse_varint, varint
 from qcompress.coding.frames import seal_frame
+from qcompress.coding.unbounded.tables import pooled
 from qcompress.types.encoded import ActivationGrid
+from qcompress.types.plan import TensorInfo
 
 FORMAT = 2
 METADATA_KEY = "qcompress"
-MANIFEST_NAME = "qcompress.manifest"
-"""The stored tensor that holds the manifest: the last of its file."""
+DATA_NAME, MANIFEST_NAME = OWN_TENSORS
+"""The stored tensors that hold all others of a compact file, and the manifest: the last of its file."""
+POOL_NAME = f"{RESERVED}side"
+"""The side information of all small unbounded tensors of a file: a part of no tensor."""
 EVERY = "*"
 """Stands in `halved` for every kept F16 tensor that no other dtype names."""
 BLANK_SHA256 = "0" * 64
@@ -51,7 +57,10 @@ class Manifest:
     halved        dtype -> the kept tensors that had it and are stored as F16: their names, or EVERY
     activations   module -> the quantizer at its input
     caps          module -> the largest value that each channel of its output may take
-    crc32s        of kept tensors, of tied names, and of what several tensors pool, by name
+    crc32s        of kept tensors, of tied names, and of what several tensors pool, by name; in a compact file of all
+                  kept tensors together, under DATA_NAME
+    kept          in a compact file the kept tensors as they are stored, by name; None in others, whose header has them
+    lengths       in a compact file the bytes of the stored tensors that no field of an entry tells, by name
     """
 
     tool: str
@@ -69,6 +78,12 @@ class Manifest:
     sha256: str = BLANK_SHA256
     header_crc32: int = 0
     crc32s: Mapping[str, int] = field(default_factory=dict)
+    kept: Mapping[str, TensorInfo] | None = None
+    lengths: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_compact(self) -> bool:
+        return self.kept is not None
 
 
 def make_halved(kept: Mapping[str, tuple[str, str]]) -> dict[str, Sequence[str] | str]:
@@ -111,9 +126,19 @@ def manifest_text(manifest: Manifest) -> str:
         document["halved"] = {k: v if v == EVERY else sorted(v) for k, v in manifest.halved.items()}
     if manifest.activations:
         document["activations"] = {name: asdict(grid) for name, grid in manifest.activations.items()}
+    if manifest.kept is not None:
+        document["kept"] = _kept_json(manifest.kept)
     if manifest.caps:
         document["caps"] = {name: list(caps) for name, caps in manifest.caps.items()}
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _kept_json(kept: Mapping[str, TensorInfo]) -> dict[str, dict[str, list[int]]]:
+    """dtype -> name -> shape."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for info in kept.values():
+        found.setdefault(info.dtype, {})[info.name] = list(info.shape)
+    return found
 
 
 def _own_json(entry: Mapping[str, object], defaults: Mapping[str, object]) -> object:
@@ -148,6 +173,7 @@ def pack_numbers(manifest: Manifest) -> bytes:
             np.array([entry.entries for entry in entries if entry.has_entries], "<u2").tobytes(),
             np.array([entry.value for entry in entries if entry.form == "constant"], "<f8").tobytes(),
             np.array(crc32s, "<u4").tobytes(),
+            *(varint(manifest.lengths[name]) for name in sorted(manifest.lengths)),
         ]
     )
 
@@ -158,11 +184,11 @@ def unpack_numbers(manifest: Manifest, data: bytes, others: Sequence[str]) -> Ma
     others  kept and pooled tensors, which have a CRC-32 too
     raises  ManifestError where there are more or fewer; whether they are in range, others must see
     """
-    stored = {*manifest.tensors, *others}
+    stored = {*manifest.tensors, *others, *(manifest.kept or {})}
     twice = sorted(stored & set(manifest.tied))
     if twice:
         raise ManifestError(f"tensor {twice[0]!r} is called tied and is stored too")
-    beside = sorted({*others} & set(manifest.tensors))
+    beside = sorted({*others, *(manifest.kept or {})} & set(manifest.tensors))
     if beside:
         raise ManifestError(f"tensor {beside[0]!r} stands beside its codes")
     names = sorted(manifest.tensors)
@@ -175,7 +201,7 @@ def unpack_numbers(manifest: Manifest, data: bytes, others: Sequence[str]) -> Ma
     )
     kinds = [(np.dtype(kind), count) for kind, count in zip(NUMBERS, counts, strict=True)]
     size = sum(kind.itemsize * count for kind, count in kinds)
-    if len(data) != size:
+    if len(data) < size or (len(data) > size and not manifest.is_compact):
         raise ManifestError(f"its manifest has {len(data)} bytes of numbers, not {size}")
     found, at = [], 0
     for kind, count in kinds:
@@ -196,11 +222,39 @@ def unpack_numbers(manifest: Manifest, data: bytes, others: Sequence[str]) -> Ma
         )
         for name, entry, coding, crc32 in zip(names, entries, codings, crc32s, strict=False)
     }
+    manifest = replace(manifest, tensors=tensors)
     return replace(
         manifest,
-        tensors=tensors,
+        lengths=_unpack_lengths(manifest, memoryview(data)[size:]) if manifest.is_compact else {},
         sha256=bytes(sha256).hex(),
         input_sha256=bytes(input_sha256).hex(),
         header_crc32=header_crc32,
         crc32s=dict(zip(rest, crc32s[len(names) :], strict=True)),
     )
+
+
+def _unpack_lengths(manifest: Manifest, data: memoryview) -> dict[str, int]:
+    """The bytes of each stored tensor of a compact file that no field tells, by name. Raises ManifestError."""
+    found, at = {}, 0
+    for name in unknown_lengths(manifest):
+        try:
+            found[name], at = parse_varint(data, at)
+        except ValueError:
+            raise ManifestError("its manifest lacks the length of a tensor") from None
+    if at != len(data):
+        raise ManifestError(f"its manifest has {len(data) - at} bytes of numbers too many")
+    return found
+
+
+def unknown_lengths(manifest: Manifest) -> list[str]:
+    """The stored tensors whose bytes no field of an entry tells, in the order of their names: codes, and the pool's."""
+    coded = (name for name, entry in manifest.tensors.items() if entry.is_unbounded or entry.coding != "packed")
+    pool = [POOL_NAME] if pool_names(manifest.tensors) else []
+    return sorted([*(part_name(name, "codes") for name in coded), *pool])
+
+
+def pool_names(entries: Mapping[str, Entry]) -> list[str]:
+    """The unbounded tensors of a file that share its pool, in the order in which its side information has them."""
+    names = sorted(name for name, entry in entries.items() if entry.is_unbounded)
+    shared = pooled([entries[name].numel for name in names]) if names else []
+    return [name for name, shares in zip(names, shared, strict=True) if shares]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, TypeGuard, TypeVar
 
@@ -23,7 +23,7 @@ from qcompress.checkpoint.safetensors_file import MAX_DIMENSIONS, RESERVED, is_s
 from qcompress.coding.frames import open_frame
 from qcompress.coding.tables import GIVEN_BITS
 from qcompress.types.encoded import ActivationGrid
-from qcompress.types.plan import WEIGHT_DTYPES
+from qcompress.types.plan import DTYPE_BITS, WEIGHT_DTYPES, TensorInfo
 
 Fields = Mapping[str, object]
 """A JSON object by its keys."""
@@ -36,14 +36,15 @@ GROUPS: tuple[Literal["tensor", "channel"], ...] = ("tensor", "channel")
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 MOST_BYTES = 2**63
 REQUIRED = {"defaults", "format", "input_bytes", "recipe", "recipe_sha256", "tensors", "tool"}
-OPTIONAL = {"activations", "adjusted", "caps", "halved", "metadata", "tied"}
+OPTIONAL = {"activations", "adjusted", "caps", "halved", "kept", "metadata", "tied"}
 HALVED = ("F32", "F64")
 ACTIVATION_BITS = (1, 8)
 
 
-def open_manifest(frame: memoryview, others: Sequence[str]) -> Manifest:
-    """The manifest in a frame, each value checked; `others` are the kept and pooled tensors of its file.
+def open_manifest(frame: memoryview, others: Callable[[Manifest], Sequence[str]]) -> Manifest:
+    """The manifest in a frame, each value checked.
 
+    others  what it has a checksum of besides compressed tensors and tied names, once its text is known
     raises  ManifestError
     """
     try:
@@ -53,7 +54,8 @@ def open_manifest(frame: memoryview, others: Sequence[str]) -> Manifest:
         raise ManifestError(f"its manifest is damaged: {str(problem)[:80]}") from None
     if not newline:
         raise ManifestError("its manifest is cut off")
-    manifest = unpack_numbers(parse_manifest(decoded), numbers, others)
+    manifest = parse_manifest(decoded)
+    manifest = unpack_numbers(manifest, numbers, others(manifest))
     for name, entry in manifest.tensors.items():
         _check_numbers(name, entry)
     return manifest
@@ -106,6 +108,7 @@ def parse_manifest(text: str) -> Manifest:
         tied=_text_map(document, "tied"),
         metadata=_text_map(document, "metadata"),
         adjusted=_names(document, "adjusted"),
+        kept=_parse_kept(_object(document, "kept")) if "kept" in document else None,
         halved=_parse_halved(_object(document, "halved", {})),
         activations={
             name: _parse_activation(name, grid) for name, grid in _object(document, "activations", {}).items()
@@ -171,6 +174,19 @@ def _parse_halved(value: Fields) -> dict[str, Sequence[str] | str]:
     if list(value.values()).count(EVERY) > 1:
         raise ManifestError("its manifest has two dtypes of all tensors in 'halved'")
     return {dtype: EVERY if names == EVERY else _names(value, dtype) for dtype, names in value.items()}
+
+
+def _parse_kept(value: Fields) -> dict[str, TensorInfo]:
+    """dtype -> name -> shape as the kept tensors of a compact file, by name. Raises ManifestError."""
+    found: dict[str, TensorInfo] = {}
+    for dtype in value:
+        for name, shape in _object(value, dtype).items():
+            if dtype not in DTYPE_BITS or RESERVED in name or name in found:
+                raise ManifestError(f"tensor {name!r} is kept twice, or under a dtype or name that cannot be")
+            if not is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+                raise ManifestError(f"tensor {name!r} has the shape {shape!r}, not a list of numbers")
+            found[name] = TensorInfo(name, tuple(shape), dtype)
+    return found
 
 
 def _parse_activation(name: str, value: object) -> ActivationGrid:

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompress.artifact.entry import PARTS, Entry, part_name, seal_pool
-from qcompress.artifact.layout import POOL_NAME, pooled_names
-from qcompress.artifact.manifest import EVERY, MANIFEST_NAME, Manifest, ManifestError
+from qcompress.artifact.manifest import DATA_NAME, EVERY, MANIFEST_NAME, POOL_NAME, Manifest, ManifestError, pool_names
 from qcompress.checkpoint.safetensors_file import RESERVED, Container
 from qcompress.coding.payload import MAX_EXPANSION
 from qcompress.coding.rows import kernel_positions
@@ -31,8 +30,10 @@ from qcompress.types.plan import TensorInfo
 REFETCH = "the file is damaged: fetch or make it again"
 
 
-def other_names(container: Container) -> list[str]:
-    """The stored tensors of a file that are no parts of compressed ones: what is kept, and what is pooled."""
+def other_names(container: Container, manifest: Manifest) -> list[str]:
+    """What has a checksum and is neither compressed nor tied: what is kept, of a compact file in one, and the pool."""
+    if manifest.is_compact:
+        return [DATA_NAME, *([POOL_NAME] if pool_names(manifest.tensors) else [])]
     names = (info.name for info in container.tensors)
     return [name for name in names if name == POOL_NAME or (RESERVED not in name and name != MANIFEST_NAME)]
 
@@ -48,7 +49,7 @@ def check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, .
             _check_shared(manifest, name, entry.shared)
         _check_stored(name, entry, found)
     pool = stored.pop(POOL_NAME, None)
-    if (pool is None) == bool(pool_names(manifest)):
+    if (pool is None) == bool(pool_names(manifest.tensors)):
         raise ManifestError(f"its pooled side information {POOL_NAME!r} is missing, or belongs to no tensor")
     if pool is not None and (pool.dtype != "U8" or len(pool.shape) != 1):
         raise ManifestError(f"tensor {POOL_NAME!r} is not a list of bytes")
@@ -105,11 +106,6 @@ def halved_dtypes(kept: Sequence[TensorInfo], manifest: Manifest) -> dict[str, s
     return named if every is None else {name: named.get(name, every) for name in halves}
 
 
-def pool_names(manifest: Manifest) -> list[str]:
-    """The tensors whose side information a file pools, in the order in which it has them."""
-    return pooled_names({name: entry.numel for name, entry in manifest.tensors.items() if entry.is_unbounded})
-
-
 @dataclass(frozen=True)
 class UnboundedFile:
     """One file whose header and manifest were checked; its side information is read when it is first asked for."""
@@ -121,7 +117,7 @@ class UnboundedFile:
     @cached_property
     def _pool(self) -> tuple[dict[str, int], list[Grid], Pool]:
         """The place of each tensor in the file's pool, their grids, and the pool."""
-        names = pool_names(self.manifest)
+        names = pool_names(self.manifest.tensors)
         if not names:
             return {}, [], Pool((), {})
         side = self.container.bytes_of(POOL_NAME)

@@ -17,10 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qcompress.artifact.entry import PARTS, Entry, part_name, seal, seal_kept, seal_tied
+from qcompress.artifact.entry import PARTS, Entry, part_name, seal, seal_all_kept, seal_kept, seal_tied
 from qcompress.artifact.hashes import artifact_hash
-from qcompress.artifact.layout import INDEX_NAME, OWN_NAMES, POOL_NAME, Slot
-from qcompress.artifact.manifest import MANIFEST_NAME, METADATA_KEY, Manifest, ManifestError, NewerFormatError
+from qcompress.artifact.layout import INDEX_NAME, OWN_NAMES, Slot, expand_file
+from qcompress.artifact.manifest import (
+    DATA_NAME,
+    MANIFEST_NAME,
+    METADATA_KEY,
+    POOL_NAME,
+    Manifest,
+    ManifestError,
+    NewerFormatError,
+)
 from qcompress.artifact.parse_manifest import LIMITS, open_manifest, refuse_other_format
 from qcompress.artifact.parts import REFETCH, UnboundedFile, check_parts, find_parts, halved_dtypes, other_names
 from qcompress.checkpoint.safetensors_file import Container, parse_json, read_container
@@ -120,17 +128,30 @@ class ArtifactFile:
 
     def check_kept(self, name: str) -> None:
         """Hold a kept tensor against its CRC-32. Raises ArtifactError."""
+        if self.manifest.is_compact:
+            if not self._kept_holds:
+                raise self._damaged(name, "the checksum of all kept tensors does not hold")
+            return
         info, own = self.container.by_name[name], self.original(name)
         crc32 = self.container.crc32_of(name)
         if seal_kept(name, own.dtype, info.dtype, info.shape, crc32) != self.manifest.crc32s[name]:
             raise self._damaged(name, "its checksum does not hold")
 
+    @cached_property
+    def _kept_holds(self) -> bool:
+        """Whether the kept tensors of a compact file, which lie one behind another, have their common CRC-32."""
+        crc32 = 0
+        for info in self.kept:
+            crc32 = self.container.crc32_of(info.name, crc32)
+        of = [(info, self.original(info.name).dtype) for info in self.kept]
+        return seal_all_kept(of, crc32) == self.manifest.crc32s[DATA_NAME]
+
     def check_compressed(self, name: str) -> None:
         """Hold the parts and the fields of a compressed tensor against its CRC-32. Raises ArtifactError."""
         entry = self.manifest.tensors[name]
-        crc32 = zlib.crc32(self.container.bytes_of(part_name(name, "codes")))
+        crc32 = self.container.crc32_of(part_name(name, "codes"))
         for info in self.grid_of(name).values():
-            crc32 = zlib.crc32(self.container.bytes_of(info.name), crc32)
+            crc32 = self.container.crc32_of(info.name, crc32)
         if seal(name, entry, crc32) != entry.crc32:
             raise self._damaged(name, "its checksum does not hold")
 
@@ -428,6 +449,8 @@ def read_artifact_file(path: Path) -> ArtifactFile:
     try:
         refuse_other_format(_parse_format(text))
         manifest = _read_manifest(container)
+        if manifest.is_compact:
+            container = expand_file(container, manifest)
         kept = check_parts(container, manifest)
         for name, twin in manifest.tied.items():
             if seal_tied(name, twin) != manifest.crc32s[name]:
@@ -455,7 +478,7 @@ def _read_manifest(container: Container) -> Manifest:
         raise ManifestError(f"it has no {MANIFEST_NAME!r}")
     if (info.dtype, len(info.shape)) != ("U8", 1) or container.spans[MANIFEST_NAME][1] != container.data_bytes:
         raise ManifestError(f"its {MANIFEST_NAME!r} is not a list of bytes at its end")
-    manifest = open_manifest(container.bytes_of(MANIFEST_NAME), other_names(container))
+    manifest = open_manifest(container.bytes_of(MANIFEST_NAME), partial(other_names, container))
     if zlib.crc32(container.read(0, container.data_start)) != manifest.header_crc32:
         raise ManifestError("its header does not have the CRC-32 that its manifest names")
     return manifest

@@ -142,9 +142,9 @@ class SlotWriter:
                 self._next += filled.n_bytes
         return True
 
-    def _checksum(self, position: int, n_bytes: int, digest: hashlib._Hash | None = None) -> int | None:
-        """The CRC-32 of what the file holds there, which `digest` sees too; None where it ends before."""
-        crc = 0
+    def _checksum(self, position: int, n_bytes: int, digest: hashlib._Hash | None = None, crc32: int = 0) -> int | None:
+        """The CRC-32, after an earlier one, of what the file holds there, which `digest` sees too; None if it ends."""
+        crc = crc32
         while n_bytes:
             piece = os.pread(self._file.fileno(), min(n_bytes, READ_BACK_BYTES), position)
             if not piece:
@@ -158,6 +158,18 @@ class SlotWriter:
     def crc32_of(self, name: str) -> int:
         """The CRC-32 of what was written to a slot."""
         return self._crc.get(name, 0)
+
+    def size_of(self, name: str) -> int:
+        """The bytes that were written to a slot."""
+        return self._size[name]
+
+    def crc32_over(self, names: Iterable[str]) -> int:
+        """The CRC-32 of several slots, one behind another, as the disk holds them."""
+        crc32 = 0
+        for name in names:
+            found = self._checksum(self._start[name], self._size[name], crc32=crc32)
+            crc32 = crc32 if found is None else found
+        return crc32
 
     def finish(self, render: Callable[[Sequence[Slot]], bytes], manifest: MakeManifest | None = None) -> Written:
         """Read everything back, then write the manifest, if there is one, and the header that `render` makes of slots.

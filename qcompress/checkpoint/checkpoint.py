@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompress.checkpoint.safetensors_file import RESERVED, Container, read_container
+from qcompress.checkpoint.safetensors_file import OWN_TENSORS, RESERVED, Container, read_container
 from qcompress.errors import CheckpointError
 from qcompress.types.files import open_regular
 from qcompress.types.plan import Axis, TensorInfo
@@ -72,9 +72,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if "qcompress" in shard.metadata:
             hint = "expand it first: qcompress export ARTIFACT --to safetensors"
             raise CheckpointError(str(shard.path), "is compressed already", hint)
-        reserved = next((info.name for info in shard.tensors if RESERVED in info.name), None)
+        names = (info.name for info in shard.tensors)
+        reserved = next((name for name in names if RESERVED in name or name in OWN_TENSORS), None)
         if reserved is not None:
-            what = f"tensor {reserved!r} has {RESERVED!r} in its name, which is reserved for artifacts"
+            what = f"tensor {reserved!r} has a name that is reserved for artifacts"
             raise CheckpointError(str(shard.path), what, "rename it")
     checkpoint = Checkpoint(path, shards, {}, {})
     infos = {info.name: info for info in checkpoint.tensors}

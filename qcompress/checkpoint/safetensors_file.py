@@ -29,6 +29,9 @@ MAX_DIMENSIONS = 64
 RESERVED = ".qc."
 """What stands between tensor and part in the names of an artifact's parts, and in no other name."""
 
+OWN_TENSORS = ("qcompress.data", "qcompress.manifest")
+"""Stored tensors of an artifact that stand for no tensor of a checkpoint."""
+
 FOREIGN_MAGIC = {
     b"PK\x03\x04": "a zip archive, most likely a PyTorch pickle",
     b"\x80\x02": "a pickle",
@@ -78,9 +81,8 @@ class Container:
         begin, end = self.spans[name]
         yield from self.pieces(self.data_start + begin, self.data_start + end)
 
-    def crc32_of(self, name: str) -> int:
-        """The CRC-32 of a tensor's bytes. Raises `error`."""
-        crc32 = 0
+    def crc32_of(self, name: str, crc32: int = 0) -> int:
+        """The CRC-32 of a tensor's bytes behind those of which `crc32` is. Raises `error`."""
         for piece in self.pieces_of(name):
             crc32 = zlib.crc32(piece, crc32)
         return crc32

@@ -228,6 +228,17 @@ CodingOption = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+CompactOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compact/--plain",
+        help="Store names, manifest, side information and kept tensors of a single file together, at no more than 24 "
+        "bytes a tensor, or each as a tensor of its own, which takes some 200 more (plain, without this option and "
+        "--target-size or --minimize).",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
 EffortOption = Annotated[
     Effort | None,
     typer.Option(
@@ -371,6 +382,7 @@ class OutputFlags:
     """What a command that makes an artifact writes, and where."""
 
     coding: CodingOption = Coding.auto
+    compact: CompactOption = None
     output: Output = None
     force: Force = False
     dry_run: DryRun = False

@@ -116,6 +116,8 @@ def _checked(request: Request) -> Request:
         if request.save_statistics is not None:
             hint = "add -r RECIPE with model and data"
             raise UsageError("--save-statistics", "there is no model to gather from", hint)
+    if request.writing.compact and request.checkpoint.is_dir():
+        raise UsageError("--compact", "the checkpoint is a folder, and only single files are compact", "leave it out")
     if request.sensitivity is not None and recipe.budget is None:
         where = f"--sensitivity {request.sensitivity}"
         raise UsageError(where, "there is no budget to spend by it", "add --bpw X or --target-size SIZE")
@@ -221,8 +223,9 @@ def _make_plan(source: Checkpoint, request: Request, model_run: ModelRun | None)
     raises  Refusals, and what building a model and reading the file raise
     """
     learned = find_representatives(request.recipe, request.checkpoint, request.representatives)
-    skip = request.running.skip_nonfinite
-    return plan_checkpoint(source, request.recipe, model_run, learned, skip_nonfinite=skip), learned
+    skip, compact = request.running.skip_nonfinite, request.writing.compact
+    plan = plan_checkpoint(source, request.recipe, model_run, learned, skip_nonfinite=skip, compact=compact)
+    return plan, learned
 
 
 def _dry_plan(source: Checkpoint, request: Request, streams: Streams) -> Plan:
@@ -234,7 +237,7 @@ def _dry_plan(source: Checkpoint, request: Request, streams: Streams) -> Plan:
     for line in found.unchecked:
         streams.say(f"not checked: {line}")
     learned = find_representatives(recipe, request.checkpoint, request.representatives)
-    return plan_checked(found, source, recipe, learned)
+    return plan_checked(found, source, recipe, learned, request.writing.compact)
 
 
 def find_representatives(recipe: Recipe, checkpoint: Path, named: Path | None) -> Path | None:

@@ -78,10 +78,16 @@ def check_recipe(
     return found
 
 
-def plan_checked(found: Findings, checkpoint: Checkpoint, recipe: Recipe, representatives: Path | None) -> Plan:
+def plan_checked(
+    found: Findings,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    representatives: Path | None,
+    compact: bool | None = None,
+) -> Plan:
     """The plan of a recipe that was checked, by what its network says. Raises all that is wrong with either at once."""
     try:
-        plan = plan_checkpoint(checkpoint, recipe, representatives=representatives, facts=found.facts)
+        plan = plan_checkpoint(checkpoint, recipe, representatives=representatives, facts=found.facts, compact=compact)
     except InputError as error:
         found.errors.append(error)
         plan = Plan(recipe, ())

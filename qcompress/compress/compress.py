@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from qcompress.artifact.hashes import artifact_hash
-from qcompress.artifact.layout import POOL_NAME
+from qcompress.artifact.manifest import POOL_NAME
 from qcompress.artifact.writer import copy_companions, mark_config, write_index
 from qcompress.budget.spend import Workshop, refuse_gateless, spend
 from qcompress.budget.weight_costs import weight_costs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def plan_checkpoint(
     *,
     facts: ModelFacts | None = None,
     skip_nonfinite: bool = False,
+    compact: bool | None = None,
 ) -> Plan:
     """The plan of a recipe for a checkpoint, from headers and, where they are asked for, from these:
 
@@ -26,6 +28,7 @@ def plan_checkpoint(
     representatives  the file of what finetune-reg has learned, for the methods that take it up
     facts            what that network says, where it is known already
     skip_nonfinite   weights that hold NaN or Inf are kept; reads all weights to compress once
+    compact          see Plan; None: where a budget counts all bytes of one file
     raises           what `make_plan` and building the network raise
     """
     if model_run is not None and facts is None:
@@ -37,7 +40,7 @@ def plan_checkpoint(
         from qcompress.encode.preflight import count_nonfinite_values
 
         nonfinite = partial(count_nonfinite_values, checkpoint)
-    return make_plan(
+    plan = make_plan(
         recipe,
         checkpoint.tensors,
         checkpoint.tied,
@@ -46,3 +49,6 @@ def plan_checkpoint(
         representatives=representatives,
         nonfinite=nonfinite,
     )
+    budget = recipe.budget
+    counts_all = budget is not None and (budget.size is not None or budget.minimize is not None)
+    return replace(plan, compact=counts_all and not checkpoint.is_folder if compact is None else compact)

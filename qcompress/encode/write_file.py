@@ -11,13 +11,14 @@ import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Self
 
-from qcompress.artifact.entry import PARTS, Entry, part_name, seal_kept, seal_pool, seal_tied
+from qcompress.artifact.entry import PARTS, Entry, part_name, seal_all_kept, seal_kept, seal_pool, seal_tied
 from qcompress.artifact.hashes import input_hash
-from qcompress.artifact.layout import POOL_NAME, Layout, pool_of, render_header
-from qcompress.artifact.manifest import Manifest, manifest_frame
+from qcompress.artifact.layout import Layout, render_header
+from qcompress.artifact.manifest import DATA_NAME, POOL_NAME, Manifest, manifest_frame, pool_names, unknown_lengths
 from qcompress.artifact.writer import Filled, SlotWriter, Written
 from qcompress.checkpoint.checkpoint import tensor_bytes, tensor_view
 from qcompress.checkpoint.staging import staging_folder
@@ -47,7 +48,11 @@ class Record:
 def run_key(layout: Layout, manifest: Manifest, more: str) -> str:
     """SHA-256 of everything but the weights that decides a file's bytes: recipe, headers, layout, tool, and `more`: the
     device, and what was made of all weights together."""
-    parts = [render_header(layout.slots), manifest_frame(manifest), f"{layout.header_bytes}\n{more}".encode()]
+    parts = [
+        render_header(layout.slots, compact=layout.compact),
+        manifest_frame(manifest),
+        f"{layout.header_bytes}\n{more}".encode(),
+    ]
     return hashlib.sha256(b"\n".join(parts)).hexdigest()
 
 
@@ -174,7 +179,7 @@ def write_shard(shard: Shard, path: Path, run: Run) -> WrittenShard:
     fitted, options, journal = run.fitted, run.options, _journal(shard, run)
     with SlotWriter(path, shard.layout, reopen=journal is not None) as writer, journal or contextlib.nullcontext():
         finished = _restore(shard, writer, journal, options) if journal is not None else {}
-        sharing = set(pool_of(shard.decisions))
+        sharing = set(pool_names(shard.manifest.tensors))
         crcs = _copy_kept(shard, writer, fitted, options)
         for one in _encode_all(shard, writer, finished, run):
             finished[one.decision.tensor.name] = one
@@ -188,25 +193,32 @@ def write_shard(shard: Shard, path: Path, run: Run) -> WrittenShard:
             tensors={name: one.entry for name, one in finished.items()},
             crc32s=_other_crc32s(shard, writer),
         )
+        if manifest.is_compact:
+            lengths = {name: writer.size_of(name) for name in unknown_lengths(manifest)}
+            manifest = replace(manifest, lengths=lengths)
 
         def make_manifest(sha256: str, header_crc32: int) -> bytes:
             return manifest_frame(replace(manifest, sha256=sha256, header_crc32=header_crc32))
 
-        written = writer.finish(render_header, make_manifest)
+        written = writer.finish(partial(render_header, compact=shard.layout.compact), make_manifest)
     return WrittenShard(shard, written, finished, manifest.input_sha256)
 
 
 def _other_crc32s(shard: Shard, writer: SlotWriter) -> dict[str, int]:
     """The CRC-32 of what has one in the manifest and is not compressed: kept tensors, tied names, and the pool."""
     found = {name: seal_tied(name, twin) for name, twin in shard.manifest.tied.items()}
-    for decision in shard.decisions:
-        if not decision.compresses and decision.tied_to is None:
+    kept = {d.tensor.name: d for d in shard.decisions if not d.compresses and d.tied_to is None}
+    if shard.layout.compact:
+        stored = [slot.name for slot in shard.layout.slots if slot.name in kept]
+        infos = shard.manifest.kept or {}
+        of = [(infos[name], kept[name].tensor.dtype) for name in stored]
+        found[DATA_NAME] = seal_all_kept(of, writer.crc32_over(stored))
+    else:
+        for name, decision in kept.items():
             tensor = decision.tensor
-            stored = decision.stored or tensor.dtype
-            found[tensor.name] = seal_kept(
-                tensor.name, tensor.dtype, stored, tensor.shape, writer.crc32_of(tensor.name)
-            )
-    pool = pool_of(shard.decisions)
+            own, dtype = tensor.dtype, decision.stored or tensor.dtype
+            found[name] = seal_kept(name, own, dtype, tensor.shape, writer.crc32_of(name))
+    pool = pool_names(shard.manifest.tensors)
     return found | ({POOL_NAME: seal_pool(pool, writer.crc32_of(POOL_NAME))} if pool else {})
 
 
@@ -280,7 +292,7 @@ def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: 
     """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
     fitted, options = run.fitted, run.options
     waiting = [decision for decision in reversed(_in_order(shard)) if decision.tensor.name not in already]
-    sharing = set(pool_of(shard.decisions))
+    sharing = set(pool_names(shard.manifest.tensors))
     pooled: list[Finished] = []
     stop = threading.Event()
     running: list[Future[Finished]] = []

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from qcompress.artifact.layout import POOL_NAME, make_slots
+from qcompress.artifact.layout import make_slots
+from qcompress.artifact.manifest import POOL_NAME
 from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.errors import BudgetError, InputError, raise_all
 from qcompress.plan.files import make_shards, planned_files

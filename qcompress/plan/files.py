@@ -75,7 +75,7 @@ def make_shards(
                 if (key, value) != ("format", "pt") and key not in dropped
             },
         )
-        manifest = planned_manifest(manifest, decisions)
+        manifest = planned_manifest(manifest, decisions, compact=plan.compact)
         layout = make_layout(decisions, choice, manifest)
         file = marked_name(source.path.name) if checkpoint.is_folder else source.path.name
         shards.append(Shard(source, decisions, layout, manifest, file, plan.recipe.seed))

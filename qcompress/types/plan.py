@@ -444,7 +444,11 @@ class Outcomes:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One decision for each tensor, in the order of the checkpoint."""
+    """One decision for each tensor, in the order of the checkpoint.
+
+    compact  whether the artifact, one file, takes as few bytes for names and the like as it can
+    """
 
     recipe: Recipe
     decisions: tuple[Decision, ...]
+    compact: bool = False

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import zstandard
 
+from artifact.educational_compact import compact_header
 from artifact.educational_unbounded import pooled_names, unbounded_tensors
 
 PARTS = ("codes", "scale", "zero_point", "offset", "exponent", "subscale", "suboffset", "codebook", "table")
@@ -74,14 +75,18 @@ def read_file(path: Path) -> tuple[dict[str, Any], bytes, dict[str, Any]]:
     assert header.pop("__metadata__") == {"format": "pt", "qcompress": "2"}
     begin, end = header["qcompress.manifest"]["data_offsets"]
     assert end == len(data)
-    others = [name for name in header if name == ".qc.side" or (".qc." not in name and name != "qcompress.manifest")]
-    manifest = read_manifest(data[begin:], others)
+    manifest = read_manifest(data[begin:], header)
+    if "kept" in manifest:
+        assert set(header) == {"qcompress.data", "qcompress.manifest"}
+        assert header["qcompress.data"] == {"dtype": "U8", "shape": [begin], "data_offsets": [0, begin]}
+        header = compact_header(manifest) | {"qcompress.manifest": header["qcompress.manifest"]}
+        assert begin == max((one["data_offsets"][1] for one in list(header.values())[:-1]), default=0)
     assert manifest["numbers"]["sha256"] == hashlib.sha256(data[:begin]).hexdigest()
     assert manifest["numbers"]["header_crc32"] == zlib.crc32(raw[:start])
     return header, data, manifest
 
 
-def read_manifest(frame: bytes, others: list[str]) -> dict[str, Any]:
+def read_manifest(frame: bytes, header: dict[str, Any]) -> dict[str, Any]:
     """The JSON with every entry whole, and its numbers by kind and name under `numbers`."""
     text, _, numbers = zstandard.ZstdDecompressor().decompress(frame).partition(b"\n")
     manifest = json.loads(text)
@@ -89,7 +94,10 @@ def read_manifest(frame: bytes, others: list[str]) -> dict[str, Any]:
     for name, own in manifest["tensors"].items():
         manifest["tensors"][name] = whole_entry(manifest["defaults"], {"shape": own} if isinstance(own, list) else own)
     entries = dict(sorted(manifest["tensors"].items()))
-    rest = sorted([*others, *manifest.get("tied", {})])
+    others = [name for name in header if name == ".qc.side" or (".qc." not in name and name != "qcompress.manifest")]
+    if "kept" in manifest:
+        others = ["qcompress.data", *([".qc.side"] if pooled_names(entries) else [])]
+    rest = sorted([*(name for name in others if name != "__metadata__"), *manifest.get("tied", {})])
     found: dict[str, Any] = {"sha256": numbers[:32].hex(), "input_sha256": numbers[32:64].hex()}
     (found["header_crc32"],), at = struct.unpack_from("<I", numbers, 64), 68
     for kind, letter, names in (
@@ -101,6 +109,11 @@ def read_manifest(frame: bytes, others: list[str]) -> dict[str, Any]:
     ):
         values = struct.unpack_from(f"<{len(names)}{letter}", numbers, at)
         found[kind], at = dict(zip(names, values, strict=True)), at + struct.calcsize(f"<{len(names)}{letter}")
+    found["lengths"] = {}
+    if "kept" in manifest:
+        coded = [f"{name}.qc.codes" for name, code in found["coding"].items() if code or is_unbounded(entries[name])]
+        for name in sorted([*coded, *([".qc.side"] if pooled_names(entries) else [])]):
+            found["lengths"][name], at = read_varint(numbers, at)
     assert at == len(numbers)
     for kind in ("coding", "exponent", "entries", "value"):
         for name, value in found[kind].items():
@@ -123,6 +136,10 @@ def whole_entry(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]
     every = usual | defaults | own
     assert set(own) <= set(fields)
     return {field: every[field] for field in fields}
+
+
+def is_unbounded(entry: dict[str, Any]) -> bool:
+    return bool(entry["form"] == "unbounded")
 
 
 def has_exponent(entry: dict[str, Any]) -> bool:
@@ -151,11 +168,17 @@ def checksums(header: dict[str, Any], data: bytes, manifest: dict[str, Any]) -> 
             raw += struct.pack("<d", entry["value"])
         said = {key: value for key, value in entry.items() if key != "value"}
         found[name] = zlib.crc32(raw + words(name, said))
+    kept, together = [], b""
     for name, stored in header.items():
         if ".qc." not in name and name != "qcompress.manifest":
+            kept.append([name, own_dtype(name, stored, manifest), stored["dtype"], stored["shape"]])
+            together += bytes_of(stored, data)
             own = own_dtype(name, stored, manifest)
             said = {"dtype": own, "form": "kept", "shape": stored["shape"], "stored": stored["dtype"]}
             found[name] = zlib.crc32(bytes_of(stored, data) + words(name, said))
+    if "kept" in manifest:
+        found = {name: crc32 for name, crc32 in found.items() if name in entries}
+        found["qcompress.data"] = zlib.crc32(together + words("", {"form": "kept", "of": kept}))
     for name, twin in manifest.get("tied", {}).items():
         found[name] = zlib.crc32(words(name, {"form": "tied", "to": twin}))
     if ".qc.side" in header:

@@ -7,6 +7,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import zstandard
 from safetensors.torch import save_file
 from torch import Tensor
 
+from artifact.educational_compact import compact_header
 from artifact.educational_decoder import Dense, checksums, read_manifest
 from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from qcompress.coding.ans import varint
 from qcompress.compress.compress import compress
 from qcompress.plan.plan import make_plan
 from qcompress.registry import METHODS
@@ -51,9 +54,12 @@ def plan_for(checkpoint: Checkpoint, asked: Recipe, **known: Any) -> Plan:
     return make_plan(asked, checkpoint.tensors, checkpoint.tied, checkpoint.axes, **known)
 
 
-def run(source: Path, output: Path, asked: Recipe, choice: str = "packed", **options: Any) -> Report:
+def run(
+    source: Path, output: Path, asked: Recipe, choice: str = "packed", *, compact: bool = False, **options: Any
+) -> Report:
     checkpoint = read_checkpoint(source)
-    return compress(checkpoint, plan_for(checkpoint, asked), Options(output, choice=choice, **options))
+    plan = replace(plan_for(checkpoint, asked), compact=compact)
+    return compress(checkpoint, plan, Options(output, choice=choice, **options))
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
@@ -106,9 +112,8 @@ def rewrite(path: Path, change: Callable[[Header, Header, bytearray], Any]) -> P
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     begin, end = header.pop("qcompress.manifest")["data_offsets"]
-    others = [name for name in header if name == ".qc.side" or (".qc." not in name and name != "__metadata__")]
     data = bytearray(raw[start : start + begin])
-    manifest = read_manifest(raw[start + begin : start + end], others)
+    manifest = read_manifest(raw[start + begin : start + end], header)
     for entry in manifest["tensors"].values():
         for number in ("coding", "exponent", "entries", "value"):
             entry.pop(number, None)
@@ -134,6 +139,7 @@ def pack_manifest(manifest: Header, numbers: Header) -> bytes:
     parts = [bytes.fromhex(numbers["sha256"] + numbers["input_sha256"]), struct.pack("<I", numbers["header_crc32"])]
     for kind, letter in (("coding", "B"), ("exponent", "b"), ("entries", "H"), ("value", "d"), ("crc32", "I")):
         parts += [struct.pack(f"<{letter}", value) for value in numbers[kind].values()]
+    parts += [varint(length) for length in numbers["lengths"].values()]
     return framed(json.dumps(text, ensure_ascii=False).encode() + b"\n" + b"".join(parts))
 
 
@@ -143,6 +149,15 @@ def framed(content: bytes) -> bytes:
     pieces = [content[at : at + 2**17] for at in range(0, len(content), 2**17)] or [b""]
     blocks = [(len(one) << 3 | (one is pieces[-1])).to_bytes(3, "little") + one for one in pieces]
     return b"\x28\xb5\x2f\xfd\xa4" + len(content).to_bytes(4, "little") + b"".join(blocks) + checksum
+
+
+def same_content(frame: bytes, other: bytes) -> bool:
+    """Whether two frames expand to the same: some bits of a compressed block say nothing."""
+    try:
+        one, two = (zstandard.ZstdDecompressor().decompress(bytes(raw)) for raw in (frame, other))
+    except zstandard.ZstdError:
+        return False
+    return one == two
 
 
 def seal(header: Header, manifest: Header, data: bytes, name: str) -> None:
@@ -155,6 +170,8 @@ def seal(header: Header, manifest: Header, data: bytes, name: str) -> None:
         for one, entry in manifest["tensors"].items()
     }
     plain = {one: stored for one, stored in header.items() if one != "__metadata__"}
+    if "kept" in manifest:
+        plain = compact_header({**manifest, "tensors": entries})
     found = checksums(plain, data, {**manifest, "tensors": entries})
     numbers["crc32"][name] = found[name]
 

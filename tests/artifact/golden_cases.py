@@ -44,6 +44,7 @@ class Case(NamedTuple):
     tensors: dict[str, Tensor]
     recipe: Recipe
     choice: str = "packed"
+    compact: bool = False
 
 
 def one(tensor: Tensor, method: str, choice: str = "packed", **options: Any) -> Case:
@@ -65,6 +66,37 @@ def unbounded(choice: str, **options: Any) -> Case:
 def given(tensor: Tensor, choice: str = "packed", **options: Any) -> Case:
     """A weight in a form that no method gives by itself."""
     return Case({"w": tensor}, recipe(Rule("w", "given", GivenConfig(**options), "rule w")), choice)
+
+
+def mixed(choice: str) -> Case:
+    """A compact file of tensors of every form, of kept ones and of one that is stored as F16."""
+    tensors = {
+        "affine": skewed(9, 40),
+        "bias": weights(5),
+        "blocked": weights(3, 22),
+        "codebook": weights(6, 16, levels=9),
+        "constant": torch.full((3, 40), 0.5),
+        "half": weights(7, dtype=torch.float16),
+        "shared.a": weights(6, 8),
+        "shared.b": weights(4, 8),
+        "steps": torch.arange(3),
+        "table": weights(3, 10),
+        "unbounded.a": skewed(9, 20),
+        "unbounded.b": weights(6, 4, 3, 3),
+        "w": weights(4, 6),
+    }
+    rules = [
+        rule("affine", "mse", bits=2),
+        Rule("blocked", "given", GivenConfig(form="blocked", group_size=4, sub_blocks=3, offsets=True), "rule blocked"),
+        rule("codebook", "kmeans", bits=3, dim=2, codebook="int8"),
+        Rule("constant", "given", GivenConfig(form="constant", granularity="tensor"), "rule constant"),
+        rule("shared.*", "kmeans", bits=3, share="model"),
+        Rule("table", "given", GivenConfig(form="table", group_size=4, row_exponents=True, table="f16"), "rule table"),
+        Rule("unbounded.*", "rounded", RoundedConfig(), "rule unbounded"),
+        rule("w", "rtn", bits=3),
+        rule("*"),
+    ]
+    return Case(tensors, replace(recipe(*rules), keep_dtype="f16"), choice, compact=True)
 
 
 CASES: dict[str, Case] = {
@@ -151,6 +183,7 @@ CASES: dict[str, Case] = {
     "filled-ans": one(torch.zeros(5, 8000), "rtn", "ans", bits=2, granularity="tensor"),
     "filled-auto": one(torch.zeros(5, 8000), "rtn", "auto", bits=3),
     "unbounded-filled": unbounded_tensors({"w": torch.zeros(5, 8000)}, "ans"),
+    **{f"compact-{choice}": mixed(choice) for choice in ("packed", "auto", "ans")},
     "halved": Case(
         {
             "a": weights(4),
@@ -199,7 +232,7 @@ def write_case(name: str, folder: Path, version: Callable[[str], None]) -> Path:
 
 def _write(case: Case, name: str, folder: Path) -> Path:
     source = save(folder / "in.safetensors", case.tensors, {"format": "pt", "note": "golden"})
-    run(source, folder / f"{name}.safetensors", case.recipe, case.choice)
+    run(source, folder / f"{name}.safetensors", case.recipe, case.choice, compact=case.compact)
     return folder / f"{name}.safetensors"
 
 

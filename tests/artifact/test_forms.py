@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qcompress.coding.rows import row_shape
 from qcompress.coding.tables import GIVEN_BITS, given_values
 from qcompress.compress.compress import compress
 from qcompress.exporters.safetensors import export
+from qcompress.plan.files import planned_files
 from qcompress.report.gather import gather_report
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import Affine, Blocked, Codebook, Compressed, Constant, Fitted, Table, Unbounded
@@ -128,12 +130,14 @@ class Draw:
         return Affine(**common, convention=config.convention)
 
 
-def write(tmp_path: Path, encoded: Compressed, config: GivenConfig, choice: CodingChoice) -> Path:
+def write(
+    tmp_path: Path, encoded: Compressed, config: GivenConfig, choice: CodingChoice, *, compact: bool = False
+) -> Path:
     """An artifact of a kept tensor and of one that has this form, whatever its weights were."""
     dtype = TORCH_DTYPES[encoded.dtype]
     source = save(tmp_path / "in.safetensors", {"w": torch.ones(encoded.shape, dtype=dtype), "b": torch.arange(3)})
     checkpoint = read_checkpoint(source)
-    plan = plan_for(checkpoint, recipe(Rule("w", "given", config, "rule w")))
+    plan = replace(plan_for(checkpoint, recipe(Rule("w", "given", config, "rule w"))), compact=compact)
     options = Options(tmp_path / "out.safetensors", choice=choice, force=True)
     report = compress(checkpoint, plan, options, Fitted({"w": encoded}))
     path = tmp_path / "out.safetensors"
@@ -164,7 +168,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("seed", range(28))
 def test_forms_with_scales_come_back(seed: int, choice: CodingChoice, tmp_path: Path) -> None:
     encoded, config = Draw(seed * 4 + CHOICES.index(choice)).grouped()
-    check(write(tmp_path, encoded, config, choice), encoded, tmp_path)
+    check(write(tmp_path, encoded, config, choice, compact=bool(seed % 2)), encoded, tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(len(SHAPES)))
@@ -187,13 +191,13 @@ def test_the_forms_of_codebooks_and_unbounded_codes_are_tested_elsewhere() -> No
     assert Compressed.__args__ and {Codebook, Unbounded} < set(Compressed.__args__)
 
 
-def test_every_plain_writer_of_a_plan_foretells_the_size(tmp_path: Path) -> None:
-    """To the byte, of packed codes, before any weight is read."""
-    from qcompress.plan.files import planned_files
-
-    for seed in range(20):
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_plan_foretells_the_size_of_packed_codes_to_the_byte_and_bounds_others(compact: bool, tmp_path: Path) -> None:
+    for seed in range(12):
         encoded, config = Draw(seed).grouped()
-        path = write(tmp_path, encoded, config, "packed")
-        checkpoint = read_checkpoint(tmp_path / "in.safetensors")
-        plan = plan_for(checkpoint, recipe(Rule("w", "given", config, "rule w")))
-        assert planned_files(checkpoint, plan, "packed") == {"in.safetensors": path.stat().st_size}
+        for choice in CHOICES:
+            size = write(tmp_path, encoded, config, choice, compact=compact).stat().st_size
+            checkpoint = read_checkpoint(tmp_path / "in.safetensors")
+            plan = replace(plan_for(checkpoint, recipe(Rule("w", "given", config, "rule w"))), compact=compact)
+            told = planned_files(checkpoint, plan, choice)["in.safetensors"]
+            assert size == told if choice == "packed" else size <= told

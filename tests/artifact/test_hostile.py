@@ -28,6 +28,7 @@ from artifact.examples import (
     rtn,
     rule,
     run,
+    same_content,
     save,
     save_folder,
     seal,
@@ -424,6 +425,9 @@ def test_every_flipped_bit_is_found(choice: str, tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[place] ^= 1 << bit
         path.write_bytes(damaged)
+        if place >= end and same_content(damaged[end:], whole[end:]):
+            verify(path)
+            continue
         for read in (verify, load_state_dict, gather_report) if bit == place % 8 else (verify,):
             text = refusal(path, read)
             assert not start <= place < end or "tensor '" in text

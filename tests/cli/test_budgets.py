@@ -68,7 +68,8 @@ def test_the_artifact_keeps_within_its_budget_and_is_named_for_it(
         assert coding == "auto" or value == "2" or (report.size.bits_per_weight or 0.0) > 0.95 * float(value)
     else:
         assert output.stat().st_size == report.size.artifact_bytes <= 9000
-        assert coding == "auto" or report.size.artifact_bytes > 0.95 * 9000
+        # One bit more for the tensor of nearly all weights would take some 2,200 bytes.
+        assert coding == "auto" or report.size.artifact_bytes > 9000 - 2200
     assert len({layer.bits for layer in report.compressed}) > 1
     assert run("verify", output).code == 0
 
@@ -184,7 +185,7 @@ def test_the_smallest_that_holds_a_gate(run: Run, checkpoint: Path, tmp_path: Pa
     broken = [float(line.split()[0]) for line in ran.err.splitlines() if line.endswith("breaks a gate")]
     assert max(broken) < min(held)
     smaller = tmp_path / "smaller.safetensors"
-    flags = ["--method", "rtn", "--min-sqnr", 15, "-q", "-o", smaller]
+    flags = ["--method", "rtn", "--min-sqnr", 15, "-q", "--compact", "-o", smaller]
     assert run("quantize", checkpoint, "--bpw", max(broken), *flags).code == 4
     again = run("quantize", checkpoint, "--bpw", min(held), *flags, "--force")
     assert (again.code, smaller.stat().st_size) == (0, output.stat().st_size)
