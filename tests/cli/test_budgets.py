@@ -139,7 +139,7 @@ REFUSED = {
     "no file": (
         ["--bpw", 2, "--method", "rtn", "--sensitivity", "s.json"],
         3,
-        "s.json: cannot read the sensitivities: No such file or directory; measure it with `qcompress report",
+        "s.json: cannot read the file of sensitivities: No such file or directory; measure it with `qcompress report",
     ),
 }
 
