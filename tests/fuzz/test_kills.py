@@ -9,7 +9,7 @@ import pytest
 from fuzz import kills
 from fuzz.kills import kill, prepare, scenarios
 
-SAMPLED = 5
+SAMPLED = 20
 """Of so many calls that change a file one is looked at here; `python -m fuzz.kills` looks at all."""
 
 
@@ -17,9 +17,9 @@ SAMPLED = 5
 @pytest.mark.parametrize("name", scenarios())
 def test_a_killed_command_leaves_old_new_or_nothing(name: str, tmp_path: Path) -> None:
     bench = prepare(name, scenarios()[name], tmp_path)
-    assert bench.calls > SAMPLED
+    assert bench.calls > 5
     found = [*kills.kills(bench, SAMPLED, offset=len(name))]
-    assert len(found) > 2
+    assert len(found) > 1
     for one in found:
         assert one.faults == (), f"{one.moment}: {one.faults}"
 
