@@ -12,7 +12,7 @@ import torch
 from qcompress.artifact.hashes import artifact_hash
 from qcompress.artifact.manifest import POOL_NAME
 from qcompress.artifact.writer import copy_companions, mark_config, write_index
-from qcompress.budget.spend import Workshop, refuse_gateless, spend
+from qcompress.budget.search import refuse_gateless, spend
 from qcompress.budget.weight_costs import weight_costs
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.checkpoint.outputs import refuse_own_input
@@ -163,6 +163,5 @@ def compress_within(checkpoint: Checkpoint, plan: Plan, options: Options, sensit
         costs = read_costs(checkpoint, plan, sensitivity)
     else:
         costs = weight_costs(checkpoint, plan, options.threads)
-    shop = Workshop(lambda closed, where: compress(checkpoint, closed, where), say=say)
-    report = spend(checkpoint, plan, options, costs, shop)
+    report = spend(checkpoint, plan, options, costs, lambda closed, where: compress(checkpoint, closed, where), say)
     return replace(report, run=run_figures(clock, options.device))

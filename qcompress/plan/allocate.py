@@ -23,6 +23,8 @@ from qcompress.types.plan import Budget, Decision, Plan, Recipe
 
 LEAST_BPW = 0.1
 """Bits a weight below which nothing is promised: zeros cost something too."""
+UNBOUNDED_BPW = (0.25, 8.0)
+"""Between which budgets the smallest is searched for methods that have no widths."""
 
 LINKED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -279,7 +281,9 @@ def allocate(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, costs: Co
 
 
 def bpw_bounds(plan: Plan, choice: CodingChoice) -> tuple[float, float]:
-    """Bits per weight of the narrowest and of the widest widths, each rounded up."""
+    """Bits per weight of the narrowest and of the widest widths, each rounded up; of a method without widths, any."""
+    if not is_open(plan):
+        return UNBOUNDED_BPW
     units = make_units(plan, choice)
     low, high = (8 * sum(end(unit.size_bytes.values()) for unit in units) / coded_weights(plan) for end in (min, max))
     return math.ceil(low * 1e4) / 1e4, math.ceil(high * 1e4) / 1e4
