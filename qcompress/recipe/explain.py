@@ -47,9 +47,8 @@ def explain(error: ValidationError, document: Document, part: Any, at: Path = ()
             what, hint = _missing(name, schema)
         elif kind == "value_error":
             what, _, hint = str(reason["ctx"]["error"]).partition("; ")
-            hint = (
-                hint or f"see {quoted(str(path[-1]))} in docs/{'training' if path[0] == 'finetune' else 'recipes'}.md"
-            )
+            page = "training" if path[:1] == ("finetune",) else "recipes"
+            hint = hint or f"see {quoted(str(path[-1]))} in docs/{page}.md"
             path = (*path, *getattr(reason["ctx"]["error"], "at", ()))
         elif path in said or (kind == "too_short" and document.at(path)):
             # A union has a reason a branch; and pydantic counts the items that fit.
@@ -106,7 +105,8 @@ def _unfit(value: object, schema: Schema, key: str | int) -> tuple[str, str]:
     choices = [choice for branch in branches for choice in _choices(branch)]
     if choices and isinstance(value, str):
         return f"unknown value {shown(value)}", suggest(value, choices)
-    what = f"{shown(value)} is not {' or '.join(map(_noun, branches))}"
+    nouns = dict.fromkeys(_noun(branch, whole=isinstance(value, list)) for branch in branches)
+    what = f"{shown(value)} is not {' or '.join(nouns)}"
     if value in ("", []) and any(branch.get("minLength") or branch.get("minItems") for branch in branches):
         what = "an empty text" if value == "" else "an empty list"
     example = _example(schema)
@@ -117,7 +117,8 @@ def _unfit(value: object, schema: Schema, key: str | int) -> tuple[str, str]:
 
 def expected(schema: Schema) -> str:
     """What fits, in words: "an integer between 1 and 8", "`als` or `grid`"."""
-    return " or ".join(" ".join(filter(None, (_noun(branch), limits(branch)))) for branch in _branches(schema))
+    words = (" ".join(filter(None, (_noun(branch), limits(branch)))) for branch in _branches(schema))
+    return " or ".join(dict.fromkeys(words))
 
 
 def limits(schema: Schema) -> str:
@@ -168,12 +169,15 @@ def _is_titled(branch: Schema) -> bool:
     return branch.get("type") == "string" and "title" in branch
 
 
-def _noun(branch: Schema) -> str:
+def _noun(branch: Schema, whole: bool = True) -> str:
+    """What fits a branch, limits aside; a list is called no more than that unless the `whole` of it matters."""
     kind, items = branch.get("type"), branch.get("items", {})
     if _choices(branch):
         return f"one of {listed(_choices(branch))}"
     if _is_titled(branch):
         return f"a {branch['title']}"
+    if kind == "array" and not whole:
+        return "a list"
     if kind == "array" and _is_titled(items):
         return "a list of them"
     if pair := branch.get("prefixItems"):

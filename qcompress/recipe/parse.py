@@ -52,15 +52,13 @@ def _set(document: Document, segments: Sequence[str], text: str, place: Place) -
     path: Keys = ()
     for segment in segments:
         if document.at(path) is None:
-            document.put(path, {}, place)
+            document.put(path, {}, document.places.get(path, place))
         match document.at(path):
             case Broken():
                 return
             case dict():
                 path = (*path, segment)
-            case list(items) if (
-                segment.isascii() and segment.isdigit() and len(segment) < 10 and int(segment) < len(items)
-            ):
+            case list(items) if _is_index(segment, len(items)):
                 path = (*path, int(segment))
             case list(items):
                 hint = f"give a number from 0 to {len(items) - 1}" if items else "the list is empty"

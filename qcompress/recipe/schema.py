@@ -119,6 +119,10 @@ class _Whole(GenerateJsonSchema):
             schema = {**schema, "ref": f"{part.__module__}.{part.__qualname__}:{id(part)}"}
         return self.generate_inner(schema)
 
+    def sort(self, value: Schema, parent_key: str | None = None) -> Schema:
+        """Keys stay in the order in which people write them."""
+        return value
+
     def field_title_should_be_set(self, schema: CoreSchema | Any) -> bool:
         return False
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Interval
 
 from qcompress.registry.contract import Method
-from qcompress.registry.grids import Given, GridConfig, PresetConfig
+from qcompress.registry.grids import Defaults, GridConfig, PresetConfig
 from qcompress.types.config import Convention, Form, MethodConfig
 
 Effort = Literal["fast", "normal", "high"]
@@ -25,7 +25,7 @@ class LiveConfig(PresetConfig):
 
     range: Range | None = None
 
-    def _aimet(self) -> Given:
+    def _aimet(self) -> Defaults:
         """AIMET's grids, of folded layers: symmetric, one a tensor."""
         tensor = {} if self.group_size else {"granularity": "tensor"}
         return {**tensor, "symmetric": True, "range": "tf-enhanced", "fold": True}
@@ -106,11 +106,11 @@ class AdaroundConfig(LiveConfig):
             "iterations": 15_000 if self.bits < 8 else 10_000,
             "learning_rate": 1e-3,
         }
-        fast: Given = {"objective": "gram", "fold": False, "range": "hessian"}
+        fast: Defaults = {"objective": "gram", "fold": False, "range": "hessian"}
         self._follow(official, fast)
         gram = self.objective == "gram"
-        usual: Given = {"iterations": 500, "learning_rate": 3e-2, "strength": 0.1}
-        published: Given = {"iterations": 10_000, "learning_rate": 1e-3, "strength": 0.01}
+        usual: Defaults = {"iterations": 500, "learning_rate": 3e-2, "strength": 0.1}
+        published: Defaults = {"iterations": 10_000, "learning_rate": 1e-3, "strength": 0.01}
         self._fill(usual if gram else published)
         super().__post_init__()
 
@@ -199,7 +199,7 @@ class GptqConfig(LiveConfig):
     sequential: bool = True
 
     def __post_init__(self) -> None:
-        official: Given = {"act_order": False, "asymmetric": False, "descent": 0, "range": "minmax"}
+        official: Defaults = {"act_order": False, "asymmetric": False, "descent": 0, "range": "minmax"}
         self._follow(official, {"act_order": True, "asymmetric": True, "descent": 2, "range": "hessian"})
         super().__post_init__()
 

@@ -16,7 +16,7 @@ from qcompress.types.plan import searched_convention
 DEFAULT_GROUP_SIZE = 64
 
 Preset = Literal["paper"]
-Given: TypeAlias = Mapping[str, object]
+Defaults: TypeAlias = Mapping[str, object]
 """Options by name, for those that the recipe leaves open."""
 
 
@@ -146,7 +146,7 @@ class PresetConfig(GridConfig):
 
     preset: Preset | None = None
 
-    def _follow(self, paper: Given, usual: Given) -> None:
+    def _follow(self, paper: Defaults, usual: Defaults) -> None:
         """Set every option that was not given: from the first with the preset, else from the second."""
         self._fill(paper if self.preset == "paper" else usual)
 

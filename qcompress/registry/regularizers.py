@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
 from qcompress.types.config import PenaltyConfig, Shape
 from qcompress.types.settings import Share
 
+Strength: TypeAlias = Annotated[float, Ge(0)]
 Layers = Literal["all", "conv", "dense"]
 Reduction = Literal["sum", "mean"]
 RangeOf = Literal["minmax", "quantile", "sigma"]
@@ -42,7 +43,7 @@ class RegularizerConfig(PenaltyConfig):
     weight_decay     of what the regularizer learns: only 0 is meaningful
     """
 
-    strength: Annotated[float, Ge(0)] | None = None
+    strength: Strength | None = None
     start: Share | None = None
     ramp: Share | None = None
     hold: Share | None = None
@@ -253,13 +254,10 @@ class L2Config(RegularizerConfig):
     reduction  over the weights
     """
 
+    strength: Strength = 1e-3
     reduction: Reduction = "sum"
 
     has_proximal: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        self._fill({"strength": 1e-3})
-        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,9 +276,7 @@ class _TailConfig(RegularizerConfig):
 class LinfConfig(_TailConfig):
     """The largest magnitude."""
 
-    def __post_init__(self) -> None:
-        self._fill({"strength": 0.01})
-        super().__post_init__()
+    strength: Strength = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,12 +288,9 @@ class MarginConfig(_TailConfig):
                    where absent the excess is summed
     """
 
+    strength: Strength = 1e-3
     margin: Annotated[float, Gt(0)] = 2.0
     tail_fraction: Annotated[float, Interval(gt=0, le=1)] | None = None
-
-    def __post_init__(self) -> None:
-        self._fill({"strength": 1e-3})
-        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,11 +300,8 @@ class KurtosisConfig(_TailConfig):
     target  the kurtosis that is aimed at
     """
 
+    strength: Strength = 1.0
     target: float = 1.8
-
-    def __post_init__(self) -> None:
-        self._fill({"strength": 1.0})
-        super().__post_init__()
 
 
 @dataclass(frozen=True)

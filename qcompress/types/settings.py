@@ -160,7 +160,11 @@ DATA_KINDS: Mapping[str, type[Data]] = {
 """The data sources by the key that tells one from another."""
 
 SOURCE = "data source"
-Data: TypeAlias = Annotated[NpzData | ImagesData | HubData | TextData | FactoryData, ByKey(SOURCE, DATA_KINDS)]
+Data: TypeAlias = Annotated[
+    NpzData | ImagesData | HubData | TextData | FactoryData,
+    ByKey(SOURCE, DATA_KINDS),
+    shown_as({"npz": "val.npz"}),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +279,7 @@ class TrainData(Section):
     """
 
     source: Data
-    augment: tuple[Augmentation, ...] = ()
+    augment: Annotated[tuple[Augmentation, ...], shown_as(["flip", "crop4"])] = ()
 
     def __post_init__(self) -> None:
         if self.augment and isinstance(self.source, TextData):
@@ -323,7 +327,9 @@ class DataSettings(Section):
 
     calibration: Given[Data] = None
     eval: Given[Data] = None
-    train: Given[Annotated[TrainData, ByKey(SOURCE, DATA_KINDS, TrainData)]] = None
+    train: Given[
+        Annotated[TrainData, ByKey(SOURCE, DATA_KINDS, TrainData), shown_as({"npz": "t.npz", "augment": ["flip"]})]
+    ] = None
     normalize: Given[Normalize] = None
 
 

@@ -65,13 +65,13 @@ def test_recipes_in_the_docs_are_valid() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_docs_name_every_option_and_choice(method: str) -> None:
-    section = DOCS.partition("## Methods")[2].partition("## Gates")[0]
-    family = {"quantize": "Options of all of them", "cluster": "Options of all that cluster"}
-    shared = section.partition(family[METHODS[method].family])[2].partition("\n`")[0]
-    own = section.partition(f"\n`{method}`")[2].partition("\n`")[0].partition("\nOptions of")[0]
-    assert f"| `{method}` |" in section
+    shared, own = (
+        DOCS.partition(f"<!-- options of {name} -->\n")[2].partition("\n\n")[0]
+        for name in ({"quantize": "grids", "cluster": "clusters"}[METHODS[method].family], method)
+    )
+    assert own and f"| `{method}` |" in DOCS
     for option in dataclasses.fields(METHODS[method].config):
-        rows = [line for line in (shared + own).splitlines() if line.startswith(f"| `{option.name}` |")]
+        rows = [line for line in f"{shared}\n{own}".splitlines() if line.startswith(f"| `{option.name}` |")]
         # `axis` of rd stands in its own table too: it takes no other of the shared ones.
         assert len(rows) == 1 + (method == "rd" and option.name == "axis"), option.name
         for choice in re.findall(r"'([^']+)'", str(option.type)) + re.findall(r'"([^"]+)"', str(option.type)):

@@ -496,6 +496,19 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         ["r.yaml:3: rules[0].rtn: convention needs symmetric: true; see `rtn` in docs/recipes.md"],
     ),
     # Sources and kinds: what is wrong in one is said in its own words.
+    "sources that are no mappings": (
+        RULE + "data:\n  calibration: folder\n  train: {npz: t.npz, augment: flip}\n  normalize: {mean: 0.5}\n",
+        [
+            'r.yaml:5: data.calibration: `folder` is not a mapping; write `calibration: {npz: "val.npz"}`',
+            "r.yaml:6: data.train.augment: `flip` is not a list; write `augment: [flip, crop4]`",
+            "r.yaml:7: data.normalize: `std` is missing; add `std: [0.5]`",
+            "r.yaml:7: data.normalize.mean: 0.5 is not a list; give a list of numbers",
+        ],
+    ),
+    "no list": (
+        RULE + "companions: batch_norm\n",
+        ["r.yaml:4: companions: `batch_norm` is not a list; give a list of `bias_correction`, `batch_norm`"],
+    ),
     "an option of another source": (
         RULE + "data: {train: {text: t.txt, tokenizer: t, crops: 8, length: 1}}\n",
         [
