@@ -46,6 +46,15 @@ def test_the_pages_are_what_the_rows_render_to() -> None:
         assert fresh, f"docs/{template.name} is not what its rows render to; run python benchmarks/render.py"
 
 
+def test_the_table_of_the_readme_is_of_rows() -> None:
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    table = {line[0].split(",")[0]: line[1:] for line in lines if len(line) > 1}
+    ledger = Ledger(ROWS)
+    rows = [ledger.lines[f"rd/resnet20/free/{rate}"].figures for rate in table["bits a weight"]]
+    assert table["accuracy"] == [f"{100 * row['value']:.1f} %" for row in rows]
+    assert table["bytes of the file"] == [f"{row['bytes']:,}" for row in rows]
+
+
 def test_rows_tables_and_lines_belong_together() -> None:
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)

@@ -37,7 +37,19 @@ def row(network: str) -> Row:
     )
 
 
-ROWS = tuple(row(network) for network in WIDTHS)
+GROUPED = ("squant", "mse", "hqq", "rtn")
+GROUPS = Row(
+    name="alone/mobilenet-groups",
+    commands=(
+        "python benchmarks/accuracy.py --networks mobilenet --bits 4 --group-size 32 "
+        f"--methods '{','.join(GROUPED)}' --json -",
+    ),
+    figures={"mobilenet": "0.mobilenet"},
+    seconds=80,
+)
+"""Groups of 32, where 32 divides a channel; the kernels of depthwise layers have a grid each."""
+
+ROWS = (*(row(network) for network in WIDTHS), GROUPS)
 
 
 def scores(name: str, networks: tuple[str, ...], form: str) -> Table:
@@ -49,9 +61,10 @@ def scores(name: str, networks: tuple[str, ...], form: str) -> Table:
     return Table(name=f"alone {name}", columns=("method", *(f"{column}:" for column in columns)), lines=lines)
 
 
-def cell(network: str, method: str, bits: int, figure: str, form: str) -> Cell:
+def cell(network: str, method: str, bits: int, figure: str, form: str, row: str = "") -> Cell:
+    """A figure of a method, from the row of its network where no other is named."""
     way = f"{network}|{method}|W{bits}|{figure}"
-    return Cell((f"alone/{network}",), lambda lines: format(figure_of(lines[0], way), form))
+    return Cell((row or f"alone/{network}",), lambda lines: format(figure_of(lines[0], way), form))
 
 
 def errors() -> Table:
@@ -66,9 +79,19 @@ def errors() -> Table:
     return Table(name="alone errors", columns=("method", "bits/weight at W4:", "W4:", "W3:", "W2:"), lines=lines)
 
 
+def groups() -> Table:
+    figures = {"bits a weight": ("bits_per_weight", ".2f"), "W4": ("score", ".1%")}
+    lines: dict[str, list[str | Cell]] = {
+        method: [method, *(cell("mobilenet", method, 4, *figure, GROUPS.name) for figure in figures.values())]
+        for method in GROUPED
+    }
+    return Table(name="alone groups", columns=("method", *(f"{title}:" for title in figures)), lines=lines)
+
+
 TABLES = (
     scores("resnet", ("resnet20", "resnet32"), ".1%"),
     scores("small", ("dscnn", "mobilenet"), ".1%"),
     scores("stories", ("stories",), ".2f"),
     errors(),
+    groups(),
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ledger import Row
 from tables import Cell, Table, figure_of, mean
 
-from .words import MOBILENET, RESNET20, RESNET32, live
+from .words import MOBILENET, RESNET20, RESNET32, TOP1, live
 
 NETWORKS = {"resnet20": RESNET20, "resnet32": RESNET32, "mobilenet": MOBILENET}
 TITLES = {"resnet20": "ResNet-20", "resnet32": "ResNet-32", "mobilenet": "MobileNetV1 0.75", "stories": "stories260K"}
@@ -17,6 +17,7 @@ FREE_PRICES = (0.0, 0.01, 0.03, 0.06, 0.12)
 PRICES = (0.01, 0.03, 0.06, 0.12)
 TRELLIS_PRICES = (0.0, 0.06, 0.12, 0.25)
 PRICE_RATES = (1.5, 2.0)
+STARTS = ("error", "mean")
 POWERS = ("one width", "relative", "over the norm", "absolute")
 WEIGHTED = {"resnet20": (2, 3, 4), "resnet32": (2, 3, 4), "mobilenet": (2, 3, 4), "stories": (2, 3, 4)}
 
@@ -44,6 +45,12 @@ def with_data(rate: float, change: str, more: str = "") -> str:
     return live("quantize", RESNET20, "cifar10/resnet20_rd", changes, f" --bpw {rate}{more}")
 
 
+def trained(start: str) -> Row:
+    """A short training by LSQ, whose steps start there, measured on the images that no training sees."""
+    command = live("quantize", RESNET20, "benchmarks/recipes/heldout_lsq", (f"rules.0.lsq.start={start}",))
+    return Row(name=f"choices/lsq-start/{start}", commands=(command,), figures=TOP1, seconds=40)
+
+
 def rows() -> Iterator[Row]:
     for network, rates in PRIOR_RATES.items():
         for rate in rates:
@@ -59,6 +66,7 @@ def rows() -> Iterator[Row]:
     for rate in PRICE_RATES:
         for price in PRICES:
             yield row(f"price/resnet20/{rate}/{price}", "resnet20", with_data(rate, f"price={price}"), 50)
+    yield from map(trained, STARTS)
     for network, widths in WEIGHTED.items():
         bits = ",".join(map(str, widths))
         yield Row(
@@ -98,10 +106,20 @@ def weightings() -> Table:
     )
 
 
+def starts() -> Table:
+    cells = (Cell((f"choices/lsq-start/{start}",), mean("top1")) for start in STARTS)
+    return Table(
+        name="choices lsq-start",
+        columns=("network", *(f"{start}:" for start in STARTS)),
+        lines={"ResNet-20": ["ResNet-20 W2A2", *cells]},
+    )
+
+
 TABLES = (
     divergences("prior", PRIORS, PRIOR_RATES),
     divergences("free-price", FREE_PRICES, {"resnet20": PRICE_RATES}),
     divergences("free-trellis-price", TRELLIS_PRICES, {"resnet20": PRICE_RATES}),
     divergences("price", PRICES, {"resnet20": PRICE_RATES}),
     weightings(),
+    starts(),
 )
