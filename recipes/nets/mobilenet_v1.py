@@ -25,13 +25,16 @@ class SeparableBlock(nn.Module):
 
 
 class MobileNetV1(nn.Module):
-    """`width` scales the channels: 0.75 gives those of the published MobileNetV1 0.75."""
+    """`width` scales the channels: 0.75 gives those of the published MobileNetV1 0.75.
 
-    def __init__(self, width: float = 1.0, classes: int = 1000) -> None:
+    small  for images of 32 x 32: the first and the last stride are 1, so that 4 x 4 places are left before the mean
+    """
+
+    def __init__(self, width: float = 1.0, classes: int = 1000, small: bool = False) -> None:
         super().__init__()
         first, *outputs = (int(channels * width) for channels in (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024))
-        strides = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
-        self.conv1 = nn.Conv2d(3, first, 3, 2, bias=False)
+        strides = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 1 if small else 2, 1)
+        self.conv1 = nn.Conv2d(3, first, 3, 1 if small else 2, 1 if small else 0, bias=False)
         self.bn1 = nn.BatchNorm2d(first, eps=1e-3)
         self.blocks = nn.Sequential(
             *(
@@ -42,9 +45,15 @@ class MobileNetV1(nn.Module):
         self.fc = nn.Linear(outputs[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.conv1(F.pad(x, (0, 1, 0, 1)))).clamp(0, 6)
+        x = x if self.conv1.stride == (1, 1) else F.pad(x, (0, 1, 0, 1))
+        x = self.bn1(self.conv1(x)).clamp(0, 6)
         return self.fc(self.blocks(x).mean((2, 3)))
 
 
 def mobilenet_v1(width: float = 1.0, classes: int = 1000) -> nn.Module:
     return MobileNetV1(width, classes)
+
+
+def mobilenet_v1_cifar(width: float = 0.5) -> nn.Module:
+    """For ten classes of images of 32 x 32."""
+    return MobileNetV1(width, 10, small=True)
