@@ -43,6 +43,14 @@ DECIDING = (*OURS, "NO_COLOR", "FORCE_COLOR", "TERM")
 """Variables that change what the program says or does, and that the tests' own surroundings must not decide."""
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker for each core where the whole suite runs; none for single files, which end sooner without."""
+    named = config.invocation_params.args
+    if any(Path(str(one).partition("::")[0]).exists() for one in named):
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Ran:
     """What a command left: its exit code and its two streams."""

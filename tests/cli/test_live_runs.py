@@ -167,7 +167,11 @@ def test_saved_statistics_serve_the_bare_checkpoint(run: Run, trained: Path, tmp
 WRONG: dict[str, tuple[list[str], int, str]] = {
     "no leave to run code": ([], 2, "--allow-code"),
     "no such factory": (["--allow-code", "--set", "model.factory=net.py:nett"], 3, "has no callable 'nett'"),
-    "wrong arguments": (["--allow-code", "--set", "model.args.width=9"], 3, "in the checkpoint and [9, 3, 3, 3]"),
+    "wrong arguments": (
+        ["--allow-code", "--set", "model.args.width=9"],
+        3,
+        "first 'conv1.weight': have other shapes in the checkpoint than in Net",
+    ),
     "no such data": (["--allow-code", "--set", "data.eval.npz=x.npz"], 3, "'x.npz' is not in"),
     "too few samples": (["--allow-code", "--set", "data.eval.samples=999"], 3, "999 samples are asked for"),
     "no such array": (["--allow-code", "--set", "data.eval.inputs=z"], 3, "has no array 'z'"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -76,8 +75,8 @@ def _of_artifacts(scratch: Path) -> list[Target]:
         place.write_bytes(data)
         try:
             rewrite(place, lambda header, manifest, raw: _change(header, manifest, raw, chance))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, struct.error):
-            # What cannot be sealed again is read as far as it was written.
+        except Exception:
+            # The writer of the tests takes sound manifests only; what it cannot seal is read as far as it was written.
             return mutate_bytes(place.read_bytes(), chance)
         return place.read_bytes()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Run
+from PIL import Image
 from safetensors.torch import save_file
 
 from qcompress.data.user_code import import_package
@@ -42,11 +43,32 @@ def built(path: Path) -> torch.nn.Module:
         return build_model(recipe.model, path.parent, allow_code=True, place="model")
 
 
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a little of all data that the recipes name."""
+    folder = tmp_path_factory.mktemp("data")
+    question_pairs(folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    (folder / "cifar10").mkdir()
+    for part in ("train20k", "test5000"):
+        np.savez(folder / "cifar10" / f"{part}.npz", x=pixels, y=np.arange(2))
+    for part in ("train", "val", "calib256", "val400"):
+        for label, image in zip("ab", pixels, strict=True):
+            (folder / "imagenet" / part / label).mkdir(parents=True)
+            Image.fromarray(image).resize((256, 256)).save(folder / "imagenet" / part / label / "0.png")
+    return folder
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_clustering_recipe_plans_the_weights_that_it_names(run: Run, path: Path, tmp_path: Path) -> None:
+def test_every_clustering_recipe_plans_the_weights_that_it_names(
+    run: Run, path: Path, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QCOMPRESS_DATA", str(small_data))
     module = built(path)
     weights = [name for name, value in module.named_parameters() if value.ndim > 1]
-    save_file({name: torch.zeros(value.shape) for name, value in module.named_parameters()}, tmp_path / "m.safetensors")
+    save_file(
+        {name: torch.zeros(value.shape) for name, value in module.state_dict().items()}, tmp_path / "m.safetensors"
+    )
     words = ["cluster", str(tmp_path / "m.safetensors"), "-r", str(path), "--dry-run", "--json", "-"]
     if any(rule.method == "learned" for rule in read_recipe(path).rules):
         learned = {f"{name}.representatives": torch.arange(16.0) for name in weights}

@@ -69,7 +69,8 @@ def test_labels_that_do_not_fit_are_refused(labels: torch.Tensor | None, words: 
 def test_a_task_from_code_needs_a_loss_from_code() -> None:
     with pytest.raises(ModelError, match="loss"):
         make_loss(FactoryTask(factory="x.py:f"))
-    assert make_loss(FactoryTask(factory="x.py:f"), name="torch.nn.functional:mse_loss") is F.mse_loss
+    named = "torch.nn.functional:mse_loss"
+    assert make_loss(FactoryTask(factory="x.py:f"), name=named, allow_code=True) is F.mse_loss
 
 
 def labelled(count: int = 6) -> Batch:

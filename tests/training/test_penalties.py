@@ -79,7 +79,7 @@ def test_idle_rules_and_too_many_levels_are_refused() -> None:
         attach_penalties(net(), [rule("l2", L2Config(), "x.*")])
     with pytest.raises(Refusals):
         attach_penalties(net(), [rule("l2", L2Config(), "x.*", "a"), rule("l2", L2Config(), "y.*", "b")])
-    with pytest.raises(ModelError, match=r"fc.weight: 100 representatives for 24 weights"):
+    with pytest.raises(ModelError, match=r"fc.weight \[4, 6\]: 100 representatives for 24 weights"):
         attach_penalties(net(), [rule("min-squared", MinSquaredConfig(levels=100), "fc.weight")])
 
 
