@@ -32,6 +32,8 @@ SECONDS = 10
 MEMORY_BYTES = 1 << 30
 """What one case may take beyond what the process has: files here declare far less than a tenth of it."""
 LONGEST_LINE = 2000
+CODES = (2, 3, 4, 5)
+"""Exit codes of errors."""
 ALLOWED = ("refused", "same", "changed")
 
 
@@ -80,11 +82,7 @@ def judge(target: Target, right: Mapping[str, Any], name: str, path: Path) -> tu
         found = target.read(path)
     except QcompressError as error:
         lines = error.lines()
-        sound = all(0 < len(line) < LONGEST_LINE and line.isprintable() for line in lines) and error.exit_code in (
-            2,
-            3,
-            5,
-        )
+        sound = all(0 < len(line) < LONGEST_LINE and line.isprintable() for line in lines) and error.exit_code in CODES
         return ("refused", "") if lines and sound else ("words", f"{type(error).__name__}")
     except MemoryError as error:
         return "memory", _signature(error)
@@ -220,7 +218,7 @@ def main() -> None:
     from fuzz.targets import make_targets
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--state", type=lambda text: Path(text).resolve(), required=True)
     parser.add_argument("--cases", type=int, default=1000, help="more cases of each target")
     parser.add_argument("--target", action="append", help="one of them; all if absent")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fuzz.campaign import Disagree, Target
+from fuzz.commands import command_targets
 from fuzz.mutations import mutate_bytes, mutate_json, mutate_text, mutate_value
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
@@ -39,7 +40,13 @@ from qcompress.types.settings import Data, ImagesData, NpzData
 
 def make_targets(scratch: Path) -> dict[str, Target]:
     """All targets by name; sound files are made under `scratch`."""
-    found = [*_of_artifacts(scratch), *_of_text(scratch), *_of_data(scratch), *_of_runs(scratch)]
+    found = [
+        *_of_artifacts(scratch),
+        *_of_text(scratch),
+        *_of_data(scratch),
+        *_of_runs(scratch),
+        *command_targets(scratch),
+    ]
     return {target.name: target for target in found}
 
 

@@ -5,23 +5,32 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
-from fuzz.campaign import ALLOWED, Target, campaign, case, run_apart
+from fuzz import commands
+from fuzz.campaign import ALLOWED, Target, campaign, case, judge, run_apart
 from fuzz.mutations import mutate_bytes, mutate_json, mutate_text
 from fuzz.targets import make_targets
+from qcompress.cli import app
+from qcompress.cli.output import print_note
 from qcompress.errors import DataError, QcompressError
 
 CASES = 2000
-NAMES = [
+COMMANDS, ANEW = 20, 3
+"""Cases of each kind in a process of its own, and of those that start Python anew."""
+IN_PROCESS = [
     *("artifact", "sealed artifact"),
     *("recipe", "report", "sensitivity", "npz", "image", "table of images", "checkpoint", "statistics", "journal"),
     *("state",),
 ]
+IN_PROCESSES = [f"commands on {kind.name}" for kind in commands.KINDS]
+SHELL = "commands from a shell"
+CASES_OF = {name: -(-CASES // len(IN_PROCESS)) for name in IN_PROCESS} | dict.fromkeys(IN_PROCESSES, COMMANDS)
 
 
 @pytest.fixture(scope="session")
@@ -29,20 +38,61 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     return make_targets(tmp_path_factory.mktemp("sound"))
 
 
+@pytest.mark.slow
 def test_every_kind_of_file_has_its_cases(targets: dict[str, Target]) -> None:
-    assert [*targets] == NAMES
+    assert [*targets] == [*CASES_OF, SHELL]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES_OF)
 def test_mutated_files_are_refused_or_read_as_they_are(targets: dict[str, Target], name: str, tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
-    for index, outcome, signature, data in run_apart(targets[name], tmp_path, range(-(-CASES // len(NAMES))), 0):
+    for index, outcome, signature, data in run_apart(targets[name], tmp_path, range(CASES_OF[name]), 0):
         assert outcome in ALLOWED, f"case {index}: {outcome}: {signature}: {data[:200]!r}"
         outcomes[outcome] += 1
     # A target whose mutations all fall on one side tests nothing.
     assert outcomes["refused"] or name == "journal"
     assert len(outcomes) > 1 or name in ("journal", "state")
+
+
+@pytest.mark.slow
+def test_commands_from_a_shell_keep_their_promises_too(targets: dict[str, Target], tmp_path: Path) -> None:
+    found = [*run_apart(targets[SHELL], tmp_path, range(ANEW), 0)]
+    assert len(found) == ANEW and all(outcome in ALLOWED for _, outcome, _, _ in found), found
+
+
+def misbehaves(fault: str) -> Callable[..., int]:
+    """A command line that breaks one promise."""
+
+    def run(_: list[str]) -> int:
+        match fault:
+            case "a bug":
+                return 1
+            case "a trace":
+                raise KeyError("not caught")
+            case "no word":
+                return 3
+            case "a file left":
+                Path("left").touch()
+            case "an input changed":
+                Path("a.safetensors").write_bytes(b"")
+            case "a hang":
+                os.kill(os.getpid(), signal.SIGALRM)
+        print_note("error: a: is damaged")
+        return 3
+
+    return run
+
+
+@pytest.mark.parametrize("fault", ["a bug", "a trace", "no word", "a file left", "an input changed", "a hang", "none"])
+def test_a_command_that_breaks_a_promise_is_found(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound, kind = tmp_path / "sound", commands.KINDS[0]
+    sound.mkdir()
+    (sound / kind.file).write_bytes(b"abcdefgh")
+    target = commands.make_target("f", kind, sound, commands.run_forked)
+    monkeypatch.setattr(app, "run", misbehaves(fault))
+    (outcome,) = {judge(target, {}, kind.file, sound / kind.file)[0]}
+    assert outcome == ("refused" if fault == "none" else "disagree")
 
 
 def reads(path: Path) -> bytes:
