@@ -63,10 +63,11 @@ def training_photos(folder: Path) -> Batches:
 
 
 def other_stories(folder: Path) -> Batches:
-    """Texts that are neither evaluated nor calibrated on."""
+    """Texts that are neither evaluated nor calibrated on, each to its end."""
     with np.load(folder / "stories/stories.npz") as data:
         tokens = torch.from_numpy(data["valid_ids"].astype(np.int64))
-    return batched(tokens[:, :-1], tokens[:, 1:], 4)
+        texts = [text[:length] for text, length in zip(tokens, data["valid_len"].tolist(), strict=True)]
+    return [(text[None, :-1], text[None, 1:]) for text in texts]
 
 
 def photo_batches(folder: Path, limit: int) -> Batches:

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from ledger import Row
 from tables import Cell, Table, figure_of, mean
 
-from .words import MOBILENET, RESNET20, RESNET32, TOP1, live
+from .words import MOBILENET, RESNET20, RESNET32, STORIES, TOP1, live
 
-NETWORKS = {"resnet20": RESNET20, "resnet32": RESNET32, "mobilenet": MOBILENET}
+NETWORKS = {"resnet20": RESNET20, "resnet32": RESNET32, "mobilenet": MOBILENET, "stories": STORIES}
 TITLES = {"resnet20": "ResNet-20", "resnet32": "ResNet-32", "mobilenet": "MobileNetV1 0.75", "stories": "stories260K"}
 PRIORS = ("correlated", "flips", "none")
 PRIOR_RATES = {"resnet20": (1.5, 2.0, 3.0), "resnet32": (1.5, 2.0, 3.0), "mobilenet": (3.0, 4.0)}
 FREE_PRICES = (0.0, 0.01, 0.03, 0.06, 0.12)
+FREE_RATES = {"resnet20": (1.5, 2.0), "resnet32": (1.5, 2.0), "mobilenet": (4.0,), "stories": (3.0, 4.0)}
+FEW_PRICES = (0.0, 0.01, 0.03)
+"""Those that are tried on more networks than the first."""
 PRICES = (0.01, 0.03, 0.06, 0.12)
 TRELLIS_PRICES = (0.0, 0.06, 0.12, 0.25)
 PRICE_RATES = (1.5, 2.0)
@@ -41,7 +44,8 @@ def free(network: str, rate: float, change: str, more: str = "") -> str:
 
 
 def with_data(rate: float, change: str, more: str = "") -> str:
-    changes = (f"rules.0.rd.{change}", "rules.0.rd.allocation=measured", "data.eval.samples=250")
+    samples = ("data.calibration.samples=1024", "data.eval.samples=250")
+    changes = (f"rules.0.rd.{change}", "rules.0.rd.allocation=measured", *samples)
     return live("quantize", RESNET20, "cifar10/resnet20_rd", changes, f" --bpw {rate}{more}")
 
 
@@ -56,9 +60,10 @@ def rows() -> Iterator[Row]:
         for rate in rates:
             for prior in PRIORS:
                 yield row(f"prior/{network}/{rate}/{prior}", network, free(network, rate, f"prior={prior}"), 12)
-    for rate in PRICE_RATES:
-        for price in FREE_PRICES:
-            yield row(f"free-price/resnet20/{rate}/{price}", "resnet20", free("resnet20", rate, f"price={price}"), 12)
+    for network, rates in FREE_RATES.items():
+        for rate in rates:
+            for price in FREE_PRICES if network == "resnet20" else FEW_PRICES:
+                yield row(f"free-price/{network}/{rate}/{price}", network, free(network, rate, f"price={price}"), 12)
     for rate in PRICE_RATES:
         for price in TRELLIS_PRICES:
             command = free("resnet20", rate, f"price={price}", " --effort high")
@@ -78,6 +83,7 @@ def rows() -> Iterator[Row]:
 
 
 ROWS = tuple(rows())
+NAMES = {row.name for row in ROWS}
 
 
 def divergences(name: str, options: tuple[object, ...], settings: dict[str, tuple[float, ...]]) -> Table:
@@ -85,7 +91,8 @@ def divergences(name: str, options: tuple[object, ...], settings: dict[str, tupl
     lines: dict[str, list[str | Cell]] = {}
     for network, rates in settings.items():
         for rate in rates:
-            cells = [Cell((f"choices/{name}/{network}/{rate}/{option}",), mean("divergence")) for option in options]
+            rows = {option: f"choices/{name}/{network}/{rate}/{option}" for option in options}
+            cells = [Cell((row,), mean("divergence")) if row in NAMES else "-" for row in rows.values()]
             lines[f"{TITLES[network]} {rate}"] = [TITLES[network], f"{rate}", *cells]
     columns = ("network", "bits a weight", *(f"{option}:" for option in options))
     return Table(name=f"choices {name}", columns=columns, lines=lines)
@@ -117,7 +124,7 @@ def starts() -> Table:
 
 TABLES = (
     divergences("prior", PRIORS, PRIOR_RATES),
-    divergences("free-price", FREE_PRICES, {"resnet20": PRICE_RATES}),
+    divergences("free-price", FREE_PRICES, FREE_RATES),
     divergences("free-trellis-price", TRELLIS_PRICES, {"resnet20": PRICE_RATES}),
     divergences("price", PRICES, {"resnet20": PRICE_RATES}),
     weightings(),
