@@ -8,7 +8,6 @@ work folder, from where the next run puts it back before it does anything else. 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -165,6 +164,8 @@ def _take_place(built: Path, output: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two paths in one step; False where this system cannot. Raises OSError for any other reason."""
+    import ctypes
+
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False

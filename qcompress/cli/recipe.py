@@ -51,7 +51,6 @@ def check(
 
     It looks for files, packages, code and data that a run would need, and builds the network without weights.
     """
-    from qcompress.cli.run import find_representatives
     from qcompress.compress.check import check_recipe, plan_checked
     from qcompress.report.words import count_words
 
@@ -158,3 +157,14 @@ def make_recipe(
     if made.family != family:
         raise UsageError(f"-r {path}", f"its methods are of family {made.family}", f"use `qcompress {made.family}`")
     return made
+
+
+def find_representatives(recipe: Recipe, checkpoint: Path, named: Path | None) -> Path | None:
+    """The file of learned representatives, where a method takes it up."""
+    from qcompress.registry import METHODS
+
+    if any(rule.method is not None and METHODS[rule.method].representatives for rule in recipe.rules):
+        from qcompress.checkpoint.side_files import representatives_path
+
+        return named or representatives_path(checkpoint)
+    return None

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qcompress.checkpoint.outputs import Write
 from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, make_gates
 from qcompress.cli.output import (
@@ -183,6 +182,8 @@ def _refuse_outputs(files: ReportFlags, inputs: Sequence[Path | None], quiet: bo
     for flag, path in targets.items():
         if path.suffix == ".safetensors":
             raise UsageError(f"{flag} {path}", "is a place for weights", "name another file")
+    from qcompress.checkpoint.outputs import Write
+
     own = {"--junit": _is_own_junit}
     writes = [Write(path, flag, is_own=own.get(flag)) for flag, path in targets.items() if flag != "--json"]
     refuse_harm({f"the input {path}": path for path in inputs}, writes, json_to, force=files.force)

@@ -20,12 +20,13 @@ from qcompress.cli.output import (
     refuse_harm,
     sample_progress,
 )
+from qcompress.cli.recipe import find_representatives
 from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.errors import ResourceError, UsageError, raise_all
-from qcompress.plan.allocate import allocate, read_costs, sensitivity_file
+from qcompress.plan.allocate import allocate, read_costs
 from qcompress.plan.plan_json import PlanJson, TensorJson, plan_json
+from qcompress.plan.sensitivity import sensitivity_file
 from qcompress.recipe import refuse_missing, trains
-from qcompress.registry import METHODS
 from qcompress.report.document import Report
 from qcompress.report.document_json import report_path, write_report
 from qcompress.report.gates import check_gates, raise_failed
@@ -238,13 +239,6 @@ def _dry_plan(source: Checkpoint, request: Request, streams: Streams) -> Plan:
         streams.say(f"not checked: {line}")
     learned = find_representatives(recipe, request.checkpoint, request.representatives)
     return plan_checked(found, source, recipe, learned, request.writing.compact)
-
-
-def find_representatives(recipe: Recipe, checkpoint: Path, named: Path | None) -> Path | None:
-    """The file of learned representatives, where a method takes it up."""
-    if any(rule.method is not None and METHODS[rule.method].representatives for rule in recipe.rules):
-        return named or representatives_path(checkpoint)
-    return None
 
 
 def _compress(source: Checkpoint, plan: Plan, options: Options, request: Request, streams: Streams) -> Report:

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qcompress.checkpoint.checkpoint import Checkpoint
-from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.data.foreign import find_file
 from qcompress.data.user_code import find_callable, missing_package
 from qcompress.errors import BudgetError, DataError, InputError, QcompressError, raise_all
-from qcompress.plan.allocate import sensitivity_file
+from qcompress.plan.sensitivity import sensitivity_file
 from qcompress.recipe import refuse_missing, refuse_untrainable
 from qcompress.types.config import Shape
 from qcompress.types.plan import ModelFacts, Plan, Recipe
@@ -28,6 +27,9 @@ from qcompress.types.settings import (
     TextData,
     Translation,
 )
+
+if TYPE_CHECKING:
+    from qcompress.checkpoint.checkpoint import Checkpoint
 
 OURS = (Flip, Crop4)
 """What is done to images without torchvision."""
@@ -86,6 +88,8 @@ def plan_checked(
     compact: bool | None = None,
 ) -> Plan:
     """The plan of a recipe that was checked, by what its network says. Raises all that is wrong with either at once."""
+    from qcompress.compress.plan_checkpoint import plan_checkpoint
+
     try:
         plan = plan_checkpoint(checkpoint, recipe, representatives=representatives, facts=found.facts, compact=compact)
     except InputError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,11 +14,11 @@ from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.errors import BudgetError, InputError, raise_all
 from qcompress.plan.files import make_shards, planned_files
 from qcompress.plan.knapsack import Curve, choose, slope, sum_bytes
-from qcompress.plan.sensitivity import AGAIN, LayerCosts, grid_words, read_sensitivity, refuse_foreign
+from qcompress.plan.sensitivity import LayerCosts, grid_words, read_sensitivity, refuse_foreign
 from qcompress.registry import METHODS
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import ActivationGrid
-from qcompress.types.plan import Budget, Decision, Plan, Recipe
+from qcompress.types.plan import Budget, Decision, Plan
 
 LEAST_BPW = 0.1
 """Bits a weight below which nothing is promised: zeros cost something too."""
@@ -143,20 +142,6 @@ class Unit(Curve):
     """Tensors that get one width."""
 
     decisions: tuple[Decision, ...]
-
-
-def sensitivity_file(recipe: Recipe) -> Path | None:
-    """The file of sensitivities that a recipe's budget names: from its folder, or from QCOMPRESS_DATA.
-
-    raises  BudgetError where it is in neither
-    """
-    if recipe.budget is None or recipe.budget.sensitivity is None:
-        return None
-    base = os.environ.get("QCOMPRESS_DATA")
-    for folder in (recipe.root, *([Path(base)] if base else [])):
-        if (folder / recipe.budget.sensitivity).exists():
-            return folder / recipe.budget.sensitivity
-    raise BudgetError(f"{recipe.place('budget')}.sensitivity", f"{recipe.budget.sensitivity!r} is not there", AGAIN)
 
 
 def read_costs(checkpoint: Checkpoint, plan: Plan, path: Path) -> Costs:

@@ -5,17 +5,18 @@ Imports no torch. budget.sensitivity measures them, plan.allocate spends by them
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from qcompress.artifact.hashes import artifact_hash, input_hash
-from qcompress.errors import ReportError
+from qcompress.errors import BudgetError, ReportError
 from qcompress.types.config import Shape
 from qcompress.types.document import Document
 from qcompress.types.figures import NotNegative, Positive, figure
-from qcompress.types.plan import Decision
+from qcompress.types.plan import Decision, Recipe
 from qcompress.types.run import RunFigures
 
 if TYPE_CHECKING:
@@ -120,6 +121,20 @@ class Sensitivity:
             return None
         sign = 1.0 if self.higher[name] else -1.0
         return sign * (self.baseline[name] - cost.metrics[name])
+
+
+def sensitivity_file(recipe: Recipe) -> Path | None:
+    """The file of sensitivities that a recipe's budget names: from its folder, or from QCOMPRESS_DATA.
+
+    raises  BudgetError where it is in neither
+    """
+    if recipe.budget is None or recipe.budget.sensitivity is None:
+        return None
+    base = os.environ.get("QCOMPRESS_DATA")
+    for folder in (recipe.root, *([Path(base)] if base else [])):
+        if (folder / recipe.budget.sensitivity).exists():
+            return folder / recipe.budget.sensitivity
+    raise BudgetError(f"{recipe.place('budget')}.sensitivity", f"{recipe.budget.sensitivity!r} is not there", AGAIN)
 
 
 def sensitivity_path(checkpoint: Path) -> Path:

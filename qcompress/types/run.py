@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -160,6 +159,8 @@ class FitContext:
 
 def forked_seed(seed: int, name: str) -> int:
     """A seed of one's own for whatever has this name."""
+    import hashlib
+
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
