@@ -30,7 +30,8 @@ def main() -> None:
     n_bytes, coded_bytes, weights = path.stat().st_size, 0, 0
     for file in read_artifact(path).files:
         for name, entry in file.manifest.tensors.items():
-            counts = count_codes(file.packed_codes(name), entry.bits, entry.columns)
+            tiles = file.tensor(name).packed_tiles()
+            counts = sum(count_codes(packed, entry.bits, wide.stop - wide.start) for _, wide, packed in tiles)
             coded = -(-sum(merges([int(count) for count in counts if count])) // 8) + 2**entry.bits // 2
             parts = {part: place.n_bytes for part, place in file.parts_of(name).items()}
             n_bytes += coded - parts["codes"]

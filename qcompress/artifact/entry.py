@@ -122,6 +122,11 @@ class Entry:
         return row_shape(self.shape, self.axis)[0]
 
     @property
+    def leads(self) -> bool:
+        """Whether its rows lie one behind another in the weight."""
+        return len(self.shape) < 2 or self.axis == tuple(range(len(self.axis)))
+
+    @property
     def code_rows(self) -> int:
         return self.rows // self.dim
 

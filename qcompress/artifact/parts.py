@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qcompress.artifact.entry import PARTS, Entry, part_name, seal_pool
 from qcompress.artifact.manifest import DATA_NAME, EVERY, MANIFEST_NAME, POOL_NAME, Manifest, ManifestError, pool_names
+from qcompress.artifact.memory import ALLOW, NUMBER_BYTES, block_bytes, refuse_memory
 from qcompress.checkpoint.safetensors_file import RESERVED, Container
 from qcompress.coding.payload import MAX_EXPANSION
 from qcompress.coding.rows import kernel_positions
-from qcompress.coding.unbounded.payload import decode_codes, split_side
-from qcompress.coding.unbounded.side import Grid, Matrix, parse_side
-from qcompress.coding.unbounded.tables import Pool, class_uses, source_of_codes
+from qcompress.coding.stored import Stored
+from qcompress.coding.unbounded.payload import split_side
+from qcompress.coding.unbounded.side import Grid, Matrix, count_numbers, parse_side
+from qcompress.coding.unbounded.tables import ClassCounter, Pool, source_of_codes
+from qcompress.coding.unbounded.tokens import Classes, Codes
 from qcompress.errors import ArtifactError, Subject
 from qcompress.types.encoded import ClassUse
 from qcompress.types.plan import TensorInfo
@@ -107,12 +106,44 @@ def halved_dtypes(kept: Sequence[TensorInfo], manifest: Manifest) -> dict[str, s
 
 
 @dataclass(frozen=True)
+class UnboundedCodes:
+    """What unbounded codes of one tensor are decoded by: the grid, the pool and the place there; and their payload."""
+
+    grid: Grid
+    pool: Pool
+    place: int
+    payload: Stored
+
+
+class UsesOfClasses:
+    """Counts what the unbounded codes of a tensor, as read, take under each of the tables that code them."""
+
+    def __init__(self, found: UnboundedCodes, entry: Entry) -> None:
+        self._found = found
+        self._taps = kernel_positions(entry.shape, entry.axis)
+        self._classes = Classes(found.pool.levels[found.place], entry.rows, entry.columns)
+        self._counter = ClassCounter()
+
+    def add(self, rows: slice, columns: slice, codes: Codes) -> None:
+        """Count the codes of some rows and columns; on a trellis of whole rows."""
+        source = source_of_codes(codes, self._taps, trellis=self._found.grid.trellis)
+        self._counter.add(source, source.contexts_of(self._classes[rows, columns]))
+
+    def result(self) -> tuple[ClassUse, ...]:
+        """What they take, by table."""
+        return self._counter.uses(self._found.pool)
+
+
+@dataclass(frozen=True)
 class UnboundedFile:
-    """One file whose header and manifest were checked; its side information is read when it is first asked for."""
+    """One file whose header and manifest were checked; its side information is read when it is first asked for.
+
+    max_memory  bytes that reading may take; None: all that there is
+    """
 
     container: Container
     manifest: Manifest
-    executor: Executor | None = None
+    max_memory: int | None = None
 
     @cached_property
     def _pool(self) -> tuple[dict[str, int], list[Grid], Pool]:
@@ -123,60 +154,44 @@ class UnboundedFile:
         side = self.container.bytes_of(POOL_NAME)
         if seal_pool(names, zlib.crc32(side)) != self.manifest.crc32s[POOL_NAME]:
             raise self._damaged(POOL_NAME, "its checksum does not hold")
-        try:
-            found = parse_side(side, [self._matrix(name) for name in names])
-        except ValueError as error:
-            raise self._damaged(POOL_NAME, str(error)) from None
-        return {name: place for place, name in enumerate(names)}, *found
+        return {name: place for place, name in enumerate(names)}, *self._parse(POOL_NAME, side, names)
 
     def check_pool(self) -> None:
         """Hold what the tensors pool against its CRC-32, and read it. Raises ArtifactError."""
         _ = self._pool
 
+    def _parse(self, owner: str, side: memoryview, names: Sequence[str]) -> tuple[list[Grid], Pool]:
+        """The grids and the pool of some tensors. Raises ArtifactError, ResourceError where they do not fit."""
+        matrices = [self._matrix(name) for name in names]
+        try:
+            needed = block_bytes(sum(one.rows * one.columns for one in matrices)) + NUMBER_BYTES * count_numbers(
+                side, matrices
+            )
+            refuse_memory(self.max_memory, needed, self.container.path, owner, "reading its side information", ALLOW)
+            return parse_side(side, matrices)
+        except ValueError as error:
+            raise self._damaged(owner, str(error)) from None
+
     def _matrix(self, name: str) -> Matrix:
         entry = self.manifest.tensors[name]
         return Matrix(entry.rows, entry.columns, kernel_positions(entry.shape, entry.axis))
 
-    def codes(self, name: str) -> tuple[NDArray[np.int32], Grid]:
-        """The codes [rows, columns] of an unbounded quantizer, checked, and its grid. Raises ArtifactError."""
-        entry = self.manifest.tensors[name]
-        grid, pool, place, data = self._found(name)
-        try:
-            shape = (entry.rows, entry.columns)
-            codes = decode_codes(data, entry.coding, pool, place, grid.trellis, shape, self.executor)
-        except ValueError as error:
-            raise self._damaged(name, str(error)) from None
-        return codes, grid
-
-    def _found(self, name: str) -> tuple[Grid, Pool, int, memoryview]:
-        """The grid of unbounded codes, its pool, its place there, and its payload. Raises ArtifactError."""
-        data = self.container.bytes_of(part_name(name, "codes"))
+    def find(self, name: str, codes: Stored) -> UnboundedCodes:
+        """What the codes of an unbounded tensor, as the file has them, are decoded by. Raises ArtifactError."""
         places, grids, pool = self._pool
-        place = places.get(name, 0)
-        if name not in places:
-            try:
-                side, data = split_side(data)
-                grids, pool = parse_side(side, [self._matrix(name)])
-            except ValueError as error:
-                raise self._damaged(name, str(error)) from None
-        return grids[place], pool, place, data
+        if name in places:
+            return UnboundedCodes(grids[places[name]], pool, places[name], codes)
+        side, payload = self._split(name, codes)
+        grids, pool = self._parse(name, side, [name])
+        return UnboundedCodes(grids[0], pool, 0, payload)
 
-    def class_uses(self, name: str, codes: NDArray[np.int32]) -> tuple[ClassUse, ...] | None:
-        """What unbounded codes [rows, columns], as read, take under each table; None where no table codes them."""
-        entry = self.manifest.tensors[name]
-        if entry.coding != "ans":
-            return None
-        grid, pool, place, _ = self._found(name)
-        source = source_of_codes(codes, kernel_positions(entry.shape, entry.axis), trellis=grid.trellis)
-        return class_uses(source, pool.levels[place], pool)
-
-    def side_bytes(self, name: str) -> int:
+    def side_bytes(self, name: str, codes: Stored) -> int:
         """The side information among a tensor's codes: none where the file pools it. Raises ArtifactError."""
-        data = self.container.bytes_of(part_name(name, "codes"))
-        if name in self._pool[0]:
-            return 0
+        return 0 if name in self._pool[0] else codes.size - self._split(name, codes)[1].size
+
+    def _split(self, name: str, codes: Stored) -> tuple[memoryview, Stored]:
         try:
-            return len(data) - len(split_side(data)[1])
+            return split_side(codes)
         except ValueError as error:
             raise self._damaged(name, str(error)) from None
 

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar
 
 import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompress.coding.packing import Bytes, byte_span, pack, row_bytes, unpack
+from qcompress.coding.packing import Bytes, byte_span, pack, unpack
 from qcompress.coding.rows import tiles
+from qcompress.coding.stored import Stored
 from qcompress.errors import ResourceError
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
+Tile: TypeAlias = tuple[slice, slice, Bytes]
+"""Rows and columns of a piece of a matrix, and its packed codes, uint8 [rows, row_bytes(columns, bits)]."""
 Model: TypeAlias = Any
 """What constriction codes under; the library names no types."""
 
@@ -34,9 +39,16 @@ MAX_PRECISION = 20
 """Frequencies sum to at most 2**20; part of the format."""
 JOB_CHUNKS = 8
 """Chunks that are handed to a process together: some 50 ms of work."""
+JOBS_AHEAD = 16
+"""Jobs that wait for a process, or for their turn, at most."""
+MODEL_BYTES, STATE_BYTES = 3, 16
+"""More than a stream takes: bytes a code, and for its state."""
+LONGEST_VARINT = 5
 LEAST_CODES = 1 << 28
 """An artifact of fewer codes is decoded in some six seconds, and a process takes one or two to start."""
 _MODEL_BITS = 24
+_LONGEST_TABLE = 1 << 12
+"""A byte, and at most ten for each of 256 codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,34 +187,46 @@ def without_filling(stream: memoryview, size: int, least: int) -> memoryview:
     return memoryview(bytes(stream).rstrip(b"\0")) if size == least else stream
 
 
-def decode_ans(
-    data: memoryview, bits: int, rows: int, columns: int, executor: Executor | None = None, least: int = 0
-) -> Bytes:
-    """The packed codes, uint8 [rows, row_bytes(columns, bits)], of a payload that is not empty.
+def ans_tiles(
+    stored: Stored, bits: int, rows: int, columns: int, executor: Executor | None = None, least: int = 0
+) -> Iterator[Tile]:
+    """The packed codes of every chunk of a payload that is not empty.
 
     Raises ValueError where the payload is not that of a matrix of this shape.
 
     executor  of processes, among which the chunks of a large matrix are shared
     least     the bytes to which a shorter payload was filled up
     """
-    table, at = parse_table(data, bits)
+    table, at = parse_table(stored.read(0, min(stored.size, _LONGEST_TABLE)), bits)
     chunks = chunk_count(rows, columns)
     # One byte of index a chunk: what bounds how far a small payload can expand.
-    if len(data) - at < chunks - 1:
-        raise ValueError(f"{len(data)} bytes of payload cannot hold {chunks} chunks")
+    if stored.size - at < chunks - 1:
+        raise ValueError(f"{stored.size} bytes of payload cannot hold {chunks} chunks")
     spans = list(tiles(rows, columns, CHUNK_CODES))
-    streams = parse_streams(data, at, chunks)
-    streams[-1] = without_filling(streams[-1], len(data), least)
-    parts = [
-        (bytes(stream), tall.stop - tall.start, wide.stop - wide.start)
-        for (tall, wide), stream in zip(spans, streams, strict=True)
-    ]
-    jobs = (_Job(tuple(parts[at : at + JOB_CHUNKS]), table, bits) for at in range(0, chunks, JOB_CHUNKS))
-    packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
-    found = run_jobs(_decode_job, jobs, chunks, executor)
-    for (row_span, column_span), part in zip(spans, (part for done in found for part in done), strict=True):
-        packed[row_span, byte_span(column_span, bits)] = part
-    return packed
+    ends = stream_ends(stored.read(0, min(stored.size, at + LONGEST_VARINT * (chunks - 1))), at, chunks, stored.size)
+
+    def job(first: int) -> _Job:
+        parts = []
+        for place in range(first, min(first + JOB_CHUNKS, chunks)):
+            tall, wide = spans[place]
+            shape = (tall.stop - tall.start, wide.stop - wide.start)
+            last = place == chunks - 1
+            parts.append((read_stream(stored, ends[place], shape[0] * shape[1], least if last else 0), *shape))
+        return _Job(tuple(parts), table, bits)
+
+    found = run_jobs(_decode_job, map(job, range(0, chunks, JOB_CHUNKS)), chunks, executor)
+    for span, part in zip(spans, (part for done in found for part in done), strict=True):
+        yield (*span, part)
+
+
+def read_stream(stored: Stored, ends: tuple[int, int], count: int, least: int) -> bytes:
+    """The bytes of the stream of so many codes, without what fills up the payload. Raises ValueError where too long."""
+    start, stop = ends
+    filled = stored.size == least
+    if stop - start > MODEL_BYTES * count + STATE_BYTES and not filled:
+        raise ValueError("a chunk does not end where its codes do")
+    stream = stored.read(start, stop)
+    return bytes(without_filling(stream, stored.size, least))
 
 
 @dataclass(frozen=True)
@@ -223,20 +247,21 @@ def _decode_job(job: _Job) -> list[Bytes]:
     ]
 
 
-def parse_streams(data: memoryview, at: int, chunks: int) -> list[memoryview]:
-    """The bytes of every chunk; the last has all that the others leave. Raises ValueError where they do not fit."""
+def stream_ends(head: memoryview, at: int, chunks: int, size: int) -> list[tuple[int, int]]:
+    """Where the stream of every chunk begins and ends; the last has all that the others leave of `size` bytes.
+
+    head    what the payload begins with, the index, which stands at `at`, within it
+    raises  ValueError where they do not fit
+    """
     lengths = []
     for _ in range(chunks - 1):
-        length, at = parse_varint(data, at)
+        length, at = parse_varint(head, at)
         lengths.append(length)
-    left = len(data) - at - sum(lengths)
+    left = size - at - sum(lengths)
     if left < 0:
         raise ValueError(f"the chunks are longer than the payload by {-left} bytes")
-    streams = []
-    for length in [*lengths, left]:
-        streams.append(data[at : at + length])
-        at += length
-    return streams
+    starts = list(accumulate([at, *lengths]))
+    return list(zip(starts, [*starts[1:], size], strict=True))
 
 
 def decode_chunk(stream: memoryview, table: Table, model: Model | None, count: int) -> Bytes:
@@ -327,15 +352,26 @@ def decoding_processes(codes: int, workers: int) -> Iterator[Executor | None]:
 def run_jobs(do: Callable[[Job], Done], jobs: Iterable[Job], chunks: int, executor: Executor | None) -> Iterator[Done]:
     """What `do` makes of every job, in their order; in this process where the matrix has too few chunks to share.
 
+    Jobs are made when they are due, so that only some are in memory.
+
     raises  what `do` raises; ResourceError where a process has died
     """
     if executor is None or chunks < 2 * JOB_CHUNKS:
         yield from map(do, jobs)
         return
+    waiting: deque[Future[Done]] = deque()
     try:
-        yield from executor.map(do, jobs)
+        for job in jobs:
+            waiting.append(executor.submit(do, job))
+            if len(waiting) == JOBS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool:
         raise ResourceError("memory", "a decoding process was ended", "use --threads 1") from None
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def varint(value: int) -> bytes:
@@ -351,7 +387,7 @@ def varint(value: int) -> bytes:
 def parse_varint(data: memoryview, at: int) -> tuple[int, int]:
     """The integer at `at`, and where it ends; at most five bytes, and no more than it needs."""
     value = 0
-    for place, byte in enumerate(data[at : at + 5]):
+    for place, byte in enumerate(data[at : at + LONGEST_VARINT]):
         value |= (byte & 127) << 7 * place
         if byte < 128:
             if byte == 0 and place:

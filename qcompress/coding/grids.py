@@ -285,7 +285,9 @@ def _decode_blocked_rows(encoded: Blocked) -> Tensor:
     exponent, sub_blocks = exponent_of(encoded), encoded.subscale.shape[1]
 
     def of_sub_blocks(halves: Tensor, integers: Tensor) -> Tensor:
-        by_block = from_half(halves, exponent).repeat_interleave(encoded.sub_blocks, dim=1)[:, :sub_blocks]
+        # A block may be larger than a row.
+        most = min(encoded.sub_blocks, sub_blocks)
+        by_block = from_half(halves, exponent).repeat_interleave(most, dim=1)[:, :sub_blocks]
         return (by_block * integers).unsqueeze(-1)
 
     scale = of_sub_blocks(encoded.scale, encoded.subscale.float() - encoded.subzero)

@@ -9,16 +9,18 @@ artifact/SPEC.md describes all three to the byte, "Codes on disk". The payload o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompress.coding.ans import CHUNK_CODES, bound_ans, decode_ans, encode_ans, fill_up, fit_table
-from qcompress.coding.frames import bound_frame, compress_frame, expand_frame
+from qcompress.coding.ans import CHUNK_CODES, Tile, ans_tiles, bound_ans, encode_ans, fill_up, fit_table
+from qcompress.coding.frames import FrameReader, bound_frame, compress_frame
 from qcompress.coding.packing import Bytes, byte_span, count_codes, pack, row_bytes, unpack
 from qcompress.coding.rows import tiles
+from qcompress.coding.stored import Stored, in_memory
 from qcompress.types.config import Coding, CodingChoice
 
 MOST_BITS = 12
@@ -82,29 +84,49 @@ def decode_payload(
     executor: Executor | None = None,
     least: int = 0,
 ) -> Bytes:
-    """The packed codes: uint8 [rows, row_bytes(columns, bits)], perhaps read-only and sharing the payload's memory.
+    """The packed codes of a payload in memory, all at once: uint8 [rows, row_bytes(columns, bits)].
 
-    Nothing is allocated before the payload's length makes that size possible. Raises ValueError where the payload is
-    not that of a matrix of this shape; damage that leaves a valid payload of other codes is for a checksum to see.
+    Raises what `payload_tiles` raises, before anything is allocated where the length is wrong.
+    """
+    found = payload_tiles(in_memory(data), coding, bits, rows, columns, executor, least)
+    packed: Bytes | None = None
+    for row_span, column_span, tile in found:
+        if packed is None:
+            packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
+        packed[row_span, byte_span(column_span, bits)] = tile
+    return np.empty((rows, row_bytes(columns, bits)), np.uint8) if packed is None else packed
+
+
+def payload_tiles(
+    stored: Stored,
+    coding: Coding,
+    bits: int,
+    rows: int,
+    columns: int,
+    executor: Executor | None = None,
+    least: int = 0,
+) -> Iterator[Tile]:
+    """The packed codes of a payload, read and decoded piece by piece: those of `tiles(rows, columns, CHUNK_CODES)`.
+
+    A piece may be read-only and share memory with what was read. Nothing is allocated before the payload's length makes
+    its size possible. Raises ValueError where the payload is not that of a matrix of this shape, perhaps only behind
+    the last piece; damage that leaves a valid payload of other codes is for a checksum to see.
     """
     _check_width(bits)
-    data = memoryview(data).cast("B")
     width = row_bytes(columns, bits)
     if not rows * width:
-        if len(data):
-            raise ValueError(f"{len(data)} bytes of payload for no codes")
-        return np.empty((rows, width), np.uint8)
+        if stored.size:
+            raise ValueError(f"{stored.size} bytes of payload for no codes")
+        return iter(())
     match coding:
         case "packed":
-            if len(data) != rows * width:
-                raise ValueError(f"the payload has {len(data)} bytes, not {rows * width}")
-            packed = np.frombuffer(data, np.uint8).reshape(rows, width)
-            _check_padding(packed, bits, columns)
-            return packed
+            if stored.size != rows * width:
+                raise ValueError(f"the payload has {stored.size} bytes, not {rows * width}")
+            return _packed_tiles(stored.read, bits, rows, columns)
         case "zstd":
-            return _decode_zstd(data, bits, rows, columns)
+            return _zstd_tiles(stored, bits, rows, columns)
         case "ans":
-            return decode_ans(data, bits, rows, columns, executor, least)
+            return ans_tiles(stored, bits, rows, columns, executor, least)
         case _:
             assert_never(coding)
 
@@ -195,23 +217,30 @@ def _repack(packed: Bytes, bits: int, columns: int, lane: int) -> memoryview:
     return pack(unpack(packed, bits, columns), lane).data.cast("B")
 
 
-def _decode_zstd(data: memoryview, bits: int, rows: int, columns: int) -> Bytes:
-    lane = data[0] if len(data) else 0
+def _packed_tiles(read: Callable[[int, int], memoryview], bits: int, rows: int, columns: int) -> Iterator[Tile]:
+    """The tiles of packed rows, which lie one behind another."""
+    width = row_bytes(columns, bits)
+    for row_span, column_span in tiles(rows, columns, CHUNK_CODES):
+        inner = byte_span(column_span, bits)
+        found = read(row_span.start * width + inner.start, (row_span.stop - 1) * width + inner.stop)
+        packed = np.frombuffer(found, np.uint8).reshape(row_span.stop - row_span.start, -1)
+        if column_span.stop == columns:
+            _check_padding(packed, bits, columns)
+        yield row_span, column_span, packed
+
+
+def _zstd_tiles(stored: Stored, bits: int, rows: int, columns: int) -> Iterator[Tile]:
+    lane = stored.read(0, 1)[0] if stored.size else 0
     if lane not in _zstd_lanes(bits):
         raise ValueError(f"zstd lanes of {lane} bits for codes of {bits} bits")
     size = rows * row_bytes(columns, lane)
-    frame = data[1:]
-    lanes = np.frombuffer(expand_frame(frame, size, size), np.uint8).reshape(rows, -1)
-    if lane > 8 and (np.ascontiguousarray(lanes).view("<u2") >> bits).any():
-        raise ValueError(f"the zstd frame holds codes of more than {bits} bits")
-    _check_padding(lanes, lane, columns)
-    if lane == bits:
-        return lanes
-    packed = np.empty((rows, row_bytes(columns, bits)), np.uint8)
-    for row_span, column_span in tiles(rows, columns, CHUNK_CODES):
-        codes = unpack(lanes[row_span, byte_span(column_span, lane)], lane, column_span.stop - column_span.start)
-        packed[row_span, byte_span(column_span, bits)] = pack(codes, bits)
-    return packed
+    frame = FrameReader(stored.anew(1), size, size)
+    for row_span, column_span, lanes in _packed_tiles(frame.read, lane, rows, columns):
+        if lane > 8 and (lanes.view("<u2") >> bits).any():
+            raise ValueError(f"the zstd frame holds codes of more than {bits} bits")
+        count = column_span.stop - column_span.start
+        yield row_span, column_span, lanes if lane == bits else pack(unpack(lanes, lane, count), bits)
+    frame.finish()
 
 
 def _check_width(bits: int) -> None:

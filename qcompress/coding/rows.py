@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from qcompress.types.config import Granularity, Shape
@@ -88,6 +89,13 @@ def dim_of(decision: Decision) -> int:
 def spans(total: int, step: int) -> Iterator[slice]:
     """Slices of at most `step` that cover range(total)."""
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def cut(span: slice, unit: int) -> Iterator[slice]:
+    """A span in parts: what it has of a first unit, whole units, and what it has of a last one. None is empty."""
+    first, last = -(-span.start // unit) * unit, span.stop // unit * unit
+    ends = [span.start, span.stop] if first > last else [span.start, first, last, span.stop]
+    return (slice(start, stop) for start, stop in pairwise(ends) if start < stop)
 
 
 def row_slices(rows: int, columns: int, limit: int, unit: int = 1) -> Iterator[slice]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from qcompress.artifact.reader import ArtifactFile, read_artifact
+from qcompress.artifact.artifact_file import ArtifactFile
+from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.calibration.activations import attach_activations, attach_caps
-from qcompress.coding.grids import TORCH_DTYPES, decode
+from qcompress.coding.grids import TORCH_DTYPES
 from qcompress.errors import ArtifactError, CheckpointError, Subject
 from qcompress.types.plan import TensorInfo
 
@@ -43,26 +44,55 @@ KEPT_DTYPES = TORCH_DTYPES | {
 
 
 def load_state_dict(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, workers: int = 1
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    workers: int = 1,
+    max_memory: int | None = None,
 ) -> dict[str, Tensor]:
     """Every tensor of the artifact by its original name, decoded to its original shape and dtype; tied names share one.
 
-    workers  processes that share the entropy coded chunks of a large artifact; they import the main module anew, so a
-             script needs the usual guard, `if __name__ == "__main__"`
-    raises   ArtifactError where the artifact is missing, damaged or foreign
+    workers     processes that share the entropy coded chunks of a large artifact; they import the main module anew, so
+                a script needs the usual guard, `if __name__ == "__main__"`
+    max_memory  bytes that this may take, the tensors included; None: all that there is
+    raises      ArtifactError where the artifact is missing, damaged or foreign; ResourceError, before any tensor is
+                read, where they do not fit in `max_memory`
     """
-    artifact = read_artifact(Path(path))
+    return read_state(read_artifact(Path(path), max_memory), device, workers=workers)
+
+
+def read_state(
+    artifact: Artifact, device: str | torch.device = "cpu", *, workers: int = 1, held: int = 0
+) -> dict[str, Tensor]:
+    """The same of an artifact that was opened, where `held` bytes of what it may take are in use."""
+    _refuse_state(artifact, held)
     with artifact.decoding_with(workers) as shared:
         state = {name: tensor.to(device) for file in shared.files for name, tensor in _tensors(file)}
     state.update({name: state[twin] for name, twin in artifact.tied.items()})
     return state
 
 
+def _refuse_state(artifact: Artifact, held: int) -> None:
+    """Raise ResourceError, which names the largest tensor, where all of them do not fit the memory."""
+    sizes: dict[str, int] = {}
+    passing = 0
+    for file in artifact.files:
+        for name in (*(info.name for info in file.kept), *file.manifest.tensors):
+            sizes[name] = file.original(name).n_bytes
+        moved = (sizes[name] for name, entry in file.manifest.tensors.items() if not entry.leads)
+        passing = max([passing, *moved])
+    if sizes:
+        largest = max(sizes, key=lambda name: sizes[name])
+        doing = f"loading it with {len(sizes) - 1} others" if len(sizes) > 1 else "loading it"
+        hint = "allow more, or write it with `qcompress export --to safetensors`, which reads block by block"
+        artifact.file_of(largest).refuse_memory(largest, sum(sizes.values()) + passing + held, doing, hint)
+
+
 def _tensors(file: ArtifactFile) -> Iterator[tuple[str, Tensor]]:
     for info in file.kept:
         yield info.name, kept_tensor(file, info)
     for name in file.manifest.tensors:
-        yield name, decode(file.read_encoded(name))
+        yield name, file.tensor(name).weight()
 
 
 def kept_tensor(file: ArtifactFile, info: TensorInfo) -> Tensor:
@@ -71,17 +101,21 @@ def kept_tensor(file: ArtifactFile, info: TensorInfo) -> Tensor:
     if info.dtype not in KEPT_DTYPES:
         hint = "read it with: qcompress export ARTIFACT --to safetensors"
         raise ArtifactError(str(file.path), _no_counterpart(info), hint, Subject(info.name))
-    return _tensor_of(file.kept_bytes(info.name), info)
+    return _tensor_of(file.kept_pieces(info.name), info)
 
 
 def _no_counterpart(info: TensorInfo) -> str:
     return f"dtype {info.dtype} has no counterpart in torch"
 
 
-def _tensor_of(data: memoryview, info: TensorInfo) -> Tensor:
+def _tensor_of(pieces: Iterable[memoryview], info: TensorInfo) -> Tensor:
     """A tensor of bytes that it does not share."""
     dtype = KEPT_DTYPES[info.dtype]
-    raw = bytearray(data)
+    raw = bytearray(info.n_bytes)
+    at = 0
+    for piece in pieces:
+        raw[at : at + len(piece)] = piece
+        at += len(piece)
     if not raw:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(raw, dtype=dtype).reshape(info.shape)
@@ -98,7 +132,7 @@ def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
             if info.dtype not in KEPT_DTYPES:
                 hint = "convert it to a dtype that torch has"
                 raise CheckpointError(str(shard.path), _no_counterpart(info), hint, Subject(info.name))
-            state[info.name] = _tensor_of(shard.bytes_of(info.name), info)
+            state[info.name] = _tensor_of(shard.pieces_of(info.name), info)
     return state | {name: state[twin] for name, twin in checkpoint.tied.items() if name not in state}
 
 
@@ -109,16 +143,18 @@ def load_into(
     strict: bool = True,
     activations: bool = False,
     workers: int = 1,
+    max_memory: int | None = None,
 ) -> None:
     """Put the artifact's weights into a module of the original architecture, and the caps that they need.
 
     strict       refuse names that only one side has, as torch.nn.Module.load_state_dict does
     activations  also quantize the inputs of the layers, where the artifact says how
-    workers      as for load_state_dict
-    raises       ArtifactError where the artifact is missing or damaged, or does not fit the module
+    workers      as for load_state_dict, as is max_memory, besides what the module itself takes
+    raises       ArtifactError where the artifact is missing or damaged, or does not fit the module; ResourceError as
+                 load_state_dict does
     """
-    state = load_state_dict(path, workers=workers)
-    artifact = read_artifact(Path(path))
+    artifact = read_artifact(Path(path), max_memory)
+    state = read_state(artifact, workers=workers)
     try:
         module.load_state_dict(state, strict=strict)
         attach_caps(module, artifact.caps)

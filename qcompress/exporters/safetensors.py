@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qcompress.artifact.artifact_file import ArtifactFile
 from qcompress.artifact.layout import Layout, Slot, header_room, header_text, plain_name
-from qcompress.artifact.reader import Artifact, ArtifactFile
+from qcompress.artifact.reader import Artifact
 from qcompress.artifact.writer import SlotWriter, copy_companions, unmark_config, write_index
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import staged_output
-from qcompress.coding.grids import decode, row_spans, take_rows
+from qcompress.coding.grids import decode
 from qcompress.errors import ArtifactError
-from qcompress.types.encoded import Constant
 from qcompress.types.plan import DTYPE_BITS
 
-BLOCK_WEIGHTS = 1 << 20
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -70,17 +69,16 @@ def _render_header(slots: Sequence[Slot], file: ArtifactFile) -> bytes:
 def _dense_bytes(file: ArtifactFile, name: str) -> Iterator[memoryview]:
     """The tensor's bytes as the checkpoint had them, or would have them after decoding; in pieces."""
     if name not in file.manifest.tensors:
-        yield file.kept_bytes(name)
+        yield from file.kept_pieces(name)
         return
-    encoded = file.read_encoded(name)
-    if isinstance(encoded, Constant):
-        yield _raw(decode(encoded))
+    tensor = file.tensor(name)
+    if tensor.in_order:
+        for block in tensor.blocks():
+            yield _raw(decode(block.encoded))
         return
-    if encoded.axis != tuple(range(len(encoded.axis))):
-        yield _raw(decode(encoded))
-        return
-    for start, stop in row_spans(encoded, BLOCK_WEIGHTS):
-        yield _raw(decode(take_rows(encoded, start, stop)))
+    doing = "decoding it, whose rows do not lie one behind another,"
+    file.refuse_memory(name, 2 * file.original(name).n_bytes, doing)
+    yield _raw(tensor.weight())
 
 
 def _raw(weight: Tensor) -> memoryview:

@@ -31,6 +31,32 @@ def count_values(codes: NDArray[np.int32]) -> Counts:
     return np.unique(codes, return_counts=True)[1].astype(np.int64)
 
 
+class ValueCounter:
+    """Counts codes of any size, piece by piece."""
+
+    def __init__(self) -> None:
+        self._values = np.zeros(0, np.int64)
+        self.counts = np.zeros(0, np.int64)
+        """How often each code that occurs does, by ascending code."""
+
+    def add(self, codes: NDArray[np.int32]) -> None:
+        """Count some more."""
+        if not codes.size:
+            return
+        low = int(codes.min())
+        if int(codes.max()) - low < WIDE:
+            every = np.bincount(codes.reshape(-1) - low)
+            places = np.flatnonzero(every)
+            values, counts = places + low, every[places]
+        else:
+            values, counts = np.unique(codes, return_counts=True)
+        together = np.concatenate([self._values, values])
+        self._values, places = np.unique(together, return_inverse=True)
+        counts = np.concatenate([self.counts, counts])
+        self.counts = np.zeros(len(self._values), np.int64)
+        np.add.at(self.counts, places, counts)
+
+
 def measure_counts(*blocks: Counts | None) -> LayerFigures:
     """levels_used and entropy, in bits a code, of the codes of all blocks; None where one is not known.
 
@@ -49,8 +75,14 @@ def codebook_figures(codes: NDArray[Any], values: NDArray[np.float32]) -> dict[s
     codes   integers [vectors, columns], the rows of each table together
     values  float32 [tables, entries, dim], what the entries decode to
     """
-    tables, entries, dim = values.shape
-    figures = {**_entry_figures(values), "dead": int(np.count_nonzero(_uses(codes, tables, entries) == 0))}
+    tables, entries, _ = values.shape
+    return used_codebook_figures(entry_uses(codes, tables, entries), values)
+
+
+def used_codebook_figures(uses: Counts, values: NDArray[np.float32]) -> dict[str, Any]:
+    """The same, given how often each entry of each table is named, as `entry_uses` tells."""
+    entries, dim = values.shape[1:]
+    figures = {**_entry_figures(values), "dead": int(np.count_nonzero(uses == 0))}
     if dim == 1 and entries <= BINS:
         levels = np.sort(values[:, :, 0].astype(np.float64), axis=1).mean(0)
         figures["levels"] = tuple(levels.tolist()) if np.isfinite(levels).all() else None
@@ -71,7 +103,7 @@ def _entry_figures(values: NDArray[np.float32]) -> dict[str, Any]:
     return {"entries": entries, "duplicates": tables * entries - different}
 
 
-def _uses(codes: NDArray[Any], tables: int, entries: int) -> Counts:
+def entry_uses(codes: NDArray[Any], tables: int, entries: int) -> Counts:
     """How often each entry of each table is named, int64 [tables * entries]."""
     rows = codes.reshape(tables, -1)
     uses = np.zeros(tables * entries, np.int64)

@@ -9,45 +9,53 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qcompress.artifact.artifact_file import ArtifactFile
 from qcompress.artifact.entry import Entry
 from qcompress.artifact.hashes import artifact_hash, input_hash
 from qcompress.artifact.layout import INDEX_NAME, plain_name
-from qcompress.artifact.reader import Artifact, ArtifactFile, read_artifact
-from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
+from qcompress.artifact.reader import Artifact, read_artifact
+from qcompress.artifact.stored_tensor import StoredTensor
+from qcompress.checkpoint.checkpoint import Checkpoint, StoredRows, tensor_view
+from qcompress.checkpoint.safetensors_file import Container
 from qcompress.coding.packing import count_codes
-from qcompress.coding.rows import row_slices
 from qcompress.errors import ReportError, raise_all
 from qcompress.report import document
-from qcompress.report.counts import codebook_figures, count_values, measure_counts, stored_codebook_figures
+from qcompress.report.counts import (
+    Counts,
+    ValueCounter,
+    entry_uses,
+    measure_counts,
+    stored_codebook_figures,
+    used_codebook_figures,
+)
 from qcompress.report.document import LayerFigures, LayerReport, Report
 from qcompress.report.document_json import read_report, report_path
 from qcompress.report.size import make_size
 from qcompress.types.plan import TensorInfo
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
-    from qcompress.report.figures import LayerMeter
-
-BLOCK_WEIGHTS = 1 << 18
 REASON = "read from the artifact"
 
 
-def gather_report(path: Path, baseline: Checkpoint | None = None) -> Report:
+def gather_report(path: Path, baseline: Checkpoint | None = None, max_memory: int | None = None) -> Report:
     """The report of the artifact, or in the report file, at `path`.
 
-    baseline  the checkpoint it was made from: errors are then measured anew
-    raises    ArtifactError, ReportError; ReportError too where the baseline is another checkpoint
+    baseline    the checkpoint it was made from: errors are then measured anew
+    max_memory  bytes that reading the artifact's tensors may take; None: all that there is
+    raises      ArtifactError, ReportError; ReportError too where the baseline is another checkpoint; ResourceError
     """
     if path.suffix == ".json":
         if baseline is not None:
             raise ReportError(str(path), "is a report, and --baseline needs the weights", "name the artifact itself")
         return read_report(path)
-    artifact = read_artifact(path)
+    artifact = read_artifact(path, max_memory)
     if baseline is not None:
         return _measure_report(artifact, baseline)
     beside = report_path(artifact.path)
@@ -66,7 +74,7 @@ def _measure_report(artifact: Artifact, baseline: Checkpoint) -> Report:
     figures = {}
     for file in artifact.files:
         for name in file.manifest.tensors:
-            figures[name] = _measure_tensor(file, name, tensor_view(baseline.shard_of(name), file.original(name)))
+            figures[name] = _measure_tensor(file, name, baseline.shard_of(name))
     return _make_report(artifact, figures)
 
 
@@ -85,43 +93,92 @@ def _refuse_other_baseline(artifact: Artifact, baseline: Checkpoint) -> None:
             raise ReportError(str(shard.path), f"is not {made_from} (its hash differs)", hint)
 
 
-def _measure_tensor(file: ArtifactFile, name: str, weight: Tensor) -> LayerFigures:
+def _measure_tensor(file: ArtifactFile, name: str, baseline: Container) -> LayerFigures:
     """The figures of one tensor, block by block."""
     import torch
 
-    from qcompress.coding.grids import centroid_values, decode_rows, row_spans, step_value, take_rows
-    from qcompress.coding.rows import rows_from_weight
+    from qcompress.coding.grids import decode_rows
     from qcompress.report.figures import LayerMeter, unclipped_range
-    from qcompress.types.encoded import Codebook, Constant, Unbounded
+    from qcompress.types.encoded import Constant
 
-    entry, encoded = file.manifest.tensors[name], file.read_encoded(name)
-    rows = rows_from_weight(weight, entry.axis)
-    meter = LayerMeter(weight.numel(), entry.bits or None)
-    if isinstance(encoded, Constant):
-        return _measure_constant(rows, meter, encoded.value)
-    whole = count_values(encoded.codes.numpy()) if isinstance(encoded, Unbounded) else None
-    for start, stop in row_spans(encoded, BLOCK_WEIGHTS):
-        part = take_rows(encoded, start, stop)
-        block = rows[start:stop].float().reshape(part.shape)
-        counts = torch.bincount(part.codes.reshape(-1), minlength=2**entry.bits).numpy() if whole is None else None
-        meter.add(block, decode_rows(part), counts, within=unclipped_range(part))
-    figures = meter.result(whole)
-    if isinstance(encoded, Unbounded):
-        return replace(
-            figures, step=step_value(encoded), classes=file.unbounded_tensors.class_uses(name, encoded.codes.numpy())
-        )
-    if not isinstance(encoded, Codebook):
-        return figures
-    return replace(figures, **codebook_figures(encoded.codes.numpy(), centroid_values(encoded).numpy()))
+    tensor = file.tensor(name)
+    entry = tensor.entry
+    original, counter = _open_rows(file, name, baseline), _Counter(tensor)
+    # Groups of different lengths: what is clipped is not counted.
+    ragged = entry.group_size is not None and entry.columns % entry.group_size != 0
+    meter = LayerMeter(entry.numel, entry.bits or None)
+    for rows, columns, encoded in tensor.blocks():
+        if isinstance(encoded, Constant):
+            decoded, within = torch.full(encoded.shape, encoded.value), None
+        else:
+            counter.add(rows, columns, encoded.codes.numpy())
+            decoded, within = decode_rows(encoded), None if ragged else unclipped_range(encoded)
+        # Whole rows lie one behind another; of a part of some rows each is counted by itself.
+        whole = columns.stop - columns.start == entry.columns
+        for line in [rows] if whole else [slice(row, row + 1) for row in range(rows.start, rows.stop)]:
+            start = line.start * entry.columns + columns.start
+            part = decoded[line.start - rows.start : line.stop - rows.start].reshape(-1, 1)
+            block = original[start : start + len(part)].float().reshape(-1, 1)
+            meter.add(block, part, None, row=start, within=within)
+    return counter.complete(meter.result(counter.counts))
 
 
-def _measure_constant(rows: Tensor, meter: LayerMeter, value: float) -> LayerFigures:
-    import torch
+def _open_rows(file: ArtifactFile, name: str, baseline: Container) -> StoredRows | Tensor:
+    """The weight that a tensor was made from, flat in the order of its rows: read block by block where these lead."""
+    from qcompress.coding.rows import rows_from_weight
 
-    for span in row_slices(len(rows), rows.numel() // len(rows), BLOCK_WEIGHTS):
-        flat = rows[span].float().reshape(span.stop - span.start, -1)
-        meter.add(flat, torch.full_like(flat, value), None)
-    return meter.result(np.array([rows.numel()], np.int64))
+    entry, original = file.manifest.tensors[name], file.original(name)
+    if entry.leads:
+        return StoredRows(baseline, original, (original.numel,))
+    file.refuse_memory(name, 2 * original.n_bytes, "reading the weight that it was made from")
+    return rows_from_weight(tensor_view(baseline, original), entry.axis).reshape(-1)
+
+
+class _Counter:
+    """Counts the codes of one tensor, and what its codebook or its tables are used for, block by block."""
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        self._tensor = tensor
+        self._entry = entry = tensor.entry
+        self._values = ValueCounter()
+        self._counts = np.zeros(2**entry.bits, np.int64)
+        self._classes = tensor.uses_of_classes() if entry.is_unbounded else None
+        self._entries = tensor.infos["codebook"].shape[1] if entry.form == "codebook" else 0
+        self._uses = np.zeros(entry.tables * self._entries if self._entries else 0, np.int64)
+
+    def add(self, rows: slice, columns: slice, codes: NDArray[Any]) -> None:
+        """Count the codes of a block: some rows and columns of the weight."""
+        if self._entry.is_unbounded:
+            self._values.add(codes)
+            if self._classes is not None:
+                self._classes.add(rows, columns, codes)
+            return
+        self._counts += np.bincount(codes.reshape(-1), minlength=len(self._counts))
+        if self._entries:
+            tall = self._entry.rows // self._entry.tables
+            first, last = rows.start // tall, -(-rows.stop // tall)
+            uses = entry_uses(codes, last - first, self._entries)
+            self._uses[first * self._entries : last * self._entries] += uses
+
+    def add_packed(self, columns: slice, packed: NDArray[np.uint8]) -> None:
+        """Count packed codes of some columns, which says nothing of single tables."""
+        self._counts += count_codes(packed, self._entry.bits, columns.stop - columns.start)
+
+    @property
+    def counts(self) -> Counts:
+        """How often each code occurs; of unbounded ones each that does."""
+        if self._entry.form == "constant":
+            return np.array([self._entry.numel], np.int64)
+        return self._values.counts if self._entry.is_unbounded else self._counts
+
+    def complete(self, figures: LayerFigures) -> LayerFigures:
+        """The figures of the tensor with those that tell of its codebook, or of its step and scale classes."""
+        if self._entry.is_unbounded:
+            classes = None if self._classes is None else self._classes.result()
+            return replace(figures, step=self._tensor.unbounded.grid.value, classes=classes)
+        if not self._entries:
+            return figures
+        return replace(figures, **used_codebook_figures(self._uses, self._tensor.centroids()))
 
 
 def _stored_report(artifact: Artifact) -> Report:
@@ -129,23 +186,27 @@ def _stored_report(artifact: Artifact) -> Report:
     figures = {}
     for file in artifact.files:
         raise_all(file.find_damage())
-        for name, entry in file.manifest.tensors.items():
-            if entry.is_unbounded:
-                file.check_compressed(name)
-                codes, grid = file.unbounded_tensors.codes(name)
-                found = replace(measure_counts(count_values(codes)), step=grid.value)
-                figures[name] = replace(found, classes=file.unbounded_tensors.class_uses(name, codes))
-                continue
-            if entry.form == "constant":
-                file.check_codes(name)
-                figures[name] = measure_counts(np.array([entry.numel], np.int64))
-                continue
-            found = measure_counts(count_codes(file.packed_codes(name), entry.bits, entry.columns))
-            if entry.form == "codebook":
-                about = stored_codebook_figures(file.grids(name)["codebook"].astype("f4"), found.levels_used)
-                found = replace(found, **about)
-            figures[name] = found
+        for name in file.manifest.tensors:
+            figures[name] = _stored_figures(file.tensor(name))
     return _make_report(artifact, figures)
+
+
+def _stored_figures(tensor: StoredTensor) -> LayerFigures:
+    """What the codes of a tensor tell, piece by piece."""
+    entry, counter = tensor.entry, _Counter(tensor)
+    if entry.is_unbounded:
+        for rows, columns, codes in tensor.unbounded_tiles():
+            counter.add(rows, columns, codes)
+        return counter.complete(measure_counts(counter.counts))
+    if entry.form == "constant":
+        tensor.check_constant()
+        return measure_counts(counter.counts)
+    for _, columns, packed in tensor.packed_tiles():
+        counter.add_packed(columns, packed)
+    found = measure_counts(counter.counts)
+    if entry.form == "codebook":
+        found = replace(found, **stored_codebook_figures(tensor.grids()["codebook"].astype("f4"), found.levels_used))
+    return found
 
 
 def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Report:
@@ -177,7 +238,7 @@ def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Rep
 def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: LayerFigures) -> LayerReport:
     parts = {part: info.n_bytes for part, info in file.parts_of(name).items()}
     method = _method_of(name, file.manifest.recipe)
-    own_side = file.unbounded_tensors.side_bytes(name) if entry.is_unbounded else 0
+    own_side = file.side_bytes(name) if entry.is_unbounded else 0
     return replace(
         _kept_layer(file.original(name), sum(parts.values())),
         method=method,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import zstandard
 from safetensors.torch import save_file
@@ -18,9 +19,13 @@ from torch import Tensor
 
 from artifact.educational_compact import compact_header
 from artifact.educational_decoder import Dense, checksums, read_manifest
+from qcompress.artifact import stored_tensor
 from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from qcompress.coding import ans, payload
 from qcompress.coding.ans import varint
+from qcompress.coding.unbounded import payload as unbounded_payload
+from qcompress.coding.unbounded import streams
 from qcompress.compress.compress import compress
 from qcompress.plan.plan import make_plan
 from qcompress.registry import METHODS
@@ -218,3 +223,9 @@ def dense(tensor: Tensor) -> Dense:
 
 def denses(state: Mapping[str, Tensor]) -> dict[str, Dense]:
     return {name: dense(tensor) for name, tensor in state.items()}
+
+
+def cut_into(codes: int, patch: pytest.MonkeyPatch) -> None:
+    """Make chunks and blocks of so few codes, a multiple of 8; of `ans` both writers and readers have to be so cut."""
+    for module in (ans, payload, streams, unbounded_payload, stored_tensor):
+        patch.setattr(module, "CHUNK_CODES", codes)

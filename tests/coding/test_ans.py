@@ -19,14 +19,15 @@ from qcompress.coding import ans as jobs
 from qcompress.coding.ans import (
     CHUNK_CODES,
     JOB_CHUNKS,
-    decode_ans,
     decoding_processes,
     encode_ans,
     fit_table,
     run_jobs,
 )
 from qcompress.coding.packing import count_codes, pack, row_bytes
-from qcompress.coding.unbounded.streams import decode_streams, encode_streams
+from qcompress.coding.payload import decode_payload
+from qcompress.coding.stored import in_memory
+from qcompress.coding.unbounded.streams import encode_streams, stream_tiles
 from qcompress.coding.unbounded.tables import fit_pool, make_source
 from qcompress.compress.load import load_state_dict
 from qcompress.errors import ResourceError
@@ -65,19 +66,22 @@ def test_unbounded_codes(executor: Executor, trellis: bool) -> None:
     )
     source = make_source(unbounded)
     pool, _ = fit_pool([source])
-    payload = memoryview(encode_streams(source, pool.levels[0], pool.tables))
-    found = decode_streams(payload, source.shape, pool.levels[0], pool.tables, trellis, executor)
+    payload = encode_streams(source, pool.levels[0], pool.tables)
+    about = (source.shape, pool.levels[0], pool.tables, trellis, executor)
+    found = np.zeros_like(codes)
+    for rows, columns, tile in stream_tiles(in_memory(payload), *about):
+        found[rows, columns] = tile
     assert np.array_equal(found, codes)
     with pytest.raises(ValueError, match=r"raw bits|end where|no code needs"):
-        decode_streams(memoryview(bytes(payload) + b"\1"), source.shape, pool.levels[0], pool.tables, trellis, executor)
+        list(stream_tiles(in_memory(payload + b"\1"), *about))
 
 
 def test_packed_codes(executor: Executor) -> None:
     codes = np.random.default_rng(4).binomial(7, 0.3, (ROWS, COLUMNS)).astype(np.uint8)
     packed = pack(codes, 3)
     assert packed.shape == (ROWS, row_bytes(COLUMNS, 3))
-    payload = memoryview(encode_ans(packed, 3, COLUMNS, fit_table(count_codes(packed, 3, COLUMNS))))
-    assert np.array_equal(decode_ans(payload, 3, ROWS, COLUMNS, executor), packed)
+    payload = encode_ans(packed, 3, COLUMNS, fit_table(count_codes(packed, 3, COLUMNS)))
+    assert np.array_equal(decode_payload(payload, "ans", 3, ROWS, COLUMNS, executor), packed)
 
 
 _INHERITED: list[bool] = []

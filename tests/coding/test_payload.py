@@ -277,7 +277,7 @@ def test_chunks_decode_alone() -> None:
     codes = bell_codes(rows, columns, bits)
     data = memoryview(bytearray(encode_payload(pack(codes, bits), bits, columns, "ans")[1]))
     table, at = ans.parse_table(data, bits)
-    streams = ans.parse_streams(data, at, 4)
+    streams = [data[start:stop] for start, stop in ans.stream_ends(data, at, 4, len(data))]
     for stream in (streams[0], streams[1], streams[3]):
         stream[:] = bytes(len(stream))
     third = ans.decode_chunk(streams[2], table, table.model(), CHUNK_CODES)

@@ -69,9 +69,13 @@ def test_magnitudes_and_ideal_bits_are_those_of_the_codes(artifact: Path) -> Non
     file = read_artifact(artifact).files[0]
     alone = 0
     for name in file.manifest.tensors:
-        codes, _ = file.unbounded_tensors.codes(name)
-        uses = file.unbounded_tensors.class_uses(name, codes)
-        assert uses is not None
+        tensor = file.tensor(name)
+        codes = tensor.read().codes.numpy()
+        counter = tensor.uses_of_classes()
+        assert counter is not None
+        for rows, columns, part in tensor.unbounded_tiles():
+            counter.add(rows, columns, part)
+        uses = counter.result()
         sizes = sum(use.count * use.magnitude for use in uses)
         assert sizes == pytest.approx(float(abs(codes.astype(float)).sum()), rel=1e-9)
         if len(uses) == 1:

@@ -9,25 +9,29 @@ artifact/SPEC.md describes all three to the byte, "Unbounded codes on disk".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 
-from qcompress.coding.ans import fill_up, parse_varint, varint
-from qcompress.coding.frames import bound_frame, compress_frame, expand_frame
+from qcompress.coding.ans import CHUNK_CODES, LONGEST_VARINT, fill_up, parse_varint, varint
+from qcompress.coding.frames import FrameReader, bound_frame, compress_frame
 from qcompress.coding.packing import pack, row_bytes, unpack
 from qcompress.coding.payload import least_bytes
+from qcompress.coding.rows import tiles
+from qcompress.coding.stored import Stored, in_memory
 from qcompress.coding.unbounded.side import grid_of_unbounded, side_bytes
-from qcompress.coding.unbounded.streams import decode_streams, encode_streams
+from qcompress.coding.unbounded.streams import CodeTile, encode_streams, refuse_long_rows, stream_tiles
 from qcompress.coding.unbounded.tables import Pool, Source, class_uses, fit_pool, make_source
 from qcompress.coding.unbounded.tokens import (
     TOKENS,
     Codes,
     Levels,
     Tokens,
-    codes_from_tokens,
+    codes_from_bits,
+    count_raw_bits,
     raw_bits,
 )
 from qcompress.types.config import Coding, CodingChoice
@@ -119,12 +123,12 @@ def join_side(side: bytes, payload: bytes) -> bytes:
     return b"".join([varint(len(side)), side, payload])
 
 
-def split_side(data: memoryview) -> tuple[memoryview, memoryview]:
+def split_side(stored: Stored) -> tuple[memoryview, Stored]:
     """The side information and the payload that `join_side` has joined. Raises ValueError where there are not both."""
-    length, at = parse_varint(data, 0)
-    if length > len(data) - at:
+    length, at = parse_varint(stored.read(0, min(stored.size, LONGEST_VARINT)), 0)
+    if length > stored.size - at:
         raise ValueError("its side information is longer than its codes")
-    return data[at : at + length], data[at + length :]
+    return stored.read(at, at + length), stored.anew(at + length)
 
 
 def bound_payload(codes: int) -> int:
@@ -138,7 +142,7 @@ def bound_side(sizes: Sequence[int]) -> int:
 
 
 def decode_codes(
-    data: memoryview,
+    data: bytes | memoryview,
     coding: Coding,
     pool: Pool,
     place: int,
@@ -146,40 +150,96 @@ def decode_codes(
     shape: tuple[int, int],
     executor: Executor | None = None,
 ) -> Codes:
-    """The codes, int32 [rows, columns], of the tensor at `place` of its pool.
+    """The codes, int32 [rows, columns], of a payload in memory, all at once. Raises what `code_tiles` raises."""
+    codes: Codes | None = None
+    for row_span, column_span, tile in code_tiles(in_memory(data), coding, pool, place, trellis, shape, executor):
+        if codes is None:
+            codes = np.empty(shape, np.int32)
+        codes[row_span, column_span] = tile
+    return np.empty(shape, np.int32) if codes is None else codes
+
+
+def code_tiles(
+    stored: Stored,
+    coding: Coding,
+    pool: Pool,
+    place: int,
+    trellis: bool,
+    shape: tuple[int, int],
+    executor: Executor | None = None,
+) -> Iterator[CodeTile]:
+    """The codes of the tensor at `place` of its pool, read and decoded piece by piece, as `tiles` cuts the matrix.
 
     Nothing is allocated before the payload's length makes that size possible. Raises ValueError where the payload is
-    not that of a matrix of this shape; damage that leaves a valid payload of other codes is for the checksum to see.
+    not that of a matrix of this shape, perhaps only behind the last piece; damage that leaves a valid payload of other
+    codes is for the checksum to see.
     """
-    if coding == "ans":
-        least = least_bytes(shape[0] * shape[1])
-        return decode_streams(data, shape, pool.levels[place], pool.tables, trellis, executor, least)
-    if coding == "zstd":
-        count = shape[0] * shape[1]
-        data = memoryview(expand_frame(data, 1 + row_bytes(count, LANES[0]), 1 + (1 + _WIDEST_CODE) * count))
-    return _decode_packed(data, shape, ZSTD_LANES if coding == "zstd" else LANES)
+    count = shape[0] * shape[1]
+    refuse_long_rows(shape[1], trellis=trellis)
+    match coding:
+        case "ans":
+            least = least_bytes(count)
+            return stream_tiles(stored, shape, pool.levels[place], pool.tables, trellis, executor, least)
+        case "zstd":
+            sizes = (1 + row_bytes(count, LANES[0]), 1 + (1 + _WIDEST_CODE) * count)
+            return _lane_tiles(lambda: FrameReader(stored.anew(), *sizes), shape, ZSTD_LANES)
+        case "packed":
+            return _lane_tiles(stored.anew, shape, LANES)
+        case _:
+            assert_never(coding)
 
 
-def _decode_packed(data: memoryview, shape: tuple[int, int], lanes: Sequence[int]) -> Codes:
-    lane = data[0] if len(data) else 0
+def _lane_tiles(
+    read: Callable[[], Stored | FrameReader], shape: tuple[int, int], lanes: Sequence[int]
+) -> Iterator[CodeTile]:
+    """The codes of a `packed` payload, whose three parts are read side by side: `read` gives ever new readers of it."""
+    first = read()
+    lane = first.read(0, 1)[0] if first.size else 0
     if lane not in lanes:
         raise ValueError(f"lanes of {lane} bits")
-    count = shape[0] * shape[1]
-    end = 1 + row_bytes(count, lane)
-    if len(data) < end:
-        raise ValueError(f"{len(data)} bytes of payload cannot hold {count} codes")
-    packed = np.frombuffer(data[1:end], np.uint8).reshape(1, -1)
-    if count * lane % 8 and packed[0, -1] >> count * lane % 8:
-        raise ValueError("the bits that fill up the lanes are not zero")
-    tokens: Tokens = np.array(unpack(packed, lane, count)[0])
-    escape = 2**lane - 1
-    wide = np.flatnonzero(tokens == escape)
-    if len(data) - end < len(wide):
+    escape, wide_at, size = 2**lane - 1, 1 + row_bytes(shape[0] * shape[1], lane), first.size
+    if size < wide_at:
+        raise ValueError(f"{size} bytes of payload cannot hold {shape[0] * shape[1]} codes")
+    # Where the raw bits begin follows from how many tokens do not fit their lanes.
+    raw_at = wide_at + sum(int((tokens == escape).sum()) for *_, tokens in _lane_tokens(first, lane, shape))
+    if size < raw_at:
         raise ValueError("the tokens that do not fit their lanes are cut off")
-    tokens[wide] = np.frombuffer(data[end : end + len(wide)], np.uint8)
-    if (tokens[wide] < escape).any():
-        raise ValueError("a token stands outside a lane that it fits")
-    codes, left = codes_from_tokens(tokens, data[end + len(wide) :])
-    if len(left):
+    wide, raw = read(), read()
+    bit = 0
+    for row_span, column_span, tokens in _lane_tokens(read(), lane, shape):
+        places = np.flatnonzero(tokens == escape)
+        tokens[places] = np.frombuffer(wide.read(wide_at, wide_at + len(places)), np.uint8)
+        wide_at += len(places)
+        if (tokens[places] < escape).any():
+            raise ValueError("a token stands outside a lane that it fits")
+        end = bit + count_raw_bits(tokens)
+        if raw_at + -(-end // 8) > size:
+            raise ValueError(f"{size - raw_at} bytes of raw bits, and the tokens need more")
+        held = np.frombuffer(raw.read(raw_at + bit // 8, raw_at + -(-end // 8)), np.uint8)
+        bits = np.unpackbits(held, bitorder="little")[bit % 8 :]
+        if bits[end - bit :].any() and column_span.stop == shape[1] and row_span.stop == shape[0]:
+            raise ValueError("the bits that fill up the raw bits are not zero")
+        codes = codes_from_bits(tokens, bits[: end - bit])
+        yield row_span, column_span, codes.reshape(row_span.stop - row_span.start, -1)
+        bit = end
+    if raw_at + -(-bit // 8) != size:
         raise ValueError("the payload has raw bits that no code needs")
-    return codes.reshape(shape)
+    if isinstance(raw, FrameReader):
+        raw.finish()
+
+
+def _lane_tokens(
+    stored: Stored | FrameReader, lane: int, shape: tuple[int, int]
+) -> Iterator[tuple[slice, slice, Tokens]]:
+    """Rows and columns of every piece of a matrix, and the tokens of its codes as their lanes hold them, uint8 [n]."""
+    rows, columns = shape
+    for row_span, column_span in tiles(rows, columns, CHUNK_CODES):
+        start = row_span.start * columns + column_span.start
+        stop = (row_span.stop - 1) * columns + column_span.stop
+        # Eight lanes are whole bytes.
+        before = start % 8
+        data = stored.read(1 + (start - before) * lane // 8, 1 + row_bytes(stop, lane))
+        packed = np.frombuffer(data, np.uint8).reshape(1, -1)
+        if stop == rows * columns and stop * lane % 8 and packed[0, -1] >> stop * lane % 8:
+            raise ValueError("the bits that fill up the lanes are not zero")
+        yield row_span, column_span, np.array(unpack(packed, lane, stop - start + before)[0, before:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,20 @@ class Grid:
     def value(self) -> float:
         """The step of a code whose row and column have no factor."""
         return float(np.array(self.step, np.uint16).view(np.float16)) * 2.0**self.exponent
+
+    def block(self, codes: NDArray[np.int32], rows: slice, columns: slice, width: int, dtype: str) -> Unbounded:
+        """Codes of some rows and columns of a matrix of `width` columns as a weight [rows, columns] of their own."""
+        own = self if self.rows is None else replace(self, rows=self.rows[rows])
+        if columns.stop - columns.start < width and (self.channels is not None or self.taps is not None):
+            places = np.arange(columns.start, columns.stop)
+            along = np.zeros(len(places), np.int32)
+            taps = 1 if self.taps is None else len(self.taps)
+            if self.channels is not None:
+                along = along + self.channels[places // taps]
+            if self.taps is not None:
+                along = along + self.taps[places % taps]
+            own = replace(own, channels=along, taps=None)
+        return unbounded_of_grid(codes, own, (len(codes), codes.shape[1]), (0,), dtype)
 
 
 def grid_of_unbounded(unbounded: Unbounded) -> Grid:
@@ -131,6 +145,14 @@ def _fields(grids: Sequence[Grid], pool: Pool) -> Iterator[Integers]:
 
 def _joined(parts: Sequence[Integers | None]) -> Integers:
     return np.concatenate([np.zeros(0, np.int32), *(part for part in parts if part is not None)]).astype(np.int32)
+
+
+def count_numbers(data: memoryview, matrices: Sequence[Matrix]) -> int:
+    """How many numbers side information holds, but for tables: what its memory goes by. Raises ValueError."""
+    at = _FIXED.size * len(matrices)
+    if len(data) < at:
+        raise ValueError(f"{len(data)} bytes of side information for {len(matrices)} tensors")
+    return sum(_counts(list(_FIXED.iter_unpack(data[:at])), matrices))
 
 
 def parse_side(data: memoryview, matrices: Sequence[Matrix]) -> tuple[list[Grid], Pool]:
@@ -287,7 +309,7 @@ def unbounded_of_grid(
     import torch
 
     rows, channels, taps = (
-        None if part is None else torch.from_numpy(part.astype(np.int8))
+        None if part is None else torch.from_numpy(part.astype(np.min_scalar_type(-int(np.abs(part).max(initial=1)))))
         for part in (grid.rows, grid.channels, grid.taps)
     )
     return Unbounded(

@@ -5,10 +5,10 @@ Chunks decode by themselves and in any order. artifact/SPEC.md, "Unbounded codes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +16,19 @@ from numpy.typing import NDArray
 from qcompress.coding.ans import (
     CHUNK_CODES,
     JOB_CHUNKS,
+    LONGEST_VARINT,
     Model,
     RunReader,
     Table,
     chunk_count,
     encode_runs,
     parse_varint,
+    read_stream,
     run_jobs,
     varint,
-    without_filling,
 )
 from qcompress.coding.rows import tiles
+from qcompress.coding.stored import Stored
 from qcompress.coding.trellis import NEXT_STATE
 from qcompress.coding.unbounded.tables import Source
 from qcompress.coding.unbounded.tokens import (
@@ -35,27 +37,30 @@ from qcompress.coding.unbounded.tokens import (
     FIRST_OPEN,
     TOKEN_BITS,
     TOKEN_PARITY,
+    Classes,
     Codes,
     Levels,
     Tokens,
-    class_matrix,
     codes_from_tokens,
     raw_bits,
 )
 
 Tables = Mapping[int, Table]
+CodeTile: TypeAlias = tuple[slice, slice, Codes]
+"""Rows and columns of a piece of a matrix, and its codes."""
 
 _FLUSH_BITS = 18.5
 """What a stream takes beyond the information of its codes, about: its coder starts from a state of 24 bits."""
 _INDEX_BITS = 36
+_WIDEST_RAW = 4
+"""Bytes of raw bits that a code leaves open at most."""
 
 
 def encode_streams(source: Source, levels: Levels, tables: Tables) -> bytes:
     """The payload: an index, then of every chunk its raw bits and its stream."""
     every = source.contexts(levels)
     trellis = source.odd is not None
-    if trellis and source.codes.shape[1] > CHUNK_CODES:
-        raise ValueError(f"rows of more than {CHUNK_CODES} codes cannot drive a trellis")
+    refuse_long_rows(source.codes.shape[1], trellis=trellis)
     index, parts = [], []
     spans = list(tiles(*source.shape, CHUNK_CODES))
     for place, span in enumerate(spans):
@@ -68,6 +73,12 @@ def encode_streams(source: Source, levels: Levels, tables: Tables) -> bytes:
             index.append(varint(len(stream)))
         parts += [raw, stream]
     return b"".join([*index, *parts])
+
+
+def refuse_long_rows(columns: int, *, trellis: bool) -> None:
+    """Raise ValueError where rows drive a trellis that do not fit a chunk: each begins in state 0 and is read whole."""
+    if trellis and columns > CHUNK_CODES:
+        raise ValueError(f"rows of more than {CHUNK_CODES} codes cannot drive a trellis")
 
 
 def _runs(tokens: Tokens, contexts: NDArray[np.uint8], tables: Tables, trellis: bool) -> list[tuple[Tokens, Table]]:
@@ -98,47 +109,45 @@ class _Job:
     trellis: bool
 
 
-def decode_streams(
-    data: memoryview,
+def stream_tiles(
+    stored: Stored,
     shape: tuple[int, int],
     levels: Levels,
     tables: Tables,
     trellis: bool,
     executor: Executor | None = None,
     least: int = 0,
-) -> Codes:
-    """The codes, int32 [rows, columns], of a payload that is all of `data`, which was filled up to `least` bytes.
+) -> Iterator[CodeTile]:
+    """The codes of every chunk of a payload that is all of `stored`, which was filled up to `least` bytes.
 
     Nothing is allocated before the payload's length makes the size possible. Raises ValueError where the payload is
     not that of a matrix of this shape under these tables.
 
     executor  of processes, among which the chunks of a large matrix are shared
     """
-    if trellis and shape[1] > CHUNK_CODES:
-        raise ValueError(f"rows of more than {CHUNK_CODES} codes cannot drive a trellis")
+    refuse_long_rows(shape[1], trellis=trellis)
     chunks = chunk_count(*shape)
-    if len(data) < 2 * chunks - 1:
-        raise ValueError(f"{len(data)} bytes of payload cannot hold {chunks} chunks")
-    parts = _parse_index(data, chunks)
-    parts[-1] = (parts[-1][0], without_filling(parts[-1][1], len(data), least))
-    classes = class_matrix(levels, *shape)
+    if stored.size < 2 * chunks - 1:
+        raise ValueError(f"{stored.size} bytes of payload cannot hold {chunks} chunks")
+    places = _parse_index(stored.read(0, min(stored.size, 2 * LONGEST_VARINT * chunks)), chunks, stored.size)
+    classes = Classes(levels, *shape)
     spans = list(tiles(*shape, CHUNK_CODES))
-    jobs = (
-        _Job(
-            tuple(
-                (bytes(raw), bytes(stream), classes[span])
-                for span, (raw, stream) in zip(spans[at : at + JOB_CHUNKS], parts[at : at + JOB_CHUNKS], strict=True)
-            ),
-            tables,
-            trellis,
-        )
-        for at in range(0, chunks, JOB_CHUNKS)
-    )
-    codes = np.empty(shape, np.int32)
-    found = run_jobs(_decode_job, jobs, chunks, executor)
+
+    def job(first: int) -> _Job:
+        parts = []
+        for place in range(first, min(first + JOB_CHUNKS, chunks)):
+            start, middle, stop = places[place]
+            own = classes[spans[place]]
+            filled = least if place == chunks - 1 else 0
+            if middle - start > _WIDEST_RAW * own.size:
+                raise ValueError("a chunk has raw bits that no code needs")
+            raw = bytes(stored.read(start, middle))
+            parts.append((raw, read_stream(stored, (middle, stop), own.size, filled), own))
+        return _Job(tuple(parts), tables, trellis)
+
+    found = run_jobs(_decode_job, map(job, range(0, chunks, JOB_CHUNKS)), chunks, executor)
     for span, part in zip(spans, (part for done in found for part in done), strict=True):
-        codes[span] = part
-    return codes
+        yield (*span, part.astype(np.int32))
 
 
 def _decode_job(job: _Job) -> list[NDArray[Any]]:
@@ -162,24 +171,23 @@ def _narrow(codes: Codes) -> NDArray[Any]:
     return codes.astype(np.int8 if largest < 2**7 else np.int16 if largest < 2**15 else np.int32)
 
 
-def _parse_index(data: memoryview, chunks: int) -> list[tuple[memoryview, memoryview]]:
-    """(raw bits, stream) of every chunk; the last stream has all that is left."""
+def _parse_index(head: memoryview, chunks: int, size: int) -> list[tuple[int, int, int]]:
+    """Of every chunk where its raw bits begin, where its stream does, and where that ends: the last at `size`."""
     sizes = []
     at = 0
     for place in range(chunks):
-        raw, at = parse_varint(data, at)
-        stream, at = parse_varint(data, at) if place < chunks - 1 else (0, at)
+        raw, at = parse_varint(head, at)
+        stream, at = parse_varint(head, at) if place < chunks - 1 else (0, at)
         sizes.append((raw, stream))
-    left = len(data) - at - sum(raw + stream for raw, stream in sizes)
+    left = size - at - sum(raw + stream for raw, stream in sizes)
     if left < 0:
         raise ValueError(f"the chunks are longer than the payload by {-left} bytes")
     sizes[-1] = (sizes[-1][0], left)
-    parts = []
+    places = []
     for raw, stream in sizes:
-        middle = at + raw
-        parts.append((data[at:middle], data[middle : middle + stream]))
-        at = middle + stream
-    return parts
+        places.append((at, at + raw, at + raw + stream))
+        at += raw + stream
+    return places
 
 
 def _read_runs(

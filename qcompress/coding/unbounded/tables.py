@@ -71,7 +71,10 @@ class Source:
 
     def contexts(self, levels: Levels) -> Contexts:
         """The table of every code, uint8 [rows, columns]."""
-        classes = class_matrix(levels, *self.shape)
+        return self.contexts_of(class_matrix(levels, *self.shape))
+
+    def contexts_of(self, classes: Contexts) -> Contexts:
+        """The same, of the class of every code, uint8 [rows, columns]."""
         if self.odd is None:
             return classes
         return np.asarray(classes + CLASSES + self.odd * np.uint8(CLASSES), np.uint8)
@@ -155,7 +158,11 @@ def _level_options(source: Source) -> tuple[Levels, ...]:
 
 
 def _count(source: Source, levels: Levels) -> _Counts:
-    keys = source.contexts(levels) * np.int32(TOKENS) + source.tokens
+    return _count_in(source, source.contexts(levels))
+
+
+def _count_in(source: Source, contexts: Contexts) -> _Counts:
+    keys = contexts * np.int32(TOKENS) + source.tokens
     counts = np.bincount(keys.reshape(-1))
     places = np.flatnonzero(counts)
     return _Counts(places, counts[places])
@@ -234,26 +241,46 @@ def _weight(eighths: int, raw_bits: int) -> int:
 
 def class_uses(source: Source, levels: Levels, pool: Pool) -> tuple[ClassUse, ...]:
     """What the codes of one matrix take under each table of its pool that they use."""
-    uses = []
-    counts, known = _total([_count(source, levels)]), bits_of_tables(pool)
-    contexts, sizes = source.contexts(levels).reshape(-1), np.abs(source.codes.reshape(-1).astype(np.float64))
-    magnitudes = np.bincount(contexts, sizes, CONTEXTS)
-    for context in np.flatnonzero(counts.any(1)).tolist():
-        own, bits = counts[context], known[context]
-        used = own > 0
-        total = int(own.sum())
-        ideal = float((own[used] * (np.log2(total / own[used]) + TOKEN_BITS[used])).sum())
-        table = float(own[: len(bits)] @ bits)
-        uses.append(
-            ClassUse(
-                context=context,
-                count=total,
-                magnitude=float(magnitudes[context]) / total,
-                ideal_bits=ideal / total,
-                table_bits=table / total,
+    counter = ClassCounter()
+    counter.add(source, source.contexts(levels))
+    return counter.uses(pool)
+
+
+class ClassCounter:
+    """Counts what the codes of one matrix take under each table of its pool, piece by piece."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(CONTEXTS * TOKENS, np.int64)
+        self._magnitudes = np.zeros(CONTEXTS, np.float64)
+
+    def add(self, source: Source, contexts: Contexts) -> None:
+        """Count some of the codes, each in its context."""
+        found = _count_in(source, contexts)
+        self._counts[found.places] += found.counts
+        # Integers, which float64 adds exactly.
+        sizes = np.abs(source.codes.reshape(-1).astype(np.float64))
+        self._magnitudes += np.bincount(contexts.reshape(-1), sizes, CONTEXTS)
+
+    def uses(self, pool: Pool) -> tuple[ClassUse, ...]:
+        """What all codes take, by context."""
+        uses = []
+        counts, known = self._counts.reshape(CONTEXTS, TOKENS), bits_of_tables(pool)
+        for context in np.flatnonzero(counts.any(1)).tolist():
+            own, bits = counts[context], known[context]
+            used = own > 0
+            total = int(own.sum())
+            ideal = float((own[used] * (np.log2(total / own[used]) + TOKEN_BITS[used])).sum())
+            table = float(own[: len(bits)] @ bits)
+            uses.append(
+                ClassUse(
+                    context=context,
+                    count=total,
+                    magnitude=float(self._magnitudes[context]) / total,
+                    ideal_bits=ideal / total,
+                    table_bits=table / total,
+                )
             )
-        )
-    return tuple(uses)
+        return tuple(uses)
 
 
 def bits_of_tables(pool: Pool) -> dict[int, NDArray[np.float64]]:

@@ -102,26 +102,42 @@ def codes_from_tokens(tokens: Tokens, raw: memoryview) -> tuple[Codes, memoryvie
     raw     begins as `raw_bits` packs them
     raises  ValueError where a token is unknown, or the raw bits are too few or not filled up with zeros
     """
-    if int(tokens.max(initial=0)) >= TOKENS:
-        raise ValueError(f"a token is not below {TOKENS}")
-    codes = TOKEN_START.take(tokens, mode="clip")
-    flat = codes.reshape(-1)
-    places = np.flatnonzero(tokens.reshape(-1) >= FIRST_OPEN)
-    counts = TOKEN_BITS[tokens.reshape(-1)[places]]
-    total = int(counts.sum())
+    total = count_raw_bits(tokens)
     n_bytes = -(-total // 8)
     if len(raw) < n_bytes:
         raise ValueError(f"{len(raw)} bytes of raw bits, and the tokens need {n_bytes}")
     bits = np.unpackbits(np.frombuffer(raw[:n_bytes], np.uint8), bitorder="little")
     if bits[total:].any():
         raise ValueError("the bits that fill up the raw bits are not zero")
+    return codes_from_bits(tokens, bits[:total]), raw[n_bytes:]
+
+
+def count_raw_bits(tokens: Tokens) -> int:
+    """The raw bits that tokens of any shape leave open. Raises ValueError where one is unknown."""
+    largest = int(tokens.max(initial=0))
+    if largest >= TOKENS:
+        raise ValueError(f"a token is not below {TOKENS}")
+    if largest < FIRST_OPEN:
+        return 0
+    flat = tokens.reshape(-1)
+    return int(TOKEN_BITS[flat[flat >= FIRST_OPEN]].sum())
+
+
+def codes_from_bits(tokens: Tokens, bits: NDArray[np.uint8]) -> Codes:
+    """The codes of tokens, known ones of any shape, and of the raw bits that they leave open, one a byte."""
+    codes = TOKEN_START.take(tokens, mode="clip")
+    if not bits.size:
+        return codes
+    flat = codes.reshape(-1)
+    places = np.flatnonzero(tokens.reshape(-1) >= FIRST_OPEN)
+    counts = TOKEN_BITS[tokens.reshape(-1)[places]]
     starts = np.cumsum(counts) - counts
     offsets = np.zeros(len(places), np.int32)
     for bit in range(int(counts.max(initial=0))):
         has = counts > bit
         offsets[has] |= bits[starts[has] + bit].astype(np.int32) << bit
     flat[places] += np.where(flat[places] > 0, offsets, -offsets)
-    return codes, raw[n_bytes:]
+    return codes
 
 
 @dataclass(frozen=True)
@@ -164,17 +180,34 @@ def _quarter_octaves(means: NDArray[np.float64] | float) -> Levels32:
     return np.asarray(np.minimum(levels, _HIGHEST), np.int32)
 
 
+class Classes:
+    """The class of every code of a matrix [rows, columns], worked out for the pieces that are asked for."""
+
+    def __init__(self, levels: Levels, rows: int, columns: int) -> None:
+        self.shape = (rows, columns)
+        self._flat = levels.channels is None and levels.rows is None
+        self._base = _class_of(np.int32(levels.base))
+        self._down = np.zeros(1, np.int32) if levels.rows is None else levels.rows
+        self._along = np.zeros(1, np.int32)
+        if levels.channels is not None and levels.taps is not None:
+            self._along = (levels.channels[:, None] + levels.taps).reshape(-1)
+        self._low = int(self._down.min(initial=0) + self._along.min(initial=0))
+        high = int(self._down.max(initial=0) + self._along.max(initial=0))
+        self._lookup = _class_of(levels.base + np.arange(self._low, high + 1, dtype=np.int64))
+
+    def __getitem__(self, span: tuple[slice, slice]) -> Contexts:
+        """Those of some rows and columns, uint8 [rows, columns], maybe a view of fewer."""
+        shape = tuple(len(range(*part.indices(size))) for part, size in zip(span, self.shape, strict=True))
+        if self._flat:
+            return np.broadcast_to(self._base, shape)
+        down = self._down[span[0]] if len(self._down) > 1 else self._down
+        along = self._along[span[1]] if len(self._along) > 1 else self._along
+        return np.broadcast_to(self._lookup[(down - self._low)[:, None] + along], shape)
+
+
 def class_matrix(levels: Levels, rows: int, columns: int) -> Contexts:
     """The class of every code, uint8 [rows, columns], maybe a view of fewer."""
-    down = np.zeros(rows, np.int32) if levels.rows is None else levels.rows
-    along = np.zeros(columns, np.int32)
-    if levels.channels is not None and levels.taps is not None:
-        along = (levels.channels[:, None] + levels.taps).reshape(-1)
-    if levels.channels is None and levels.rows is None:
-        return np.broadcast_to(_class_of(np.int32(levels.base)), (rows, columns))
-    low, high = int(down.min() + along.min()), int(down.max() + along.max())
-    lookup = _class_of(levels.base + np.arange(low, high + 1, dtype=np.int64))
-    return np.asarray(lookup[(down - low)[:, None] + along])
+    return Classes(levels, rows, columns)[:, :]
 
 
 def _class_of(levels: NDArray[np.int64] | np.int32) -> Contexts:

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from qcompress.coding.ans import CHUNK_CODES, varint
 from qcompress.coding.grids import FACTORS, decode, decode_rows, row_spans, steps, take_rows, trellis_values
 from qcompress.coding.payload import entropy_bits
+from qcompress.coding.stored import in_memory
 from qcompress.coding.trellis import NEXT_STATE, trellis_states
 from qcompress.coding.unbounded.lengths import class_costs, coded_bits, make_pools
 from qcompress.coding.unbounded.payload import decode_codes, encode_pool, join_side, split_side
 from qcompress.coding.unbounded.side import Matrix, grid_of_unbounded, parse_side
-from qcompress.coding.unbounded.streams import decode_streams, encode_streams
+from qcompress.coding.unbounded.streams import encode_streams, stream_tiles
 from qcompress.coding.unbounded.tables import (
     PRECISION,
+    Pool,
     class_uses,
     fit_pool,
     fit_slopes,
@@ -68,6 +70,16 @@ def read_back(unbounded_tensors: list[Unbounded], choice: str) -> list[NDArray[n
             zip(coded.payloads, coded.codings, grids, sources, strict=True)
         )
     ]
+
+
+def decode_streams(
+    payload: bytes, shape: tuple[int, int], levels: Levels, pool: Pool, *, trellis: bool
+) -> NDArray[np.int32]:
+    """The codes of all chunks together."""
+    codes = np.full(shape, LARGEST_CODE, np.int32)
+    for rows, columns, tile in stream_tiles(in_memory(payload), shape, levels, pool.tables, trellis):
+        codes[rows, columns] = tile
+    return codes
 
 
 def test_factors_are_the_nearest_float32_to_eighths_of_an_octave() -> None:
@@ -211,7 +223,7 @@ def test_chunks_decode_by_themselves(trellis: bool) -> None:
     pool, _ = fit_pool([source])
     levels, tall = pool.levels[0], CHUNK_CODES // columns
     payload = encode_streams(source, levels, pool.tables)
-    whole = decode_streams(memoryview(payload), source.shape, levels, pool.tables, trellis)
+    whole = decode_streams(payload, source.shape, levels, pool, trellis=trellis)
     assert np.array_equal(whole, source.codes)
     lengths, at = [], 0
     for _ in range(7):
@@ -229,7 +241,7 @@ def test_chunks_decode_by_themselves(trellis: bool) -> None:
     by_row = None if levels.rows is None else levels.rows[2 * tall : 3 * tall]
     part = Levels(levels.base, by_row, levels.channels, levels.taps)
     assert np.array_equal(
-        decode_streams(memoryview(own), (tall, columns), part, pool.tables, trellis),
+        decode_streams(own, (tall, columns), part, pool, trellis=trellis),
         source.codes[2 * tall : 3 * tall],
     )
 
@@ -238,7 +250,7 @@ def test_rows_longer_than_a_chunk() -> None:
     source = make_source(make(drawn(5, 1, CHUNK_CODES + 77, 2.0)))
     pool, _ = fit_pool([source])
     payload = encode_streams(source, pool.levels[0], pool.tables)
-    found = decode_streams(memoryview(payload), source.shape, pool.levels[0], pool.tables, trellis=False)
+    found = decode_streams(payload, source.shape, pool.levels[0], pool, trellis=False)
     assert np.array_equal(found, source.codes)
     with pytest.raises(ValueError, match="cannot drive a trellis"):
         encode_pool([make(drawn(5, 1, CHUNK_CODES + 77, 2.0), trellis=True)], "ans")
@@ -255,9 +267,9 @@ def test_damage_is_refused_or_leaves_codes_for_the_checksum(choice: str, trellis
     else:
         joined[data.draw(st.integers(0, len(joined) - 1))] ^= data.draw(st.integers(1, 255))
     try:
-        side, payload = split_side(memoryview(bytes(joined)))
+        side, payload = split_side(in_memory(bytes(joined)))
         grids, pool = parse_side(side, [Matrix(9, 30, 1)])
-        codes = decode_codes(payload, coded.codings[0], pool, 0, grids[0].trellis, (9, 30))
+        codes = decode_codes(payload.read(0, payload.size), coded.codings[0], pool, 0, grids[0].trellis, (9, 30))
     except ValueError:
         return
     assert codes.shape == (9, 30)
