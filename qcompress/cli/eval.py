@@ -48,13 +48,15 @@ def evaluate(
     from qcompress.cli.run import make_model_run
     from qcompress.compress.evaluate import evaluate as measure
     from qcompress.recipe import refuse_missing
+    from qcompress.report.document_json import report_path
     from qcompress.report.gates import check_metrics, raise_failed
 
     refuse_mixed(streams.json_to, streams.quiet)
     if recipe is None:
         raise UsageError("qcompress eval", "no recipe is given", "add -r RECIPE with model, data.eval and task")
-    refuse_harm({"what is measured": path, "the recipe": recipe}, [], streams.json_to, force=force)
     asked = read_given(recipe, overrides, seed=seed)
+    reads = {"what is measured": path, "its report": report_path(path), "the recipe": recipe}
+    refuse_harm(reads, [], streams.json_to, recipe=asked, force=force)
     raise_all(refuse_missing(asked, measures=True))
     gates = make_gates(asked.gates, GateFlags(min_metric=min_metric))
     model_run = make_model_run(asked, device, allow_code, streams)

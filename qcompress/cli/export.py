@@ -41,6 +41,7 @@ def export(
     """
     from qcompress.artifact.reader import read_artifact
     from qcompress.checkpoint.outputs import Write
+    from qcompress.report.document_json import report_path
     from qcompress.types.words import suggest
 
     exporter = EXPORTERS.get(to)
@@ -51,7 +52,8 @@ def export(
         raise UsageError(f"--to {to}", "not available in this version", f"use {built}")
     stem = artifact.name.removesuffix(".safetensors")
     target = output or artifact.with_name(f"{stem}-{to}" if artifact.is_dir() else f"{stem}-dense{exporter.suffix}")
-    refuse_harm({"the artifact": artifact}, [Write(target, "-o", folder=artifact.is_dir())], force=force)
+    reads = {"the artifact": artifact, "its report": report_path(artifact)}
+    refuse_harm(reads, [Write(target, "-o", folder=artifact.is_dir())], force=force)
     found = read_artifact(artifact)
     with found.decoding_with(threads or opt.default_threads()) as shared:
         written = exporter.load()(shared, target, force=force)

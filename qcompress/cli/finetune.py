@@ -26,6 +26,7 @@ from qcompress.errors import UsageError, raise_all
 
 if TYPE_CHECKING:
     from qcompress.checkpoint.checkpoint import Checkpoint
+    from qcompress.checkpoint.outputs import Write
     from qcompress.report.training_report import TrainingReport
     from qcompress.types.plan import Recipe
 
@@ -87,7 +88,9 @@ def finetune_reg(
 
     streams = replace(streams, quiet=streams.quiet or launched_rank() > 0)
     target = output or _default_output(checkpoint, recipe)
-    _refuse_harm(checkpoint, recipe, target, streams.json_to, force=force, resume=resume)
+    reads = {"the checkpoint": checkpoint, "the recipe": recipe}
+    writes = _writes(target, folder=checkpoint is not None and checkpoint.is_dir(), resume=resume)
+    refuse_harm(reads, writes, streams.json_to, recipe=asked, force=force)
     model_run = make_model_run(asked, device, allow_code, streams, threads)
     with join_world(model_run.device) as world:
         options = FinetuneOptions(target, force, resume, streams.say)
@@ -96,20 +99,17 @@ def finetune_reg(
         _finish(report, target, streams)
 
 
-def _refuse_harm(
-    checkpoint: Path | None, recipe: Path, target: Path, json_to: str | None, *, force: bool, resume: bool
-) -> None:
-    """Raise OutputError where the checkpoint, or what lies beside it, would replace what is read or is not ours."""
+def _writes(target: Path, *, folder: bool, resume: bool) -> list[Write]:
+    """The checkpoint, and what lies beside it."""
     from qcompress.checkpoint.outputs import Write, is_own_json
     from qcompress.report.training_report import BESIDE, training_path
 
-    writes = [
-        Write(target, "-o", folder=checkpoint is not None and checkpoint.is_dir()),
+    return [
+        Write(target, "-o", folder=folder),
         Write(training_path(target), "the report", is_own=is_own_json),
         # A run that resumes goes on with its log, and writes anew what an earlier run left.
         *(Write(training_path(target, kind), what, is_own=lambda _: resume) for kind, what in BESIDE.items()),
     ]
-    refuse_harm({"the checkpoint": checkpoint, "the recipe": recipe}, writes, json_to, force=force)
 
 
 def _default_output(checkpoint: Path | None, recipe: Path) -> Path:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qcompress.report.document import Report
     from qcompress.report.render import Terminal
     from qcompress.report.table import View
+    from qcompress.types.plan import Recipe
 
 PLAIN_LINE_SECONDS = 10.0
 NARROWEST = 60
@@ -133,18 +134,28 @@ def write_text(text: str, json_to: str) -> None:
 
 
 def refuse_harm(
-    reads: Mapping[str, Path | None], writes: Sequence[Write], json_to: str | None = None, *, force: bool = False
+    reads: Mapping[str, Path | None],
+    writes: Sequence[Write],
+    json_to: str | None = None,
+    *,
+    recipe: Recipe | None = None,
+    force: bool = False,
 ) -> None:
     """Raise OutputError where what a command writes would replace what it reads, or anything that is not its own.
 
     reads    "the recipe" -> its file; None and "-" are none
     json_to  of --json, which is written too
+    recipe   names files that are read: data, code and others
     """
     from qcompress.checkpoint.outputs import Read, Write, is_own_json, refuse_meeting
 
     if json_to not in (None, "-"):
         writes = [*writes, Write(Path(json_to), "--json", streams=True, is_own=is_own_json)]
     found = [Read(path, what) for what, path in reads.items() if path is not None and str(path) != "-"]
+    if recipe is not None:
+        from qcompress.compress.check import named_files
+
+        found += [Read(path, what, whole=True) for what, path in named_files(recipe).items()]
     refuse_meeting(found, writes, force=force)
 
 

@@ -88,8 +88,8 @@ def show(
     from qcompress.recipe import recipe_json, recipe_yaml
 
     refuse_mixed(json_to, quiet=False)
-    refuse_harm({"the recipe": path}, [], json_to, force=force)
     resolved = read_given(path, overrides)
+    refuse_harm({"the recipe": path}, [], json_to, recipe=resolved, force=force)
     if json_to is not None:
         write_text(json_document(recipe_json(resolved)), json_to)
     if json_to != "-":

@@ -26,6 +26,7 @@ from qcompress.errors import Refusals, ReportError, Subject, UnmeasuredError, Us
 from qcompress.types.plan import Gates
 
 if TYPE_CHECKING:
+    from qcompress.checkpoint.outputs import Write
     from qcompress.report.document import Report
     from qcompress.report.gates import BaselineGates
     from qcompress.report.render import Terminal
@@ -146,8 +147,12 @@ def report(
 
     qcompress report model.safetensors --sensitivity -r recipe.yaml
     """
-    inputs = [*artifacts, baseline, since.baseline_report, measuring.recipe, measuring.cache]
-    _refuse_outputs(files, inputs, quiet)
+    from qcompress.report.document_json import report_path
+
+    inputs = [*artifacts, baseline, since.baseline_report, measuring.recipe]
+    if baseline is None and not measuring.sensitivity:
+        inputs += [report_path(path) for path in artifacts if path.suffix != ".json"]
+    writes = _refuse_outputs(files, inputs, quiet)
     streams = Streams(files.json_to, quiet, verbose, no_color)
     if not measuring.sensitivity:
         _refuse_given(measuring.only_with_it, "takes --sensitivity", "add it, or leave this out")
@@ -163,12 +168,12 @@ def report(
     _refuse_given(others, "goes with artifacts, not with --sensitivity", "leave it out")
     if len(artifacts) != 1:
         raise UsageError("--sensitivity", f"takes one checkpoint, not {len(artifacts)}", "name one")
-    found = find_sensitivity(artifacts[0], measuring, files.force, streams)
+    found = find_sensitivity(artifacts[0], measuring, writes, files.force, streams)
     print_sensitivity(found, files.form, files.output, streams)
 
 
-def _refuse_outputs(files: ReportFlags, inputs: Sequence[Path | None], quiet: bool) -> None:
-    """Raise OutputError where a file to write is read too or exists, UsageError where it is a place for weights.
+def _refuse_outputs(files: ReportFlags, inputs: Sequence[Path | None], quiet: bool) -> list[Write]:
+    """What is written, but --json. Raises OutputError where it is read too or exists, UsageError for places of weights.
 
     UsageError too where two results claim stdout.
     """
@@ -187,6 +192,7 @@ def _refuse_outputs(files: ReportFlags, inputs: Sequence[Path | None], quiet: bo
     own = {"--junit": _is_own_junit}
     writes = [Write(path, flag, is_own=own.get(flag)) for flag, path in targets.items() if flag != "--json"]
     refuse_harm({f"the input {path}": path for path in inputs}, writes, json_to, force=files.force)
+    return writes
 
 
 def _is_own_junit(path: Path) -> bool:

@@ -147,7 +147,7 @@ def _refuse_harm(request: Request, target: Path, json_to: str | None) -> None:
         "the file of sensitivities": request.sensitivity,
         "the learned representatives": request.representatives or representatives_path(request.checkpoint),
     }
-    refuse_harm(reads, writes, json_to, force=force)
+    refuse_harm(reads, writes, json_to, recipe=request.recipe, force=force)
 
 
 def _refuse_weights_only(request: Request) -> None:

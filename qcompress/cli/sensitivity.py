@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.output import Streams, print_rendered, write_text
+from qcompress.cli.output import Streams, print_rendered, refuse_harm, write_text
 from qcompress.cli.recipe import read_given
 from qcompress.errors import RecipeError, UsageError, raise_all
 
 if TYPE_CHECKING:
+    from qcompress.checkpoint.outputs import Write
     from qcompress.plan.sensitivity import Sensitivity
     from qcompress.report.render import Terminal
 
@@ -105,13 +106,17 @@ class SensitivityFlags:
         }
 
 
-def find_sensitivity(checkpoint: Path, flags: SensitivityFlags, force: bool, streams: Streams) -> Sensitivity:
+def find_sensitivity(
+    checkpoint: Path, flags: SensitivityFlags, writes: Sequence[Write], force: bool, streams: Streams
+) -> Sensitivity:
     """What the cache holds of just this, else what is measured now, and cached. Raises UsageError, InputError.
 
-    force  replaces a cache of something else
+    writes  what the command writes, but --json and the cache
+    force   replaces a cache of something else
     """
     from qcompress.budget.sensitivity import SAMPLES
     from qcompress.checkpoint.checkpoint import read_checkpoint
+    from qcompress.checkpoint.outputs import Write
     from qcompress.cli.run import make_model_run
     from qcompress.compress.evaluate import read_or_measure
     from qcompress.plan.sensitivity import sensitivity_path
@@ -124,10 +129,14 @@ def find_sensitivity(checkpoint: Path, flags: SensitivityFlags, force: bool, str
     raise_all(refuse_missing(recipe, statistics=None))
     if recipe.model is None:
         raise RecipeError(recipe.source, "names no model", "add `model`, and `data.calibration` or `data.eval`")
+    cache = flags.cache or sensitivity_path(checkpoint)
+    # What else lies in the place of the cache is refused once it has been looked at.
+    writes = [Write(cache, "--cache", is_own=lambda _: True), *writes]
+    reads = {"the checkpoint": checkpoint, "the recipe": flags.recipe}
+    refuse_harm(reads, writes, streams.json_to, recipe=recipe, force=force)
     source = read_checkpoint(checkpoint)
     widths = None if flags.widths is None else parse_widths(flags.widths)
     model_run = make_model_run(recipe, flags.device, flags.allow_code, streams)
-    cache = flags.cache or sensitivity_path(checkpoint)
     samples = flags.samples or SAMPLES
     return read_or_measure(source, model_run, cache, samples, widths, force=force, say=streams.say)
 

@@ -16,9 +16,10 @@ def verify(
 ) -> None:
     """Check every byte of an artifact: header, manifest, checksums, and that all codes decode."""
     from qcompress.artifact.reader import read_artifact
+    from qcompress.report.document_json import report_path
 
     refuse_mixed(json_to, quiet)
-    refuse_harm({"the artifact": artifact}, [], json_to, force=force)
+    refuse_harm({"the artifact": artifact, "its report": report_path(artifact)}, [], json_to, force=force)
     found = read_artifact(artifact)
     with found.decoding_with(threads or opt.default_threads()) as shared:
         checked = [name for name, _ in shared.verify()]

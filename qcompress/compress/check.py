@@ -5,34 +5,24 @@ Imports no torch for recipes without a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompress.data.foreign import find_file
-from qcompress.data.user_code import find_callable, missing_package
+from qcompress.data.foreign import find_file, search_folders
+from qcompress.data.user_code import find_callable, missing_package, named_code
 from qcompress.errors import BudgetError, DataError, InputError, QcompressError, raise_all
 from qcompress.plan.sensitivity import sensitivity_file
 from qcompress.recipe import refuse_missing, refuse_untrainable
-from qcompress.types.config import Shape
+from qcompress.types.config import Section, Shape
+from qcompress.types.files import is_there
 from qcompress.types.plan import ModelFacts, Plan, Recipe
 from qcompress.types.run import ModelRun
-from qcompress.types.settings import (
-    Crop4,
-    Data,
-    Flip,
-    HubData,
-    ImagesData,
-    TextData,
-    Translation,
-)
+from qcompress.types.settings import Data, TrainData
 
 if TYPE_CHECKING:
     from qcompress.checkpoint.checkpoint import Checkpoint
-
-OURS = (Flip, Crop4)
-"""What is done to images without torchvision."""
 
 
 @dataclass
@@ -71,12 +61,11 @@ def check_recipe(
         found.errors += refuse_missing(recipe, statistics=statistics)
     if recipe.finetune is not None:
         found.errors += refuse_untrainable(recipe)
-    found.errors += [error for name in _packages(recipe) if (error := missing_package(name)) is not None]
-    absent = dict(_absent_files(recipe))
-    found.errors += absent.values()
+    absent = [*absent_needs(recipe)]
+    found.errors += [error for _, error in absent]
     waiting = _code(recipe, allow_code, found)
     if recipe.model is not None:
-        _check_live(recipe, checkpoint, allow_code, {*absent, *waiting}, found)
+        _check_live(recipe, checkpoint, allow_code, {*waiting, *(key for key, _ in absent)}, found)
     return found
 
 
@@ -109,8 +98,67 @@ def data_parts(recipe: Recipe) -> dict[str, Data]:
     return {f"data.{name}": one for name, one in parts.items() if one is not None}
 
 
-def _absent_files(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
-    """Section -> the error of a file or folder that it names and that is not there."""
+def sections_of(recipe: Recipe) -> Iterator[tuple[str, Section]]:
+    """Every part of a recipe with its key: "data.eval" -> where evaluation's data come from."""
+    return _sections_in(recipe, "")
+
+
+def _sections_in(value: object, key: str) -> Iterator[tuple[str, Section]]:
+    if isinstance(value, Section):
+        yield key, value
+    if is_dataclass(value):
+        for one in fields(value):
+            # The source of training data has no key of its own.
+            below = key if isinstance(value, TrainData) and one.name == "source" else f"{key}.{one.name}".lstrip(".")
+            yield from _sections_in(getattr(value, one.name), below)
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _sections_in(one, key)
+
+
+def named_files(recipe: Recipe) -> dict[str, Path]:
+    """Every file and folder that a recipe names and that is there: "data.eval.npz of the recipe" -> its path.
+
+    Arguments of callables may name files too: those that do by a path from the recipe's folder, from QCOMPRESS_DATA or
+    from the current folder.
+    """
+    named: dict[str, list[tuple[Path, str]]] = {}
+    folders = search_folders(recipe.root)
+    for key, section in sections_of(recipe):
+        for name in section.paths:
+            named[f"{key}.{name}"] = [(folder, getattr(section, name)) for folder in folders]
+        texts = _texts_in(getattr(section, "args", None))
+        named[f"{key}.args"] = [(folder, text) for text in texts for folder in (*folders, Path())]
+    for code in named_code(recipe):
+        file = code.name.rpartition(":")[0]
+        named[code.key] = [(recipe.root, file)] if file.endswith(".py") else []
+    return {
+        f"{key} of the recipe" + (f", {name}" if key.endswith(".args") else ""): folder / name
+        for key, places in named.items()
+        # Of a name that is in several folders the first is read.
+        for folder, name in reversed(places)
+        if name and is_there(folder / name)
+    }
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _texts_in(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts_in(one)
+
+
+def absent_needs(recipe: Recipe) -> Iterator[tuple[str, QcompressError]]:
+    """The key of a section, and the error of a package of an extra, or of a file or folder, that it needs in vain."""
+    for key, section in sections_of(recipe):
+        for package in section.packages:
+            error = missing_package(package)
+            if error is not None:
+                yield key, error
     for part, settings in data_parts(recipe).items():
         for key in settings.paths:
             name = getattr(settings, key)
@@ -123,24 +171,6 @@ def _absent_files(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
         sensitivity_file(recipe)
     except BudgetError as error:
         yield "budget", error
-
-
-def _packages(recipe: Recipe) -> Iterator[str]:
-    """The packages of extras that a recipe cannot do without."""
-    if recipe.model is not None:
-        top = recipe.model.factory.partition(".")[0].partition(":")[0]
-        yield from (name for name in ("torchvision", "timm", "transformers") if name == top)
-    for settings in data_parts(recipe).values():
-        if isinstance(settings, ImagesData):
-            yield "PIL"
-        if isinstance(settings, HubData):
-            yield "datasets"
-        if isinstance(settings, HubData | TextData) and settings.tokenizer is not None:
-            yield "tokenizers" if settings.tokenizer.endswith(".json") else "transformers"
-    if recipe.data is not None and recipe.data.train is not None:
-        yield from ("torchvision" for step in recipe.data.train.augment if not isinstance(step, OURS))
-    if isinstance(recipe.task, Translation):
-        yield "sacrebleu"
 
 
 def _code(recipe: Recipe, allow_code: bool, found: Findings) -> set[str]:

@@ -18,7 +18,7 @@ from qcompress.artifact.writer import copy_companions
 from qcompress.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint, write_checkpoint
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import reporting_resources, staged_output, staging_folder
-from qcompress.compress.check import refuse_code
+from qcompress.compress.check import absent_needs, refuse_code
 from qcompress.compress.evaluate import compare, is_measured, load_network, measure_task
 from qcompress.compress.load import KEPT_DTYPES
 from qcompress.compress.weight_stats import TrialKind, Trials, WeightStats, measure_weights
@@ -26,7 +26,7 @@ from qcompress.data.augment import load_augmentations
 from qcompress.data.batches import Source
 from qcompress.data.measurement import Measurement
 from qcompress.data.sources import read_data
-from qcompress.errors import RecipeError, TrainingError
+from qcompress.errors import RecipeError, TrainingError, raise_all
 from qcompress.model.build import tied_names
 from qcompress.recipe import recipe_hash
 from qcompress.report.document import AccuracyFigures, GateResult
@@ -44,6 +44,8 @@ from qcompress.training.warnings import advise_after, advise_before
 from qcompress.types.plan import Gates, Recipe
 from qcompress.types.run import ModelRun, Say, start_clock
 
+NEEDED = ("model", "data.train", "data.eval", "task")
+"""Sections of a recipe that training uses; the others are for what comes after it."""
 STATE = "training.safetensors"
 """The file of saved states, where the output is being built."""
 
@@ -77,6 +79,7 @@ def finetune(
     clock = start_clock()
     if checkpoint is not None:
         refuse_own_input(checkpoint.path, options.output)
+    _refuse_absent(recipe)
     training = recipe.finetune
     torch.manual_seed(recipe.seed)
     module = load_network(model_run, checkpoint).to(model_run.device)
@@ -114,13 +117,20 @@ def finetune(
     )
 
 
+def _refuse_absent(recipe: Recipe) -> None:
+    """Raise QcompressError (Refusals where several) for packages and files that training needs in vain."""
+    raise_all([error for key, error in absent_needs(recipe) if key.startswith(NEEDED)])
+
+
 def plan_training(recipe: Recipe, checkpoint: Checkpoint | None, allow_code: bool) -> list[dict[str, Any]]:
     """The weights, a row each, and how they would be regularized; the model is built and the checkpoint loaded.
 
-    raises  UsageError for code without consent, and what attaching penalties raises
+    raises  UsageError for code without consent; what is missing of packages and files that training needs; and what
+            attaching penalties raises
     """
     assert recipe.finetune is not None
     refuse_code(recipe, allow_code)
+    _refuse_absent(recipe)
     torch.manual_seed(recipe.seed)
     module = load_network(ModelRun(recipe, torch.device("cpu"), allow_code), checkpoint)
     penalties = attach_penalties(module, recipe.finetune.regularize)

@@ -57,7 +57,7 @@ class Draw:
 def load_augmentations(augment: Sequence[Augmentation]) -> None:
     """Make ready what is not our own. Raises UsageError for a missing extra."""
     for step in augment:
-        if not isinstance(step, Flip | Crop4):
+        if step.packages:
             _transform(step)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qcompress.errors import DataError, QcompressError, ResourceError
+from qcompress.types.files import is_there
 
 LARGEST_LABEL = 2**31 - 1
 SHOWN = 120
@@ -40,13 +41,19 @@ def first_line(error: BaseException, length: int = 200) -> str:
 
 def find_file(root: Path, name: str, place: str) -> Path:
     """A file or folder that a recipe names, from its folder `root` or from QCOMPRESS_DATA. Raises DataError."""
-    base = os.environ.get("QCOMPRESS_DATA")
-    for folder in (root, *([Path(base)] if base else [])):
-        if (folder / name).exists():
+    folders = search_folders(root)
+    for folder in folders:
+        if is_there(folder / name):
             refuse_irregular(folder / name, place)
             return folder / name
-    where = "the recipe's folder" + (", nor in QCOMPRESS_DATA" if base else "; QCOMPRESS_DATA is not set")
+    where = "the recipe's folder" + (", nor in QCOMPRESS_DATA" if len(folders) > 1 else "; QCOMPRESS_DATA is not set")
     raise DataError(place, f"{name!r} is not in {where}", "check the path, or set QCOMPRESS_DATA to its folder")
+
+
+def search_folders(root: Path) -> list[Path]:
+    """Where the files that a recipe names are looked for, in this order: in its folder `root`, and QCOMPRESS_DATA."""
+    base = os.environ.get("QCOMPRESS_DATA")
+    return [root, *([Path(base)] if base else [])]
 
 
 def refuse_irregular(path: Path, where: str) -> None:

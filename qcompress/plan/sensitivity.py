@@ -16,6 +16,7 @@ from qcompress.errors import BudgetError, ReportError
 from qcompress.types.config import Shape
 from qcompress.types.document import Document
 from qcompress.types.figures import NotNegative, Positive, figure
+from qcompress.types.files import is_there
 from qcompress.types.plan import Decision, Recipe
 from qcompress.types.run import RunFigures
 
@@ -132,7 +133,7 @@ def sensitivity_file(recipe: Recipe) -> Path | None:
         return None
     base = os.environ.get("QCOMPRESS_DATA")
     for folder in (recipe.root, *([Path(base)] if base else [])):
-        if (folder / recipe.budget.sensitivity).exists():
+        if is_there(folder / recipe.budget.sensitivity):
             return folder / recipe.budget.sensitivity
     raise BudgetError(f"{recipe.place('budget')}.sensitivity", f"{recipe.budget.sensitivity!r} is not there", AGAIN)
 

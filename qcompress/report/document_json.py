@@ -33,4 +33,6 @@ def write_report(report: Report, path: Path) -> None:
 
 def report_path(output: Path) -> Path:
     """Where the report of an artifact lies: `model-w2.report.json` beside `model-w2.safetensors` or `model-w2/`."""
+    # `.` and `..` have no name of their own.
+    output = output.resolve() if output.name in ("", "..") else output
     return output.with_name(f"{output.name.removesuffix('.safetensors')}.report.json")

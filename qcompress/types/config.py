@@ -40,6 +40,13 @@ class Section:
     __pydantic_config__: ClassVar[Mapping[str, object]] = {"extra": "forbid", "strict": True}
     example: ClassVar[Example] = {}
     """What a hint and the schema show of it."""
+    paths: ClassVar[tuple[str, ...]] = ()
+    """The keys whose values are files or folders that a run reads."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages of extras without which it does nothing."""
+        return ()
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,21 @@ def read_start(path: Path, most: int) -> bytes:
     return found
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path names something: one that is too long, or a link to itself, names nothing."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def real_path(path: Path) -> Path:
+    """The absolute path without links, as far as they lead somewhere."""
+    # Path.resolve raises where a link leads to itself.
+    return Path(os.path.realpath(path))
+
+
 def _open(path: Path) -> tuple[int, bool]:
     """The descriptor of a regular file or of a pipe, and whether it is a pipe, which does not block yet."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

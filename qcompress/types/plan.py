@@ -96,6 +96,7 @@ class Budget(Section):
 
     example: ClassVar = {"bpw": 2.0}
     limits: ClassVar = ("bpw", "size", "minimize")
+    paths: ClassVar = ("sensitivity",)
 
     bpw: Given[Annotated[float, Gt(0)]] = None
     size: Given[Size] = None

@@ -18,6 +18,9 @@ from qcompress.types.written import ByKey, Given, OneOf, Refused, Texts, shown_a
 WEIGHT_ARGUMENTS = ("weights", "pretrained", "checkpoint_path")
 """Arguments of model factories that load weights of their own."""
 
+LIBRARIES = ("torchvision", "timm", "transformers")
+"""Packages whose networks a factory names."""
+
 Share: TypeAlias = Annotated[float, Interval(ge=0, le=1)]
 Args: TypeAlias = dict[str, Any]
 """Keyword arguments of a callable that a recipe names."""
@@ -48,6 +51,11 @@ class ModelSettings(Section):
             if self.args.get(name) not in (None, False, ""):
                 raise Refused(f"{quoted(name)} is set; remove it: weights come from the checkpoint", "args", name)
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        top = self.factory.partition(".")[0].partition(":")[0]
+        return tuple(name for name in LIBRARIES if name == top)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Portion(Section):
@@ -56,9 +64,6 @@ class Portion(Section):
     samples     the first so many, or with `shuffle` drawn by the seed; all where absent
     batch_size  samples that run through the network at once
     """
-
-    paths: ClassVar[tuple[str, ...]] = ()
-    """The keys whose values are files or folders."""
 
     samples: Annotated[int, Ge(1)] | None = None
     batch_size: Annotated[int, Ge(1)] = 64
@@ -100,6 +105,10 @@ class ImagesData(Portion):
     resize: Annotated[int, Ge(1)] | None = None
     crop: Annotated[int, Ge(1)] = 224
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("PIL",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HubData(Portion):
@@ -121,6 +130,10 @@ class HubData(Portion):
     tokenizer: str | None = None
     length: Annotated[int, Ge(1)] = 128
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("datasets", *_tokenizer_packages(self.tokenizer))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextData(Portion):
@@ -140,6 +153,17 @@ class TextData(Portion):
     target: str | None = None
     labels: str | None = None
     length: Annotated[int, Ge(2)] = 256
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return _tokenizer_packages(self.tokenizer)
+
+
+def _tokenizer_packages(tokenizer: str | None) -> tuple[str, ...]:
+    """A folder is read by transformers, a file by tokenizers."""
+    if tokenizer is None:
+        return ()
+    return ("tokenizers",) if tokenizer.endswith(".json") else ("transformers",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +202,16 @@ class Crop4(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomResizedCrop(Section):
+class OfTorchvision(Section):
+    """Something done to images that torchvision does."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("torchvision",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop(OfTorchvision):
     """A random part of the image, resized to a square; of a folder's images the whole ones are cut, in place of `crop`.
 
     size   height and width of the result
@@ -197,7 +230,7 @@ class RandomResizedCrop(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColorJitter(Section):
+class ColorJitter(OfTorchvision):
     """Random changes of colour, in random order: factors from 1 - x to 1 + x, and a turn of the hue.
 
     brightness  x, from 0
@@ -217,7 +250,7 @@ class ColorJitter(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandAugment(Section):
+class RandAugment(OfTorchvision):
     """Some of fourteen changes of shape and colour, drawn for each image (Cubuk et al. 2020, arXiv 1909.13719).
 
     num_ops    how many
@@ -229,7 +262,7 @@ class RandAugment(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixUp(Section):
+class MixUp(OfTorchvision):
     """Each image and its label are mixed with another's of the batch (Zhang et al. 2018, arXiv 1710.09412).
 
     alpha  of the Beta distribution that a batch's share is drawn from
@@ -239,7 +272,7 @@ class MixUp(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutMix(Section):
+class CutMix(OfTorchvision):
     """A rectangle of each image comes from another of the batch, as its label does in part (arXiv 1905.04899).
 
     alpha  of the Beta distribution that the rectangle's share is drawn from
@@ -367,6 +400,10 @@ class Translation(Section):
 
     length: Annotated[int, Ge(1)] = 64
     beams: Annotated[int, Interval(ge=1, le=64)] = 1
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("sacrebleu",)
 
 
 @dataclass(frozen=True, kw_only=True)

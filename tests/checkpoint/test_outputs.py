@@ -77,6 +77,79 @@ def test_no_file_of_a_folder_that_is_read_is_replaced_but_new_ones_may_join(tmp_
     refuse_meeting(read, [Write(folder / "new.json", "--json"), Write(tmp_path / "other", "-o")])
 
 
+@pytest.mark.parametrize("inside", ["cat/one.png", "linked/two.png"])
+@pytest.mark.parametrize("how", ["same", "symbolic link", "hard link"])
+def test_of_a_folder_that_is_read_as_a_whole_no_file_is_replaced(tmp_path: Path, inside: str, how: str) -> None:
+    """However deep it lies, and in a folder that the folder links to."""
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for folder in (images / "cat", elsewhere):
+        folder.mkdir(parents=True)
+    (images / "cat" / "one.png").touch()
+    (elsewhere / "two.png").touch()
+    (images / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(images)
+    target = (images / inside).resolve()
+    other = tmp_path / "other"
+    if how == "symbolic link":
+        other.symlink_to(target)
+    elif how == "hard link":
+        other.hardlink_to(target)
+    write = Write(target if how == "same" else other, "-o")
+    with pytest.raises(OutputError, match="-o would replace the images"):
+        refuse_meeting([Read(images, "the images", whole=True)], [write], force=True)
+    (tmp_path / "free").touch()
+    refuse_meeting([Read(images, "the images", whole=True)], [Write(tmp_path / "free", "-o")], force=True)
+
+
+def test_a_folder_within_what_is_read_as_a_whole_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "data" / "out").mkdir(parents=True)
+    (tmp_path / "data" / "out" / "model.safetensors").touch()
+    writes = [Write(tmp_path / "data" / "out", "-o", folder=True)]
+    refuse_meeting([Read(tmp_path / "data", "the checkpoint")], writes, force=True)
+    with pytest.raises(OutputError, match="would replace the data"):
+        refuse_meeting([Read(tmp_path / "data", "the data", whole=True)], writes, force=True)
+
+
+def test_a_replaced_folder_holds_nothing_that_a_folder_links_to(tmp_path: Path) -> None:
+    read, out = tmp_path / "model", tmp_path / "out"
+    read.mkdir()
+    out.mkdir()
+    (out / "model.safetensors").touch()
+    (read / "model.safetensors").symlink_to(out / "model.safetensors")
+    with pytest.raises(OutputError, match="would replace the checkpoint"):
+        refuse_meeting([Read(read, "the checkpoint")], [Write(out, "-o", folder=True)], force=True)
+
+
+def test_nothing_is_read_from_the_work_folder_of_an_output(tmp_path: Path) -> None:
+    """Which is emptied before the run begins: what an earlier run left there is no input."""
+    left = tmp_path / ".a.safetensors.partial" / "a.safetensors"
+    left.parent.mkdir()
+    left.touch()
+    with pytest.raises(OutputError, match="-o would replace the checkpoint"):
+        refuse_meeting([Read(left, "the checkpoint")], [Write(tmp_path / "a.safetensors", "-o")])
+
+
+@pytest.mark.parametrize("inside", ["out/k.json", ".out.partial/k.json"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_no_write_lies_in_another_even_before_that_is_there(tmp_path: Path, inside: str, order: int) -> None:
+    writes = [Write(tmp_path / "out", "-o", folder=True), Write(tmp_path / inside, "--json")][::order]
+    with pytest.raises(OutputError, match="lie one in the other"):
+        refuse_meeting([], writes, force=True)
+
+
+@pytest.mark.parametrize("what", ["read", "write", "folder"])
+def test_links_to_themselves_are_told_of_and_no_bug(tmp_path: Path, what: str) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    read = Read(loop if what == "read" else tmp_path / "a", "the checkpoint")
+    write = Write({"read": tmp_path / "b", "write": loop, "folder": loop / "b"}[what], "-o")
+    if what == "write":
+        with pytest.raises(OutputError, match="exists already"):
+            refuse_meeting([read], [write])
+    else:
+        refuse_meeting([read], [write])
+
+
 def test_what_exists_is_replaced_by_force_or_where_this_tool_wrote_it(tmp_path: Path) -> None:
     target = tmp_path / "y.report.json"
     write = Write(target, "the report", is_own=is_own_json)
