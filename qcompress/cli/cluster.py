@@ -14,7 +14,7 @@ from qcompress.cli.recipe import make_recipe
 
 
 def cluster(
-    checkpoint: opt.Checkpoint,
+    checkpoint: opt.TrainedCheckpoint = None,
     *,
     bits: Annotated[
         int | None,
@@ -81,9 +81,10 @@ def cluster(
 
     qcompress cluster model.safetensors --bits 8 --dim 4 --min-sqnr 12
     """
-    from qcompress.cli.run import Request, run
+    from qcompress.cli.run import Request, refuse_no_checkpoint, run
 
     refuse_mixed(streams.json_to, streams.quiet)
+    refuse_no_checkpoint("qcompress cluster", checkpoint, recipe)
     flags = {"bits": bits, "dim": dim, "granularity": granularity, "group_size": group_size, "share": share}
     run(
         Request(

@@ -68,7 +68,7 @@ def finetune_reg(
     torchrun --nproc-per-node 2 -m qcompress finetune-reg model.safetensors -r recipe.yaml
     """
     from qcompress.checkpoint.checkpoint import read_checkpoint
-    from qcompress.cli.run import make_model_run
+    from qcompress.cli.run import default_output, make_model_run
     from qcompress.recipe import refuse_untrainable
 
     refuse_mixed(streams.json_to, streams.quiet)
@@ -87,7 +87,7 @@ def finetune_reg(
     from qcompress.training.parallel import join_world, launched_rank
 
     streams = replace(streams, quiet=streams.quiet or launched_rank() > 0)
-    target = output or _default_output(checkpoint, recipe)
+    target = output or default_output(checkpoint, recipe, "")
     reads = {"the checkpoint": checkpoint, "the recipe": recipe}
     writes = _writes(target, folder=checkpoint is not None and checkpoint.is_dir(), resume=resume)
     refuse_harm(reads, writes, streams.json_to, recipe=asked, force=force)
@@ -110,14 +110,6 @@ def _writes(target: Path, *, folder: bool, resume: bool) -> list[Write]:
         # A run that resumes goes on with its log, and writes anew what an earlier run left.
         *(Write(training_path(target, kind), what, is_own=lambda _: resume) for kind, what in BESIDE.items()),
     ]
-
-
-def _default_output(checkpoint: Path | None, recipe: Path) -> Path:
-    from qcompress.cli.run import default_output
-
-    if checkpoint is not None:
-        return default_output(checkpoint, recipe, "")
-    return Path(f"{'trained' if str(recipe) == '-' else recipe.stem}.safetensors")
 
 
 def _print_plan(recipe: Recipe, source: Checkpoint | None, allow_code: bool, streams: Streams) -> None:

@@ -75,6 +75,16 @@ Checkpoint = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
+TrainedCheckpoint = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CHECKPOINT]",
+        help="A .safetensors file, a sharded folder, or a Hugging Face folder. A recipe whose method trains the "
+        "network can do without: it is then trained from scratch.",
+        show_default=False,
+        rich_help_panel=INPUT,
+    ),
+]
 Artifacts = Annotated[
     list[Path],
     typer.Argument(

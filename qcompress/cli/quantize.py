@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    checkpoint: opt.Checkpoint,
+    checkpoint: opt.TrainedCheckpoint = None,
     *,
     bits: Annotated[
         int | None,
@@ -79,9 +79,10 @@ def quantize(
 
     qcompress quantize model.safetensors -r recipe.yaml --min-sqnr 12 --json -
     """
-    from qcompress.cli.run import Request, run
+    from qcompress.cli.run import Request, refuse_no_checkpoint, run
 
     refuse_mixed(streams.json_to, streams.quiet)
+    refuse_no_checkpoint("qcompress quantize", checkpoint, recipe)
     budget = opt.make_budget_flag(bpw, target_size, minimize)
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
     asked = make_recipe(recipe, method, flags, overrides, running.seed, "quantize", budget)

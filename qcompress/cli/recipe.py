@@ -159,12 +159,12 @@ def make_recipe(
     return made
 
 
-def find_representatives(recipe: Recipe, checkpoint: Path, named: Path | None) -> Path | None:
+def find_representatives(recipe: Recipe, checkpoint: Path | None, named: Path | None) -> Path | None:
     """The file of learned representatives, where a method takes it up."""
     from qcompress.registry import METHODS
 
     if any(rule.method is not None and METHODS[rule.method].representatives for rule in recipe.rules):
         from qcompress.checkpoint.side_files import representatives_path
 
-        return named or representatives_path(checkpoint)
+        return named or (representatives_path(checkpoint) if checkpoint is not None else None)
     return None

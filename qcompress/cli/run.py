@@ -26,7 +26,7 @@ from qcompress.errors import ResourceError, UsageError, raise_all
 from qcompress.plan.allocate import allocate, read_costs
 from qcompress.plan.plan_json import PlanJson, TensorJson, plan_json
 from qcompress.plan.sensitivity import sensitivity_file
-from qcompress.recipe import refuse_missing, trains
+from qcompress.recipe import refuse_from_scratch, refuse_missing, trains
 from qcompress.report.document import Report
 from qcompress.report.document_json import report_path, write_report
 from qcompress.report.gates import check_gates, raise_failed
@@ -52,9 +52,12 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One run as the command line asks for it; `suffix` names the output where no recipe file does."""
+    """One run as the command line asks for it; `suffix` names the output where no recipe file does.
 
-    checkpoint: Path
+    checkpoint  None where the network is trained from scratch
+    """
+
+    checkpoint: Path | None
     recipe: Recipe
     recipe_file: Path | None
     suffix: str
@@ -71,11 +74,28 @@ class Request:
 def run(request: Request, streams: Streams) -> None:
     """Make the artifact, or print its plan. Raises GateFailed once artifact and report are written."""
     request = _checked(request)
-    recipe, source = request.recipe, read_checkpoint(request.checkpoint)
+    if request.recipe.model is not None:
+        _refuse_weights_only(request)
+    if request.checkpoint is not None:
+        _run(request, read_checkpoint(request.checkpoint), streams)
+        return
+    from qcompress.compress.untrained import untrained_checkpoint
+
+    model_run = make_model_run(request.recipe, opt.Device.cpu, request.allow_code, streams, request.running.threads)
+    with untrained_checkpoint(model_run) as source:
+        _run(request, source, streams)
+
+
+def refuse_no_checkpoint(command: str, checkpoint: Path | None, recipe: Path | None) -> None:
+    """Raise UsageError where there is neither a checkpoint nor a recipe that might do without."""
+    if checkpoint is None and recipe is None:
+        raise UsageError(command, "no checkpoint is given", "name a .safetensors file or a folder")
+
+
+def _run(request: Request, source: Checkpoint, streams: Streams) -> None:
+    recipe = request.recipe
     target = request.writing.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
     coding: CodingChoice = request.writing.coding.value
-    if recipe.model is not None:
-        _refuse_weights_only(request)
     if request.writing.dry_run:
         plan = _dry_plan(source, request, streams)
         if request.sensitivity is not None:
@@ -111,13 +131,15 @@ def _checked(request: Request) -> Request:
             "torchrun", "splitting tensors over ranks is not available in this version", "run qcompress by itself"
         )
     recipe = replace(recipe, gates=opt.make_gates(recipe.gates, request.gates))
+    if request.checkpoint is None:
+        raise_all(refuse_from_scratch(recipe))
     raise_all(refuse_missing(recipe, statistics=request.statistics is not None))
     if recipe.model is None:
         raise_all(opt.unmeasurable(recipe.gates))
         if request.save_statistics is not None:
             hint = "add -r RECIPE with model and data"
             raise UsageError("--save-statistics", "there is no model to gather from", hint)
-    if request.writing.compact and request.checkpoint.is_dir():
+    if request.writing.compact and request.checkpoint is not None and request.checkpoint.is_dir():
         raise UsageError("--compact", "the checkpoint is a folder, and only single files are compact", "leave it out")
     if request.sensitivity is not None and recipe.budget is None:
         where = f"--sensitivity {request.sensitivity}"
@@ -132,7 +154,7 @@ def _refuse_harm(request: Request, target: Path, json_to: str | None) -> None:
     """Raise OutputError where the run would replace what it reads, or what is not its own."""
     force = request.writing.force
     writes = [
-        Write(target, "-o", folder=request.checkpoint.is_dir()),
+        Write(target, "-o", folder=request.checkpoint is not None and request.checkpoint.is_dir()),
         Write(report_path(target), "the report", is_own=is_own_json),
     ]
     if request.save_statistics is not None:
@@ -140,12 +162,13 @@ def _refuse_harm(request: Request, target: Path, json_to: str | None) -> None:
     if trains(request.recipe):
         log = training_path(target, "log.jsonl")
         writes.append(Write(log, "the training log", is_own=lambda _: request.running.resume))
+    beside = representatives_path(request.checkpoint) if request.checkpoint is not None else None
     reads = {
         "the checkpoint": request.checkpoint,
         "the recipe": request.recipe_file,
         "the statistics": request.statistics,
         "the file of sensitivities": request.sensitivity,
-        "the learned representatives": request.representatives or representatives_path(request.checkpoint),
+        "the learned representatives": request.representatives or beside,
     }
     refuse_harm(reads, writes, json_to, recipe=request.recipe, force=force)
 
@@ -160,8 +183,13 @@ def _refuse_weights_only(request: Request) -> None:
         raise UsageError(where, "the recipe names a live model", "leave one of them out")
 
 
-def default_output(checkpoint: Path, recipe: Path | None, suffix: str) -> Path:
-    """Beside the input: `model-w2.safetensors`, or `model-RECIPE.safetensors`; a folder gives a folder."""
+def default_output(checkpoint: Path | None, recipe: Path | None, suffix: str) -> Path:
+    """Beside the input: `model-w2.safetensors`, or `model-RECIPE.safetensors`; a folder gives a folder.
+
+    Without a checkpoint here, by the recipe's name alone.
+    """
+    if checkpoint is None:
+        return Path(f"{'trained' if recipe is None or str(recipe) == '-' else recipe.stem}.safetensors")
     if recipe is not None:
         suffix = "recipe" if str(recipe) == "-" else recipe.stem
     real = checkpoint.resolve() if checkpoint.name in ("", ".", "..") else checkpoint

@@ -33,14 +33,13 @@ from qcompress.report.document import AccuracyFigures, GateResult
 from qcompress.report.figures import run_figures
 from qcompress.report.gates import check_metrics
 from qcompress.report.training_report import TrainedLayer, TrainingReport, TrialFigures, training_path
-from qcompress.training.loop import Data, Trained, Watch, train
+from qcompress.training.loop import Data, Trained, Watch
 from qcompress.training.losses import Loss, distilled, make_loss
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties, attach_penalties, weight_kinds
-from qcompress.training.runaway import leave_out_tiny
 from qcompress.training.state import last_good
 from qcompress.training.trainer import Trainer
-from qcompress.training.warnings import advise_after, advise_before
+from qcompress.training.warnings import advise_after
 from qcompress.types.plan import Gates, Recipe
 from qcompress.types.run import ModelRun, Say, start_clock
 
@@ -83,14 +82,13 @@ def finetune(
     training = recipe.finetune
     torch.manual_seed(recipe.seed)
     module = load_network(model_run, checkpoint).to(model_run.device)
-    penalties = attach_penalties(module, recipe.finetune.regularize)
-    penalties, warnings = leave_out_tiny(penalties, training.optimizer.lr)
-    warnings += advise_before(penalties, training, recipe.rules)
     watch = _watch(checkpoint, model_run, options, world)
     teacher = copy.deepcopy(module).eval() if training.distil else module
     trainer = make_trainer(model_run, teacher, watch, world)
+    warnings = trainer.attach(module)
+    penalties = trainer.penalties
     before = _judge(module, model_run, "before") if checkpoint is not None and world.is_first else None
-    trained = _train_and_write(module, penalties, trainer, checkpoint, options)
+    trained = _train_and_write(module, trainer, checkpoint, options)
     if not world.is_first:
         return None
     after = _judge(module, model_run, "after")
@@ -157,7 +155,8 @@ def make_trainer(model_run: ModelRun, teacher: nn.Module, watch: Watch, world: W
     recipe = model_run.recipe
     assert recipe.finetune is not None
     training = recipe.finetune
-    return Trainer(train_data(model_run), training_loss(model_run, teacher), training, watch, recipe.seed, world)
+    data, loss = train_data(model_run), training_loss(model_run, teacher)
+    return Trainer(data, loss, training, watch, recipe.seed, world, training.regularize, recipe.rules)
 
 
 def train_data(model_run: ModelRun) -> Data:
@@ -241,7 +240,6 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _train_and_write(
     module: nn.Module,
-    penalties: Penalties,
     trainer: Trainer,
     checkpoint: Checkpoint | None,
     options: FinetuneOptions,
@@ -256,16 +254,7 @@ def _train_and_write(
     with staging if world.is_first else contextlib.nullcontext(output) as staged:
         world.wait()
         try:
-            trained = train(
-                module,
-                trainer.data,
-                trainer.loss,
-                trainer.training,
-                penalties,
-                trainer.watch,
-                seed=trainer.seed,
-                world=world,
-            )
+            trained = trainer(module)
         except TrainingError as error:
             raise _with_last_good(error, state, output) if world.is_first else error from None
         if world.is_first:
@@ -274,7 +263,7 @@ def _train_and_write(
                 for shard in checkpoint.shards if checkpoint is not None else ():
                     shard.refuse_changed()
                 state.unlink(missing_ok=True)
-                _write_beside(penalties.saved(), training_path(output, "reg.safetensors"))
+                _write_beside(trainer.penalties.saved(), training_path(output, "reg.safetensors"))
     return trained
 
 

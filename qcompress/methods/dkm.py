@@ -28,7 +28,7 @@ from qcompress.coding.grids import TORCH_DTYPES, exponent_for, store_centroids, 
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.registry import DkmConfig
-from qcompress.training.fake_quantize import adjusted_tensors, fake_quantized, trained_weight
+from qcompress.training.fake_quantize import adjusted_tensors, trained_beneath, trained_weight
 from qcompress.training.trainer import trainer_of
 from qcompress.types.encoded import Codebook, Encoded, Fitted
 from qcompress.types.plan import Decision
@@ -54,8 +54,7 @@ def fit(live: LiveModel, decisions: Sequence[Decision[DkmConfig]], context: FitC
         for one in shared.values():
             one.progress = done
 
-    with fake_quantized(live, shared) as module:
-        trainer_of(context)(module, after_step)
+    with trained_beneath(live, trainer_of(context), shared, after_step=after_step) as module:
         encoded: dict[str, Encoded] = {name: one.encode(trained_weight(module, name)) for name, one in shared.items()}
     held = [name for name, one in shared.items() if one.held]
     notes = [f"{name}: the temperature was held below where its centroids merge" for name in held]

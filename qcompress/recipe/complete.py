@@ -43,16 +43,33 @@ def refuse_untrainable(recipe: Recipe, *, from_scratch: bool = False) -> list[In
         errors.append(RecipeError(recipe.source, what, "add what is to be trained, and how"))
     errors += _unmeasured_best(recipe)
     errors += _unmixable_labels(recipe)
-    if from_scratch and recipe.finetune is not None and recipe.finetune.distil is not None:
-        where = _place(recipe, "finetune")
-        errors.append(
-            RecipeError(where, "distil: there is no network to learn from", "give a CHECKPOINT, or leave it out")
-        )
-    if from_scratch and recipe.gates.max_drop:
-        errors.append(RecipeError("gates.max_drop", "there is no checkpoint to fall below", "use min_metric"))
+    if from_scratch:
+        errors += _needs_checkpoint(recipe)
     if recipe.task is not None and _has_eval(recipe):
         errors += _unknown_metrics(recipe, recipe.task)
     return errors
+
+
+def refuse_from_scratch(recipe: Recipe) -> list[InputError]:
+    """One error for everything that a run of methods cannot do without a checkpoint."""
+    idle = {rule.method for rule in recipe.rules if rule.method and METHODS[rule.method].needs != "training"}
+    errors: list[InputError] = [*_needs_checkpoint(recipe)]
+    if not trains(recipe):
+        trained = ", ".join(name for name, one in METHODS.items() if one.needs == "training")
+        hint = f"name a CHECKPOINT; only {trained} train a network from scratch"
+        errors.append(RecipeError(recipe.source, "no method of the recipe trains, and no checkpoint is given", hint))
+    elif idle:
+        what = f"{' and '.join(sorted(idle))} would compress weights that nothing has trained"
+        errors.append(RecipeError(recipe.source, what, "name a CHECKPOINT, or leave those weights out"))
+    return errors
+
+
+def _needs_checkpoint(recipe: Recipe) -> Iterator[InputError]:
+    if recipe.finetune is not None and recipe.finetune.distil is not None:
+        where = _place(recipe, "finetune")
+        yield RecipeError(where, "distil: there is no network to learn from", "give a CHECKPOINT, or leave it out")
+    if recipe.gates.max_drop:
+        yield RecipeError("gates.max_drop", "there is no checkpoint to fall below", "use min_metric")
 
 
 def _place(recipe: Recipe, section: str) -> str:
@@ -139,9 +156,6 @@ def _missing_for_training(recipe: Recipe, rule: Rule) -> Iterator[InputError]:
     others = {one.method for one in recipe.rules if one.method and METHODS[one.method].needs == "training"}
     if len(others) > 1:
         yield RecipeError(rule.where, f"{' and '.join(sorted(others))} would train one after the other", "use one")
-    if recipe.finetune is not None and recipe.finetune.regularize:
-        what = f"{rule.method} trains weights that regularizers do not reach"
-        yield RecipeError(rule.where, what, "take `finetune.regularize` out; train with it before")
     yield from _unmeasured_best(recipe)
     yield from _unmixable_labels(recipe)
     if recipe.companions:

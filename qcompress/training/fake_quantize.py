@@ -17,6 +17,7 @@ from qcompress.model.graph import inputs_of_network
 from qcompress.model.live import LiveModel, layer_name
 from qcompress.training.optimizers import Group
 from qcompress.training.trainer import Trainer
+from qcompress.training.warnings import advise_after
 from qcompress.types.encoded import ActivationGrid, Encoded, Kept
 from qcompress.types.settings import ActivationSettings
 
@@ -128,6 +129,29 @@ def fake_quantized(
         yield module
 
 
+@contextmanager
+def trained_beneath(
+    live: LiveModel,
+    trainer: Trainer,
+    weights: Mapping[str, nn.Module],
+    inputs: Mapping[str, nn.Module] | None = None,
+    after_step: Callable[[float], None] = lambda _: None,
+    groups: Sequence[Group] = (),
+) -> Iterator[nn.Module]:
+    """`live.quantized` as training beneath its quantizers has left it, which are still in place.
+
+    The recipe's regularizers act on the weights beneath.
+
+    weights, inputs  as for `fake_quantized`
+    raises           DataError, ModelError, RecipeError, TrainingError
+    """
+    trainer.warn(trainer.attach(live.quantized))
+    with fake_quantized(live, weights, inputs) as module:
+        trained = trainer(module, after_step, groups)
+        trainer.warn((*trained.warnings, *advise_after(trainer.penalties)))
+        yield module
+
+
 def train_grids(
     live: LiveModel,
     trainer: Trainer,
@@ -149,8 +173,7 @@ def train_grids(
             for parameter, least in bounded:
                 parameter.clamp_(min=least)
 
-    with fake_quantized(live, weights, inputs) as module:
-        trainer(module, after_step, groups)
+    with trained_beneath(live, trainer, weights, inputs, after_step, groups) as module:
         return {name: trained_weight(module, name) for name in weights}
 
 

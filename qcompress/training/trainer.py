@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,10 @@ from qcompress.training.loop import Data, Trained, Watch, refuse_few, train
 from qcompress.training.losses import Loss
 from qcompress.training.optimizers import Group
 from qcompress.training.parallel import ALONE, World
-from qcompress.training.penalties import Penalties
+from qcompress.training.penalties import Penalties, attach_penalties
+from qcompress.training.runaway import leave_out_tiny
+from qcompress.training.warnings import advise_before
+from qcompress.types.plan import Rule
 from qcompress.types.run import FitContext, seeded_generator
 from qcompress.types.settings import Training
 
@@ -29,7 +32,12 @@ def trainer_of(context: FitContext) -> Trainer:
 
 @dataclass
 class Trainer:
-    """Trains a module on the recipe's data as its `finetune` section says; `trained` then says how that went."""
+    """Trains a module on the recipe's data as its `finetune` section says; `trained` then says how that went.
+
+    regularize  the rules of the regularizers
+    rules       what becomes of the weights afterwards, or while they are trained
+    penalties   of the weights of the module that `attach` was given
+    """
 
     data: Data
     loss: Loss
@@ -37,7 +45,24 @@ class Trainer:
     watch: Watch
     seed: int
     world: World = ALONE
+    regularize: Sequence[Rule] = ()
+    rules: Sequence[Rule] = ()
+    penalties: Penalties = field(default_factory=lambda: Penalties([]), init=False)
     trained: Trained | None = field(default=None, init=False)
+
+    def attach(self, module: nn.Module) -> list[str]:
+        """Give the module's weights the penalties that the recipe asks for, before any quantizer hides their names.
+
+        returns  what is to be said before training begins, a line each
+        raises   what `attach_penalties` raises
+        """
+        penalties = attach_penalties(module, self.regularize)
+        self.penalties, lines = leave_out_tiny(penalties, self.training.optimizer.lr)
+        return lines + advise_before(self.penalties, self.training, self.rules)
+
+    def warn(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.watch.say(f"warning: {line}")
 
     def __call__(
         self,
@@ -45,26 +70,25 @@ class Trainer:
         after_step: Callable[[float], None] = lambda _: None,
         groups: Sequence[Group] = (),
     ) -> Trained:
-        """Train.
+        """Train; penalties act on the weights beneath their quantizers, and on none that another method has compressed.
 
         after_step  called after each step with the share of all steps that are done
         groups      parameters of the module that have an optimizer's settings of their own, see `make_optimizer`
         raises      what `train` raises
         """
+        self.penalties = Penalties([one for one in self.penalties.regularized if one.weight.requires_grad])
         self.trained = train(
             module,
             self.data,
             self.loss,
             self.training,
-            Penalties([]),
+            self.penalties,
             self.watch,
             seed=self.seed,
             world=self.world,
             after_step=after_step,
             groups=groups,
         )
-        for line in self.trained.warnings:
-            self.watch.say(f"warning: {line}")
         return self.trained
 
     def first_batches(self, device: torch.device) -> list[Batch]:

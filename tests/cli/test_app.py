@@ -27,7 +27,7 @@ COMMAND_LINE = {
     "unknown command": (["qunatize"], "No such command 'qunatize'"),
     "unknown option": (["quantize", "M", "--bist", "2"], "No such option: --bist"),
     "no value": (["quantize", "M", "--bits"], "requires an argument"),
-    "no checkpoint": (["quantize", "--bits", "2"], "Missing argument 'CHECKPOINT'"),
+    "no checkpoint": (["quantize", "--bits", "2"], "no checkpoint is given"),
     "no artifact": (["report"], "Missing argument 'ARTIFACT...'"),
     "surplus argument": (["verify", "M", "N"], "unexpected extra argument"),
     "bits as text": (["quantize", "M", "--bits", "two"], "--bits"),

@@ -238,6 +238,36 @@ def test_distillation_changes_what_is_learned(run: Run, folder: Path, tmp_path: 
     assert not torch.equal(one["conv.weight"], other["conv.weight"])
 
 
+PENALTY = "  schedule=>  regularize: [{match: '*.weight', RULE}]\n  schedule"
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "dkm"])
+def test_regularizers_pull_the_weights_beneath_the_grids(run: Run, folder: Path, tmp_path: Path, method: str) -> None:
+    """One that is strong beyond all reason leaves little of a weight; one of no strength changes no bit."""
+    more = ["activations: {bits: 4}\n=>"] if method == "dkm" else []
+    sizes, data = {}, {}
+    for name, rule in (("none", ""), ("nothing", "l2: {strength: 0}"), ("strong", "l2: {strength: 10.0}")):
+        output = tmp_path / f"{name}.safetensors"
+        penalty = [PENALTY.replace("RULE", rule)] if rule else []
+        trained(run, folder, output, method, "{bits: 4}", *more, *penalty)
+        loaded = qcompress.load_state_dict(output)
+        sizes[name] = {weight: float(loaded[weight].abs().max()) for weight in WEIGHTS}
+        data[name] = {weight: loaded[weight] for weight in WEIGHTS}
+    assert all(torch.equal(data["none"][name], data["nothing"][name]) for name in WEIGHTS)
+    assert all(sizes["strong"][name] < 0.25 * sizes["none"][name] for name in WEIGHTS), sizes
+
+
+def test_regularizers_leave_alone_what_another_method_compressed(run: Run, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.safetensors"
+    rules = "rules:\n=>rules:\n  - {match: fc.weight, squant: {bits: 8}}\n"
+    pull = PENALTY.replace("RULE", "l2: {strength: 10.0, coupling: decoupled}")
+    trained(run, folder, output, "lsq", "{bits: 4}", rules, pull)
+    source, loaded = load_file(folder / "m.safetensors"), qcompress.load_state_dict(output)
+    error = (source["fc.weight"] - loaded["fc.weight"]).abs().max()
+    assert float(error) < 0.01 * float(source["fc.weight"].abs().max())
+    assert float(loaded["conv.weight"].abs().max()) < 0.25 * float(source["conv.weight"].abs().max())
+
+
 class Broken(Exception):
     pass
 
@@ -247,7 +277,9 @@ class Broken(Exception):
 def test_a_broken_run_goes_on_to_the_same_bytes(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: str
 ) -> None:
-    more = ["--resume", "log_steps: 5=>save_steps: 4"]
+    # What a regularizer learns is part of what is saved.
+    learned = PENALTY.replace("RULE", "dsmm: {preset: paper-dsmm}")
+    more = ["--resume", "log_steps: 5=>save_steps: 4", learned]
     if method == "dkm":
         more.append("activations: {bits: 4}\n=>")
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
@@ -336,8 +368,8 @@ WRONG: dict[str, tuple[str, str, list[str], str]] = {
     "regularizers": (
         "pact",
         "{bits: 2}",
-        ["  schedule=>  regularize: [{match: fc.weight, l2: {}}]\n  schedule"],
-        "take `finetune.regularize` out",
+        ["  schedule=>  regularize: [{match: fc.wait, l2: {}}]\n  schedule"],
+        "match 'fc.wait' decides nothing",
     ),
     "frozen norms": ("lsq", "{bits: 2}", ["  schedule=>  batch_norm: frozen\n  schedule"], "leave norm_batches out"),
     "few samples": ("lsq", "{bits: 2}", ["batch_size: 16=>batch_size: 500"], "192 samples, fewer than the 500"),
@@ -361,6 +393,57 @@ def test_what_is_wrong_is_said_and_leaves_nothing(run: Run, folder: Path, tmp_pa
     done = run(*words)
     assert done.code == 3 and error in done.err and "Traceback" not in done.err, done.err
     assert [path.name for path in output.parent.iterdir()] == ["a.yaml"]
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "dkm"])
+@pytest.mark.slow
+def test_a_network_is_trained_on_its_grids_from_scratch(run: Run, folder: Path, tmp_path: Path, method: str) -> None:
+    """Without a checkpoint it learns what another learned before it was quantized; the seed decides from where."""
+    more = ["epochs: 3=>epochs: 12", "lr: 0.02=>lr: 0.05"]
+    more += ["activations: {bits: 4}\n=>"] if method == "dkm" else []
+    names = {"a": "1", "b": "1", "c": "2"}
+    for name, seed in names.items():
+        words = words_of(folder, tmp_path / f"{name}.safetensors", method, "{bits: 4}", *more, "--seed", seed)
+        del words[1]
+        done = run(*words, "--json", "-")
+        assert done.code == 0, done.err
+        report = json.loads(done.out)
+        (accuracy,) = (one for one in report["accuracy"] if one["metric"] == "top1")
+        assert accuracy["baseline"] < 0.5 < 0.8 < accuracy["artifact"]
+    data = [(tmp_path / f"{name}.safetensors").read_bytes() for name in names]
+    assert data[0] == data[1] != data[2]
+
+
+NO_CHECKPOINT = {
+    "flags": (["--bits", "2"], 2, "no checkpoint is given"),
+    "a method without training": (["METHOD=>rtn", "activations: {bits: 4}\n=>"], 3, "no method of the recipe trains"),
+    "another method beside": (
+        ["rules:\n=>rules:\n  - {match: fc.weight, squant: {bits: 8}}\n"],
+        3,
+        "squant would compress weights that nothing has trained",
+    ),
+    "distil": (["  schedule=>  distil: {}\n  schedule"], 3, "no network to learn from"),
+    "a gate on the drop": (["rules:\n=>gates: {max_drop: {top1: 0.1}}\nrules:\n"], 3, "no checkpoint to fall below"),
+    "no consent": (["no consent"], 2, "--allow-code"),
+}
+
+
+@pytest.mark.parametrize("case", NO_CHECKPOINT)
+def test_what_needs_a_checkpoint_says_so(run: Run, folder: Path, tmp_path: Path, case: str) -> None:
+    more, code, error = NO_CHECKPOINT[case]
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "a.safetensors"
+    if case == "flags":
+        words = ["quantize", *more, "-o", str(output)]
+    else:
+        changes = [one for one in more if "=>" in one and not one.startswith("METHOD")]
+        method = "rtn" if more[0].startswith("METHOD") else "lsq"
+        words = words_of(folder, output, method, "{bits: 2}", *changes)
+        del words[1]
+        words = [word for word in words if case != "no consent" or word != "--allow-code"]
+    done = run(*words)
+    assert done.code == code and error in done.err and "Traceback" not in done.err, done.err
+    assert not output.exists()
 
 
 def test_an_output_that_exists_is_refused_before_training(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -23,13 +23,34 @@ from qcompress.training.fake_quantize import (
     train_grids,
     trained_weight,
 )
+from qcompress.training.loop import Trained
 from qcompress.training.optimizers import make_optimizer
+from qcompress.training.penalties import Penalties
 from qcompress.types.encoded import ActivationGrid
 from qcompress.types.settings import (
     Sgd,
 )
 
 from .small import tied
+
+
+class Stub:
+    """A trainer that does what it is told, and has no regularizers."""
+
+    penalties = Penalties([])
+
+    def __init__(self, teach: Callable[..., None]) -> None:
+        self.teach = teach
+
+    def attach(self, _: nn.Module) -> list[str]:
+        return []
+
+    def warn(self, lines: Iterable[str]) -> None:
+        assert not [*lines]
+
+    def __call__(self, *arguments: Any) -> Trained:
+        self.teach(*arguments)
+        return Trained(1, 0.0, 0.0, 1)
 
 
 def test_tied_copies_follow_and_what_others_compressed_stays() -> None:
@@ -121,7 +142,7 @@ def test_a_parameter_that_a_step_leads_too_low_is_brought_back() -> None:
     before = find_tensor(found.quantized, "last.weight").detach().clone()
     least = torch.tensor(LEAST_SHARE)
     groups = [{"params": [quantizer.step]}]
-    trained: Any = teach
+    trained: Any = Stub(teach)
     moved = train_grids(found, trained, {"last.weight": quantizer}, {}, [(quantizer.step, least)], groups)
     assert seen == [LEAST_SHARE] and list(moved) == ["last.weight"]
     torch.testing.assert_close(moved["last.weight"], before + 1)
