@@ -74,9 +74,16 @@ class QcompressError(Exception):
         return [str(self)]
 
 
+def printable(text: str) -> str:
+    """A text on one line: what a terminal would obey instead of print is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def shorten(text: str, longest: int = LONGEST_PART) -> str:
-    """A text on one line, the middle left out where it is longer."""
-    text = " ".join(text.split())
+    """A text on one line that is safe to print, the middle left out where it is longer."""
+    text = printable(" ".join(text.split()))
     if len(text) <= longest:
         return text
     end = longest // 3

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods.pdquant": {"errors", "types", "registry", "coding", "model", "solvers", "calibration"},
     "exporters": {"errors", "types", "coding", "checkpoint", "artifact"},
     "report": {"errors", "types", "coding", "checkpoint", "artifact", "plan"},
-    "report.html": {"types", "plan", "report"},
+    "report.html": {"errors", "types", "plan", "report"},
     "encode": {
         *("errors", "types", "registry", "coding", "coding.unbounded", "checkpoint", "artifact", "plan"),
         *("clustering", "report"),

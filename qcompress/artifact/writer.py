@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, header_room, index_text, manifest_slot
 from qcompress.artifact.manifest import MANIFEST_NAME
-from qcompress.errors import ResourceError
+from qcompress.errors import CheckpointError, ResourceError, raise_all
 from qcompress.types.config import Shape
+from qcompress.types.files import is_there, real_path
 
 if TYPE_CHECKING:
     from typing import Self
@@ -247,15 +248,42 @@ class SlotWriter:
         self._file.close()
 
 
-def copy_companions(source: Path, folder: Path) -> int:
-    """Copy what travels with the weights of a checkpoint folder; the bytes copied."""
-    total = 0
+def find_companions(source: Path) -> list[Path]:
+    """The files that travel with the weights of a checkpoint folder, none for a single file.
+
+    raises  CheckpointError (Refusals where several) for a link among them that leads out of the folder, for what it
+            leads to may be anything that this user can read, or that leads nowhere
+    """
+    if not source.is_dir():
+        return []
+    found, errors = [], []
+    inside = _own_folders(real_path(source))
     for path in sorted(source.iterdir()):
-        travels = path.suffix in COMPANION_SUFFIXES and not path.name.endswith((INDEX_SUFFIX, ".report.json"))
-        if path.is_file() and travels:
-            shutil.copyfile(path, folder / path.name)
-            total += path.stat().st_size
-    return total
+        if path.suffix not in COMPANION_SUFFIXES or path.name.endswith((INDEX_SUFFIX, ".report.json")):
+            continue
+        if path.is_symlink() and not inside.intersection(real_path(path).parents):
+            what, hint = "is a link that leads out of the checkpoint's folder", "copy the file into the folder"
+            errors.append(CheckpointError(str(path), what, f"{hint}, or take the link away"))
+        elif path.is_symlink() and not is_there(path):
+            errors.append(CheckpointError(str(path), "is a link that leads nowhere", "take it away, or mend it"))
+        elif path.is_file():
+            found.append(path)
+    raise_all(errors)
+    return found
+
+
+def _own_folders(folder: Path) -> frozenset[Path]:
+    """Where the files of a folder may lie: in itself, or where a Hugging Face cache keeps those of all revisions."""
+    for revision in (folder, *folder.parents):
+        if revision.parent.name == "snapshots":
+            return frozenset({folder, revision.parent.parent / "blobs"})
+    return frozenset({folder})
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what travels with the weights of a checkpoint folder. Raises as `find_companions` does."""
+    for path in find_companions(source):
+        shutil.copyfile(path, folder / path.name)
 
 
 def mark_config(folder: Path) -> None:

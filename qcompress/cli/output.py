@@ -84,12 +84,12 @@ def _print_json(text: str) -> None:
 
 def print_note(text: str) -> None:
     """Progress, warnings, hints and errors go to stderr, a line each."""
-    from qcompress.report.words import name_words
+    from qcompress.errors import printable
 
     # Names come from files: one that holds control characters must not steer the terminal.
     # Where stderr is full or gone, there is nobody to tell, and the work itself is not at fault.
     with suppress(OSError):
-        sys.stderr.write(f"{name_words(text)}\n")
+        sys.stderr.write(f"{printable(text)}\n")
         sys.stderr.flush()
 
 

@@ -22,7 +22,7 @@ from qcompress.cli.output import (
 )
 from qcompress.cli.recipe import find_representatives
 from qcompress.compress.plan_checkpoint import plan_checkpoint
-from qcompress.errors import ResourceError, UsageError, raise_all
+from qcompress.errors import ResourceError, UsageError, printable, raise_all
 from qcompress.plan.allocate import allocate, read_costs
 from qcompress.plan.plan_json import PlanJson, TensorJson, plan_json
 from qcompress.plan.sensitivity import sensitivity_file
@@ -32,7 +32,7 @@ from qcompress.report.document_json import report_path, write_report
 from qcompress.report.gates import check_gates, raise_failed
 from qcompress.report.table import Column, Table, View
 from qcompress.report.training_report import training_path
-from qcompress.report.words import name_words, shape_words, size_words
+from qcompress.report.words import shape_words, size_words
 from qcompress.types.config import CodingChoice
 from qcompress.types.plan import Gates, Plan, Recipe
 from qcompress.types.run import ModelRun, Options
@@ -339,7 +339,7 @@ def _cells(row: TensorJson) -> tuple[str, ...]:
     if row.get("group_size"):
         grid = f"{grid} {row['group_size']}"
     axis = ",".join(map(str, row.get("axis", [])))
-    name, shape, size = name_words(row["name"]), shape_words(tuple(row["shape"])), f"{row['bytes']:,}"
+    name, shape, size = printable(row["name"]), shape_words(tuple(row["shape"])), f"{row['bytes']:,}"
     bits = str(row.get("bits") or "")
     if "widths" in row:
         bits, size = f"{row['widths'][0]}-{row['widths'][-1]}", f"{size}+"

@@ -11,7 +11,7 @@ import torch
 
 from qcompress.artifact.hashes import artifact_hash
 from qcompress.artifact.manifest import POOL_NAME
-from qcompress.artifact.writer import copy_companions, mark_config, write_index
+from qcompress.artifact.writer import copy_companions, find_companions, mark_config, write_index
 from qcompress.budget.search import refuse_gateless, spend
 from qcompress.budget.weight_costs import weight_costs
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
@@ -32,7 +32,7 @@ from qcompress.encode.preflight import (
     too_wide_for_f16,
 )
 from qcompress.encode.write_file import Run, WrittenShard, write_shard
-from qcompress.plan.allocate import read_costs, refuse_infeasible
+from qcompress.plan.allocate import decides_steps, most_bytes, read_costs, refuse_infeasible
 from qcompress.plan.files import make_shards
 from qcompress.recipe import recipe_hash
 from qcompress.report.document import ArtifactFile, LayerReport, Report
@@ -57,9 +57,11 @@ def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitte
 def staged(checkpoint: Checkpoint, options: Options) -> AbstractContextManager[Path]:
     """Where to build an artifact, which becomes the output on leaving without an error; see `staged_output`.
 
-    raises  OutputError where the output is in the way, or is the input
+    raises  OutputError where the output is in the way, or is the input; CheckpointError for links among its files that
+            lead out of its folder
     """
     refuse_own_input(checkpoint.path, options.output)
+    find_companions(checkpoint.path)
     return staged_output(options.output, force=options.force, folder=checkpoint.is_folder, resume=options.resume)
 
 
@@ -75,7 +77,8 @@ def compress_to(
     sources = _sources(checkpoint, plan, fitted, options)
     outcomes = _outcomes(checkpoint, plan, fitted, sources)
     shards = make_shards(checkpoint, plan, options.choice, fitted, outcomes)
-    refuse_full_disk(options.output, sum(shard.layout.file_bytes for shard in shards))
+    budget_bytes = most_bytes(checkpoint, plan, options.choice) if decides_steps(plan) else None
+    refuse_full_disk(options.output, shards, budget_bytes)
     run, folder = Run(fitted, sources, options), checkpoint.is_folder
     done = [write_shard(shard, place / shard.file if folder else place, run) for shard in shards]
     for source in checkpoint.shards:
@@ -157,6 +160,7 @@ def compress_within(checkpoint: Checkpoint, plan: Plan, options: Options, sensit
     clock = start_clock()
     refuse_own_input(checkpoint.path, options.output)
     refuse_existing(options.output, options.force, checkpoint.is_folder)
+    find_companions(checkpoint.path)
     refuse_gateless(plan)
     refuse_infeasible(checkpoint, plan, options.choice)
     if sensitivity is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qcompress.artifact.writer import find_companions
 from qcompress.budget.search import refuse_gateless, spend
 from qcompress.budget.sensitivity import live_costs
 from qcompress.calibration.activations import measure_statistics
@@ -110,6 +111,7 @@ def _refuse_early(checkpoint: Checkpoint, plan: Plan, options: Options, world: W
     refuse_own_input(checkpoint.path, options.output)
     if world.is_first:
         refuse_existing(options.output, options.force, checkpoint.is_folder)
+    find_companions(checkpoint.path)
     refuse_gateless(plan)
     refuse_infeasible(checkpoint, plan, options.choice)
     refuse_nonfinite(checkpoint, plan)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompress.artifact.writer import copy_companions
+from qcompress.artifact.writer import copy_companions, find_companions
 from qcompress.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint, write_checkpoint
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import reporting_resources, staged_output, staging_folder
@@ -78,6 +78,7 @@ def finetune(
     clock = start_clock()
     if checkpoint is not None:
         refuse_own_input(checkpoint.path, options.output)
+        find_companions(checkpoint.path)
     _refuse_absent(recipe)
     training = recipe.finetune
     torch.manual_seed(recipe.seed)

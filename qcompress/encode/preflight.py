@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, count_nonfinite, nonfinite_error, survey_bytes
 from qcompress.errors import CheckpointError, InputError, ResourceError, Subject, raise_all
+from qcompress.plan.files import Shard
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import Fitted, Kept
 from qcompress.types.plan import Decision, Plan, TensorInfo
@@ -103,8 +105,22 @@ def _memory_needed(decision: Decision, choice: CodingChoice) -> int:
     return 4 * copies * block + gathered
 
 
-def refuse_full_disk(output: Path, needed: int) -> None:
-    """Raise ResourceError where the disk has fewer than `needed` bytes left for the artifact."""
+def refuse_full_disk(output: Path, shards: Sequence[Shard], budget_bytes: int | None) -> None:
+    """Raise ResourceError where the disk has too few bytes left for the artifact.
+
+    budget_bytes  the most that it may take, where a budget says so
+
+    Codes without a width have no bound that means anything: their file is taken to need no more than the one it is made
+    from.
+    """
+    needed = sum(
+        shard.layout.file_bytes
+        if shard.layout.exact
+        else min(shard.layout.file_bytes, shard.layout.header_bytes + shard.source.file_bytes)
+        for shard in shards
+    )
+    if budget_bytes is not None:
+        needed = min(needed, budget_bytes)
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         what = f"the artifact may need {needed} bytes and the disk has {free} left"

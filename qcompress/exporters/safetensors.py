@@ -11,7 +11,7 @@ from torch import Tensor
 from qcompress.artifact.artifact_file import ArtifactFile
 from qcompress.artifact.layout import Layout, Slot, header_room, header_text, plain_name
 from qcompress.artifact.reader import Artifact
-from qcompress.artifact.writer import SlotWriter, copy_companions, unmark_config, write_index
+from qcompress.artifact.writer import SlotWriter, copy_companions, find_companions, unmark_config, write_index
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import staged_output
 from qcompress.coding.grids import decode
@@ -32,6 +32,7 @@ def export(artifact: Artifact, output: Path, *, force: bool) -> int:
         what = f"bounds the outputs of {len(artifact.caps)} modules, which a dense checkpoint cannot hold"
         raise ArtifactError(str(artifact.path), what, "quantize with dfq's relu6: skip, or use qcompress.load_into")
     folder = artifact.path.is_dir()
+    find_companions(artifact.path)
     with staged_output(output, force=force, folder=folder) as staged:
         layouts = {
             plain_name(file.path.name): _export_file(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
+from qcompress.errors import printable
 from qcompress.plan.sensitivity import SENSITIVITY, Sensitivity
 from qcompress.report.compare import compare_reports, comparison_text
 from qcompress.report.document import GateResult, LayerFigures, LayerReport, Report
@@ -20,7 +21,6 @@ from qcompress.report.glossary import FIGURES
 from qcompress.report.table import Table, View
 from qcompress.report.view import gate_words, view_comparison, view_report
 from qcompress.report.view_sensitivity import view_sensitivity
-from qcompress.report.words import name_words
 from qcompress.types.document import DIGITS, rounded
 
 if TYPE_CHECKING:
@@ -43,18 +43,18 @@ FORMATS: tuple[str, ...] = get_args(Format)
 def _printable(view: View) -> View:
     """The view with each of its texts on one line: what a terminal would obey instead of print is escaped."""
     return View(
-        title=name_words(view.title),
-        facts=tuple((name_words(label), name_words(text)) for label, text in view.facts),
+        title=printable(view.title),
+        facts=tuple((printable(label), printable(text)) for label, text in view.facts),
         tables=tuple(map(_printable_table, view.tables)),
-        notes=tuple(map(name_words, view.notes)),
+        notes=tuple(map(printable, view.notes)),
     )
 
 
 def _printable_table(table: Table) -> Table:
     return replace(
         table,
-        columns=tuple(replace(column, title=name_words(column.title)) for column in table.columns),
-        rows=tuple(tuple(map(name_words, cells)) for cells in table.rows),
+        columns=tuple(replace(column, title=printable(column.title)) for column in table.columns),
+        rows=tuple(tuple(map(printable, cells)) for cells in table.rows),
     )
 
 
@@ -152,7 +152,7 @@ def _csv_cell(value: object) -> object:
         case bool():
             return str(value).lower()
         case str():
-            shown = name_words(value)
+            shown = printable(value)
             return f"'{shown}" if value.startswith(FORMULA) and not NUMBER.fullmatch(value) else shown
     return value
 
@@ -170,15 +170,15 @@ def render_junit(reports: Sequence[Report]) -> str:
     every = [gate for report in reports for gate in report.gates]
     root = Element("testsuites", {"name": "qcompress", **_counts(every)})
     for report in reports:
-        name = name_words(report.artifact.name)
+        name = printable(report.artifact.name)
         suite = SubElement(root, "testsuite", {"name": name, **_counts(report.gates)})
         for gate in report.gates:
-            case = SubElement(suite, "testcase", {"classname": name, "name": name_words(gate.name), "time": "0"})
+            case = SubElement(suite, "testcase", {"classname": name, "name": printable(gate.name), "time": "0"})
             if not gate.passed:
-                message = name_words(f"{gate.name} {failure_words(gate)}")
+                message = printable(f"{gate.name} {failure_words(gate)}")
                 SubElement(case, "failure", {"type": "gate", "message": message}).text = message
             else:
-                SubElement(case, "system-out").text = name_words(gate_words(gate))
+                SubElement(case, "system-out").text = printable(gate_words(gate))
     indent(root)
     text = tostring(root, encoding="unicode").removeprefix('<testsuites name="qcompress"')
     return f"{JUNIT_START}{text}\n"

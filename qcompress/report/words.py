@@ -71,13 +71,6 @@ def drop_words(item: AccuracyFigures) -> str:
     return number_words(item.drop, 4) + interval_words(item.interval)
 
 
-def name_words(name: str) -> str:
-    """A text on one line: what a terminal would obey instead of print is escaped."""
-    if name.isprintable():
-        return name
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name)
-
-
 def _decibels(value: float) -> str:
     return "exact" if value == math.inf else f"{value:.1f}"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from qcompress.errors import printable
+
 LONGEST_WORD = 60
 MOST_LISTED = 16
 
@@ -52,7 +54,7 @@ def quoted(word: str) -> str:
 def plain(word: str, longest: int = LONGEST_WORD) -> str:
     """A user's word, shortened, with whatever could disturb a terminal or break the line escaped."""
     short = word if len(word) <= longest else word[: longest - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
+    return printable(short)
 
 
 def shown(value: object) -> str:

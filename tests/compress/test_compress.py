@@ -40,11 +40,12 @@ from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.checkpoint.staging import MARKER
 from qcompress.coding.grids import decode, take_rows
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
-from qcompress.compress.compress import compress
+from qcompress.compress.compress import compress, compress_within
 from qcompress.compress.load import load_state_dict
 from qcompress.encode import encode_tensor as worker
 from qcompress.encode.preflight import count_nonfinite_values
 from qcompress.errors import CheckpointError, OutputError, ResourceError
+from qcompress.recipe import parse_recipe
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
 from qcompress.types.encoded import Affine
@@ -552,6 +553,32 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     with pytest.raises(ResourceError, match="and the disk has 100 left; free some space"):
         run(source, tmp_path / "a.safetensors", rtn(4))
     assert_only(tmp_path, "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("budget", "needed"), [("{bpw: 2}", 3000), ("{size: 3KB}", 3000), (None, 4 * 64 * 64 + 3000)], ids=str
+)
+def test_codes_without_a_width_need_the_room_of_their_budget_or_of_their_weights(
+    budget: str | None, needed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bound, some 40 bytes a weight, would ask for 160 KB."""
+    source, options = save(tmp_path / "m.safetensors", {"w": gaussian(64, 64)}), Options(tmp_path / "a.safetensors")
+    text = f"budget: {budget}" if budget is not None else ""
+    config = "rd: {}" if budget is not None else "rd: {step: 0.4}"
+    asked = parse_recipe(f'version: 1\nrules: [{{match: "*", {config}}}]\n{text}\n', "r.yaml")
+    checkpoint = read_checkpoint(source)
+
+    def spend(free: int) -> Report:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+        plan = plan_for(checkpoint, asked)
+        if budget is None:
+            return compress(checkpoint, plan, options)
+        return compress_within(checkpoint, plan, options, None, lambda _: None)
+
+    with pytest.raises(ResourceError, match="and the disk has 900 left"):
+        spend(900)
+    assert_only(tmp_path, "m.safetensors")
+    assert spend(needed).size.artifact_bytes <= needed
 
 
 @pytest.mark.parametrize("place", ["missing/a.safetensors", "m.safetensors/a.safetensors"])

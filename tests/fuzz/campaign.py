@@ -28,7 +28,9 @@ from typing import Any
 from qcompress.errors import QcompressError
 
 SECONDS = 10
-"""How long reading one file may take."""
+"""Processor seconds that one case may take."""
+WAITING = 300
+"""Seconds after which a case waits for something that does not come: other programs may be busy for long."""
 MEMORY_BYTES = 1 << 30
 """What one case may take beyond what the process has: files here declare far less than a tenth of it."""
 LONGEST_LINE = 2000
@@ -77,7 +79,7 @@ def case(target: Target, index: int, seed: int) -> tuple[str, bytes]:
 
 def judge(target: Target, right: Mapping[str, Any], name: str, path: Path) -> tuple[str, str]:
     """The outcome of reading the file at `path`, and what tells a failure apart from others."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         found = target.read(path)
     except QcompressError as error:
@@ -90,7 +92,7 @@ def judge(target: Target, right: Mapping[str, Any], name: str, path: Path) -> tu
         return "disagree", str(error)
     except Exception as error:
         return "bug", _signature(error)
-    if time.monotonic() - started > SECONDS:
+    if time.process_time() - started > SECONDS:
         return "hang", target.name
     if found == right[name]:
         return "same", ""
@@ -158,10 +160,10 @@ def _work(target: Target, folder: Path, cases: range, seed: int, pipe: int) -> N
         resource.setrlimit(resource.RLIMIT_DATA, (held + MEMORY_BYTES, held + MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with os.fdopen(pipe, "w", buffering=1) as lines:
-            signal.alarm(3 * SECONDS)
+            signal.alarm(WAITING)
             for index, outcome, signature, _ in run_here(target, folder, cases, seed):
                 lines.write(json.dumps([index, outcome, signature]) + "\n")
-                signal.alarm(3 * SECONDS)
+                signal.alarm(WAITING)
         code = 0
     except BaseException:
         traceback.print_exc()

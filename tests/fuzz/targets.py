@@ -25,9 +25,10 @@ from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.checkpoint.side_files import HESSIAN, read_statistics, save_statistics
 from qcompress.compress.load import load_state_dict
 from qcompress.data.batches import Source
+from qcompress.data.foreign import first_line
 from qcompress.data.sources import read_data
 from qcompress.encode.write_file import Journal
-from qcompress.errors import QcompressError
+from qcompress.errors import QcompressError, TrainingError
 from qcompress.exporters.safetensors import export
 from qcompress.plan.sensitivity import read_sensitivity
 from qcompress.recipe import read_recipe
@@ -273,7 +274,11 @@ def _of_runs(scratch: Path) -> list[Target]:
         }
 
     def read_state(path: Path) -> Any:
-        tensors, document = _read(path)
+        try:
+            tensors, document = _read(path)
+        except (KeyError, ValueError) as error:
+            # `load_state` says so of what is no state at all.
+            raise TrainingError(str(path), f"is no saved state: {first_line(error)}", "start again") from None
         return {name: digest(value) for name, value in tensors.items()}, json.dumps(document)
 
     def read_journal(path: Path) -> list[str]:

@@ -16,14 +16,13 @@ from conftest import Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qcompress.errors import InputError, ReportError
+from qcompress.errors import InputError, ReportError, printable
 from qcompress.report.compare import compare_reports
 from qcompress.report.document import LayerFigures, Report
 from qcompress.report.document_json import REPORT, report_text
 from qcompress.report.gates import BaselineGates, check_gates, gate_errors
 from qcompress.report.html.render_html import render_html
 from qcompress.report.render import FORMATS, render, render_junit
-from qcompress.report.words import name_words
 from qcompress.types.encoded import ClassUse
 from qcompress.types.plan import Gates
 from report.examples import conv_figures, full_report, layer
@@ -146,7 +145,7 @@ def test_no_cell_of_a_csv_is_a_formula_or_steers_a_terminal(name: str) -> None:
     (row,) = csv.DictReader(io.StringIO(text))
     for key in ("artifact", "name", "method", "dtype", "reason", "tied_to", "coding"):
         assert row[key].isprintable()
-        assert row[key] in (f"'{name}", name_words(name))
+        assert row[key] in (f"'{name}", printable(name))
         assert not row[key].startswith(tuple("=+-@\uff1d\t\r"))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from qcompress.errors import printable
 from qcompress.plan.sensitivity import Sensitivity
 from qcompress.report.compare import compare_reports
 from qcompress.report.document import BINS, Report
@@ -16,7 +17,6 @@ from qcompress.report.glossary import FIGURES
 from qcompress.report.html.charts import AFTER, BEFORE, SCATTER, STRIP, WIDTHS_HEIGHT
 from qcompress.report.html.page import comparison_page, report_page
 from qcompress.report.html.page_sensitivity import sensitivity_page
-from qcompress.report.words import name_words
 from qcompress.types import VERSION
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -61,4 +61,4 @@ def _templates() -> Environment:
 
 def _printable(value: object) -> object:
     """Every text of a page, but for what templates make, on one line."""
-    return name_words(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qcompress.errors import printable
 from qcompress.report.document import AccuracyFigures, LayerFigures, Report
 from qcompress.report.glossary import FIGURES
 from qcompress.report.html.render_html import render_html
 from qcompress.report.render import render
-from qcompress.report.words import name_words
 from report.examples import conv_figures, full_report, kept, layer, make_report, small_report
 
 VOID = {"meta", "link", "path", "circle"}
@@ -276,7 +276,7 @@ def test_nothing_of_a_report_file_becomes_markup() -> None:
         assert [one.tag for one in page.every()] == tags
         shown = page.text
         assert "\x1b" not in shown
-        assert name_words(bad) in shown
+        assert printable(bad) in shown
         assert "49" not in {one.text for one in page.every()}
 
 
