@@ -58,9 +58,10 @@ def _rows(name: str, schema: dict[str, Any]) -> Iterator[str]:
     if name == "augment":
         yield from _augmentations(schema)
     elif name in SHARED:
-        # A member tells the defaults that its class fills in.
-        config = next(config for config in kinds.values() if issubclass(config, SHARED[name]))
+        members = [config for config in kinds.values() if issubclass(config, SHARED[name])]
         for option in dataclasses.fields(SHARED[name]):
+            # A member tells the defaults that its class fills in, where it takes no other values than the rest.
+            config = next(one for one in members if option.name not in vars(one).get("__annotations__", {}))
             default = "" if option.name in OWN else _defaults(config, option.name)
             yield _row(option.name, schema[config.__name__]["properties"][option.name], default)
     elif name in kinds:

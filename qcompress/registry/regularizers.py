@@ -80,6 +80,8 @@ class RegularizerConfig(PenaltyConfig):
 class DsmmConfig(RegularizerConfig):
     """Differentiable soft min-max: the range of a weight by softmax-weighted averages, plus exp(-alpha).
 
+    strength     factor of the penalty; `schedule`: for each weight the least at which a learned alpha settles within
+                 the schedule, at -ln(2 variance)
     preset       `paper-dsmm`: strength 0.01, alpha from 0.1, learned. The paper leaves open: sum over layers (ours),
                  which weights (all convolutions and dense layers), decay and learning rate of alpha (none, the
                  optimizer's). Without it: strength 0.1 and alpha: auto
@@ -91,6 +93,7 @@ class DsmmConfig(RegularizerConfig):
     reduction    over channels or places
     """
 
+    strength: Strength | Literal["schedule"] | None = None  # type: ignore[assignment]
     preset: Literal["paper-dsmm"] | None = None
     alpha: Annotated[float, Gt(0)] | Literal["auto"] | None = None
     learnable: bool | None = None
@@ -105,6 +108,8 @@ class DsmmConfig(RegularizerConfig):
         self._fill({"learnable": self.alpha != "auto"})
         if self.learnable and self.alpha == "auto":
             raise ValueError("alpha: auto follows the weight; use learnable: false, or give a number to start from")
+        if self.strength == "schedule" and not self.learnable:
+            raise ValueError("strength: schedule leads a learned alpha; use preset: paper-dsmm, or give a number")
         if self.dim > 1 and self.granularity == "channel":
             raise ValueError("dim counts places in a vector; use granularity: tensor with it")
         if self.normalize == "var":

@@ -63,7 +63,7 @@ def view_training_plan(rows: Sequence[Mapping[str, Any]]) -> View:
             row["name"],
             shape_words(tuple(row["shape"])),
             row["regularizer"] or NOT_MEASURED,
-            number_words(row["strength"]),
+            row["strength"] if isinstance(row["strength"], str) else number_words(row["strength"]),
             row["reason"],
         )
         for row in rows

@@ -158,6 +158,11 @@ def refuse_few(data: Data, accumulate: int, world: World) -> None:
         raise DataError(data.place, what, "lower batch_size, or accumulate less")
 
 
+def steps_an_epoch(data: Data, training: Training, world: World) -> int:
+    """Steps of the optimizer in one epoch: what does not fill a step of all ranks is left out."""
+    return data.batches.samples // world.size // data.batches.batch_size // training.accumulate
+
+
 @dataclass
 class _Run:
     """What the steps of one run share.
@@ -198,8 +203,7 @@ class _Run:
 
     @property
     def steps_an_epoch(self) -> int:
-        batches = self.data.batches
-        return batches.samples // self.world.size // batches.batch_size // self.training.accumulate
+        return steps_an_epoch(self.data, self.training, self.world)
 
     @property
     def total(self) -> int:

@@ -79,20 +79,27 @@ class Regularized:
 
 def strength_at(config: RegularizerConfig, share: float) -> float:
     """The strength when `share` of all steps are done: nothing, rising, held, nothing again."""
-    strength, start, ramp = config.strength, config.start, config.ramp
-    assert strength is not None and start is not None and ramp is not None
+    # A schedule's strength is a number by the time that anything is trained.
+    assert isinstance(config.strength, int | float)
+    return config.strength * shape_at(config, share)
+
+
+def shape_at(config: RegularizerConfig, share: float) -> float:
+    """The share of its strength that a penalty has when `share` of all steps are done."""
+    start, ramp = config.start, config.ramp
+    assert start is not None and ramp is not None
     if share < start or (config.hold is not None and share >= start + ramp + config.hold):
         return 0.0
     if share >= start + ramp:
-        return strength
+        return 1.0
     risen = (share - start) / ramp
     match config.shape:
         case "linear":
-            return strength * risen
+            return risen
         case "cosine":
-            return strength * ((1 - math.cos(math.pi * risen)) / 2)
+            return (1 - math.cos(math.pi * risen)) / 2
         case "tanh":
-            return strength * ((1 + math.tanh(6 * risen - 3)) / 2)
+            return (1 + math.tanh(6 * risen - 3)) / 2
 
 
 @dataclass
@@ -205,7 +212,9 @@ class Penalties:
             penalty = float(one.penalty.accumulate(seen, None, 0.0).value) if one.started else None
             fact: dict[str, Any] = {
                 "regularizer": one.regularizer,
-                "strength": float(one.config.strength or 0.0),
+                "strength": one.config.strength
+                if isinstance(one.config.strength, str)
+                else float(one.config.strength or 0.0),
                 "penalty": penalty,
             }
             if "alpha" in (saved := one.penalty.saved(seen)):

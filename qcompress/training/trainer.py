@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from qcompress.data.batches import Batch
-from qcompress.training.loop import Data, Trained, Watch, refuse_few, train
+from qcompress.training.loop import Data, Trained, Watch, refuse_few, steps_an_epoch, train
 from qcompress.training.losses import Loss
 from qcompress.training.optimizers import Group
 from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties, attach_penalties
 from qcompress.training.runaway import leave_out_tiny
+from qcompress.training.temperatures import alpha_words, set_strengths
 from qcompress.training.warnings import advise_before
 from qcompress.types.plan import Rule
 from qcompress.types.run import FitContext, seeded_generator
@@ -57,8 +58,16 @@ class Trainer:
         raises   what `attach_penalties` raises
         """
         penalties = attach_penalties(module, self.regularize)
+        set_strengths(penalties, self.training, self.steps)
         self.penalties, lines = leave_out_tiny(penalties, self.training.optimizer.lr)
+        for line in alpha_words(self.penalties, self.training, self.steps):
+            self.watch.say(line)
         return lines + advise_before(self.penalties, self.training, self.rules)
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizer, all told."""
+        return self.training.epochs * steps_an_epoch(self.data, self.training, self.world)
 
     def warn(self, lines: Iterable[str]) -> None:
         for line in lines:

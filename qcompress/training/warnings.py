@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from qcompress.registry.regularizers import DsmmConfig, RepresentativesConfig
 from qcompress.regularizers.dsmm import Dsmm
-from qcompress.regularizers.penalty import groups_of
 from qcompress.regularizers.representatives import ToRepresentatives
 from qcompress.training.penalties import Penalties, Regularized
+from qcompress.training.temperatures import sees_no_ends
 from qcompress.types.plan import Rule
 from qcompress.types.settings import Training
 
@@ -75,9 +75,7 @@ def _is_variance(one: Regularized) -> bool:
     """Whether dsmm's temperature is so low that both soft ends are averages over nearly all weights."""
     if not isinstance(one.penalty, Dsmm) or one.penalty.config.alpha == "auto":
         return False
-    low, high = groups_of(one.seen(), "tensor").ends()
-    alpha = float(one.penalty.temperature(one.seen()).mean())
-    return alpha * float(high - low) < math.log(max(one.weight.numel(), 2))
+    return sees_no_ends(one, float(one.penalty.temperature(one.seen()).mean()))
 
 
 def _deviation(one: Regularized) -> float:
