@@ -87,8 +87,8 @@ class ArtifactFile:
             part: info for part, info in self.parts_of(entry.shared or name).items() if part != "codes"
         }
         parts = {part: self._stored(info.name) for part, info in infos.items()}
-        find = partial(self.unbounded_tensors.find, name)
-        return StoredTensor(self.path, name, entry, infos, parts, self.executor, find)
+        find, refuse = partial(self.unbounded_tensors.find, name), partial(self.refuse_memory, name)
+        return StoredTensor(self.path, name, entry, infos, parts, self.executor, find, refuse)
 
     def read_encoded(self, name: str) -> Compressed:
         """A compressed tensor's codes, all at once, and what decodes them, checked. Raises ArtifactError."""

@@ -15,7 +15,7 @@ PROCESS_BYTES = 160_000_000
 NUMBER_BYTES = 48
 """What a number of side information takes while it is parsed."""
 
-ALLOW = "allow more with --max-memory"
+ALLOW = "allow more with --max-memory (in Python max_memory)"
 
 
 def block_bytes(weights: int) -> int:
@@ -24,12 +24,12 @@ def block_bytes(weights: int) -> int:
 
 
 def refuse_memory(most: int | None, needed: int, path: Path, name: str, doing: str, hint: str) -> None:
-    """Raise ResourceError where that takes more memory than may be used.
+    """Raise ResourceError where reading takes more memory than may be used.
 
     most    bytes; None: all that there is
     needed  bytes, besides those of the program itself, for what `doing` names
     name    of the tensor that takes it
     """
     if most is not None and needed > most:
-        what = f"{doing} takes about {needed:,} bytes of memory, more than the {most:,} of --max-memory"
+        what = f"{doing} takes about {needed:,} bytes of memory, more than the {most:,} that it may"
         raise ResourceError(str(path), what, hint, Subject(name))

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 NUMPY_DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
 
 
+GRID_COPIES = 8
+"""What a grid takes in all, as large as its parts, where all of it is looked at: float32, and sorted."""
+
+
 class Block(NamedTuple):
     """A piece of a weight [rows, columns]: which, and its codes as a weight of their own of two dimensions."""
 
@@ -56,6 +60,7 @@ class StoredTensor:
     parts           part -> its bytes
     executor        of processes that share the work of decoding
     find_unbounded  gives the side information of unbounded codes, and their payload
+    refuse_memory   raises ResourceError where so many bytes are too many for what is named
     """
 
     path: Path
@@ -65,6 +70,7 @@ class StoredTensor:
     parts: Mapping[str, Stored]
     executor: Executor | None
     find_unbounded: Callable[[Stored], UnboundedCodes]
+    refuse_memory: Callable[[int, str], None]
 
     def check_seal(self) -> None:
         """Hold the parts and the fields of the tensor against its CRC-32. Raises ArtifactError."""
@@ -256,7 +262,9 @@ class StoredTensor:
         return values.reshape(lines.stop - lines.start, *inner)
 
     def grids(self) -> dict[str, NDArray[Any]]:
-        """part -> all of its values, of all parts but the codes."""
+        """part -> all of its values, of all parts but the codes. Raises ResourceError where they do not fit."""
+        sizes = sum(info.n_bytes for part, info in self.infos.items() if part != "codes")
+        self.refuse_memory(GRID_COPIES * sizes, "reading its grid")
         return {
             part: self._values(part, slice(0, info.shape[0]), slice(0, math.prod(info.shape[1:])))
             for part, info in self.infos.items()

@@ -35,6 +35,7 @@ def evaluate(
     force: opt.Force = False,
     streams: Streams,
     device: opt.DeviceOption = opt.Device.auto,
+    max_memory: opt.MaxMemory = None,
     seed: opt.Seed = None,
     allow_code: opt.AllowCode = False,
     min_metric: opt.MinMetric = None,
@@ -54,13 +55,14 @@ def evaluate(
     refuse_mixed(streams.json_to, streams.quiet)
     if recipe is None:
         raise UsageError("qcompress eval", "no recipe is given", "add -r RECIPE with model, data.eval and task")
+    limit = opt.max_memory_bytes(max_memory)
     asked = read_given(recipe, overrides, seed=seed)
     reads = {"what is measured": path, "its report": report_path(path), "the recipe": recipe}
     refuse_harm(reads, [], streams.json_to, recipe=asked, force=force)
     raise_all(refuse_missing(asked, measures=True))
     gates = make_gates(asked.gates, GateFlags(min_metric=min_metric))
     model_run = make_model_run(asked, device, allow_code, streams)
-    measured = measure(path, model_run)
+    measured = measure(path, model_run, limit)
     results = check_metrics(gates.min_metric, {one.metric: one.value for one in measured})
     if streams.json_to is not None:
         document = {

@@ -32,6 +32,7 @@ def export(
     output: opt.Output = None,
     force: opt.Force = False,
     threads: opt.Threads = None,
+    max_memory: opt.MaxMemory = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -50,11 +51,12 @@ def export(
     if exporter.target is None:
         built = ", ".join(name for name, one in EXPORTERS.items() if one.target is not None)
         raise UsageError(f"--to {to}", "not available in this version", f"use {built}")
+    limit = opt.max_memory_bytes(max_memory)
     stem = artifact.name.removesuffix(".safetensors")
     target = output or artifact.with_name(f"{stem}-{to}" if artifact.is_dir() else f"{stem}-dense{exporter.suffix}")
     reads = {"the artifact": artifact, "its report": report_path(artifact)}
     refuse_harm(reads, [Write(target, "-o", folder=artifact.is_dir())], force=force)
-    found = read_artifact(artifact)
+    found = read_artifact(artifact, limit)
     with found.decoding_with(threads or opt.default_threads()) as shared:
         written = exporter.load()(shared, target, force=force)
     print_result(str(target) if quiet else f"{target}: {written:,} bytes")

@@ -186,7 +186,7 @@ MaxMemory = Annotated[
         "--max-memory",
         metavar="SIZE",
         envvar="QCOMPRESS_MAX_MEMORY",
-        help="Bound on the memory that encoding uses, as 4GB.",
+        help="Bound on the memory for weights and codes, besides what the program itself takes, as 4GB.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -515,6 +515,11 @@ def parse_size_flag(flag: str, text: str, example: str = "2MB") -> int:
         return parse_size(text)
     except ValueError as error:
         raise UsageError(f"{flag} {text}", str(error), f"write it like {example} or 4GiB") from None
+
+
+def max_memory_bytes(text: str | None) -> int | None:
+    """What --max-memory allows. Raises UsageError."""
+    return None if text is None else parse_size_flag("--max-memory", text)
 
 
 def unmeasurable(gates: Gates) -> list[UnmeasuredError]:

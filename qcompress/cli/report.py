@@ -131,6 +131,7 @@ def report(
         ),
     ] = None,
     measuring: SensitivityFlags,
+    max_memory: opt.MaxMemory = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
     no_color: opt.NoColor = False,
@@ -156,7 +157,7 @@ def report(
     streams = Streams(files.json_to, quiet, verbose, no_color)
     if not measuring.sensitivity:
         _refuse_given(measuring.only_with_it, "takes --sensitivity", "add it, or leave this out")
-        _report_artifacts(artifacts, baseline, files, gates, since, streams)
+        _report_artifacts(artifacts, baseline, files, gates, since, streams, opt.max_memory_bytes(max_memory))
         return
     others: dict[str, object] = {
         "--baseline": baseline,
@@ -217,6 +218,7 @@ def _report_artifacts(
     gates: GateFlags,
     baseline_flags: BaselineFlags,
     streams: Streams,
+    max_memory: int | None,
 ) -> None:
     """Gather the reports, hold the gates, write everything that was asked for. Raises GateFailed."""
     from qcompress.checkpoint.checkpoint import read_checkpoint
@@ -228,7 +230,7 @@ def _report_artifacts(
     against_checkpoint = gates if baseline_flags.baseline_report is None else replace(gates, max_drop=None)
     limits, since = make_gates(Gates(), against_checkpoint), _baseline_gates(baseline_flags, gates.max_drop)
     original = read_checkpoint(baseline) if baseline is not None else None
-    reports = [gather_report(path, original) for path in artifacts]
+    reports = [gather_report(path, original, max_memory) for path in artifacts]
     # Of several artifacts errors name each.
     names = [str(path) if len(artifacts) > 1 else None for path in artifacts]
     checked = limits != Gates() or since is not None

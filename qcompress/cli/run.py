@@ -200,14 +200,13 @@ def default_output(checkpoint: Path | None, recipe: Path | None, suffix: str) ->
 
 def _make_options(request: Request, target: Path, coding: CodingChoice, streams: Streams) -> Options:
     running = request.running
-    max_memory = None if running.max_memory is None else opt.parse_size_flag("--max-memory", running.max_memory)
     return Options(
         target,
         choice=coding,
         force=request.writing.force,
         threads=running.threads or opt.default_threads(),
         device=find_device(running.device, live=False) if request.recipe.model is None else "cpu",
-        max_memory=max_memory,
+        max_memory=opt.max_memory_bytes(running.max_memory),
         resume=running.resume,
         statistics=request.statistics,
         say=streams.say,

@@ -9,6 +9,7 @@ from qcompress.cli.output import json_document, print_result, refuse_harm, refus
 def verify(
     artifact: opt.Artifact,
     threads: opt.Threads = None,
+    max_memory: opt.MaxMemory = None,
     json_to: opt.Json = None,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
@@ -19,8 +20,9 @@ def verify(
     from qcompress.report.document_json import report_path
 
     refuse_mixed(json_to, quiet)
+    limit = opt.max_memory_bytes(max_memory)
     refuse_harm({"the artifact": artifact, "its report": report_path(artifact)}, [], json_to, force=force)
-    found = read_artifact(artifact)
+    found = read_artifact(artifact, limit)
     with found.decoding_with(threads or opt.default_threads()) as shared:
         checked = [name for name, _ in shared.verify()]
     document = {

@@ -14,7 +14,7 @@ from qcompress.calibration.activations import attach_activations, attach_caps
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from qcompress.checkpoint.safetensors_file import read_container
 from qcompress.checkpoint.staging import write_whole
-from qcompress.compress.load import checkpoint_state, load_state_dict
+from qcompress.compress.load import checkpoint_state, read_state
 from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.data.batches import Batch
 from qcompress.data.measurement import Measurement
@@ -55,18 +55,20 @@ def load_network(model_run: ModelRun, checkpoint: Checkpoint | None) -> nn.Modul
     return module
 
 
-def evaluate(path: Path, model_run: ModelRun) -> list[Measurement]:
+def evaluate(path: Path, model_run: ModelRun, max_memory: int | None = None) -> list[Measurement]:
     """The task's metrics of a checkpoint or an artifact, whose activation quantizers are in place.
 
-    raises  ModelError, DataError, CheckpointError, ArtifactError, RecipeError
+    max_memory  bytes that the network and the weights that are loaded into it may take; None: all that there is
+    raises      ModelError, DataError, CheckpointError, ArtifactError, RecipeError; ResourceError
     """
     module = build_network(model_run).float()
+    held = sum(value.nbytes for value in module.state_dict().values())
     if is_artifact(path):
-        artifact = read_artifact(path)
-        load_weights(module, load_state_dict(path), str(path))
+        artifact = read_artifact(path, max_memory)
+        load_weights(module, read_state(artifact, held=held), str(path))
         attach_grids(module, artifact)
     else:
-        load_weights(module, checkpoint_state(read_checkpoint(path)), str(path))
+        load_weights(module, checkpoint_state(read_checkpoint(path), max_memory, held), str(path))
     return measure_task(module.to(model_run.device), model_run, path.name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.artifact.artifact_file import ArtifactFile
+from qcompress.artifact.memory import ALLOW, refuse_memory
 from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.calibration.activations import attach_activations, attach_caps
 from qcompress.coding.grids import TORCH_DTYPES
@@ -65,27 +66,32 @@ def read_state(
     artifact: Artifact, device: str | torch.device = "cpu", *, workers: int = 1, held: int = 0
 ) -> dict[str, Tensor]:
     """The same of an artifact that was opened, where `held` bytes of what it may take are in use."""
-    _refuse_state(artifact, held)
+    refuse_state(artifact, held)
     with artifact.decoding_with(workers) as shared:
         state = {name: tensor.to(device) for file in shared.files for name, tensor in _tensors(file)}
     state.update({name: state[twin] for name, twin in artifact.tied.items()})
     return state
 
 
-def _refuse_state(artifact: Artifact, held: int) -> None:
-    """Raise ResourceError, which names the largest tensor, where all of them do not fit the memory."""
+def refuse_state(artifact: Artifact, held: int = 0) -> None:
+    """Raise ResourceError, before any is read, where all tensors together do not fit beside `held` bytes."""
     sizes: dict[str, int] = {}
-    passing = 0
+    moved = 0
     for file in artifact.files:
         for name in (*(info.name for info in file.kept), *file.manifest.tensors):
             sizes[name] = file.original(name).n_bytes
-        moved = (sizes[name] for name, entry in file.manifest.tensors.items() if not entry.leads)
-        passing = max([passing, *moved])
+        # Of what does not lie as its rows do there are two for a while.
+        moved = max([moved, *(sizes[name] for name, entry in file.manifest.tensors.items() if not entry.leads)])
     if sizes:
         largest = max(sizes, key=lambda name: sizes[name])
-        doing = f"loading it with {len(sizes) - 1} others" if len(sizes) > 1 else "loading it"
-        hint = "allow more, or write it with `qcompress export --to safetensors`, which reads block by block"
-        artifact.file_of(largest).refuse_memory(largest, sum(sizes.values()) + passing + held, doing, hint)
+        file = artifact.file_of(largest)
+        hint = f"{ALLOW}, or read it block by block: qcompress export ARTIFACT --to safetensors"
+        file.refuse_memory(largest, sum(sizes.values()) + moved + held, _loading(sizes, held), hint)
+
+
+def _loading(sizes: Mapping[str, int], held: int) -> str:
+    others = f"all {len(sizes)} tensors, it the largest," if len(sizes) > 1 else "it"
+    return f"loading {others} beside the network" if held else f"loading {others}"
 
 
 def _tensors(file: ArtifactFile) -> Iterator[tuple[str, Tensor]]:
@@ -121,11 +127,17 @@ def _tensor_of(pieces: Iterable[memoryview], info: TensorInfo) -> Tensor:
     return torch.frombuffer(raw, dtype=dtype).reshape(info.shape)
 
 
-def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def checkpoint_state(checkpoint: Checkpoint, max_memory: int | None = None, held: int = 0) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name, copied out of its files; names without data of their own share one.
 
-    raises  CheckpointError for a dtype that torch does not have
+    max_memory  bytes that they may take beside `held`; None: all that there is
+    raises      CheckpointError for a dtype that torch does not have; ResourceError
     """
+    sizes = {info.name: info.n_bytes for shard in checkpoint.shards for info in shard.tensors}
+    if sizes:
+        largest = max(sizes, key=lambda name: sizes[name])
+        where = checkpoint.shard_of(largest).path
+        refuse_memory(max_memory, sum(sizes.values()) + held, where, largest, _loading(sizes, held), ALLOW)
     state: dict[str, Tensor] = {}
     for shard in checkpoint.shards:
         for info in shard.tensors:

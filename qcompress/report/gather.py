@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+VALUE_BYTES = 64
+"""What counting takes for each different code."""
 REASON = "read from the artifact"
 
 
@@ -73,6 +75,7 @@ def _measure_report(artifact: Artifact, baseline: Checkpoint) -> Report:
     _refuse_other_baseline(artifact, baseline)
     figures = {}
     for file in artifact.files:
+        raise_all(file.find_damage())
         for name in file.manifest.tensors:
             figures[name] = _measure_tensor(file, name, baseline.shard_of(name))
     return _make_report(artifact, figures)
@@ -150,6 +153,7 @@ class _Counter:
         """Count the codes of a block: some rows and columns of the weight."""
         if self._entry.is_unbounded:
             self._values.add(codes)
+            self._tensor.refuse_memory(VALUE_BYTES * len(self._values.counts), "counting its codes")
             if self._classes is not None:
                 self._classes.add(rows, columns, codes)
             return
