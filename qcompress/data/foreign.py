@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qcompress.errors import DataError, QcompressError, ResourceError
 from qcompress.types.files import is_there
 
 LARGEST_LABEL = 2**31 - 1
+STDERR = 2
 SHOWN = 120
 """Characters of a foreign error that are shown."""
 
 
 @contextmanager
 def reading(where: Path | str, what: str, hint: str) -> Iterator[None]:
-    """Turn all that a library raises while it reads a file into DataError, and its warnings into nothing.
+    """Turn all that a library raises while it reads a file into DataError, and what else it has to say into nothing.
 
     what  begins the error: "is no npz file"; the library's own words follow in brackets
     """
     try:
-        with warnings.catch_warnings():
+        with _unheard, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except (QcompressError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -32,6 +35,47 @@ def reading(where: Path | str, what: str, hint: str) -> Iterator[None]:
         # Libraries written in other languages raise panics that are no Exception.
         words = first_line(error, SHOWN)
         raise DataError(str(where), f"{what} ({words})", hint) from None
+
+
+class _Unheard:
+    """Libraries written in other languages print warnings and traces past Python's stderr: these go nowhere here.
+
+    Threads share the one stderr of the process: the first that comes turns it away, the last that goes brings it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._heard: int | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                # What Python's own stream has not written yet is still to be heard.
+                with suppress(OSError, ValueError, AttributeError):
+                    sys.stderr.flush()
+                with suppress(OSError):
+                    self._heard = os.dup(STDERR)
+                    _redirect(os.open(os.devnull, os.O_WRONLY))
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._heard is not None:
+                with suppress(OSError, ValueError, AttributeError):
+                    sys.stderr.flush()
+                _redirect(self._heard)
+                self._heard = None
+
+
+def _redirect(descriptor: int) -> None:
+    """What is written to stderr goes to this open file, of which the descriptor is closed."""
+    os.dup2(descriptor, STDERR)
+    os.close(descriptor)
+
+
+_unheard = _Unheard()
 
 
 def first_line(error: BaseException, length: int = 200) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
+import subprocess
+import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Run, process_environment, program
 
 from qcompress.data.batches import Batches, Source
 from qcompress.data.foreign import parse_label, reading
@@ -225,3 +230,54 @@ def test_labels_are_numbers_from_0() -> None:
     for text in (None, "", "1.5", "-1", str(2**31), "9" * 10_000):
         with pytest.raises(DataError):
             parse_label(text, "x")
+
+
+def test_what_a_library_prints_past_python_is_not_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nested and in several threads; before and after it, stderr is what it was."""
+
+    def read(depth: int) -> None:
+        with reading("f.bin", "is unreadable", "replace it"):
+            os.write(2, b"a panic and its trace")
+            if depth:
+                read(depth - 1)
+            os.write(2, b"another")
+
+    sys.stderr.write("before, ")
+    threads = [threading.Thread(target=read, args=(3,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with pytest.raises(DataError), reading("f.bin", "is unreadable", "replace it"):
+        os.write(2, b"a panic")
+        raise KeyError("x")
+    os.write(2, b"after")
+    assert capfd.readouterr().err == "before, after"
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_tokenizer_that_panics_is_one_line(run_process: Run, tmp_path: Path, closed: bool) -> None:
+    """The library, which is not Python, prints a trace of its own; also where there is no stderr at all."""
+    tokenizers = pytest.importorskip("tokenizers")
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "[BOS]", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+    made = json.loads(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str())
+    (tmp_path / "t.json").write_text(json.dumps({**made, "post_processor": processor}))
+    (tmp_path / "t.txt").write_text("a a a a")
+    (tmp_path / "r.yaml").write_text(
+        'version: 1\nmodel: {factory: "qcompress.demo:DigitsNet"}\ntask: causal-lm\n'
+        "data: {eval: {text: t.txt, tokenizer: t.json}}\nrules: [{match: '*', mse: {bits: 3}}]\n"
+    )
+    words = ("recipe", "check", tmp_path / "r.yaml")
+    if closed:
+        command = " ".join(map(shlex.quote, program(*words)))
+        done = subprocess.run(["sh", "-c", f"{command} 2>&-"], env=process_environment(RUST_BACKTRACE="1"))
+        assert done.returncode == 3
+        return
+    ran = run_process(*words, env={"RUST_BACKTRACE": "1"})
+    assert ran.code == 3
+    assert ran.err.count("\n") == 1 and "t.json" in ran.err, ran.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import tempfile
@@ -13,13 +14,25 @@ import torch
 from torch import Tensor
 
 from qcompress.cli.app import run
+from qcompress.data.batches import Source
+from qcompress.data.sources import read_data
 from qcompress.plan.sensitivity import SENSITIVITY, LayerCosts, Sensitivity, WidthCost
 from qcompress.training.state import save_state
-from qcompress.types.settings import Sgd
+from qcompress.types.settings import Data, Sgd
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def digest(value: Tensor) -> str:
+    raw = value.contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{value.dtype} {list(value.shape)} {hashlib.sha256(raw).hexdigest()}"
+
+
+def samples(folder: Path, settings: Data) -> list[str]:
+    batches = read_data(settings, Source(folder, "data.eval"), 0)
+    return [digest(x) for batch in batches for x in (*batch.args, batch.labels) if x is not None]
 
 
 def small_weights() -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tempfile
@@ -19,14 +18,14 @@ from torch import Tensor
 
 from fuzz.campaign import Disagree, Target
 from fuzz.commands import command_targets
+from fuzz.folders import folder_targets
 from fuzz.mutations import mutate_bytes, mutate_json, mutate_text, mutate_value
+from fuzz.sound import digest, samples
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.checkpoint.side_files import HESSIAN, read_statistics, save_statistics
 from qcompress.compress.load import load_state_dict
-from qcompress.data.batches import Source
 from qcompress.data.foreign import first_line
-from qcompress.data.sources import read_data
 from qcompress.encode.write_file import Journal
 from qcompress.errors import QcompressError, TrainingError
 from qcompress.exporters.safetensors import export
@@ -36,7 +35,7 @@ from qcompress.report.document_json import read_report
 from qcompress.report.gather import gather_report
 from qcompress.report.html.render_html import render_html
 from qcompress.report.render import Format, render
-from qcompress.types.settings import Data, ImagesData, NpzData
+from qcompress.types.settings import ImagesData, NpzData
 
 
 def make_targets(scratch: Path) -> dict[str, Target]:
@@ -46,14 +45,10 @@ def make_targets(scratch: Path) -> dict[str, Target]:
         *_of_text(scratch),
         *_of_data(scratch),
         *_of_runs(scratch),
+        *folder_targets(scratch),
         *command_targets(scratch),
     ]
     return {target.name: target for target in found}
-
-
-def digest(value: Tensor) -> str:
-    raw = value.contiguous().view(-1).view(torch.uint8).numpy()
-    return f"{value.dtype} {list(value.shape)} {hashlib.sha256(raw).hexdigest()}"
 
 
 def checkpoint_bytes(**tensors: Tensor) -> bytes:
@@ -228,30 +223,25 @@ def _of_data(scratch: Path) -> list[Target]:
         for name in ("a.png", "b.png"):
             (folder / name).write_bytes(images["PNG"])
         (folder / "metadata.csv").write_bytes(path.read_bytes())
-        return _samples(folder, ImagesData(images=str(folder), crop=8))
+        return samples(folder, ImagesData(images=str(folder), crop=8))
 
     def read_image(path: Path) -> Any:
         folder = path.with_name(f"{path.name}.folder")
         folder.mkdir(exist_ok=True)
         (folder / "a.png").write_bytes(path.read_bytes())
-        return _samples(folder, ImagesData(images=str(folder), resize=8, crop=8))
+        return samples(folder, ImagesData(images=str(folder), resize=8, crop=8))
 
     return [
         Target(
             "npz",
             {"stored": npz(np.savez), "deflated": npz(np.savez_compressed)},
             mutate_bytes,
-            lambda path: _samples(path.parent, NpzData(npz=path.name)),
+            lambda path: samples(path.parent, NpzData(npz=path.name)),
             ".npz",
         ),
         Target("image", images, mutate_bytes, read_image),
         Target("table of images", {"a": table}, mutate_text, read_table),
     ]
-
-
-def _samples(folder: Path, settings: Data) -> list[str]:
-    batches = read_data(settings, Source(folder, "data.eval"), 0)
-    return [digest(x) for batch in batches for x in (*batch.args, batch.labels) if x is not None]
 
 
 # --- checkpoints, and what a run leaves behind ------------------------------------------------------------------------

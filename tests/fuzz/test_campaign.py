@@ -26,7 +26,8 @@ COMMANDS, ANEW = 20, 3
 IN_PROCESS = [
     *("artifact", "sealed artifact"),
     *("recipe", "report", "sensitivity", "npz", "image", "table of images", "checkpoint", "statistics", "journal"),
-    *("state",),
+    *("state", "index of a checkpoint", "configuration of a checkpoint", "index of an artifact", "tokenizer"),
+    *("array of an npz",),
 ]
 IN_PROCESSES = [f"commands on {kind.name}" for kind in commands.KINDS]
 SHELL = "commands from a shell"
