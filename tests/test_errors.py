@@ -118,21 +118,19 @@ def test_long_parts_are_shortened_in_the_middle(part: int) -> None:
 
 
 def test_many_tensors_that_cannot_have_a_group_size_are_a_line_a_cause(run: Run, tmp_path: Path) -> None:
-    shapes = {"q": (64, 128), "k": (32, 128), "down": (128, 64)}
+    shapes = {"q": (64, 128), "k": (32, 128), "down": (64, 64)}
     tensors = {
         f"model.layers.{n}.{name}.weight": np.zeros(shape, np.float32)
         for n in range(20)
         for name, shape in shapes.items()
     }
     path = write_checkpoint(tmp_path / "m.safetensors", tensors)
-    ran = run("quantize", path, "--bits", 4, "--group-size", 48, "--dry-run")
+    ran = run("cluster", path, "--bits", 4, "--group-size", 48, "--dry-run")
     assert (ran.code, ran.out) == (3, "")
     assert len(ran.error_lines) == 2
+    assert any("40 tensors, first model.layers.0." in line and "its 64 channels" in line for line in ran.error_lines)
     assert any(
-        "40 tensors, first model.layers.0." in line and "its 128 values a channel" in line for line in ran.error_lines
-    )
-    assert any(
-        "20 tensors of shape [128, 64], first model.layers.0.down.weight: group_size 48 does not divide its 64" in line
+        "20 tensors of shape [32, 128], first model.layers.0.k.weight: group_size 48 does not divide its 32" in line
         for line in ran.error_lines
     )
 

@@ -41,7 +41,7 @@ def quantize(
         typer.Option(
             "--group-size",
             metavar="G",
-            help="Number of weights in a group, which must divide those of a channel. Implies --granularity group.",
+            help="Number of weights in a group; the last one of a channel may have fewer. Implies --granularity group.",
             rich_help_panel=METHOD,
         ),
     ] = None,

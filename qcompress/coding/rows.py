@@ -43,20 +43,27 @@ def weight_from_rows(rows: Tensor, shape: Shape, axis: tuple[int, ...]) -> Tenso
 def grid_shape(rows: Shape, granularity: Granularity, group_size: int | None) -> tuple[int, int]:
     """How many grids a weight of shape [rows, ...] has: ([1 or rows], groups a row).
 
-    Raises ValueError where group_size does not divide the columns.
+    The last group of a row is shorter where the others leave fewer columns than `group_size`.
     """
     if granularity == "tensor":
         return (1, 1)
     if granularity == "channel":
         return (rows[0], 1)
-    columns = math.prod(rows[1:])
-    if group_size is None or columns % group_size:
-        raise ValueError(f"group size {group_size} does not divide {columns} columns")
-    return (rows[0], columns // group_size)
+    assert group_size is not None
+    return (rows[0], -(-math.prod(rows[1:]) // group_size))
+
+
+def column_parts(columns: int, granularity: Granularity, group_size: int | None) -> list[slice]:
+    """The columns whose groups are equally long, as slices: all of them, or the whole groups and the shorter last."""
+    whole = columns if granularity != "group" or group_size is None else columns - columns % group_size
+    return [part for part in (slice(0, whole), slice(whole, columns)) if part.stop > part.start] or [slice(0, 0)]
 
 
 def blocks_from_rows(rows: Tensor, granularity: Granularity, group_size: int | None) -> Tensor:
-    """Rows [rows, ...] as [blocks, length], one block a grid, blocks in the order of the flattened grid shape."""
+    """Rows [rows, columns] as [blocks, length], one block a grid, blocks in the order of the flattened grid shape.
+
+    Takes the rows of one part of `column_parts`.
+    """
     grids = math.prod(grid_shape(tuple(rows.shape), granularity, group_size))
     return rows.reshape(grids, rows.numel() // grids if grids else 0)
 

@@ -62,7 +62,7 @@ def encode(weight: Tensor, config: AdaroundConfig, context: EncodeContext) -> Af
     assert gram is not None
     rows, exponent = weight.flatten(1).contiguous(), max(context.exponent, LEAST_EXPONENT)
     grid = choose_grid(rows, config, config.range or "minmax", exponent, gram.hessian, context.generator)
-    scale, low = row_levels(grid, config.bits, exponent, rows)
+    scale, low = row_levels(grid, config, exponent, rows)
     codes = round_by_gram(
         rows,
         make_neighbours(rows, scale, low, config.bits),
@@ -85,7 +85,7 @@ def _encode_by_samples(live: LiveModel, step: LayerStep, weight: Tensor, decisio
     exponent = grid_exponent(rows)
     hessian = step.gram().hessian if config.range == "hessian" else None
     grid = choose_grid(rows, config, config.range or "minmax", exponent, hessian, step.generator)
-    scale, low = row_levels(grid, config.bits, exponent, rows)
+    scale, low = row_levels(grid, config, exponent, rows)
     neighbours = make_neighbours(rows, scale, low, config.bits)
     rounding = SoftRounding(neighbours, tuple(weight.shape), decision.axis)
     error = _Reconstruction(live, step, weight, config.batch_size)

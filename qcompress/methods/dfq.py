@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qcompress.calibration.activations import attach_caps
 from qcompress.calibration.corrections import correct_by_data, mean_errors
 from qcompress.coding.grids import TORCH_DTYPES
-from qcompress.coding.rows import grid_shape, rows_from_weight
+from qcompress.coding.rows import rows_from_weight
 from qcompress.errors import DataError
 from qcompress.model.chains import Link, cap_module, equalization_links, join_links
 from qcompress.model.fold import NormedLayer, fold_layer, is_free, read_layer, why_not_folded
@@ -234,9 +234,7 @@ def _encode(live: LiveModel, weight: Tensor, decision: Decision[DfqConfig]) -> A
     rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
     exponent = grid_exponent(rows)
     grid = choose_grid(rows, config, config.range, exponent, None, live.generator(decision.tensor.name))
-    shape = grid_shape(tuple(rows.shape), config.unit, config.group_size)
-    found = affine_from_grid(rows, grid, config.bits, exponent, shape)
-    return for_tensor(found, decision)
+    return for_tensor(affine_from_grid(rows, grid, config, exponent), decision)
 
 
 def _correct_biases(network: _Network, reference: nn.Module) -> None:

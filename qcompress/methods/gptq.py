@@ -61,7 +61,7 @@ def encode(weight: Tensor, config: GptqConfig, context: EncodeContext) -> Affine
     if config.asymmetric and gram.cross is not None:
         target = least_squares_target(rows, hessian, gram.cross, HOLD)
     grid = choose_grid(rows, config, config.range or "minmax", exponent, hessian, context.generator)
-    scale, low = row_levels(grid, config.bits, exponent, rows)
+    scale, low = row_levels(grid, config, exponent, rows)
     codes = feedback_codes(
         target,
         scale,

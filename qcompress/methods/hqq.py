@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from qcompress.coding.grids import from_half, round_offset
-from qcompress.coding.rows import blocks_from_rows, grid_shape
 from qcompress.registry import HqqConfig
 from qcompress.solvers.blocks import Chunk, walk
-from qcompress.solvers.grids import Grid, affine_from_grid, joined_grid, offset_grid
+from qcompress.solvers.grids import Grid, affine_from_grid, grid_of_rows, joined_grid, offset_grid
 from qcompress.solvers.ranges import power
 from qcompress.types.encoded import Affine
 from qcompress.types.run import EncodeContext
@@ -38,10 +37,11 @@ def encode(weight: Tensor, config: HqqConfig, context: EncodeContext) -> Affine:
               falls on a level. As in the official code, `round_zero` rounds the start alone
     """
     exponent = context.exponent
-    blocks = blocks_from_rows(weight, config.unit, config.group_size)
-    grid = joined_grid(_fit(chunk, config, exponent) for chunk in walk(blocks, exponent))
-    shape = grid_shape(tuple(weight.shape), config.unit, config.group_size)
-    return affine_from_grid(weight, grid, config.bits, exponent, shape)
+
+    def make(blocks: Tensor) -> Grid:
+        return joined_grid(_fit(chunk, config, exponent) for chunk in walk(blocks, exponent))
+
+    return affine_from_grid(weight, grid_of_rows(weight, config, make), config, exponent)
 
 
 def _fit(chunk: Chunk, config: HqqConfig, exponent: int) -> Grid:

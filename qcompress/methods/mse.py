@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qcompress.coding.rows import blocks_from_rows, grid_shape
 from qcompress.registry import MseConfig
-from qcompress.solvers.grids import affine_from_grid
+from qcompress.solvers.grids import Grid, affine_from_grid, grid_of_rows
 from qcompress.solvers.least_squares import HIGH, NORMAL
 from qcompress.solvers.ranges import least_squares_grid, shrunken_grid
 from qcompress.types.encoded import Affine
@@ -22,11 +21,11 @@ def encode(weight: Tensor, config: MseConfig, context: EncodeContext) -> Affine:
     """
     exponent = context.exponent
     assert config.norm is not None
-    blocks = blocks_from_rows(weight, config.unit, config.group_size)
-    if config.search == "als":
-        effort = HIGH if config.effort == "high" else NORMAL
-        grid = least_squares_grid(blocks, config.bits, bool(config.symmetric), exponent, effort)
-    else:
-        grid = shrunken_grid(blocks, config.bits, bool(config.symmetric), config.norm, exponent)
-    shape = grid_shape(tuple(weight.shape), config.unit, config.group_size)
-    return affine_from_grid(weight, grid, config.bits, exponent, shape)
+    bits, symmetric, norm = config.bits, bool(config.symmetric), config.norm
+
+    def make(blocks: Tensor) -> Grid:
+        if config.search == "als":
+            return least_squares_grid(blocks, bits, symmetric, exponent, HIGH if config.effort == "high" else NORMAL)
+        return shrunken_grid(blocks, bits, symmetric, norm, exponent)
+
+    return affine_from_grid(weight, grid_of_rows(weight, config, make), config, exponent)

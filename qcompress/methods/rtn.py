@@ -6,10 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from qcompress.coding.rows import blocks_from_rows, grid_shape
 from qcompress.registry import RtnConfig
 from qcompress.solvers.blocks import extremes
-from qcompress.solvers.grids import Grid, affine_from_grid, symmetric_grid, zero_point_grid
+from qcompress.solvers.grids import Grid, affine_from_grid, grid_of_rows, symmetric_grid, zero_point_grid
 from qcompress.types.encoded import Affine
 from qcompress.types.run import EncodeContext
 
@@ -21,14 +20,14 @@ def encode(weight: Tensor, config: RtnConfig, context: EncodeContext) -> Affine:
     returns   with an integer zero point, no value is off by more than half a scale; likewise where symmetric, but with
               `full-range`, where the end nearer to zero may be off by a whole one. Scales are rounded up to float16
     """
-    low, high = extremes(blocks_from_rows(weight, config.unit, config.group_size))
-    grid = (
-        _symmetric(low, high, config, context.exponent)
-        if config.symmetric
-        else zero_point_grid(low, high, config.bits, context.exponent)
-    )
-    shape = grid_shape(tuple(weight.shape), config.unit, config.group_size)
-    return affine_from_grid(weight, grid, config.bits, context.exponent, shape)
+
+    def make(blocks: Tensor) -> Grid:
+        low, high = extremes(blocks)
+        if config.symmetric:
+            return _symmetric(low, high, config, context.exponent)
+        return zero_point_grid(low, high, config.bits, context.exponent)
+
+    return affine_from_grid(weight, grid_of_rows(weight, config, make), config, context.exponent)
 
 
 def _symmetric(low: Tensor, high: Tensor, config: RtnConfig, exponent: int) -> Grid:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qcompress.coding.grids import from_half, middle, round_offset, round_scale
-from qcompress.coding.rows import blocks_from_rows, grid_shape
+from qcompress.coding.rows import blocks_from_rows, column_parts, spans
 from qcompress.registry import SquantConfig
 from qcompress.solvers.blocks import extremes, fold
-from qcompress.solvers.grids import Grid, affine_from_codes, minmax_grid, symmetric_grid, zero_point_grid
+from qcompress.solvers.grids import Grid, affine_from_codes, beside, minmax_grid, symmetric_grid, zero_point_grid
 from qcompress.solvers.ranges import least_squares_grid
 from qcompress.types.encoded import Affine
 from qcompress.types.run import EncodeContext
@@ -39,6 +39,7 @@ CHUNK_WEIGHTS = 1 << 17
 class Cut:
     """How a weight of [rows, columns] is cut, in columns: a kernel, and a run that shares a grid within a row.
 
+    length  of such a run; the last of a row may be shorter
     shared  one grid serves all rows
     """
 
@@ -53,12 +54,15 @@ class Cut:
         """The run whose sum of weights the flips keep."""
         return self.kernel if self.kernel > 1 and self.length % self.kernel == 0 else self.length
 
-    def chunks(self) -> Iterator[tuple[slice, slice]]:
-        """Row blocks of bounded size, each with its grids."""
-        step, groups = max(1, CHUNK_WEIGHTS // max(self.columns, 1)), self.columns // max(self.length, 1)
-        for start in range(0, self.rows if self.columns else 0, step):
-            stop = min(start + step, self.rows)
-            yield slice(start, stop), slice(None) if self.shared else slice(start * groups, stop * groups)
+    def chunks(self) -> Iterator[slice]:
+        """Row blocks of bounded size."""
+        step = max(1, CHUNK_WEIGHTS // max(self.columns, 1))
+        return spans(self.rows if self.columns else 0, step)
+
+    def grids_of(self, chunk: slice) -> slice:
+        """The grids of some rows, where the runs of a row are equally long."""
+        groups = self.columns // max(self.length, 1)
+        return slice(None) if self.shared else slice(chunk.start * groups, chunk.stop * groups)
 
 
 def encode(weight: Tensor, config: SquantConfig, context: EncodeContext) -> Affine:
@@ -86,22 +90,48 @@ def encode(weight: Tensor, config: SquantConfig, context: EncodeContext) -> Affi
     """
     exponent = context.exponent
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
-    grid_rows, groups = grid_shape(tuple(weight.shape), config.unit, config.group_size)
-    cut = Cut(rows, columns, math.prod(weight.shape[2:]), columns // max(groups, 1), config.unit == "tensor")
+    kernel = math.prod(weight.shape[2:])
     values = weight.reshape(rows, columns)
-    grid = _make_grid(blocks_from_rows(weight, config.unit, config.group_size), config, exponent)
-    gains = None
-    if config.range == "clip" and weight.ndim > 2 and weight.numel():
-        gains, centre = _gains(values, cut, grid, config.bits, exponent)
-        grid = _stretched(grid, gains, centre)
+    parts = [
+        _make_part(values[:, part], kernel, config, exponent, stretch=config.range == "clip" and weight.ndim > 2)
+        for part in column_parts(columns, config.unit, config.group_size)
+    ]
+    cut = Cut(rows, columns, kernel, parts[0].cut.length, config.unit == "tensor")
     codes = weight.new_empty(rows, columns, dtype=torch.uint8)
-    for chunk, grids in cut.chunks():
-        positions = _positions(values[chunk], grid, grids, config.bits, exponent)
-        if gains is not None:
-            positions = _inflated(positions, cut, gains[grids], config.bits)
+    for chunk in cut.chunks():
+        positions = torch.cat([part.positions(chunk, config.bits, exponent) for part in parts], 1)
         codes[chunk] = flipped_codes(positions, cut, config.bits, config.stages)
-    affine = affine_from_codes(codes, grid, config.bits, exponent, (grid_rows, groups))
+    affine = affine_from_codes(codes, beside([part.grid for part in parts], rows), config, exponent)
     return replace(affine, shape=tuple(weight.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Columns of a weight whose groups are equally long: values float32 [rows, columns], their grids, and the gains
+    float64 [grids] that stretch what is coded."""
+
+    values: Tensor
+    cut: Cut
+    grid: Grid
+    gains: Tensor | None
+
+    def positions(self, chunk: slice, bits: int, exponent: int) -> Tensor:
+        """Where some rows lie on their grids: int32 [rows, columns], in units of 2**-16 steps from code 0."""
+        grids = self.cut.grids_of(chunk)
+        found = _positions(self.values[chunk], self.grid, grids, bits, exponent)
+        return found if self.gains is None else _inflated(found, self.cut, self.gains[grids], bits)
+
+
+def _make_part(values: Tensor, kernel: int, config: SquantConfig, exponent: int, *, stretch: bool) -> _Part:
+    blocks = blocks_from_rows(values, config.unit, config.group_size)
+    grid = _make_grid(blocks, config, exponent)
+    shared = config.unit == "tensor"
+    columns = values.shape[1]
+    cut = Cut(len(values), columns, kernel, columns if shared else blocks.shape[1], shared)
+    if not (stretch and values.numel()):
+        return _Part(values, cut, grid, None)
+    gains, centre = _gains(values, cut, grid, config.bits, exponent)
+    return _Part(values, cut, _stretched(grid, gains, centre), gains)
 
 
 def _make_grid(blocks: Tensor, config: SquantConfig, exponent: int) -> Grid:
@@ -125,7 +155,8 @@ def _gains(values: Tensor, cut: Cut, grid: Grid, bits: int, exponent: int) -> tu
     """
     powers = values.new_zeros(3, grid.scale.numel(), dtype=torch.float64)
     unit = cut.unit
-    for chunk, grids in cut.chunks():
+    for chunk in cut.chunks():
+        grids = cut.grids_of(chunk)
         positions = _positions(values[chunk], grid, grids, bits, exponent)
         codes = _nearest(positions).clamp_(0, 2**bits - 1).reshape(-1, unit).long()
         places = (positions >> GAIN_SHIFT).reshape(-1, unit).long()
@@ -183,8 +214,10 @@ def flipped_codes(positions: Tensor, cut: Cut, bits: int, stages: str) -> Tensor
         codes -= move
         error -= move << FRACTION_BITS
     if "C" in stages:
-        length = cut.length
-        codes -= _flip_channels(error.reshape(-1, length), free.reshape(-1, length)).reshape(codes.shape)
+        for part in column_parts(cut.columns, "group", cut.length):
+            length = min(cut.length, part.stop - part.start)
+            own = (values[:, part].reshape(-1, length) for values in (error, free))
+            codes[:, part] -= _flip_channels(*own).reshape(len(codes), -1)
     return codes.to(torch.uint8)
 
 

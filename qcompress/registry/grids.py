@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, TypeAlias
@@ -10,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Gt, Interval
 
 from qcompress.registry.contract import Method
-from qcompress.types.config import Convention, Form, Granularity, MethodConfig, Rows
+from qcompress.types.config import Convention, Form, Granularity, MethodConfig
 from qcompress.types.plan import searched_convention
 
 DEFAULT_GROUP_SIZE = 64
@@ -27,8 +26,7 @@ class GridConfig(MethodConfig):
     bits         of a code
     granularity  one grid for the whole tensor, for each channel, or for each group of a channel's values; where absent
                  `channel`, or `group` where `group_size` is given
-    group_size   values of a group; must divide the values of a channel, and the plan names the nearest size that does;
-                 where absent 64
+    group_size   values of a group; the last group of a channel has what is left; where absent 64
     symmetric    a grid around zero, which stores a scale alone
     axis         the channel axis, or the pair of them in stacked experts; where absent the checkpoint's, else 0
     """
@@ -58,16 +56,6 @@ class GridConfig(MethodConfig):
     @property
     def stored_convention(self) -> Convention:
         return searched_convention(self.bits)
-
-    def refuse(self, rows: Rows) -> str | None:
-        columns, size = math.prod(rows[1:]), self.group_size
-        if size is None or columns % size == 0:
-            return None
-        small = [d for d in range(1, math.isqrt(columns) + 1) if columns % d == 0]
-        divisors = {divisor for d in small for divisor in (d, columns // d)} - {1}
-        nearest = min(divisors, key=lambda d: (abs(math.log(d / size)), d), default=None)
-        hint = "use granularity: channel" if nearest is None else f"nearest that does: {nearest}"
-        return f"group_size {size} does not divide its {columns} values a channel; {hint}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,17 @@ codes are chosen against that. A block of zeros decodes to zeros, but on a mid-r
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qcompress.coding.grids import HALF_TINY, from_half, middle, round_offset, round_scale
-from qcompress.coding.rows import tiles
+from qcompress.coding.rows import blocks_from_rows, column_parts, grid_shape, tiles
 from qcompress.solvers.blocks import CHUNK_VALUES, extremes
-from qcompress.types.config import Convention
+from qcompress.types.config import Convention, Granularity
 from qcompress.types.encoded import Affine
 
 ROUND_TO_INTEGER = 1.5 * 2.0**23
@@ -137,23 +137,81 @@ def joined_grid(grids: Iterable[Grid]) -> Grid:
     )
 
 
-def affine_from_grid(weight: Tensor, grid: Grid, bits: int, exponent: int, shape: tuple[int, int]) -> Affine:
-    """The weight float32 [rows, ...] in the nearest codes of its grid, one for each of `shape` blocks."""
-    blocks = shape[0] * shape[1]
-    codes = nearest_codes(weight.reshape(blocks, weight.numel() // blocks if blocks else 0), grid, bits, exponent)
-    affine = affine_from_codes(codes.view(weight.shape[0], math.prod(weight.shape[1:])), grid, bits, exponent, shape)
+class Layout(Protocol):
+    """What a config says of how its grids lie in a weight."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def unit(self) -> Granularity: ...
+    @property
+    def group_size(self) -> int | None: ...
+
+
+def grid_of_rows(rows: Tensor, layout: Layout, make: Callable[[Tensor], Grid]) -> Grid:
+    """A grid for each block of rows float32 [rows, ...], in the order of the flattened grid shape.
+
+    make  the grids of blocks float32 [blocks, length] of one length
+    """
+    rows = rows.flatten(1)
+    parts = column_parts(rows.shape[1], layout.unit, layout.group_size)
+    return beside([make(blocks_from_rows(rows[:, part], layout.unit, layout.group_size)) for part in parts], len(rows))
+
+
+def beside(grids: list[Grid], rows: int) -> Grid:
+    """The grids of consecutive columns of the same rows as one."""
+    if len(grids) == 1:
+        return grids[0]
+
+    def joined(values: list[Tensor | None]) -> Tensor | None:
+        found = [one.reshape(rows, one.numel() // max(rows, 1)) for one in values if one is not None]
+        return torch.cat(found, 1).reshape(-1) if found else None
+
+    scale = joined([grid.scale for grid in grids])
+    assert scale is not None
+    offset, zero_point = joined([grid.offset for grid in grids]), joined([grid.zero_point for grid in grids])
+    return Grid(scale, offset=offset, zero_point=zero_point, convention=grids[0].convention)
+
+
+def grid_parts(grid: Grid, rows: int, columns: int, layout: Layout) -> Iterator[tuple[slice, Grid]]:
+    """The inverse of `beside` for a weight [rows, columns]: its parts of equally long groups, each with its grids."""
+    parts = column_parts(columns, layout.unit, layout.group_size)
+    if len(parts) == 1:
+        yield parts[0], grid
+        return
+    groups = grid_shape((rows, columns), layout.unit, layout.group_size)[1]
+    for part, own in zip(parts, (slice(0, groups - 1), slice(groups - 1, groups)), strict=True):
+
+        def taken(values: Tensor | None, own: slice = own) -> Tensor | None:
+            return None if values is None else values.reshape(rows, groups)[:, own].reshape(-1)
+
+        scale = taken(grid.scale)
+        assert scale is not None
+        yield part, replace(grid, scale=scale, offset=taken(grid.offset), zero_point=taken(grid.zero_point))
+
+
+def affine_from_grid(weight: Tensor, grid: Grid, layout: Layout, exponent: int) -> Affine:
+    """The weight float32 [rows, ...] in the nearest codes of its grids, one for each block."""
+    rows = weight.flatten(1)
+    codes = []
+    for part, own in grid_parts(grid, len(rows), rows.shape[1], layout):
+        blocks = blocks_from_rows(rows[:, part], layout.unit, layout.group_size)
+        codes.append(nearest_codes(blocks, own, layout.bits, exponent).reshape(len(rows), part.stop - part.start))
+    affine = affine_from_codes(codes[0] if len(codes) == 1 else torch.cat(codes, 1), grid, layout, exponent)
     return replace(affine, shape=tuple(weight.shape))
 
 
-def affine_from_codes(codes: Tensor, grid: Grid, bits: int, exponent: int, shape: tuple[int, int]) -> Affine:
-    """Codes uint8 [rows, columns] on a grid, one for each of `shape` blocks, as a weight of that shape."""
+def affine_from_codes(codes: Tensor, grid: Grid, layout: Layout, exponent: int) -> Affine:
+    """Codes uint8 [rows, columns] on grids, one for each block, as a weight of that shape."""
+    shape = grid_shape(tuple(codes.shape), layout.unit, layout.group_size)
     return Affine(
         codes=codes,
-        bits=bits,
+        bits=layout.bits,
         scale=grid.scale.view(shape),
         exponent=exponent,
         shape=tuple(codes.shape),
         zero_point=None if grid.zero_point is None else grid.zero_point.view(shape),
         offset=None if grid.offset is None else grid.offset.view(shape),
         convention=grid.convention,
+        group_size=layout.group_size if layout.unit == "group" else None,
     )

@@ -20,11 +20,20 @@ import torch
 from torch import Tensor
 
 from qcompress.coding.grids import exponent_for, from_half, middle, round_offset, round_scale
-from qcompress.coding.rows import grid_shape, row_slices
+from qcompress.coding.rows import column_parts, row_slices
 from qcompress.solvers.blocks import extremes
-from qcompress.solvers.grids import Grid, affine_from_codes, minmax_grid, symmetric_grid, zero_point_grid
+from qcompress.solvers.grids import (
+    Grid,
+    Layout,
+    affine_from_codes,
+    beside,
+    grid_of_rows,
+    minmax_grid,
+    symmetric_grid,
+    zero_point_grid,
+)
 from qcompress.solvers.ranges import least_squares_grid, shrunken_grid, tf_enhanced_grid
-from qcompress.types.config import Convention, Form, Granularity
+from qcompress.types.config import Convention, Form
 from qcompress.types.encoded import Affine
 
 SKETCH_COLUMNS = 384
@@ -36,15 +45,9 @@ SLAB_VALUES = 1 << 22
 LEAST_EXPONENT = -100
 
 
-class GridOptions(Protocol):
+class GridOptions(Layout, Protocol):
     """What a method's config says of its grid."""
 
-    @property
-    def bits(self) -> int: ...
-    @property
-    def granularity(self) -> Granularity | None: ...
-    @property
-    def group_size(self) -> int | None: ...
     @property
     def symmetric(self) -> bool | None: ...
     @property
@@ -140,37 +143,33 @@ def choose_grid(
     range  minmax; mse, with an integer zero point by a search over shrunken ranges (in the norm 2.4 of BRECQ and its
            successors), else by least squares; tf-enhanced; or hessian
     """
-    blocks = rows.reshape(-1, block_length(rows, options))
     bits, symmetric = options.bits, bool(options.symmetric)
     if range == "hessian":
         assert hessian is not None
         return hessian_grid(rows, hessian, options, exponent, generator)
-    if range == "tf-enhanced":
-        return tf_enhanced_grid(blocks, bits, symmetric, exponent)
-    if range == "mse" and options.form == "zero-point":
-        return shrunken_grid(blocks, bits, symmetric, 2.4, exponent)
-    if range == "mse":
-        return least_squares_grid(blocks, bits, symmetric, exponent)
-    if symmetric:
-        return symmetric_grid(*extremes(blocks), bits, options.stored_convention, exponent)
-    return zero_point_grid(*extremes(blocks), bits, exponent)
+
+    def make(blocks: Tensor) -> Grid:
+        if range == "tf-enhanced":
+            return tf_enhanced_grid(blocks, bits, symmetric, exponent)
+        if range == "mse" and options.form == "zero-point":
+            return shrunken_grid(blocks, bits, symmetric, 2.4, exponent)
+        if range == "mse":
+            return least_squares_grid(blocks, bits, symmetric, exponent)
+        if symmetric:
+            return symmetric_grid(*extremes(blocks), bits, options.stored_convention, exponent)
+        return zero_point_grid(*extremes(blocks), bits, exponent)
+
+    return grid_of_rows(rows, options, make)
 
 
 def encoded_rows(codes: Tensor, grid: Grid, options: GridOptions, exponent: int) -> Affine:
     """Codes [rows, columns] of any dtype, on a grid of these options."""
-    shape = grid_shape(tuple(codes.shape), options.granularity or "channel", options.group_size)
-    return affine_from_codes(codes.to(torch.uint8), grid, options.bits, exponent, shape)
+    return affine_from_codes(codes.to(torch.uint8), grid, options, exponent)
 
 
 def grid_exponent(rows: Tensor) -> int:
     """The exponent of the rows' scales, no smaller than that the least of them is a normal float32."""
     return max(exponent_for(float(rows.abs().max())), LEAST_EXPONENT)
-
-
-def block_length(rows: Tensor, options: GridOptions) -> int:
-    """Weights that share a grid."""
-    shape = grid_shape(tuple(rows.shape), options.granularity or "channel", options.group_size)
-    return rows.numel() // (shape[0] * shape[1])
 
 
 def levels(grid: Grid, bits: int, exponent: int) -> tuple[Tensor, Tensor]:
@@ -184,13 +183,14 @@ def levels(grid: Grid, bits: int, exponent: int) -> tuple[Tensor, Tensor]:
     return scale, -scale * middle(grid.convention, bits)
 
 
-def row_levels(grid: Grid, bits: int, exponent: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+def row_levels(grid: Grid, options: Layout, exponent: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, lowest level) that broadcast over rows [rows, columns]: [1, 1], [rows, 1] or [rows, columns]; float64."""
     pair = []
-    for values in levels(grid, bits, exponent):
+    for values in levels(grid, options.bits, exponent):
         per_row = values.reshape(1, 1) if values.numel() == 1 else values.reshape(rows.shape[0], -1)
         if per_row.shape[1] > 1:
-            per_row = per_row.repeat_interleave(rows.shape[1] // per_row.shape[1], 1)
+            assert options.group_size is not None
+            per_row = per_row.repeat_interleave(options.group_size, 1)[:, : rows.shape[1]]
         pair.append(per_row)
     return pair[0], pair[1]
 
@@ -204,9 +204,18 @@ def hessian_grid(
     best is refitted by least squares under the Hessian while that helps. Of a grid that a whole tensor shares the
     errors of all rows are summed; a block within a row sees its own diagonal block of the Hessian.
     """
-    length = block_length(rows, options)
-    if length > rows.shape[1]:
+    if options.unit == "tensor" and len(rows) > 1:
         return _Search(rows, _factors(hessian, rows.shape[1], generator), options, exponent, shared=True).best()
+    grids = []
+    for part in column_parts(rows.shape[1], options.unit, options.group_size):
+        length = min(options.group_size or rows.shape[1], part.stop - part.start)
+        grids.append(_grid_of_blocks(rows[:, part], length, hessian[:, part, part], options, exponent, generator))
+    return beside(grids, len(rows))
+
+
+def _grid_of_blocks(
+    rows: Tensor, length: int, hessian: Tensor, options: GridOptions, exponent: int, generator: torch.Generator
+) -> Grid:
     factors = _factors(hessian, length, generator)
     # Blocks in the order [group, block within a row, row], so that those with one Hessian lie together.
     groups, per_row = hessian.shape[0], rows.shape[1] // length

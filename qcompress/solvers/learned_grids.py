@@ -25,9 +25,19 @@ FINE = tuple(places / 40 for places in (-4, -3, -2, -1, 1, 2, 3, 4))
 
 
 def blocks_of(weight: Tensor, decision: Decision) -> Tensor:
-    """The weight as float32 [blocks, length], one block a grid."""
+    """The weight as float32 [blocks, length], one block a grid.
+
+    A last group that is shorter repeats its values until it is as long as the others, which leaves its range as it is,
+    and its mean nearly so.
+    """
     config = decision.config
-    return blocks_from_rows(rows_from_weight(weight, decision.axis), config.unit, config.group_size)
+    rows = rows_from_weight(weight, decision.axis).flatten(1)
+    columns, size = rows.shape[1], config.group_size
+    if size is not None and columns % size:
+        whole = columns - columns % size
+        missing = torch.arange(size - columns % size, device=rows.device)
+        rows = torch.cat((rows, rows[:, whole + missing % (columns - whole)]), 1)
+    return blocks_from_rows(rows, config.unit, config.group_size)
 
 
 def weight_of_blocks(blocks: Tensor, decision: Decision) -> Tensor:
@@ -36,11 +46,17 @@ def weight_of_blocks(blocks: Tensor, decision: Decision) -> Tensor:
     returns  float32, the weight's shape
     """
     tensor, dtype = decision.tensor, TORCH_DTYPES[decision.tensor.dtype]
-    weight = weight_from_rows(blocks, tensor.shape, decision.axis)
+    weight = weight_from_rows(_without_repeats(blocks, decision), tensor.shape, decision.axis)
     if dtype in (torch.float32, torch.float64):
         return weight
     # Both numbers are near each other, so that neither difference nor sum rounds.
     return weight + (weight.detach().to(dtype).float() - weight.detach())
+
+
+def _without_repeats(blocks: Tensor, decision: Decision) -> Tensor:
+    """Blocks [blocks, length] as rows [rows, columns], what `blocks_of` added left out."""
+    rows = row_shape(decision.tensor.shape, decision.axis)
+    return blocks.reshape(rows[0], -1)[:, : math.prod(rows[1:])]
 
 
 def affine_of_blocks(codes: Tensor, scale: Tensor, exponent: int, decision: Decision) -> Affine:
@@ -48,7 +64,7 @@ def affine_of_blocks(codes: Tensor, scale: Tensor, exponent: int, decision: Deci
     config, tensor = decision.config, decision.tensor
     rows = row_shape(tensor.shape, decision.axis)
     return Affine(
-        codes=codes.to(torch.uint8).cpu().view(rows[0], -1),
+        codes=_without_repeats(codes.to(torch.uint8), decision).cpu().contiguous(),
         bits=config.code_bits,
         scale=scale.cpu().view(grid_shape(rows, config.unit, config.group_size)),
         exponent=exponent,
@@ -56,6 +72,7 @@ def affine_of_blocks(codes: Tensor, scale: Tensor, exponent: int, decision: Deci
         convention=config.stored_convention,
         axis=decision.axis,
         dtype=tensor.dtype,
+        group_size=config.group_size,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -84,7 +86,7 @@ def test_every_wrong_thing_has_a_line_of_its_own(run: Run, checkpoint: Path, tmp
 
 
 def test_a_plan_says_all_its_reasons_at_once(run: Run, checkpoint: Path) -> None:
-    ran = run("quantize", checkpoint, "--bits", 2, "--group-size", 48)
+    ran = run("cluster", checkpoint, "--bits", 2, "--group-size", 48)
     assert (ran.code, ran.out) == (3, "")
     assert [line for line in ran.error_lines if "does not divide" in line] == ran.err.splitlines()
     assert {name for name in ("conv1.weight", "layer.weight", "fc.weight") if name in ran.err} == {
@@ -92,13 +94,27 @@ def test_a_plan_says_all_its_reasons_at_once(run: Run, checkpoint: Path) -> None
         "layer.weight",
         "fc.weight",
     }
-    assert "nearest" in ran.error_lines[0]
 
 
-def test_a_group_that_divides_is_accepted_where_another_was_refused(run: Run, checkpoint: Path) -> None:
-    assert run("quantize", checkpoint, "--bits", 2, "--group-size", 64, "-n").code == 3
-    recipe = 'version: 1\nrules: [{match: "layer.*", rtn: {bits: 2, group_size: 64}}]'
-    assert run("quantize", checkpoint, "-r", "-", "-n", stdin=recipe).code == 0
+@pytest.mark.parametrize("method", ["rtn", "mse", "squant", "hqq"])
+@pytest.mark.parametrize("coding", ["packed", "ans"])
+def test_groups_that_do_not_divide_a_channel_go_all_the_way(
+    run: Run, checkpoint: Path, tmp_path: Path, method: str, coding: str
+) -> None:
+    """27 values a channel of the convolution are less than one group of 64, and 256 are four of 60 and one of 16."""
+    for size in (64, 60):
+        output = tmp_path / f"{size}.safetensors"
+        words = ["--method", method, "--bits", 4, "--group-size", size, "--coding", coding, "-o", output, "--json", "-"]
+        ran = run("quantize", checkpoint, *words)
+        assert ran.code == 0, ran.err
+        for layer in json.loads(ran.out)["layers"]:
+            if layer["bits"]:
+                groups = layer["shape"][0] * math.ceil(math.prod(layer["shape"][1:]) / size)
+                side = {"rtn": 3, "mse": 4, "squant": 4, "hqq": 4}[method]
+                assert layer["side_information_bytes"] == groups * side
+                assert layer["figures"]["sqnr_db"] > 18
+        assert run("verify", output).code == 0
+        assert run("export", output, "--to", "safetensors", "-o", tmp_path / f"{size}.dense.safetensors").code == 0
 
 
 def test_a_bug_is_1_and_one_line(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

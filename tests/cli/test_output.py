@@ -204,7 +204,7 @@ def test_a_name_cannot_write_escape_codes(run: Run, tmp_path: Path) -> None:
         ran = run("quantize", checkpoint, "--bits", 2, *extra)
         assert ran.code == 0
         assert ESCAPE not in ran.out
-    ran = run("quantize", checkpoint, "--bits", 2, "--granularity", "group", "--group-size", 7, "-f")
+    ran = run("cluster", checkpoint, "--bits", 2, "--granularity", "group", "--group-size", 7, "-f")
     assert ran.code == 3
     assert ESCAPE not in ran.err
 

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompress.coding.rows import blocks_from_rows, grid_shape, row_shape, rows_from_weight, weight_from_rows
+from qcompress.coding.rows import (
+    blocks_from_rows,
+    column_parts,
+    grid_shape,
+    row_shape,
+    rows_from_weight,
+    weight_from_rows,
+)
 
 CASES = [
     ((), (0,)),
@@ -104,10 +111,16 @@ def test_blocks_are_the_stretches_that_share_a_grid(granularity, group_size: int
         assert torch.equal(blocks[:, -1].long() // 30, row_of_block)
 
 
-@pytest.mark.parametrize("group_size", [4, 31, None])
-def test_a_group_that_does_not_divide_is_refused(group_size: int | None) -> None:
-    with pytest.raises(ValueError, match="does not divide 30 columns"):
-        grid_shape((4, 3, 10), "group", group_size)
+@pytest.mark.parametrize(("columns", "group_size"), [(30, 30), (30, 31), (30, 4), (31, 5), (1, 4), (0, 4)])
+def test_the_last_group_of_a_row_is_shorter(columns: int, group_size: int) -> None:
+    parts = column_parts(columns, "group", group_size)
+    rows = numbered((4, columns))
+    blocks = [blocks_from_rows(rows[:, part], "group", group_size) for part in parts]
+    assert sum(len(one) for one in blocks) == math.prod(grid_shape((4, columns), "group", group_size))
+    found = [block[block >= 0] for row in range(4) for one in blocks for block in one.reshape(4, -1)[row : row + 1]]
+    assert torch.equal(torch.cat(found), rows.flatten())
+    assert all(one.shape[1] == group_size for one in blocks[:-1])
+    assert column_parts(columns, "channel", None) == column_parts(columns, "tensor", None) == [slice(0, columns)]
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (5, 0)])

@@ -883,7 +883,7 @@ def refusal_cases() -> Iterator[tuple[str, Case]]:
     yield "refused/bits", refusal(*plain, "--bits", 9)
     yield "refused/nothing", refusal(*plain)
     yield "refused/method", refusal(*plain, "--bits", 2, "--method", "squantt")
-    yield "refused/group-size", refusal(*plain, "--bits", 2, "--group-size", 64)
+    yield "refused/group-size", refusal("cluster", WEIGHTS, "--bits", 2, "--group-size", 7)
     yield "refused/missing", refusal("quantize", "none.safetensors", "--bits", 2)
     yield "refused/nan", refusal("quantize", "nan.safetensors", "--bits", 2)
     yield "refused/live-method", refusal(*plain, "--bits", 3, "--method", "gptq")

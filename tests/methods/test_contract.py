@@ -40,7 +40,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 QUICK: dict[str, dict[str, Any]] = {"adaround": {"iterations": 20}}
 """What makes a method quick."""
 
-GRIDS: list[dict[str, Any]] = [{"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 6}]
+GRIDS: list[dict[str, Any]] = [
+    {"granularity": "tensor"},
+    {"granularity": "channel"},
+    {"group_size": 6},
+    {"group_size": 5},
+]
 
 SHAPES = ((5, 4, 3, 3), (5, 12), (3, 2, 6), (1, 6))
 
@@ -261,6 +266,21 @@ def test_awkward_weights_decode_to_finite_numbers_within_the_range(method: Metho
             decoded = decode(encoded_by(method, weight, config))
             assert bool(decoded.isfinite().all())
             assert float(decoded.abs().max()) <= 3 * largest
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("method", WEIGHT_METHODS, ids=lambda method: method.name)
+def test_a_shorter_last_group_is_coded_as_by_itself(method: Method, symmetric: bool) -> None:
+    """So are the whole groups before it; the stages of SQuant, too, keep to groups of a plain matrix."""
+    if not issubclass(method.config, GridConfig) or (symmetric and method.name == "hqq"):
+        pytest.skip("has no groups of a row" if not symmetric else "has no symmetric grid")
+    weight = gaussian(7, 83)
+    for bits, size in itertools.product((2, 4), (16, 82, 100)):
+        config = method.config(bits=bits, group_size=size, symmetric=symmetric)
+        whole = 83 - 83 % size
+        parts = [part for part in (weight[:, :whole], weight[:, whole:]) if part.numel()]
+        alone = [decode(encoded_by(method, part.contiguous(), config)) for part in parts]
+        assert torch.equal(decode(encoded_by(method, weight, config)), torch.cat(alone, 1))
 
 
 @pytest.mark.parametrize("method", WEIGHT_METHODS, ids=lambda method: method.name)

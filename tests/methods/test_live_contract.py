@@ -42,8 +42,10 @@ OPTIONS: dict[type[MethodConfig], list[dict[str, Any]]] = {
         {"bits": 4, "symmetric": True},
         {"bits": 3, "range": "mse"},
         {"bits": 4, "preset": "paper"},
+        {"bits": 3, "group_size": 5},
+        {"bits": 4, "group_size": 64, "symmetric": True},
     ],
-    GridConfig: [{"bits": 3}, {"bits": 2, "granularity": "tensor"}],
+    GridConfig: [{"bits": 3}, {"bits": 2, "granularity": "tensor"}, {"bits": 3, "group_size": 5}],
     ClusterConfig: [{"bits": 3}, {"bits": 2, "granularity": "channel"}, {"bits": 4, "codebook": "int8"}],
     RdConfig: [{"effort": "fast"}, {"effort": "high", "match": False}],
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from qcompress.compress.compress import compress
 from qcompress.errors import DataError, InputError, QcompressError, RecipeError, Refusals
 from qcompress.plan.files import make_shards
 from qcompress.plan.plan import make_plan
-from qcompress.registry import METHODS, MseConfig, RtnConfig
+from qcompress.registry import METHODS, MseConfig
 from qcompress.types.plan import KEPT, Axis, Decision, Family, Plan, Recipe, Rule, TensorFacts, TensorInfo, Widths
 from qcompress.types.run import Options
 from qcompress.types.settings import DataSettings, NpzData
@@ -141,43 +140,6 @@ def test_nothing_to_match_is_refused() -> None:
     assert refusals(rtn(), ()) == ["rule *: match '*' fits no tensor; the checkpoint has no tensors"]
 
 
-def test_every_tensor_whose_groups_do_not_divide_is_named() -> None:
-    infos = (*INFOS[:3], TensorInfo("c.weight", (3, 90), "F32"))
-    lines = refusals(rtn(group_size=64), infos)
-    assert len(lines) == 3
-    assert "a.weight [8, 4]: group_size 64 does not divide its 4 values a channel; nearest that does: 4" in lines[0]
-    assert "b.weight [8, 2, 3]: group_size 64 does not divide its 6 values a channel" in lines[1]
-    assert "c.weight [3, 90]: group_size 64 does not divide its 90 values a channel; nearest that does: " in lines[2]
-
-
-def test_the_nearest_group_size_that_divides_is_named_for_any_width() -> None:
-    """A channel of a hundred million values has its divisors looked up, not tried one by one."""
-    for columns, hint in (
-        (1, "use granularity: channel"),
-        (97, "nearest that does: 97"),
-        (10**8, "nearest that does: 64"),
-        (10**8 + 7, "nearest that does: 100000007"),
-        (90, "nearest that does: 90"),
-    ):
-        size = 63 if columns == 10**8 else 64 if columns != 90 else 91
-        assert RtnConfig(bits=4, group_size=size).refuse((1, columns)) == (
-            f"group_size {size} does not divide its {columns} values a channel; {hint}"
-        )
-    for columns in range(2, 200):
-        divisors = [d for d in range(2, columns + 1) if columns % d == 0]
-        for size in (5, 16):
-            best = min(divisors, key=lambda d: (abs(math.log(d / size)), d))
-            refusal = RtnConfig(bits=4, group_size=size).refuse((3, columns))
-            assert refusal is None if columns % size == 0 else str(refusal).endswith(f": {best}")
-
-
-@pytest.mark.parametrize(
-    "method", [name for name, method in METHODS.items() if method.family == "quantize" and not method.rates]
-)
-def test_every_method_refuses_groups_that_do_not_divide(method: str) -> None:
-    assert len(refusals(recipe(rule("a.weight", method, bits=4, group_size=3)))) == 1
-
-
 @pytest.mark.parametrize(
     ("axis", "axes"),
     [(0, (0,)), (1, (1,)), (2, (2,)), (-1, (2,)), (-3, (0,)), ((0, 2), (0, 2)), ((2, 0), (2, 0)), ((-1, 0), (2, 0))],
@@ -210,12 +172,6 @@ def test_the_recipe_has_its_say_on_axes_before_the_checkpoint() -> None:
     assert found["a.weight"].reason == "rule *; config.json: Conv1D, stored transposed"
     found = decide(recipe(rule("a.weight", "rtn", bits=4, axis=0)), axes=axes)
     assert (found["a.weight"].axis, found["a.weight"].reason) == ((0,), "rule a.weight")
-
-
-def test_groups_are_held_against_the_channels_of_the_axis() -> None:
-    infos = (TensorInfo("a.weight", (8, 4), "F32"),)
-    assert decide(recipe(rule("*", "rtn", bits=4, group_size=8, axis=1)), infos)["a.weight"].compresses
-    assert refusals(recipe(rule("*", "rtn", bits=4, group_size=8)), infos)
 
 
 def test_case_matters_and_brackets_are_classes() -> None:
@@ -405,13 +361,6 @@ def test_the_recipe_and_then_the_checkpoint_have_their_say_before_the_network() 
     assert found["b.weight"].tied_to == "twin"
     named = with_facts(recipe(rule("b.weight", "rtn", bits=4))).decisions[2]
     assert (named.tied_to, named.compresses) == (None, True), "a rule of its own unties a name"
-
-
-def test_groups_are_held_against_the_axis_that_the_network_knows() -> None:
-    """[8, 4] has 8 values a channel where the second axis holds the channels."""
-    assert with_facts(rtn(group_size=8, match="a.weight")).decisions[0].compresses
-    with pytest.raises(RecipeError, match="does not divide its 4 values"):
-        make_plan(rtn(group_size=8, match="a.weight"), INFOS, TIED, {})
 
 
 def test_weights_that_hold_no_numbers_are_kept_and_nothing_else_changes() -> None:

@@ -22,6 +22,10 @@ class Options:
     symmetric: bool = False
 
     @property
+    def unit(self) -> str:
+        return self.granularity
+
+    @property
     def form(self) -> str:
         return "symmetric" if self.symmetric else "offset"
 
@@ -55,7 +59,7 @@ def weights(rows: int, columns: int, seed: int = 1) -> Tensor:
 def fitted(rows: Tensor, bits: int) -> tuple[Grid, Tensor, Tensor]:
     """The least-squares grid a row, its scale and its lowest level."""
     grid = least_squares_grid(rows, bits, False, -8)
-    return (grid, *row_levels(grid, bits, -8, rows))
+    return (grid, *row_levels(grid, Options(bits), -8, rows))
 
 
 def nearest(rows: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:

@@ -27,7 +27,7 @@ EXPONENT = -8
 
 
 def grid_error(rows: torch.Tensor, grid: Grid, hessian: torch.Tensor, bits: int) -> torch.Tensor:
-    scale, low = row_levels(grid, bits, EXPONENT, rows)
+    scale, low = row_levels(grid, Options(bits), EXPONENT, rows)
     return output_error(nearest(rows, scale, low, bits) * scale + low - rows, hessian)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompress.coding.grids import decode_rows, exponent_for, from_half
+from qcompress.registry import RtnConfig
 from qcompress.solvers.grids import Grid, affine_from_grid
 from qcompress.solvers.ranges import tf_enhanced_grid
 
@@ -108,7 +109,7 @@ def test_no_range_is_too_small_or_too_large(symmetric: bool, factor: float) -> N
 def test_equal_values(value: float, symmetric: bool, bits: int) -> None:
     blocks = torch.full((2, 50), value)
     grid, exponent = grid_of(blocks, bits, symmetric)
-    decoded = decode_rows(affine_from_grid(blocks, grid, bits, exponent, (2, 1)))
+    decoded = decode_rows(affine_from_grid(blocks, grid, RtnConfig(bits=bits), exponent))
     assert bool(decoded.isfinite().all())
     # Two bits reach no further than one step above zero, of half the range at most 1.01.
     assert float((decoded - blocks).abs().max()) <= abs(value) * 0.35

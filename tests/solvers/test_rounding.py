@@ -24,7 +24,7 @@ from qcompress.solvers.rounding import (
     start_from,
     undecided,
 )
-from solvers.second_order import correlated, fitted, moments, nearest, seeded, weights
+from solvers.second_order import Options, correlated, fitted, moments, nearest, seeded, weights
 
 SETTINGS = {"iterations": 300, "learning_rate": 3e-2, "strength": 0.1, "warm_up": 0.2}
 
@@ -96,7 +96,7 @@ def test_codes_are_neighbours_and_no_row_is_worse_than_nearest(bits: int, groups
 def test_correlated_inputs_gain_on_data_that_was_not_seen() -> None:
     x = correlated(64, positions=6000)
     weight = weights(32, 64)
-    scale, low = row_levels(minmax_grid(weight, 4, -8), 4, -8, weight)
+    scale, low = row_levels(minmax_grid(weight, 4, -8), Options(4), -8, weight)
     codes = round_by_gram(weight, make_neighbours(weight, scale, low, 4), moments(x[:, :2000]), None, **SETTINGS)
     held_out = moments(x[:, 2000:])
     errors = [
@@ -136,7 +136,7 @@ def test_small_layers_come_near_the_best_of_all_roundings() -> None:
 def test_sampled_rounding_on_all_samples_minimises_what_the_gram_does() -> None:
     x = correlated(16, positions=256).float()
     weight = weights(8, 16)
-    scale, low = row_levels(minmax_grid(weight, 3, -8), 3, -8, weight)
+    scale, low = row_levels(minmax_grid(weight, 3, -8), Options(3), -8, weight)
     neighbours = make_neighbours(weight, scale, low, 3)
     rounding = SoftRounding(neighbours, (8, 16), (0,))
 

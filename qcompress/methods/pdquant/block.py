@@ -107,7 +107,7 @@ def make_layer(
     rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
     exponent = grid_exponent(rows)
     grid = choose_grid(rows, config, config.range or "minmax", exponent, gram.hessian, generator)
-    scale, low = row_levels(grid, config.bits, exponent, rows)
+    scale, low = row_levels(grid, config, exponent, rows)
     aim = rows
     if config.preset != "paper" and gram.cross is not None:
         aim = least_squares_target(rows, gram.hessian, gram.cross, HOLD)
