@@ -59,7 +59,7 @@ class Line:
     artifact_sha256    of the file that the row wrote, None where it writes none
     weights_sha256     of the weights that this artifact decodes to; it outlives a change of the format
     commit             of the code that ran
-    cpu_seconds        of each command, imports included
+    cpu_seconds        of each command, imports included; of its last process alone where it went on from a saved state
     peak_memory_bytes  the largest resident size of each
     machine            kind of processor, which may decide the last bit of a sum
     """

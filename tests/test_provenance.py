@@ -55,6 +55,19 @@ def test_the_table_of_the_readme_is_of_rows() -> None:
     assert table["bytes of the file"] == [f"{row['bytes']:,}" for row in rows]
 
 
+def test_long_trainings_go_on_where_they_stopped_and_read_what_there_is_without_a_checkpoint() -> None:
+    """A row that is killed after an hour must not begin anew; from scratch no report compares with a baseline."""
+    for row in ROWS:
+        for command in row.commands:
+            words = command.split()
+            if row.name.startswith("scratch/") and row.seconds >= 900 and "adaround" not in row.name:
+                assert "--resume" in words, row.name
+            if words[1:3] in (["finetune-reg", "-r"], ["quantize", "-r"]):
+                assert not any("baseline" in way or "drop" in way for way in row.figures.values()), row.name
+            if words[1:3] == ["finetune-reg", "-r"]:
+                assert not any(".accuracy." in way for way in row.figures.values()), row.name
+
+
 def test_rows_tables_and_lines_belong_together() -> None:
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)

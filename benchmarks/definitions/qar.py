@@ -74,8 +74,8 @@ def trained_row(network: str, name: str, levels: int, seed: int) -> Row:
     recipe = f"qar/{network}_{name.replace('-', '_')}"
     return Row(
         name=start(network, name, levels, seed),
-        commands=(live("finetune-reg", "", recipe, changes, f" --seed {seed}"),),
-        figures={"top1": "0.accuracy.top1.artifact"},
+        commands=(live("finetune-reg", "", recipe, changes, f" --seed {seed} --resume"),),
+        figures={"top1": "0.metrics.top1"},
         seconds=130,
     )
 
