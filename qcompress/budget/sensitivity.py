@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcompress.artifact.layout import make_slots
-from qcompress.budget.weight_costs import relative_errors, stand_in, weight_costs
+from qcompress.budget.weight_costs import round_weight, stand_in, weight_costs
 from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.coding.grids import decode, exponent_for
 from qcompress.coding.rows import rows_from_weight
@@ -42,6 +42,7 @@ from qcompress.plan.sensitivity import (
 from qcompress.recipe import recipe_json
 from qcompress.registry import METHODS
 from qcompress.report.figures import run_figures
+from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import for_tensor
 from qcompress.types.plan import Decision, Plan, Widths
 from qcompress.types.run import ModelRun, Say, start_clock
@@ -184,14 +185,20 @@ def _at_all_widths(decision: Decision) -> Widths:
 
 
 def live_costs(
-    live: LiveModel, checkpoint: Checkpoint, plan: Plan, model_run: ModelRun, say: Say = lambda _: None
+    live: LiveModel,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    model_run: ModelRun,
+    choice: CodingChoice,
+    say: Say = lambda _: None,
 ) -> Costs:
     """The divergence of every open tensor at each of its widths, measured on a few samples.
 
     Widths above MEASURED_WIDTH are not run: their divergence is that of the widest that was, times the ratio of the
     relative errors.
     """
-    errors = weight_costs(checkpoint, plan).of
+    by_weights = weight_costs(checkpoint, plan, choice)
+    errors = by_weights.of
     probe = make_probe(live, model_run, SAMPLES)
     decisions = [decision for decision in plan.decisions if decision.is_open]
     say(f"sensitivity of {len(decisions)} tensors on {probe.samples} samples")
@@ -203,7 +210,8 @@ def live_costs(
         last = run[-1]
         scale = found[last] / errors[name][last] if errors[name][last] else 0.0
         costs[name] = {bits: found.get(bits, scale * errors[name][bits]) for bits in widths}
-    return Costs(costs, f"measured on {probe.samples} samples of data.{probe.data}", measured=True)
+    why = f"measured on {probe.samples} samples of data.{probe.data}"
+    return Costs(costs, why, measured=True, coded=by_weights.coded)
 
 
 def measure_sensitivity(
@@ -228,7 +236,7 @@ def measure_sensitivity(
     for index, (decision, tried) in enumerate(_tried(live, decisions)):
         name = decision.tensor.name
         say(f"{name}: {index + 1} of {len(decisions)}")
-        errors = relative_errors(find_tensor(live.module, name), decision, decision.widths.configs, plan.recipe.seed)
+        rounded = round_weight(find_tensor(live.module, name), decision, decision.widths.configs, plan.recipe.seed)
         widths = []
         for bits, config in decision.widths.configs.items():
             module = tried(bits)
@@ -236,7 +244,7 @@ def measure_sensitivity(
                 WidthCost(
                     bits=bits,
                     bytes=sum(slot.n_bytes for slot in make_slots(replace(decision, config=config), "packed")),
-                    relative_error=errors[bits],
+                    relative_error=rounded[bits].error,
                     divergence=probe.divergence(module),
                     metrics={one.metric: one.value for one in _measured(module, batches, model_run)},
                 )

@@ -327,8 +327,8 @@ MinimizeOption = Annotated[
     Minimize | None,
     typer.Option(
         "--minimize",
-        help="Find the smallest artifact that stays within the gates, as --max-drop top1=0.005. Needs a recipe with "
-        "model, data and task.",
+        help="Find the smallest artifact that stays within the gates: --max-drop top1=0.005 with a recipe that has "
+        "model, data and task, --min-sqnr 12 without.",
         rich_help_panel=BUDGET,
     ),
 ]

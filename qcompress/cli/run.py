@@ -99,7 +99,9 @@ def _run(request: Request, source: Checkpoint, streams: Streams) -> None:
     if request.writing.dry_run:
         plan = _dry_plan(source, request, streams)
         if request.sensitivity is not None:
-            plan = allocate(source, plan, coding, read_costs(source, plan, request.sensitivity))
+            costs = read_costs(source, plan, request.sensitivity)
+            # What entropy coding leaves is seen once weights are read.
+            plan = allocate(source, plan, coding, costs) if coding == "packed" else plan
         print_plan(source, plan, target, coding, streams)
         return
     _refuse_harm(request, target, streams.json_to)

@@ -12,8 +12,8 @@ import torch
 from qcompress.artifact.hashes import artifact_hash
 from qcompress.artifact.manifest import POOL_NAME
 from qcompress.artifact.writer import copy_companions, find_companions, mark_config, write_index
-from qcompress.budget.search import refuse_gateless, spend
-from qcompress.budget.weight_costs import weight_costs
+from qcompress.budget.spend import Workshop, refuse_gateless, spend
+from qcompress.budget.weight_costs import file_costs, weight_costs
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import refuse_existing, staged_output
@@ -32,7 +32,7 @@ from qcompress.encode.preflight import (
     too_wide_for_f16,
 )
 from qcompress.encode.write_file import Run, WrittenShard, write_shard
-from qcompress.plan.allocate import decides_steps, most_bytes, read_costs, refuse_infeasible
+from qcompress.plan.allocate import limits_steps, most_bytes, refuse_infeasible
 from qcompress.plan.files import make_shards
 from qcompress.recipe import recipe_hash
 from qcompress.report.document import ArtifactFile, LayerReport, Report
@@ -77,7 +77,7 @@ def compress_to(
     sources = _sources(checkpoint, plan, fitted, options)
     outcomes = _outcomes(checkpoint, plan, fitted, sources)
     shards = make_shards(checkpoint, plan, options.choice, fitted, outcomes)
-    budget_bytes = most_bytes(checkpoint, plan, options.choice) if decides_steps(plan) else None
+    budget_bytes = most_bytes(checkpoint, plan, options.choice) if limits_steps(plan) else None
     refuse_full_disk(options.output, shards, budget_bytes)
     run, folder = Run(fitted, sources, options), checkpoint.is_folder
     done = [write_shard(shard, place / shard.file if folder else place, run) for shard in shards]
@@ -164,8 +164,9 @@ def compress_within(checkpoint: Checkpoint, plan: Plan, options: Options, sensit
     refuse_gateless(plan)
     refuse_infeasible(checkpoint, plan, options.choice)
     if sensitivity is not None:
-        costs = read_costs(checkpoint, plan, sensitivity)
+        costs = file_costs(checkpoint, plan, sensitivity, options.choice, options.threads)
     else:
-        costs = weight_costs(checkpoint, plan, options.threads)
-    report = spend(checkpoint, plan, options, costs, lambda closed, where: compress(checkpoint, closed, where), say)
+        costs = weight_costs(checkpoint, plan, options.choice, options.threads)
+    shop = Workshop(lambda closed, where: compress(checkpoint, closed, where), say=say)
+    report = spend(checkpoint, plan, options, costs, shop)
     return replace(report, run=run_figures(clock, options.device))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcompress.artifact.writer import find_companions
-from qcompress.budget.search import refuse_gateless, spend
 from qcompress.budget.sensitivity import live_costs
+from qcompress.budget.spend import Workshop, refuse_gateless, spend
+from qcompress.budget.weight_costs import file_costs
 from qcompress.calibration.activations import measure_statistics
 from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.checkpoint.outputs import refuse_own_input
@@ -20,11 +21,12 @@ from qcompress.compress.compress import compress_to, staged
 from qcompress.compress.evaluate import compare, evaluate, measure_task, open_live
 from qcompress.compress.finetune import STATE, make_trainer, run_identity
 from qcompress.compress.tune_codebooks import CodebookTuner, measure_kmeans
+from qcompress.data.measurement import Measurement
 from qcompress.encode.encode_weight import ContextSources, unweighed
 from qcompress.encode.preflight import refuse_nonfinite
 from qcompress.errors import BudgetError
 from qcompress.model.live import LiveModel, fresh_copy
-from qcompress.plan.allocate import Costs, is_open, read_costs, refuse_infeasible
+from qcompress.plan.allocate import Costs, is_open, refuse_infeasible
 from qcompress.recipe import trains
 from qcompress.report.document import Report
 from qcompress.report.figures import run_figures
@@ -73,7 +75,9 @@ def compress_live(
         how.say("statistics of the layers' inputs")
         save_statistics(measure_statistics(live), how.save_statistics)
 
-    def made(plan: Plan, options: Options) -> Report | None:
+    kept: dict[str, object] = {}
+
+    def made(plan: Plan, options: Options) -> tuple[Report, CodebookTuner, Sequence[Measurement]] | None:
         tuner = CodebookTuner(plan, model_run, how.say)
         staging = staged(checkpoint, options) if world.is_first else contextlib.nullcontext(options.output)
         with staging as place:
@@ -81,26 +85,34 @@ def compress_live(
             trainer = _make_trainer(checkpoint, plan, options, model_run, live, how)
             sources = ContextSources(plan.recipe.seed, options.statistics, options.representatives)
             fresh = fresh_copy(live)
-            fitted = fit(fresh, plan, sources, FitContext(options.rate, trainer, how.say), tuner)
+            fitted = fit(fresh, plan, sources, FitContext(options.rate, trainer, how.say, kept), tuner)
             if not world.is_first:
                 return None
             kmeans = measure_kmeans(fresh, plan, model_run, tuner.untuned, sources) if measures else ()
             report = compress_to(place, checkpoint, plan, options, fitted)
-        accuracy = compare(before, evaluate(options.output, model_run), tuner.untuned, kmeans) if measures else None
-        return replace(report, accuracy=accuracy, warnings=report.warnings + fitted.notes)
+        return replace(report, warnings=report.warnings + fitted.notes), tuner, kmeans
 
-    def finished(plan: Plan, options: Options) -> Report:
-        report = made(plan, options)
-        assert report is not None
-        return report
+    def measured(
+        report: Report, path: Path, untuned: Sequence[Measurement] = (), kmeans: Sequence[Measurement] = ()
+    ) -> Report:
+        if not measures:
+            return report
+        return replace(report, accuracy=compare(before, evaluate(path, model_run), untuned, kmeans))
+
+    def attempted(plan: Plan, options: Options) -> Report:
+        done = made(plan, options)
+        assert done is not None
+        return done[0]
 
     if plan.recipe.budget is None:
-        report = made(plan, options)
+        done = made(plan, options)
+        if done is None:
+            return None
+        report = measured(done[0], options.output, done[1].untuned, done[2])
     else:
-        costs = _costs(checkpoint, plan, live, model_run, how)
-        report = spend(checkpoint, plan, options, costs, finished, how.say)
-    run = run_figures(clock, str(model_run.device))
-    return None if report is None else replace(report, run=run)
+        costs = _costs(checkpoint, plan, options, live, model_run, how)
+        report = spend(checkpoint, plan, options, costs, Workshop(attempted, measured, how.say))
+    return replace(report, run=run_figures(clock, str(model_run.device)))
 
 
 def _refuse_early(checkpoint: Checkpoint, plan: Plan, options: Options, world: World) -> None:
@@ -118,13 +130,15 @@ def _refuse_early(checkpoint: Checkpoint, plan: Plan, options: Options, world: W
     unweighed(plan, options.statistics)
 
 
-def _costs(checkpoint: Checkpoint, plan: Plan, live: LiveModel, model_run: ModelRun, how: LiveOptions) -> Costs:
+def _costs(
+    checkpoint: Checkpoint, plan: Plan, options: Options, live: LiveModel, model_run: ModelRun, how: LiveOptions
+) -> Costs:
     """What each width of the open tensors costs: from a file, or measured; nothing where none is open."""
     if not is_open(plan):
         return Costs({}, "")
     if how.sensitivity is not None:
-        return read_costs(checkpoint, plan, how.sensitivity)
-    return live_costs(live, checkpoint, plan, model_run, how.say)
+        return file_costs(checkpoint, plan, how.sensitivity, options.choice, options.threads)
+    return live_costs(live, checkpoint, plan, model_run, options.choice, how.say)
 
 
 def _measures(model_run: ModelRun) -> bool:

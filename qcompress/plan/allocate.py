@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from qcompress.artifact.layout import make_slots
@@ -22,8 +22,6 @@ from qcompress.types.plan import Budget, Decision, Plan
 
 LEAST_BPW = 0.1
 """Bits a weight below which nothing is promised: zeros cost something too."""
-UNBOUNDED_BPW = (0.25, 8.0)
-"""Between which budgets the smallest is searched for methods that have no widths."""
 
 LINKED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -65,6 +63,11 @@ class Limit:
     bits: float
     other_bits: float
     whole: bool
+
+
+def limits_steps(plan: Plan) -> bool:
+    """Whether a budget of the plan says how much the codes of steps may take, as gates do not."""
+    return decides_steps(plan) and plan.recipe.budget is not None and plan.recipe.budget.minimize is None
 
 
 def most_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> int:
@@ -130,11 +133,13 @@ class Costs:
     of        tensor -> width -> cost; widths that are not there are not chosen
     why       how it was found, for the plan's reasons
     measured  whether on a live model, so that the report can say it
+    coded     tensor -> width -> bytes that codes and grids take about, entropy coded
     """
 
     of: Mapping[str, Mapping[int, float]]
     why: str
     measured: bool = False
+    coded: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,11 +187,18 @@ def is_open(plan: Plan) -> bool:
     return any(decision.is_open for decision in plan.decisions)
 
 
-def make_units(plan: Plan, choice: CodingChoice, costs: Costs | None = None) -> list[Unit]:
+def make_units(plan: Plan, choice: CodingChoice, costs: Costs | None = None, *, about: bool = False) -> list[Unit]:
     """The open decisions, those of linked tensors together; costs are 0 where there are none yet.
 
+    about   sizes are what codes take about once they are coded, where the costs tell; else the most that they can take
     raises  BudgetError where linked tensors have no width in common
     """
+    coded = costs.coded if costs and about and choice != "packed" else {}
+
+    def size_bytes(decision: Decision, bits: int) -> int:
+        known = coded.get(decision.tensor.name)
+        return known[bits] if known else _size_bytes(decision, bits, choice)
+
     units = []
     for decisions in _linked([decision for decision in plan.decisions if decision.is_open]):
         known = (costs.of[d.tensor.name].keys() & d.widths.configs if costs else d.widths.configs for d in decisions)
@@ -195,7 +207,7 @@ def make_units(plan: Plan, choice: CodingChoice, costs: Costs | None = None) -> 
             names = ", ".join(decision.tensor.name for decision in decisions)
             what = f"{names} belong together and have no width in common"
             raise BudgetError(budget_place(plan), what, "give them the same options")
-        sizes = {bits: sum(_size_bytes(d, bits, choice) for d in decisions) for bits in sorted(widths)}
+        sizes = {bits: sum(size_bytes(d, bits) for d in decisions) for bits in sorted(widths)}
         cost = {bits: sum(costs.of[d.tensor.name][bits] for d in decisions) if costs else 0.0 for bits in sizes}
         units.append(Unit(sizes, cost, tuple(decisions)))
     return units
@@ -242,7 +254,7 @@ def _least_size(plan: Plan, size: int, taken: Callable[[Plan], int]) -> int:
 def allocate(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, costs: Costs) -> Plan:
     """The plan with every width decided: the least total cost that the budget allows, never more than the budget.
 
-    The bytes are those of packed codes; entropy coding makes the artifact smaller still.
+    The bytes are the most that codes can take: entropy coding makes the artifact smaller still.
 
     raises  BudgetError where the narrowest widths take more than the budget
     """
@@ -261,15 +273,33 @@ def allocate(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, costs: Co
         if over <= 0 or found == narrow:
             break
         fixed += over
-    words = f"budget {budget.bpw:g} bpw" if budget.bpw is not None else f"budget {budget.size:,} bytes"
-    return close(plan, units, found, f"{words}, {costs.why}", costs)
+    return close(plan, units, found, f"{_budget_words(budget)}, {costs.why}", costs)
 
 
-def bpw_bounds(plan: Plan, choice: CodingChoice) -> tuple[float, float]:
-    """Bits per weight of the narrowest and of the widest widths, each rounded up; of a method without widths, any."""
-    if not is_open(plan):
-        return UNBOUNDED_BPW
-    units = make_units(plan, choice)
+def _budget_words(budget: Budget) -> str:
+    if budget.bpw is not None:
+        return f"budget {budget.bpw:g} bpw"
+    return "the smallest that holds the gates" if budget.size is None else f"budget {budget.size:,} bytes"
+
+
+def allocate_about(plan: Plan, choice: CodingChoice, costs: Costs, bpw: float) -> Plan:
+    """The plan with every width decided: the least total cost of so many bits a weight, as far as costs foretell them.
+
+    What codes take is seen once they are made: it may be more or less.
+    """
+    budget = plan.recipe.budget
+    assert budget is not None
+    units = make_units(plan, choice, costs, about=True)
+    found = choose(units, math.floor(bpw * coded_weights(plan) / 8))
+    return close(plan, units, found, f"{_budget_words(budget)}, {costs.why}", costs)
+
+
+def bpw_bounds(plan: Plan, choice: CodingChoice, costs: Costs | None = None) -> tuple[float, float]:
+    """Bits per weight of the narrowest and of the widest widths, each rounded up; with costs, as far as they foretell.
+
+    Of costs' widths alone, where there are costs.
+    """
+    units = make_units(plan, choice, costs, about=True)
     low, high = (8 * sum(end(unit.size_bytes.values()) for unit in units) / coded_weights(plan) for end in (min, max))
     return math.ceil(low * 1e4) / 1e4, math.ceil(high * 1e4) / 1e4
 

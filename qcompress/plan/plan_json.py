@@ -11,7 +11,7 @@ from typing import NotRequired, TypedDict
 
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import Checkpoint
-from qcompress.plan.allocate import decides_steps, is_open, most_bytes, narrowest, refuse_infeasible
+from qcompress.plan.allocate import is_open, limits_steps, most_bytes, narrowest, refuse_infeasible
 from qcompress.plan.files import planned_files
 from qcompress.recipe import recipe_hash
 from qcompress.types.config import CodingChoice
@@ -66,7 +66,7 @@ def plan_json(source: Checkpoint, plan: Plan, output: Path, choice: CodingChoice
     files = planned_files(source, least, choice)
     total = sum(files.values())
     budget = plan.recipe.budget
-    if budget is not None and decides_steps(plan) and (budget.bpw is not None or budget.size is not None):
+    if limits_steps(plan):
         total = min(total, most_bytes(source, plan, choice))
         files = {name: min(size, total) for name, size in files.items()}
     document = PlanJson(

@@ -208,12 +208,12 @@ def unclipped_range(encoded: Coded) -> tuple[Tensor, Tensor] | None:
     return torch.minimum(start, end), torch.maximum(start, end)
 
 
-def sample_stride(numel: int) -> int:
-    """The smallest stride that takes at most SAMPLE of `numel` weights and has no factor in common with numel.
+def sample_stride(numel: int, most: int = SAMPLE) -> int:
+    """The smallest stride that takes at most so many of `numel` weights and has no factor in common with numel.
 
     Sharing no factor, it meets every column of the rows and every position of a kernel equally often.
     """
-    stride = max(1, -(-numel // SAMPLE))
+    stride = max(1, -(-numel // most))
     while math.gcd(stride, numel) > 1:
         stride += 1
     return stride

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,14 +147,16 @@ class EncodeContext:
 class FitContext:
     """What a method on a live model may draw on beside the model and its decisions.
 
-    rate     bits a weight that codes without widths may take, where a budget says so
+    rate     bits a weight that codes without widths are to take, about, where a budget says so
     trainer  a training.trainer.Trainer, for the methods that need training
     say      called with a line on what begins
+    kept     what a method keeps for the next attempt at a budget on the same network, by the method's name
     """
 
     rate: float | None = None
     trainer: object = None
     say: Say = lambda _: None
+    kept: MutableMapping[str, object] = field(default_factory=dict)
 
 
 def forked_seed(seed: int, name: str) -> int:
@@ -177,7 +179,7 @@ class Options:
 
     statistics       a file of the layers' input statistics, for the methods that can work from them
     representatives  a file of what finetune-reg has learned, for the methods that take it up
-    rate             bits a weight that the codes of methods without widths may take; a budget's search sets it
+    rate             bits a weight that codes without widths are to take, about; a budget's search sets it
     say              called with a line on what begins, and on what a run that resumes drops
     """
 

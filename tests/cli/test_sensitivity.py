@@ -210,7 +210,7 @@ def test_a_budget_is_spent_by_what_was_measured(run: Run, trained: Path, measure
             cost["divergence"] = (1e4 if layer["name"] == "4.weight" else 1.0) / 4 ** cost["bits"]
     measured.write_text(json.dumps(document))
     output = tmp_path / "out.safetensors"
-    flags = ["--bpw", 4.5, "--method", "squant", "--sensitivity", measured, "-o", output]
+    flags = ["--bpw", 4.5, "--method", "squant", "--sensitivity", measured, "--coding", "packed", "-o", output]
     dry = json.loads(run("quantize", trained / "m.safetensors", *flags, "-n", "--json", "-").out)
     ran = run("quantize", trained / "m.safetensors", *flags, "-q")
     assert ran.code == 0, ran.err
@@ -223,7 +223,20 @@ def test_a_budget_is_spent_by_what_was_measured(run: Run, trained: Path, measure
     assert {row["name"]: row["bits"] for row in dry["tensors"] if "bits" in row} == {
         name: layer.bits for name, layer in layers.items()
     }
-    assert dry["artifact_bytes"] >= output.stat().st_size
+    assert dry["artifact_bytes"] == output.stat().st_size
+
+
+def test_a_dry_run_leaves_widths_open_where_codes_are_entropy_coded(
+    run: Run, trained: Path, measured: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.safetensors"
+    flags = ["--bpw", 4.5, "--method", "squant", "--sensitivity", measured, "-o", output]
+    dry = json.loads(run("quantize", trained / "m.safetensors", *flags, "-n", "--json", "-").out)
+    assert (dry["artifact_bytes"], {row["bits"] for row in dry["tensors"] if "bits" in row}) == (None, {None})
+    assert run("quantize", trained / "m.safetensors", *flags, "-q").code == 0
+    assert dry["least_bytes"] <= output.stat().st_size
+    measured.write_text("{")
+    assert run("quantize", trained / "m.safetensors", *flags, "-n", "-f").code == 3
 
 
 def test_the_recipe_may_name_the_file(run: Run, trained: Path, measured: Path, tmp_path: Path) -> None:

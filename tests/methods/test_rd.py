@@ -17,12 +17,13 @@ from model.networks import Untraceable, decisions
 from model.networks import live as other_live
 from torch import Tensor, nn
 
+from qcompress.budget.search import LEAST_RATE, MOST_RATE, Search
 from qcompress.coding.grids import decode
 from qcompress.coding.unbounded.lengths import coded_bits
 from qcompress.data.batches import Batch
 from qcompress.methods.rd import encode, fit, free, free_step
 from qcompress.methods.rd.free import MOST_COLUMNS, prior_hessian
-from qcompress.model.live import LiveModel, make_live_model
+from qcompress.model.live import LiveModel, fresh_copy, make_live_model
 from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import output_error
 from qcompress.types.encoded import Fitted, Kept, Unbounded
@@ -104,10 +105,24 @@ def live(module: nn.Module, data: Sequence[Batch], **options: object) -> LiveMod
 
 
 def fitted(module: nn.Module, data: Sequence[Batch], bpw: float, **options: object) -> tuple[LiveModel, Fitted]:
+    """The network coded with at most so many bits a weight, as a budget's search has it."""
     options = options or {"effort": "normal"}
-    found = live(module, data, **options)
-    wanted = decisions(found.module, "rd", **options)
-    return found, fit(found, wanted, FitContext(bpw))
+    first = live(module, data, **options)
+    wanted = decisions(first.module, "rd", **options)
+    kept: dict[str, object] = {}
+    done: list[tuple[float, LiveModel, Fitted]] = []
+
+    def look(knob: float) -> float:
+        again = fresh_copy(first)
+        result = fit(again, wanted, FitContext(math.exp(knob), kept=kept))
+        done.append((bits_per_weight(result), again, result))
+        return math.log(done[-1][0] / bpw)
+
+    enough = math.log(0.95)
+    Search(math.log(bpw), math.log(LEAST_RATE), math.log(MOST_RATE), aim=enough / 3, enough=enough).run(look)
+    within = [one for one in done if one[0] <= bpw]
+    _, found, result = max(within, key=lambda one: one[0]) if within else done[-1]
+    return found, result
 
 
 @functools.cache
@@ -219,10 +234,11 @@ def test_means_and_variances_behind_batch_norms_are_those_of_the_full_network() 
 
 @pytest.mark.parametrize("bits", [0.0, 1e-6])
 def test_a_budget_below_all_side_information_leaves_zeros_and_finite_outputs(bits: float) -> None:
-    live, found = fitted(mixed(), images(1), bits, effort="fast")
+    found_live = live(mixed(), images(1), effort="fast")
+    found = fit(found_live, decisions(found_live.module, "rd", effort="fast"), FitContext(bits))
     assert not any(bool(unbounded.codes.any()) for unbounded in unbounded_tensors(found).values())
-    x = live.calibration[0].args[0]
-    assert bool(live.quantized(x).isfinite().all())
+    x = found_live.calibration[0].args[0]
+    assert bool(found_live.quantized(x).isfinite().all())
     assert all(bool(decode(value).isfinite().all()) for value in found.encoded.values())
 
 

@@ -22,6 +22,12 @@ __all__ = ["encode", "fit", "free_step"]
 
 
 def fit(live: LiveModel, decisions: Sequence[Decision[RdConfig]], context: FitContext) -> Fitted:
-    """Codes that take at most the context's rate with all their side information, norms and biases matched to them."""
+    """Codes on steps under which rounding would take the context's rate, norms and biases matched to them.
+
+    What was measured of the network serves all attempts at a budget, and each takes its prices from the one before.
+    """
     assert context.rate is not None
-    return Session(live, decisions).solve(context.rate * sum(decision.tensor.numel for decision in decisions))
+    session = context.kept.get("rd")
+    if not isinstance(session, Session):
+        session = context.kept["rd"] = Session(live, decisions)
+    return session.fit(live, context.rate)

@@ -1,4 +1,4 @@
-"""A session measures a live model's responses once, and codes its weights at as many rates as are asked for."""
+"""A session measures a live model's responses once, and codes its weights at as many rates as a budget tries."""
 
 from __future__ import annotations
 
@@ -36,21 +36,16 @@ from qcompress.types.plan import Decision
 
 HOLD = 0.01
 """How firmly the least squares target is held at the weights, as a share of the Hessian's mean diagonal."""
-SLACK = 0.003
-"""How far under the budget a pass aims."""
-ENOUGH = 0.99
-"""A pass that uses this share of the budget is the last."""
-SLOPE = 0.75
-"""By how much the logarithm of all steps changes a bit of the rate, about."""
-PASSES = 5
-MISSES = 10
-"""Passes with ever larger steps after those, until one holds the budget or all codes are zero."""
 PRICED_CODES = 64
 DIVERGENCE_SAMPLES = 512
 FINEST_STEP = 2.0**-18
 """Of the largest weight: where few weights matter a budget would be spent on them without end."""
 LEAST_COLUMN_RATE = 1.2
 """Bits a weight under which columns of one tensor share a step: theirs is a high-rate argument."""
+LOG_SCALES = (-14.0, 6.0)
+"""Logarithms of factors on all steps between which one is searched for a rate."""
+ALIKE = 2.0
+"""By how much rates differ at most for one pass to take its prices from the codes of another."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +67,12 @@ class _Layer:
 class _Pass:
     """What one sweep made of a rate.
 
+    rate        bits a weight that it was asked for
     bits        of all codes with their side information
     divergence  the mean Kullback-Leibler divergence of the network's outputs, in nats
     """
 
+    rate: float
     unbounded_tensors: Mapping[str, Unbounded]
     adjusted: Mapping[str, Tensor]
     bits: float
@@ -83,10 +80,11 @@ class _Pass:
 
 
 class Session:
-    """A live model whose weights can be coded at any rate.
+    """A live model whose weights can be coded at any rate, each time in a copy of it that is as it was.
 
     Steps come from an allocation: of equal slope with measured sensitivities, or of an error relative to each layer's
-    normed output that grows with its inputs. The better one is told by what it makes of the calibration data.
+    normed output that grows with its inputs. The better one is told by what it makes of the calibration data at the
+    first rate, and stays.
     """
 
     def __init__(self, live: LiveModel, decisions: Sequence[Decision[RdConfig]]) -> None:
@@ -99,6 +97,7 @@ class Session:
         self._samples = live.calibration[: max(1, DIVERGENCE_SAMPLES // live.calibration[0].size)]
         self._wanted = _log_probabilities(live, live.module, self._samples)
         self.kind: str | None = self.config.allocation or ("relative" if self.config.effort == "fast" else None)
+        self._last: _Pass | None = None
 
     def _layer(self, name: str, decision: Decision[RdConfig], response: Response) -> _Layer:
         weight = find_tensor(self.live.module, decision.tensor.name).detach()
@@ -106,47 +105,30 @@ class Session:
         taps = math.prod(rows.shape[2:])
         return _Layer(decision, rows.flatten(1).contiguous(), response, taps, is_lookup(self.live, name))
 
-    def solve(self, bits: float) -> Fitted:
-        """Codes that take at most `bits`, side information included, and nearly that; the state of `live.quantized`.
+    def fit(self, live: LiveModel, rate: float) -> Fitted:
+        """Codes on the steps under which rounding takes `rate` bits a weight, side information included.
 
-        Where even codes of zero take more, those.
+        live  a copy of the session's model with nothing encoded yet; its `quantized` ends as what is returned
         """
-        kinds = [self.kind] if self.kind else ["measured", "relative"]
-        tried = {}
-        for kind in kinds:
-            grids = self._grids(kind, bits)
-            scale = self._first_scale(grids, bits)
-            codes = self._rounded(grids, scale)
-            done = self._pass(grids, scale, codes)
-            # Divergence falls about fourfold with each bit a weight.
-            over = (done.bits - bits) / self.weights
-            tried[kind] = (done.divergence * 4.0**over, grids, scale, done)
-        self.kind = min(tried, key=lambda kind: tried[kind][0])
-        _, grids, scale, done = tried[self.kind]
-        best = done if done.bits <= bits else None
-        second = self.config.effort == "high"
-        for _ in range(PASSES):
-            if best is not None and best.bits >= ENOUGH * bits and not second:
-                break
-            second = False
-            aim = bits * (1 - SLACK)
-            scale *= math.exp(SLOPE * (done.bits - aim) / self.weights)
-            done = self._pass(grids, scale, done.unbounded_tensors)
-            if done.bits <= bits and (best is None or done.bits > best.bits or done.divergence < best.divergence):
-                best = done
-        growth = 1.05
-        for _ in range(MISSES):
-            if best is not None:
-                break
-            scale, growth = scale * growth, growth * growth
-            done = self._pass(grids, scale, done.unbounded_tensors)
-            best = done if done.bits <= bits else None
-        # Side information alone may take more than the budget: then all is zero, and the caller sees what it takes.
-        best = best or done
+        self.live = live
+        if self._last is None or self.kind is None:
+            done = self._first(rate)
+        else:
+            done = self._pass(self.kind, rate, self._last)
+        self._last = done
         self._restore()
-        put_tensors(self.live.quantized, best.adjusted)
-        self.live.put(best.unbounded_tensors)
-        return Fitted({**best.unbounded_tensors, **{name: Kept(value) for name, value in best.adjusted.items()}})
+        put_tensors(self.live.quantized, done.adjusted)
+        self.live.put(done.unbounded_tensors)
+        return Fitted({**done.unbounded_tensors, **{name: Kept(value) for name, value in done.adjusted.items()}})
+
+    def _first(self, rate: float) -> _Pass:
+        """The pass of the better allocation; with high effort another one, at the prices of its codes."""
+        kinds = [self.kind] if self.kind else ["measured", "relative"]
+        tried = {kind: self._pass(kind, rate, None) for kind in kinds}
+        # Divergence falls about fourfold with each bit a weight.
+        self.kind = min(tried, key=lambda kind: tried[kind].divergence * 4.0 ** (tried[kind].bits / self.weights))
+        done = tried[self.kind]
+        return self._pass(self.kind, rate, done) if self.config.effort == "high" else done
 
     @property
     def weights(self) -> int:
@@ -156,9 +138,9 @@ class Session:
     def _restore(self) -> None:
         self.live.quantized.load_state_dict(self._start)
 
-    def _grids(self, kind: str, bits: float) -> dict[str, Unbounded]:
+    def _grids(self, kind: str, rate: float) -> dict[str, Unbounded]:
         """Every layer's grid, whose steps wait for one common factor."""
-        return {name: self._grid(layer, kind, bits / self.weights) for name, layer in self.layers.items()}
+        return {name: self._grid(layer, kind, rate) for name, layer in self.layers.items()}
 
     def _grid(self, layer: _Layer, kind: str, rate: float) -> Unbounded:
         response, tensor = layer.response, layer.decision.tensor
@@ -202,19 +184,25 @@ class Session:
             found[name] = with_codes(grid, rows / grid_steps(grid, rows.device))
         return found
 
-    def _first_scale(self, grids: Mapping[str, Unbounded], bits: float) -> float:
+    def _scale(self, grids: Mapping[str, Unbounded], rate: float) -> float:
+        """The factor on all steps under which rounding takes so many bits a weight."""
+
         def rate_at(log: float) -> float:
-            return coded_bits([*self._rounded(grids, math.exp(log)).values()])
+            return coded_bits([*self._rounded(grids, math.exp(log)).values()]) / self.weights
 
-        return math.exp(bisect_rate(rate_at, bits * (1 - SLACK), -14.0, 6.0, 18))
+        return math.exp(bisect_rate(rate_at, rate, *LOG_SCALES))
 
-    def _pass(self, grids: Mapping[str, Unbounded], scale: float, before: Mapping[str, Unbounded]) -> _Pass:
+    def _pass(self, kind: str, rate: float, before: _Pass | None) -> _Pass:
         """One sweep in which every layer is coded for the inputs that the layers before it now give.
 
-        before  codes of a like rate, from which prices are taken
+        before  whose codes tell prices, where it was of a like rate; else rounded ones do
         """
+        grids = self._grids(kind, rate)
+        scale = self._scale(grids, rate)
+        alike = before is not None and max(before.rate, rate) <= ALIKE * min(before.rate, rate)
+        priced = before.unbounded_tensors if before is not None and alike else self._rounded(grids, scale)
         self._restore()
-        bit_costs = self._bit_costs(before)
+        bit_costs = self._bit_costs(priced)
         unbounded_tensors: dict[str, Unbounded] = {}
         adjusted: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
@@ -231,9 +219,8 @@ class Session:
                 adjusted |= match_outputs(self.live, step)
         bits = coded_bits([*unbounded_tensors.values()])
         divergence = self._divergence()
-        return _Pass(
-            {self.layers[k].decision.tensor.name: v for k, v in unbounded_tensors.items()}, adjusted, bits, divergence
-        )
+        named = {self.layers[k].decision.tensor.name: v for k, v in unbounded_tensors.items()}
+        return _Pass(rate, named, adjusted, bits, divergence)
 
     def _bit_costs(self, before: Mapping[str, Unbounded]) -> dict[str, BitCosts]:
         if self.config.lam == 0:
