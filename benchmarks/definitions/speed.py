@@ -31,6 +31,7 @@ ROWS = (
     row("start", "commands.py start --turns 9", 80),
     row("coding", "coding.py", 150),
     row("rd-coding", "rd_coding.py", 150),
+    row("reading", f"reading.py {F32}", 220, F32),
     row("budgets", f"commands.py budgets {F32}", 250, F32),
     row("layers", "commands.py layers", 100),
     row("resnet50", f"commands.py resnet50 {RESNET50}", 15, RESNET50),

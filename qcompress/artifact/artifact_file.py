@@ -19,7 +19,6 @@ from qcompress.artifact.memory import ALLOW, block_bytes, refuse_memory
 from qcompress.artifact.parts import REFETCH, UnboundedFile, find_parts, halved_dtypes
 from qcompress.artifact.stored_tensor import StoredTensor
 from qcompress.checkpoint.safetensors_file import Container
-from qcompress.coding.stored import Stored
 from qcompress.errors import ArtifactError, InputError, Subject
 from qcompress.types.plan import TensorInfo
 
@@ -86,7 +85,7 @@ class ArtifactFile:
         infos = {"codes": codes} | {
             part: info for part, info in self.parts_of(entry.shared or name).items() if part != "codes"
         }
-        parts = {part: self._stored(info.name) for part, info in infos.items()}
+        parts = {part: self.container.stored(info.name) for part, info in infos.items()}
         find, refuse = partial(self.unbounded_tensors.find, name), partial(self.refuse_memory, name)
         return StoredTensor(self.path, name, entry, infos, parts, self.executor, find, refuse)
 
@@ -96,10 +95,7 @@ class ArtifactFile:
 
     def side_bytes(self, name: str) -> int:
         """The side information among the codes of an unbounded tensor. Raises ArtifactError."""
-        return self.unbounded_tensors.side_bytes(name, self._stored(part_name(name, "codes")))
-
-    def _stored(self, name: str) -> Stored:
-        return Stored(self.container.by_name[name].n_bytes, partial(self.container.bytes_of, name))
+        return self.unbounded_tensors.side_bytes(name, self.container.stored(part_name(name, "codes")))
 
     def refuse_memory(self, name: str, needed: int, doing: str, hint: str = ALLOW) -> None:
         """Raise ResourceError where a tensor takes more than may be used: so many bytes besides those of a block."""

@@ -11,11 +11,13 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeGuard
 
+from qcompress.coding.stored import PIECE_BYTES, Stored
 from qcompress.errors import InputError
 from qcompress.types.files import open_regular
 from qcompress.types.plan import DTYPE_BITS, TensorInfo
@@ -44,8 +46,6 @@ FOREIGN_MAGIC = {
 }
 
 
-PIECE_BYTES = 1 << 20
-"""What is read at a time where nobody needs all of it."""
 STEADY = "let nothing write to it meanwhile, and run again"
 
 
@@ -89,23 +89,52 @@ class Container:
 
     def pieces(self, begin: int, end: int) -> Iterator[memoryview]:
         """The file's bytes from `begin` to `end` in pieces. Raises `error`."""
-        for start in range(begin, end, PIECE_BYTES):
-            yield self.read(start, min(start + PIECE_BYTES, end))
+        with self._opened() as descriptor:
+            for start in range(begin, end, PIECE_BYTES):
+                yield self._pread(descriptor, start, min(start + PIECE_BYTES, end))
+
+    def stored(self, name: str) -> Stored:
+        """A tensor's bytes, to be read where they are asked for; they cannot be changed. Its reads raise `error`."""
+        begin, end = self.spans[name]
+        place = self.data_start + begin
+
+        def fetch(start: int, stop: int) -> memoryview:
+            with self._opened() as descriptor:
+                return self._pread(descriptor, place + start, place + stop)
+
+        return Stored(end - begin, fetch)
 
     def read(self, begin: int, end: int) -> memoryview:
-        """The file's bytes from `begin` to `end`. Raises `error` where the file has changed, or cannot be read."""
+        """The file's bytes from `begin` to `end`, which may be changed. Raises `error` where they cannot be read."""
         data = bytearray(end - begin)
         view, done = memoryview(data), 0
+        with self._opened() as descriptor:
+            while done < len(data) and (count := os.preadv(descriptor, [view[done:]], begin + done)):
+                done += count
+            self._check_state(descriptor, done == len(data))
+        return view
+
+    def _pread(self, descriptor: int, begin: int, end: int) -> memoryview:
+        """The same, read-only: memory that is not filled with zeros first."""
+        data = os.pread(descriptor, end - begin, begin)
+        # A read may end early, but at the end of the file it gives nothing.
+        while len(data) < end - begin and (more := os.pread(descriptor, end - begin - len(data), begin + len(data))):
+            data += more
+        self._check_state(descriptor, len(data) == end - begin)
+        return memoryview(data)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
         try:
             with open_regular(self.path) as file:
-                while done < len(data) and (count := os.preadv(file.fileno(), [view[done:]], begin + done)):
-                    done += count
-                steady = _state_of(file.fileno()) == self.state
+                yield file.fileno()
         except OSError as error:
             raise self.error(str(self.path), error.strerror or str(error), "check that the file can be read") from None
-        if done < len(data) or not steady:
+
+    def _check_state(self, descriptor: int, complete: bool) -> None:
+        """Raise `error` where the file has ended before what was read, or is another than when its header was read."""
+        if not complete or _state_of(descriptor) != self.state:
             raise self._changed()
-        return view
 
     def refuse_changed(self) -> None:
         """Raise `error` where the file is not the one, or not as it was, when its header was read."""

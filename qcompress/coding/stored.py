@@ -5,8 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 
-PIECE_BYTES = 1 << 20
-"""What is read at a time at least, where there is so much."""
+PIECE_BYTES = 1 << 18
+"""What is read at a time at least, where there is so much: it stays in a core's cache, for a checksum for instance."""
 
 
 class Stored:
