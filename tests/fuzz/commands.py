@@ -7,10 +7,8 @@ then no file has come, gone or changed.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import os
-import pkgutil
 import resource
 import shutil
 import signal
@@ -28,10 +26,9 @@ import numpy as np
 import torch
 from conftest import process_environment, program
 
-import qcompress
 from fuzz.campaign import SECONDS, WAITING, Disagree, Target
 from fuzz.mutations import mutate_bytes, mutate_json, mutate_text
-from fuzz.sound import gaussian
+from fuzz.sound import gaussian, import_all
 from qcompress.checkpoint.checkpoint import write_checkpoint
 from qcompress.cli.app import main, run
 from qcompress.errors import QcompressError
@@ -225,10 +222,7 @@ def command_targets(scratch: Path) -> list[Target]:
     """A target of each kind, whose cases are processes that come from this one; of artifacts one that starts anew."""
     sound = scratch / "commands"
     _make_folder(sound)
-    for module in pkgutil.walk_packages(qcompress.__path__, "qcompress."):
-        # What each process would import for itself otherwise.
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+    import_all()
     made = [make_target(f"commands on {kind.name}", kind, sound, run_forked) for kind in KINDS]
     return [*made, make_target("commands from a shell", KINDS[0], sound, run_anew)]
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fuzz.sound import gaussian
+from fuzz.sound import gaussian, import_all
 from qcompress.checkpoint import staging
 from qcompress.checkpoint.checkpoint import write_checkpoint
 from qcompress.cli.app import run
@@ -282,6 +282,7 @@ class Bench:
 
 
 def prepare(name: str, scenario: Scenario, work: Path) -> Bench:
+    import_all()
     sound = work / name.replace(" ", "-")
     shutil.rmtree(sound, ignore_errors=True)
     sound.mkdir(parents=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
+import pkgutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import qcompress
 from qcompress.cli.app import run
 from qcompress.data.batches import Source
 from qcompress.data.sources import read_data
+from qcompress.model.factories import without_network
 from qcompress.plan.sensitivity import SENSITIVITY, LayerCosts, Sensitivity, WidthCost
 from qcompress.training.state import save_state
 from qcompress.types.settings import Data, Sgd
+
+
+def import_all() -> None:
+    """Import every module of the package, and what they import for a network: no child of this process has to then."""
+    for module in pkgutil.walk_packages(qcompress.__path__, "qcompress."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    with without_network():
+        pass
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
