@@ -149,6 +149,20 @@ def test_table_quiet_and_dry_run(run: Run, folder: Path, tmp_path: Path) -> None
     assert "epoch 2 of 2" in done.err
 
 
+def test_alpha_is_foreseen_and_a_schedule_chooses_its_strength(run: Run, folder: Path, tmp_path: Path) -> None:
+    """A weight's strength is in the report as a number; that of the schedule leads alpha further than the paper's."""
+    alphas, strengths = {}, {}
+    for name, more in (("paper", ()), ("schedule", ("--set", "finetune.regularize.1.dsmm.strength=schedule"))):
+        planned = run(*words_of(folder, tmp_path / "t.safetensors", "--dry-run", *more))
+        assert planned.code == 0 and ("schedule" in planned.out) == (name == "schedule")
+        done = run(*words_of(folder, tmp_path / f"{name}.safetensors", "--json", "-", *more))
+        assert done.code == 0 and "dsmm: alpha will come to about" in done.err
+        (layer,) = (one for one in json.loads(done.out)["layers"] if one["name"] == "conv2.weight")
+        alphas[name], strengths[name] = layer["temperature"], layer["strength"]
+    assert strengths["paper"] == 0.01 < strengths["schedule"]
+    assert alphas["paper"] < alphas["schedule"]
+
+
 def test_from_scratch_in_sixteen_bits_and_with_gates(run: Run, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "new.safetensors"
     words = ["finetune-reg", "-r", str(folder / "reg.yaml"), "--allow-code", "-o", str(output), "--json", "-"]
