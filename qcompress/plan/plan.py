@@ -9,7 +9,6 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from qcompress.types.plan import (
     TensorFacts,
     TensorInfo,
     Widths,
+    find_matches,
     row_shape,
     shared_groups,
 )
@@ -69,17 +69,21 @@ def find_deciders(
     rules: Sequence[Rule], names: Iterable[str], reaches: Callable[[Rule, str], bool] = lambda _, __: True
 ) -> dict[str, Rule | None]:
     """Name -> the first rule that matches it and `reaches` it; None where there is none."""
-    return {
-        name: next((rule for rule in rules if fnmatchcase(name, rule.match) and reaches(rule, name)), None)
-        for name in names
-    }
+    found: dict[str, Rule | None] = dict.fromkeys(names)
+    for rule in rules:
+        for name in find_matches(rule.match, found):
+            if found[name] is None and reaches(rule, name):
+                found[name] = rule
+    return found
 
 
 def rule_uses(rules: Sequence[Rule], deciders: Mapping[str, Rule | None]) -> Iterator[RuleUse]:
     """What became of every rule, in their order; `deciders` is what `find_deciders` gave for the same rules."""
+    order = {name: place for place, name in enumerate(deciders)}
     for where, group in groupby(rules, key=lambda rule: rule.where):
         same = tuple(group)
-        matched = {name: one for name, one in deciders.items() if any(fnmatchcase(name, rule.match) for rule in same)}
+        named = {name for rule in same for name in find_matches(rule.match, deciders)}
+        matched = {name: deciders[name] for name in sorted(named, key=order.__getitem__)}
         decided = tuple(name for name, one in matched.items() if one is not None and one.where == where)
         yield RuleUse(same, matched, decided)
 
@@ -171,9 +175,7 @@ def _stepless(recipe: Recipe) -> list[InputError]:
 
 def _stored_twins(deciders: Mapping[str, Rule | None], tied: Mapping[str, str]) -> dict[str, str]:
     """Tied name -> the tensor that is stored for it, which is no copy itself. A rule of its own unties a name."""
-    copies = {
-        name: tied[name] for name, rule in deciders.items() if name in tied and not (rule and rule.names_one_tensor)
-    }
+    copies = {name: tied[name] for name, rule in deciders.items() if name in tied and not (rule and rule.names(name))}
     twins = {}
     for name, twin in copies.items():
         while twin in copies:
@@ -194,11 +196,11 @@ def _decide(
         return Decision(tensor, None, KEPT, f"kept by {rule.where}")
     because = _unfit(tensor)
     if because is not None:
-        if rule.names_one_tensor and tensor.numel:
+        if rule.names(tensor.name) and tensor.numel:
             what = f"{rule.method} cannot compress it: {because}"
             raise RecipeError(rule.where, what, "use keep: {}", Subject(tensor.name, tensor.shape))
         return Decision(tensor, None, KEPT, because)
-    if len(tensor.shape) < 2 and not rule.names_one_tensor:
+    if len(tensor.shape) < 2 and not rule.names(tensor.name):
         return Decision(tensor, None, KEPT, "fewer than two dimensions")
     stands_in = ""
     if foreign is not None:
@@ -237,7 +239,7 @@ def _rule_instead(tensor: TensorInfo, rule: Rule, because: str) -> Rule | None:
             would train or spend bits beside codes that it does not know
     """
     method = METHODS[rule.method or ""]
-    if rule.names_one_tensor or method.needs not in ("graph", "calibration"):
+    if rule.names(tensor.name) or method.needs not in ("graph", "calibration"):
         other = "kmeans" if method.family == "cluster" else "mse"
         hint = f"give it a rule of its own with {other}, which needs weights alone, or keep: {{}}"
         what = f"{method.name} cannot take it: {because}"

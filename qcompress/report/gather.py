@@ -5,9 +5,8 @@ Imports torch only where a baseline is given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ from qcompress.report.counts import (
 from qcompress.report.document import LayerFigures, LayerReport, Report
 from qcompress.report.document_json import read_report, report_path
 from qcompress.report.size import make_size
-from qcompress.types.plan import TensorInfo
+from qcompress.types.plan import TensorInfo, find_matches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -241,7 +240,7 @@ def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Rep
 
 def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: LayerFigures) -> LayerReport:
     parts = {part: info.n_bytes for part, info in file.parts_of(name).items()}
-    method = _method_of(name, file.manifest.recipe)
+    method = _method_of(name, file.manifest.recipe, file.manifest.tensors)
     own_side = file.side_bytes(name) if entry.is_unbounded else 0
     return replace(
         _kept_layer(file.original(name), sum(parts.values())),
@@ -265,15 +264,15 @@ def _form_of(entry: Entry) -> str:
     return entry.grid if entry.grid in ("zero-point", "offset") else "symmetric"
 
 
-def _method_of(name: str, recipe: Mapping[str, object]) -> str:
-    """The method that the manifest's recipe gave a tensor."""
+def _method_of(name: str, recipe: Mapping[str, object], names: Collection[str]) -> str:
+    """The method that the manifest's recipe gave one of these tensors."""
     rules = recipe.get("rules")
     for rule in rules if isinstance(rules, list) else []:
         if not isinstance(rule, dict):
             continue
         match = rule.get("match")
         globs = match if isinstance(match, list) else [match]
-        if any(fnmatchcase(name, glob) for glob in globs if isinstance(glob, str)):
+        if any(name in find_matches(glob, names) for glob in globs if isinstance(glob, str)):
             for method, options in rule.items():
                 if method != "match" and isinstance(options, dict):
                     return str(method)

@@ -305,7 +305,7 @@ def decide_penalties(module: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule
     parameters = dict(module.named_parameters())
 
     def reaches(rule: Rule, name: str) -> bool:
-        if rule.names_one_tensor or rule.method is None:
+        if rule.names(name) or rule.method is None:
             return True
         return name in kinds and config_of(rule).layers in ("all", kinds[name])
 

@@ -5,8 +5,10 @@ checkpoint -> TensorInfo -> Recipe of Rules -> Plan of Decisions -> Encoded
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Generic, Literal, TypeAlias
@@ -129,6 +131,19 @@ class Exempt(Section):
     """Leave the weights as they are."""
 
 
+def find_matches(match: str, names: Collection[str]) -> list[str]:
+    """The names that a rule's `match` means, in their order: the one that it equals, else all that fit it as a glob.
+
+    names  quick to look a name up in
+    """
+    if match in names:
+        return [match]
+    if not any(character in match for character in "*?["):
+        return []
+    fits = re.compile(fnmatch.translate(match)).match
+    return [name for name in names if fits(name)]
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One line of a recipe: which tensors, and what happens to them.
@@ -142,9 +157,9 @@ class Rule:
     config: MethodConfig | PenaltyConfig | Keep | None
     where: str
 
-    @property
-    def names_one_tensor(self) -> bool:
-        return not any(character in self.match for character in "*?[")
+    def names(self, tensor: str) -> bool:
+        """Whether this tensor is meant by its name, and not by a glob that others fit too."""
+        return self.match == tensor
 
     @property
     def options(self) -> MethodConfig:

@@ -19,7 +19,7 @@ from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.compress.compress import compress
 from qcompress.errors import DataError, InputError, QcompressError, RecipeError, Refusals
 from qcompress.plan.files import make_shards
-from qcompress.plan.plan import make_plan
+from qcompress.plan.plan import find_deciders, make_plan
 from qcompress.registry import METHODS, MseConfig
 from qcompress.types.plan import KEPT, Axis, Decision, Family, Plan, Recipe, Rule, TensorFacts, TensorInfo, Widths
 from qcompress.types.run import Options
@@ -433,3 +433,43 @@ def test_a_missing_file_of_representatives_is_one_error_and_methods_without_them
 def test_a_plan_is_a_value() -> None:
     asked = rtn()
     assert make_plan(asked, INFOS, TIED, {}) == make_plan(asked, INFOS, TIED, {})
+
+
+@pytest.mark.parametrize("name", ["layers[0].weight", "a*b.weight", "x?.weight", "[!a].weight"])
+def test_a_match_that_is_a_name_means_that_tensor_alone(name: str) -> None:
+    infos = tuple(
+        TensorInfo(one, (8, 4), "F32") for one in (name, "layers0.weight", "aab.weight", "xy.weight", "b.weight")
+    )
+    found = decide(recipe(rule(name, "rtn", bits=4)), infos)
+    assert [one for one, decision in found.items() if decision.compresses] == [name]
+    others = infos[1:]
+    found = decide(recipe(rule(name, "rtn", bits=4)), others)
+    assert len([one for one, decision in found.items() if decision.compresses]) == 1, (
+        "a glob where no tensor has the name"
+    )
+
+
+def test_one_dimension_is_compressed_where_its_name_has_brackets() -> None:
+    infos = (TensorInfo("bias[0]", (64,), "F32"), TensorInfo("bias0", (64,), "F32"))
+    found = decide(recipe(rule("bias[0]", "rtn", bits=8)), infos)
+    assert [decision.compresses for decision in found.values()] == [True, False]
+
+
+def test_rules_that_name_tensors_cost_no_more_than_the_tensors() -> None:
+    """Each name is looked up once for each rule that could mean it, and not held against every rule."""
+    infos = tuple(TensorInfo(f"layers.{n}.weight", (2, 2), "F32") for n in range(400))
+    asked: list[str] = []
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            asked.append(str(self))
+            return str(self) == other
+
+        __hash__ = str.__hash__
+
+    rules = [rule(f"layers.{n}.weight", "rtn", bits=4) for n in range(400)]
+    found = find_deciders(rules, [Counted(info.name) for info in infos])
+    assert all(one is not None and one.match == name for name, one in found.items())
+    assert len(asked) < 10 * len(infos)
