@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -99,7 +100,11 @@ def _refuse_many(size: Sequence[int], path: Path) -> None:
 def _pixels(image: Any, path: Path, resize: int | None) -> Tensor:
     """uint8 [3, height, width]: the image, its shorter side resized where that is asked for. Raises DataError."""
     refuse_irregular(path, "the folder of images")
-    with reading(path, "is no image that can be read", "remove or replace it"), image.open(path) as opened:
+    # From memory: of a file, the library asks for as many bytes as a part of it declares to have.
+    with (
+        reading(path, "is no image that can be read", "remove or replace it"),
+        image.open(io.BytesIO(path.read_bytes())) as opened,
+    ):
         _refuse_many(opened.size, path)
         found = opened.convert("RGB")
     if resize is not None:

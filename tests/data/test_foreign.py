@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shlex
 import subprocess
 import sys
@@ -281,3 +282,17 @@ def test_a_tokenizer_that_panics_is_one_line(run_process: Run, tmp_path: Path, c
     ran = run_process(*words, env={"RUST_BACKTRACE": "1"})
     assert ran.code == 3
     assert ran.err.count("\n") == 1 and "t.json" in ran.err, ran.err
+
+
+def test_a_part_of_an_image_that_declares_gigabytes_takes_none(tmp_path: Path) -> None:
+    """A PNG of 69 bytes whose data are said to have 2 GB, in a process that may have half of one more."""
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x10\0\0\0\x10\x08\x02\0\0\0\x90\x91h6"
+    (tmp_path / "a.png").write_bytes(header + b"\x7f\xff\x03\x13IDATx\x9c%\xcbKH\xfa")
+    held = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (used + (1 << 29), held[1]))
+    try:
+        with pytest.raises(DataError, match="is no image that can be read"):
+            read_all(tmp_path, ImagesData(images=str(tmp_path), crop=8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, held)
