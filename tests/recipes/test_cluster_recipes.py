@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Run
-from PIL import Image
 from safetensors.torch import save_file
 
 from qcompress.data.user_code import import_package
@@ -43,22 +40,6 @@ def built(path: Path) -> torch.nn.Module:
         return build_model(recipe.model, path.parent, allow_code=True, place="model")
 
 
-@pytest.fixture(scope="module")
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a little of all data that the recipes name."""
-    folder = tmp_path_factory.mktemp("data")
-    question_pairs(folder)
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    (folder / "cifar10").mkdir()
-    for part in ("train20k", "test5000"):
-        np.savez(folder / "cifar10" / f"{part}.npz", x=pixels, y=np.arange(2))
-    for part in ("train", "val", "calib256", "val400"):
-        for label, image in zip("ab", pixels, strict=True):
-            (folder / "imagenet" / part / label).mkdir(parents=True)
-            Image.fromarray(image).resize((256, 256)).save(folder / "imagenet" / part / label / "0.png")
-    return folder
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_clustering_recipe_plans_the_weights_that_it_names(
     run: Run, path: Path, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,25 +61,13 @@ def test_every_clustering_recipe_plans_the_weights_that_it_names(
     assert set(coded) == set(weights) - kept and coded
 
 
-def question_pairs(folder: Path) -> None:
-    random = np.random.default_rng(0)
-    ids = random.integers(5, 50, (48, 12))
-    ids[:, 0] = 1 + np.arange(48) % 2
-    kinds = (np.arange(12) >= 5).astype(np.int64) * np.ones((48, 1), np.int64)
-    arrays: dict[str, Any] = {"input_ids": ids, "token_type_ids": kinds, "attention_mask": np.ones_like(ids)}
-    (folder / "text").mkdir()
-    for part in ("train", "val"):
-        np.savez(folder / "text" / f"qnli_{part}.npz", **arrays, y=np.arange(48) % 2)
-
-
 @pytest.mark.parametrize("method", ["kmeans", "dkm"])
 @pytest.mark.parametrize("bits", [1, 2])
 def test_mobilebert_runs_through_on_a_task_like_qnli(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, bits: int
+    run: Run, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch, method: str, bits: int
 ) -> None:
     pytest.importorskip("transformers", exc_type=ModuleNotFoundError)
-    monkeypatch.setenv("QCOMPRESS_DATA", str(tmp_path))
-    question_pairs(tmp_path)
+    monkeypatch.setenv("QCOMPRESS_DATA", str(small_data))
     network = import_package("transformers").MobileBertForSequenceClassification
     torch.manual_seed(0)
     module = network(network.config_class(**BERT, num_labels=2))

@@ -41,9 +41,10 @@ def skip_without_package(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("path", ON_GRIDS, ids=lambda path: path.stem)
 def test_every_recipe_that_trains_on_grids_quantizes_all_layers_at_its_width(
-    run: Run, tmp_path: Path, path: Path
+    run: Run, tmp_path: Path, path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The name says method and widths: of every weight, and of the inputs."""
+    monkeypatch.setenv("QCOMPRESS_DATA", str(small_data))
     recipe = read_recipe(path)
     skip_without_package(recipe)
     module = build_network(ModelRun(recipe, torch.device("cpu"), allow_code=True))
@@ -58,7 +59,10 @@ def test_every_recipe_that_trains_on_grids_quantizes_all_layers_at_its_width(
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_training_recipe_reaches_the_weights_that_it_names(run: Run, path: Path) -> None:
+def test_every_training_recipe_reaches_the_weights_that_it_names(
+    run: Run, path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QCOMPRESS_DATA", str(small_data))
     recipe = read_recipe(path)
     skip_without_package(recipe)
     assert recipe.finetune is not None

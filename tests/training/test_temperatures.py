@@ -107,7 +107,7 @@ def test_the_strength_of_tiny_weights_takes_little_away() -> None:
     (one,) = penalties.regularized
     one.penalty.alpha.data.fill_(-math.log(2 * before**2))
     one.accumulate(pull, 0.1 / (1 - 0.9) * one.factor(0, 6))
-    assert 0 < float(pull.double().norm()) < 0.02 * float(module[1].weight.double().norm())
+    assert 0 < float(pull.double().norm()) < 0.02 * float(module[1].weight.detach().double().norm())
 
 
 def test_words_name_where_alpha_comes_to_and_what_it_does_not_see() -> None:
