@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -98,7 +98,10 @@ def memory(reader: str, small: Path, large: Path, output: Path) -> float:
 def make(checkpoint: Path, name: str, folder: Path) -> Path:
     """An artifact without its report, so that `report` reads it."""
     path = folder / f"{checkpoint.stem}-{name}.safetensors"
-    if run(["quantize", str(checkpoint), *MADE[name], "--threads", "1", "-q", "-o", str(path)]):
+    # stdout is for the figures.
+    with redirect_stdout(sys.stderr):
+        code = run(["quantize", str(checkpoint), *MADE[name], "--threads", "1", "-q", "-o", str(path)])
+    if code:
         raise SystemExit(f"cannot make {path}")
     path.with_suffix(".report.json").unlink()
     return path
