@@ -83,6 +83,8 @@ class Statistics:
         square = hessian.ndim == 3 and hessian.shape[1] == columns and tuple(mean.shape) == (groups, columns)
         if not square or not bool(hessian.isfinite().all()):
             raise self._error(tensor, "are damaged: no square, finite matrix for each group")
+        if bool((hessian.diagonal(dim1=1, dim2=2) < 0).any()):
+            raise self._error(tensor, "are damaged: a mean of squares is below zero")
         return Gram(hessian.double(), None, mean.double(), mean.double(), 0)
 
     def sensitivity(self, tensor: str, shape: tuple[int, ...]) -> Tensor | None:

@@ -56,6 +56,10 @@ class GridOptions(Layout, Protocol):
     def form(self) -> Form: ...
 
 
+MOST_DAMPING = 1e100
+"""A share of the mean diagonal beyond which no more helps."""
+
+
 def damped(hessian: Tensor, share: float) -> Tensor:
     """The Hessian with `share` of its mean diagonal added to the diagonal; the mean itself where no input is active.
 
@@ -75,17 +79,18 @@ def damped(hessian: Tensor, share: float) -> Tensor:
 def cholesky(hessian: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """The lower Cholesky factor of the damped Hessian, and the damped Hessian; ten times the damping while it fails.
 
-    raises  ValueError for a Hessian that is not finite
+    raises  ValueError for a Hessian that is not finite, or so far from any sum of squares that no damping helps
     """
     if not bool(hessian.isfinite().all()):
         raise ValueError("a Hessian holds NaN or Inf")
     share = max(share, 1e-10)
-    while True:
+    while share < MOST_DAMPING:
         raised = damped(hessian, share)
         factor, failed = torch.linalg.cholesky_ex(raised)
         if not bool(failed.any()):
             return factor, raised
         share *= 10
+    raise ValueError("a Hessian is no sum of squares")
 
 
 def grouped(rows: Tensor, groups: int) -> Tensor:

@@ -118,3 +118,8 @@ def test_a_singular_hessian_is_damped_until_it_has_a_factor() -> None:
     one = torch.ones(1, 6, 6, dtype=torch.float64)
     factor, raised = cholesky(one, 0.0)
     torch.testing.assert_close(factor @ factor.transpose(1, 2), raised)
+
+
+def test_what_is_no_sum_of_squares_is_refused_and_not_damped_for_ever() -> None:
+    with pytest.raises(ValueError, match="no sum of squares"):
+        cholesky(torch.tensor([[[-1.0, 5.0], [5.0, 1.0]]]).double(), 0.01)
