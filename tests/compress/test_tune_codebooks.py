@@ -451,10 +451,6 @@ def test_what_differentiable_kmeans_needs_is_asked_for(run: Run, folder: Path, t
     recipe.write_text('version: 1\nrules:\n  - {match: "*.weight", dkm: {bits: 2}}\n')
     done = run("cluster", str(folder / "m.safetensors"), "-r", str(recipe))
     assert done.code == 3 and "add `model`, `data.train`, `task`, `finetune`" in done.err
-    text = RECIPE.replace("kmeans: OPTIONS", "dkm: {bits: 2}") + DKM + "  regularize: [{match: a, l2: {}}]\n"
-    recipe.write_text(text)
-    done = run("cluster", str(folder / "m.safetensors"), "-r", str(recipe), "--allow-code")
-    assert done.code == 3 and "take `finetune.regularize` out" in done.err
     with pytest.raises(ValueError, match="for scalars"):
         DkmConfig(bits=2, dim=2, levels="bf16")
 

@@ -26,6 +26,7 @@ from qcompress.types.run import FitContext
 LAYERS = ("stem", "depthwise", "grouped", "conv", "fc")
 HIGH_RATE = 6.0
 SHIFT = 0.05
+COMMON = [2.0 ** (n / 64) for n in range(-4, 5)]
 
 
 class Uneven(nn.Module):
@@ -95,31 +96,33 @@ def layers() -> dict[str, Layer]:
     return made
 
 
-def harm_at(layers: Mapping[str, Layer], factors: Mapping[str, float]) -> tuple[float, float]:
-    """(harm of all layers, bits a weight) where some have other steps than were chosen."""
-    done = [layer.coded(factors.get(name, 1.0)) for name, layer in layers.items()]
+def cost_of(layers: Mapping[str, Layer], factors: Mapping[str, float]) -> float:
+    """The harm of all layers where some have other steps than were chosen, as if at one rate.
+
+    At a high rate a bit a weight more for all is a quarter of the harm. Codes by feedback are chaotic in their steps,
+    which makes a harm uncertain by about a hundredth: it is the mean over steps all a little larger or smaller.
+    """
     weights = sum(layer.rows.numel() for layer in layers.values())
-    return sum(harm for _, harm in done), coded_bits([unbounded for unbounded, _ in done]) / weights
+    costs = []
+    for common in COMMON:
+        done = [layer.coded(common * factors.get(name, 1.0)) for name, layer in layers.items()]
+        rate = coded_bits([unbounded for unbounded, _ in done]) / weights
+        costs.append(sum(harm for _, harm in done) * 4.0 ** (rate - HIGH_RATE))
+    return sum(costs) / len(costs)
 
 
 @pytest.mark.slow
 def test_no_layer_would_better_have_another_step(layers: dict[str, Layer]) -> None:
     slopes = [layer.response.slope for layer in layers.values()]
     assert max(slopes) > 4 * min(slopes)
-    harm, rate = harm_at(layers, {})
+    cost = cost_of(layers, {})
     for name in LAYERS:
         for own in (1 - SHIFT, 1 + SHIFT):
-            _, other_rate = harm_at(layers, {name: own})
-            # All steps together pay the bits back: at a high rate one bit halves them.
-            common = 2.0 ** (other_rate - rate)
-            found, found_rate = harm_at(layers, {one: common * (own if one == name else 1.0) for one in LAYERS})
-            assert found_rate == pytest.approx(rate, abs=0.01)
-            assert found * 4.0 ** (found_rate - rate) > 0.99 * harm, (name, own)
+            assert cost_of(layers, {name: own}) > 0.99 * cost, (name, own)
 
 
 def test_a_layer_with_twice_its_step_does_more_harm_for_the_same_bits(layers: dict[str, Layer]) -> None:
     """So that the test before could fail: what it holds to 1 % is lost by a large share of bits."""
-    harm, rate = harm_at(layers, {})
+    cost = cost_of(layers, {})
     for own in (0.5, 2.0):
-        found, other_rate = harm_at(layers, {"conv": own})
-        assert found * 4.0 ** (other_rate - rate) > 1.1 * harm, own
+        assert cost_of(layers, {"conv": own}) > 1.05 * cost, own

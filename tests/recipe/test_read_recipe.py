@@ -111,7 +111,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     assert error("no/r.yaml") == "no/r.yaml: no such file; the folder no is not there either"
     assert error("../" + tmp_path.name).endswith(": is a folder; name a recipe file in it")
     assert error("good.yaml/x").startswith("good.yaml/x: cannot be read: ")
-    assert error("nul\0.yaml").startswith("nul\0.yaml: cannot be read: ")
+    assert error("nul\0.yaml").startswith("nul\\x00.yaml: cannot be read: ")
     assert error("latin.yaml") == "latin.yaml:2: not UTF-8 text; a recipe is a YAML file in UTF-8"
     assert error("weights") == "weights:1: not UTF-8 text; a recipe is a YAML file in UTF-8"
     assert error("long.yaml") == "long.yaml: larger than 1048576 bytes; a recipe is a short YAML file: use globs"
