@@ -107,6 +107,11 @@ PACKING = {
     "count": ("count", ".1f"),
     "`numpy.packbits`": ("np_packbits", ".2f"),
 }
+READING = {
+    "CPU s": ("cpu", ".3f"),
+    "more than without checks, %": ("percent", ".1f"),
+    "memory, MB": ("memory MB", ".0f"),
+}
 LATTICES = {
     "entropy": ("entropy", ".3f"),
     "bits a weight": ("bits", ".3f"),
@@ -176,6 +181,17 @@ TABLES = (
         LATTICES,
         {f"{title}, `{choice}`": f"{name}, {choice}" for title, name in SOURCES.items() for choice in ("ans", "zstd")},
         "weights",
+    ),
+    figures(
+        "reading",
+        "reading",
+        READING,
+        {
+            f"`{reader}`, {title}": f"{reader}, {coding}"
+            for title, coding in (("`packed`", "packed"), ("`ans`", "ans"), ("`rd`, entropy coded", "rd"))
+            for reader in ("load_state_dict", "export", "verify", "report")
+        },
+        "reader and codes",
     ),
     figures(
         "budgets",
