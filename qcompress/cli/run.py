@@ -35,7 +35,7 @@ from qcompress.report.training_report import training_path
 from qcompress.report.words import shape_words, size_words
 from qcompress.types.config import CodingChoice
 from qcompress.types.plan import Gates, Plan, Recipe
-from qcompress.types.run import ModelRun, Options, use_torch_threads
+from qcompress.types.run import ModelRun, Options
 
 COLUMNS = (
     Column("tensor", right=False),
@@ -227,7 +227,7 @@ def make_model_run(
     from qcompress.compress.check import refuse_code
 
     refuse_code(recipe, allow_code)
-    use_torch_threads(threads or 1)
+    torch.set_num_threads(threads or 1)
     return ModelRun(recipe, torch.device(find_device(device, live=True)), allow_code, sample_progress(streams))
 
 

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from qcompress.artifact.hashes import artifact_hash
 from qcompress.artifact.manifest import POOL_NAME
 from qcompress.artifact.writer import copy_companions, find_companions, mark_config, write_index
@@ -38,7 +40,7 @@ from qcompress.report.figures import compressed_layer, kept_layer, run_figures
 from qcompress.report.size import make_size
 from qcompress.types.encoded import Fitted, Kept
 from qcompress.types.plan import Decision, Outcomes, Plan
-from qcompress.types.run import Options, RunFigures, Say, start_clock, use_torch_threads
+from qcompress.types.run import Options, RunFigures, Say, start_clock
 
 
 def compress(checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitted | None = None) -> Report:
@@ -68,7 +70,7 @@ def compress_to(
 ) -> Report:
     """`compress` where the output is staged already, to be built at `place`."""
     clock = start_clock()
-    use_torch_threads(1)
+    torch.set_num_threads(1)
     refuse_untrue_ties(checkpoint, plan)
     options = replace(options, threads=fitting_threads(plan, options))
     fitted = fitted or Fitted({})

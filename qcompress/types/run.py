@@ -173,14 +173,6 @@ def seeded_generator(seed: int, name: str, device: torch.device | str) -> torch.
     return torch.Generator(device).manual_seed(forked_seed(seed, name))
 
 
-def use_torch_threads(count: int) -> None:
-    """Let torch compute on so many threads. Where it does already it is left alone: a forked process has no pool."""
-    import torch
-
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)
-
-
 @dataclass(frozen=True)
 class Options:
     """How to run, not what: none of it changes the bytes, but for `choice`, `device`, `rate` and the files.
