@@ -125,4 +125,4 @@ def test_a_layer_with_twice_its_step_does_more_harm_for_the_same_bits(layers: di
     """So that the test before could fail: what it holds to 1 % is lost by a large share of bits."""
     cost = cost_of(layers, {})
     for own in (0.5, 2.0):
-        assert cost_of(layers, {"conv": own}) > 1.05 * cost, own
+        assert cost_of(layers, {"conv": own}) > 1.1 * cost, own
