@@ -155,9 +155,7 @@ def _work(target: Target, folder: Path, cases: range, seed: int, pipe: int) -> N
     """The child: limits, then the cases, one line each."""
     code = 1
     try:
-        with Path("/proc/self/statm").open() as sizes:
-            held = int(sizes.read().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (held + MEMORY_BYTES, held + MEMORY_BYTES))
+        limit_memory()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with os.fdopen(pipe, "w", buffering=1) as lines:
             signal.alarm(WAITING)
@@ -170,6 +168,15 @@ def _work(target: Target, folder: Path, cases: range, seed: int, pipe: int) -> N
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def limit_memory() -> None:
+    """Let this process take MEMORY_BYTES beyond what it has, unless less is left to it already."""
+    with Path("/proc/self/statm").open() as sizes:
+        held = int(sizes.read().split()[5]) * resource.getpagesize()
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = held + MEMORY_BYTES if most == resource.RLIM_INFINITY else min(held + MEMORY_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def campaign(targets: Mapping[str, Target], state: Path, cases: int, seed: int) -> dict[str, Counts]:

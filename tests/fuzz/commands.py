@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import resource
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import traceback
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +27,9 @@ from typing import NoReturn, TypeAlias
 
 import numpy as np
 import torch
-from conftest import process_environment, program
+from conftest import ROOT, process_environment, program
 
-from fuzz.campaign import SECONDS, WAITING, Disagree, Target
+from fuzz.campaign import SECONDS, WAITING, Disagree, Target, limit_memory
 from fuzz.mutations import mutate_bytes, mutate_json, mutate_text
 from fuzz.sound import gaussian, import_all
 from qcompress.checkpoint.checkpoint import write_checkpoint
@@ -35,16 +38,21 @@ from qcompress.errors import QcompressError
 
 LARGEST_RESIDENT_BYTES = 1 << 30
 """What a command may hold beyond what the process held that it comes from."""
+SERVE = "from fuzz.commands import serve; serve()"
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What a process left: its exit code, or the signal that ended it as a negative one, its streams and its memory."""
+    """What a process left.
+
+    code         its exit code, or the signal that ended it as a negative one
+    grown_bytes  memory that it held at most, beyond what the process held that it comes from
+    """
 
     code: int
     out: str
     err: str
-    held_bytes: int
+    grown_bytes: int
 
 
 @dataclass(frozen=True)
@@ -219,11 +227,11 @@ KINDS = (
 
 
 def command_targets(scratch: Path) -> list[Target]:
-    """A target of each kind, whose cases are processes that come from this one; of artifacts one that starts anew."""
+    """A target of each kind, whose cases are processes that have imported all; of artifacts one that starts anew."""
     sound = scratch / "commands"
     _make_folder(sound)
-    import_all()
-    made = [make_target(f"commands on {kind.name}", kind, sound, run_forked) for kind in KINDS]
+    start = Server()
+    made = [make_target(f"commands on {kind.name}", kind, sound, start) for kind in KINDS]
     return [*made, make_target("commands from a shell", KINDS[0], sound, run_anew)]
 
 
@@ -264,12 +272,12 @@ def _ended(path: Path, kind: Kind, sound: Path, start: Start) -> str:
         shutil.copytree(sound, folder)
     (folder / kind.file).write_bytes(data)
     words, outputs = kind.commands[zlib.crc32(data) % len(kind.commands)]
-    before, held = _files(folder), _resident_bytes()
+    before = _files(folder)
     ended = start(words.split(), folder)
     after = _files(folder)
     broken = _broken(ended, before, after, set(outputs))
-    if ended.held_bytes > held + LARGEST_RESIDENT_BYTES:
-        broken = f"it held {ended.held_bytes:,} bytes"
+    if ended.grown_bytes > LARGEST_RESIDENT_BYTES:
+        broken = f"it held {ended.grown_bytes:,} bytes"
     if broken is not None:
         shutil.rmtree(folder)
         raise Disagree(f"{words}: {broken}")
@@ -297,16 +305,66 @@ def _broken(ended: Ended, before: Files, after: Files, outputs: set[str]) -> str
     return None
 
 
+class Server:
+    """Runs commands in children of one process that has imported everything and computed nothing.
+
+    A child has none of its parent's threads, and torch, once it has computed, counts on them: where the tests' own
+    process is the parent, commands fail by chance.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVE],
+            env=process_environment(PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests")))),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        weakref.finalize(self, _end, self._process)
+
+    def __call__(self, words: Sequence[str], folder: Path) -> Ended:
+        """Run a command; the answer is told from one to a caller that has died since by its number."""
+        asked, answers = self._process.stdin, self._process.stdout
+        assert asked is not None and answers is not None
+        number = secrets.token_hex(8)
+        asked.write(json.dumps([number, list(words), str(folder)]).encode() + b"\n")
+        asked.flush()
+        for line in answers:
+            answered, code, grown = json.loads(line)
+            if answered == number:
+                out, err = (path.read_bytes().decode() for path in _streams(folder))
+                return Ended(code, out, err, grown)
+        raise RuntimeError("the process that commands come from has ended")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def serve() -> None:
+    """Answer each command on a line of the standard input, as Server asks it, by a line."""
+    import_all()
+    for line in sys.stdin:
+        number, words, folder = json.loads(line)
+        ended = run_forked(words, Path(folder))
+        sys.stdout.write(json.dumps([number, ended.code, ended.grown_bytes]) + "\n")
+        sys.stdout.flush()
+
+
 def run_forked(words: Sequence[str], folder: Path) -> Ended:
     """Run a command in a child of this process, by the way that the program itself starts and ends."""
-    streams = [folder.with_name(f"{folder.name}.{name}") for name in ("out", "err")]
+    streams, held = _streams(folder), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     child = os.fork()
     if child == 0:
         _be_command(words, folder, streams)
     _, status, used = os.wait4(child, 0)
     code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
     out, err = (path.read_bytes().decode() for path in streams)
-    return Ended(code, out, err, 1024 * used.ru_maxrss)
+    return Ended(code, out, err, 1024 * used.ru_maxrss - held)
+
+
+def _streams(folder: Path) -> list[Path]:
+    return [folder.with_name(f"{folder.name}.{name}") for name in ("out", "err")]
 
 
 def _be_command(words: Sequence[str], folder: Path, streams: Sequence[Path]) -> NoReturn:
@@ -314,7 +372,9 @@ def _be_command(words: Sequence[str], folder: Path, streams: Sequence[Path]) -> 
     try:
         signal.alarm(WAITING // 2)
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+        limit_memory()
         os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, path in enumerate(streams, 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdin = io.StringIO()
@@ -346,7 +406,3 @@ def _files(folder: Path) -> Files:
         str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) if path.is_file() else 0
         for path in folder.rglob("*")
     }
-
-
-def _resident_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
