@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods.rd": {"types", "registry", "coding", "coding.unbounded", "data", "model", "solvers", "calibration"},
     "methods.pdquant": {"errors", "types", "registry", "coding", "model", "solvers", "calibration"},
     "exporters": {"errors", "types", "coding", "checkpoint", "artifact"},
+    "runtime": {"types", "coding", "artifact"},
     "report": {"errors", "types", "coding", "checkpoint", "artifact", "plan"},
     "report.html": {"errors", "types", "plan", "report"},
     "encode": {
@@ -49,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "compress": {
         *("errors", "types", "registry", "recipe", "coding", "checkpoint", "artifact", "plan", "data", "model"),
-        *("solvers", "calibration", "training", "methods", "report", "encode", "budget"),
+        *("solvers", "calibration", "training", "methods", "runtime", "report", "encode", "budget"),
     },
     "__init__": {"types", "compress"},
     "demo": {"errors", "checkpoint", "report", "compress"},

@@ -143,6 +143,8 @@ def test_sessions_run_as_shown(
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(network)
     (folder / "recipes").symlink_to(ROOT / "recipes")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    np.savez(folder / "images.npz", x=pixels, y=np.arange(20) % 10)
     monkeypatch.chdir(folder)
     run_session(path.read_text(), folder, run, shell, figures=False)
 

@@ -11,11 +11,15 @@ import typer
 from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, make_gates
 from qcompress.cli.output import Streams, json_document, print_result, refuse_harm, refuse_mixed, write_text
-from qcompress.cli.panels import INPUT
+from qcompress.cli.panels import INPUT, RUNNING
 from qcompress.cli.recipe import read_given
-from qcompress.errors import UsageError, raise_all
+from qcompress.errors import GateFailed, UsageError, raise_all
+from qcompress.report.words import size_words
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qcompress.compress.evaluate import PackedRun
     from qcompress.data.measurement import Measurement
     from qcompress.types.run import Json
 
@@ -38,6 +42,15 @@ def evaluate(
     max_memory: opt.MaxMemory = None,
     seed: opt.Seed = None,
     allow_code: opt.AllowCode = False,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed",
+            help="Hold the artifact's weights as codes, as `load_into(module, path, packed=True)` does, and say how "
+            "much memory that takes and whether it computes the same. Exit 4 where it does not.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = False,
     min_metric: opt.MinMetric = None,
 ) -> None:
     """Measure a checkpoint or an artifact on a recipe's task.
@@ -45,9 +58,12 @@ def evaluate(
     qcompress eval model-w2.safetensors -r recipe.yaml
 
     qcompress eval model.safetensors -r recipe.yaml --min-metric top1=0.9 --json -
+
+    qcompress eval model-w2.safetensors -r recipe.yaml --packed
     """
     from qcompress.cli.run import make_model_run
     from qcompress.compress.evaluate import evaluate as measure
+    from qcompress.compress.evaluate import evaluate_packed
     from qcompress.recipe import refuse_missing
     from qcompress.report.document_json import report_path
     from qcompress.report.gates import check_metrics, raise_failed
@@ -62,7 +78,8 @@ def evaluate(
     raise_all(refuse_missing(asked, measures=True))
     gates = make_gates(asked.gates, GateFlags(min_metric=min_metric))
     model_run = make_model_run(asked, device, allow_code, streams)
-    measured = measure(path, model_run, limit)
+    run = evaluate_packed(path, model_run, limit) if packed else None
+    measured = measure(path, model_run, limit) if run is None else run.measured
     results = check_metrics(gates.min_metric, {one.metric: one.value for one in measured})
     if streams.json_to is not None:
         document = {
@@ -70,11 +87,50 @@ def evaluate(
             "file": path.name,
             "metrics": [_as_json(one) for one in measured],
             "gates": [asdict(one) for one in results],
+            **({} if run is None else {"packed": _packed_json(run)}),
         }
         write_text(json_document(document), streams.json_to)
     if streams.json_to != "-":
-        print_result("\n".join(_words(one) for one in measured))
+        lines = [_words(one) for one in measured]
+        print_result("\n".join(lines if run is None else [*lines, _packed_words(run)]))
+    if run is not None and not run.is_equal:
+        what = f"held packed, {_unequal(run)}"
+        raise GateFailed(str(path), what, "this is a fault of qcompress: please report it with the artifact")
     raise_failed(results)
+
+
+def _unequal(run: PackedRun) -> str:
+    if run.unequal:
+        return f"{len(run.unequal)} weights are not those that the artifact decodes to, first {run.unequal[0]!r}"
+    return f"the network's outputs differ by up to {run.difference:.3g}"
+
+
+def _packed_json(run: PackedRun) -> dict[str, Json]:
+    return {
+        "bytes": run.held.n_bytes,
+        "dense_bytes": run.held.dense_bytes,
+        "packed": list(run.held.packed),
+        "dense": list(run.held.dense),
+        "unequal": list(run.unequal),
+        "difference": run.difference,
+    }
+
+
+def _packed_words(run: PackedRun) -> str:
+    """How many tensors are held as codes, in how much memory, and that they compute the same."""
+    held = run.held
+    smaller = held.dense_bytes / held.n_bytes if held.n_bytes else 1.0
+    words = (
+        f"packed: {_count(held.packed)} held as codes; the network takes {size_words(held.n_bytes)} of memory, "
+        f"{smaller:.1f} times less than decoded ({size_words(held.dense_bytes)})"
+    )
+    if held.dense:
+        words += f"; {_count(held.dense)} decoded, whose modules cannot compute from codes, first {held.dense[0]!r}"
+    return words if not run.is_equal else f"{words}; weights and outputs equal those of the decoded network"
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'' if len(names) == 1 else 's'}"
 
 
 def _as_json(one: Measurement) -> dict[str, Json]:

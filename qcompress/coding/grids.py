@@ -95,8 +95,9 @@ def from_half(half: Tensor, exponent: int | Tensor) -> Tensor:
     """
     if isinstance(exponent, int):
         return half.float() * 2.0**exponent
-    powers = np.ldexp(np.float32(1), exponent.cpu().numpy().astype(np.int32))
-    return half.float() * torch.from_numpy(powers).to(half.device).reshape(-1, *[1] * (half.ndim - 1))
+    # The bits of a power of two are its exponent; torch's own power need not be exact.
+    powers = (exponent.to(torch.int32) + 127 << 23).view(torch.float32)
+    return half.float() * powers.reshape(-1, *[1] * (half.ndim - 1))
 
 
 def exponent_of(encoded: Grouped) -> int | Tensor:
@@ -211,11 +212,15 @@ def steps(encoded: Unbounded) -> Tensor:
     """
     eighths = step_factors(encoded)
     low, high = (int(end) for end in torch.aminmax(eighths)) if eighths.numel() else (0, 0)
+    return step_table(encoded, low, high).to(eighths.device)[eighths - low]
+
+
+def step_table(encoded: Unbounded, low: int, high: int) -> Tensor:
+    """The step under each number of eighths of octaves from `low` to `high`: float32 [high - low + 1]."""
     # 11 bits times 24 times a power of two: exact in float64.
     every = np.arange(low, high + 1)
     exact = np.ldexp(float(encoded.step) * FACTORS.astype(np.float64)[every % 8], every // 8 + encoded.exponent)
-    found = torch.from_numpy(np.minimum(exact, _FLOAT32_MAX).astype(np.float32))
-    return found.to(eighths.device)[eighths - low]
+    return torch.from_numpy(np.minimum(exact, _FLOAT32_MAX).astype(np.float32))
 
 
 def decode_unbounded_rows(encoded: Unbounded) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ from qcompress.calibration.activations import attach_activations, attach_caps
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from qcompress.checkpoint.safetensors_file import read_container
 from qcompress.checkpoint.staging import write_whole
-from qcompress.compress.load import checkpoint_state, read_state
+from qcompress.compress.load import checkpoint_state, hold_packed, read_state
 from qcompress.compress.plan_checkpoint import plan_checkpoint
-from qcompress.data.batches import Batch
+from qcompress.data.batches import Batch, run_model
 from qcompress.data.measurement import Measurement
 from qcompress.data.sources import open_batches
 from qcompress.data.tasks import measure, paired_drop
@@ -25,6 +26,7 @@ from qcompress.model.build import build_network, load_weights
 from qcompress.model.live import LiveModel, make_live_model
 from qcompress.plan.sensitivity import SENSITIVITY, Sensitivity, checkpoint_sha256, read_sensitivity
 from qcompress.report.document import AccuracyFigures
+from qcompress.runtime.load_packed import Held, held_bytes
 from qcompress.types.plan import Plan, Recipe
 from qcompress.types.run import ModelRun, Say
 
@@ -70,6 +72,59 @@ def evaluate(path: Path, model_run: ModelRun, max_memory: int | None = None) -> 
     else:
         load_weights(module, checkpoint_state(read_checkpoint(path), max_memory, held), str(path))
     return measure_task(module.to(model_run.device), model_run, path.name)
+
+
+@dataclass(frozen=True)
+class PackedRun:
+    """What a network gives that holds its artifact as codes, beside the same network with decoded weights.
+
+    held        how it holds them
+    unequal     names of weights that are not bit for bit those of the dense network
+    difference  the largest difference of the outputs of the first batch
+    """
+
+    measured: list[Measurement]
+    held: Held
+    unequal: tuple[str, ...]
+    difference: float
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether both networks compute the same."""
+        return not self.unequal and self.difference == 0
+
+
+def evaluate_packed(path: Path, model_run: ModelRun, max_memory: int | None = None) -> PackedRun:
+    """The task's metrics of an artifact whose weights are held as codes, and how near that is to decoded ones.
+
+    raises  ArtifactError where the path holds a checkpoint; as `evaluate`
+    """
+    artifact = read_artifact(path, max_memory)
+    dense = build_network(model_run).float()
+    load_weights(dense, read_state(artifact, held=held_bytes(dense)), str(path))
+    packed = build_network(model_run).float()
+    # Names and shapes were held against the network when the decoded weights were loaded.
+    held = hold_packed(packed, artifact, strict=False)
+    unequal = [name for name in held.packed if not torch.equal(_parameter(packed, name), _parameter(dense, name))]
+    for module in (dense, packed):
+        attach_grids(module.to(model_run.device), artifact)
+    first = next(iter(open_batches(model_run, "eval"))).to(model_run.device)
+    with torch.no_grad():
+        difference = _largest_difference(*(run_model(module.eval(), first) for module in (dense, packed)))
+    del dense
+    return PackedRun(measure_task(packed, model_run, path.name), held, tuple(unequal), difference)
+
+
+def _largest_difference(one: Tensor, other: Tensor) -> float:
+    """0 where both are alike to the bit, whatever stands there."""
+    differs = (one != other) & ~(one.isnan() & other.isnan())
+    return float((one - other)[differs].abs().max()) if differs.any() else 0.0
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    path, _, own = name.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(path), own)
+    return value
 
 
 def attach_grids(module: nn.Module, artifact: Artifact) -> None:

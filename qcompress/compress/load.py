@@ -16,6 +16,7 @@ from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.calibration.activations import attach_activations, attach_caps
 from qcompress.coding.grids import TORCH_DTYPES
 from qcompress.errors import ArtifactError, CheckpointError, Subject
+from qcompress.runtime.load_packed import Held, Kernel, load_packed
 from qcompress.types.plan import TensorInfo
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def load_into(
     *,
     strict: bool = True,
     activations: bool = False,
+    packed: bool = False,
+    kernel: Kernel = "decode",
     workers: int = 1,
     max_memory: int | None = None,
 ) -> None:
@@ -161,17 +164,59 @@ def load_into(
 
     strict       refuse names that only one side has, as torch.nn.Module.load_state_dict does
     activations  also quantize the inputs of the layers, where the artifact says how
+    packed       hold compressed weights as their codes, and decode them whenever they are read: the network is as small
+                 in memory as its artifact packed, slower, and computes exactly the same. It may lie on the meta device
+    kernel       of packed linear layers: "auto" lets torch's 4-bit kernel compute, where the module is bfloat16 and the
+                 grids have 4 bits and groups of 32, 64, 128 or 256, from scales rounded to bfloat16
     workers      as for load_state_dict, as is max_memory, besides what the module itself takes
     raises       ArtifactError where the artifact is missing or damaged, or does not fit the module; ResourceError as
                  load_state_dict does
     """
     artifact = read_artifact(Path(path), max_memory)
-    state = read_state(artifact, workers=workers)
+    state = {} if packed else read_state(artifact, workers=workers)
     try:
-        module.load_state_dict(state, strict=strict)
+        if packed:
+            hold_packed(module, artifact, strict=strict, kernel=kernel)
+        else:
+            module.load_state_dict(state, strict=strict)
         attach_caps(module, artifact.caps)
         if activations:
             attach_activations(module, artifact.activations)
     except (RuntimeError, AttributeError) as error:
         what = f"does not fit {type(module).__name__}: {' '.join(str(error).split())[:300]}"
         raise ArtifactError(str(path), what, "build the module that the checkpoint was saved from") from None
+
+
+def hold_packed(module: nn.Module, artifact: Artifact, *, strict: bool = True, kernel: Kernel = "decode") -> Held:
+    """Put an artifact's weights into a module of the original architecture as codes, see `load_into`.
+
+    raises  RuntimeError where they do not fit, as torch.nn.Module.load_state_dict does, before anything is changed
+    """
+    stored = {
+        name: file.original(name).shape
+        for file in artifact.files
+        for name in (*file.manifest.tensors, *(info.name for info in file.kept))
+    }
+    stored |= {name: stored[twin] for name, twin in artifact.tied.items()}
+    own = module.state_dict(keep_vars=True)
+    wrong = [
+        f"{name} is {list(stored[name])} and not {list(own[name].shape)}"
+        for name in own
+        if name in stored and stored[name] != own[name].shape
+    ]
+    if strict and own.keys() != stored.keys():
+        wrong += [f"names differ: {', '.join(sorted(own.keys() ^ stored.keys()))}"]
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+    on_meta = any(value.is_meta for value in own.values())
+
+    def load_dense(decoded: dict[str, Tensor]) -> None:
+        kept = {info.name: kept_tensor(file, info) for file in artifact.files for info in file.kept}
+        state = decoded | kept
+        state |= {name: state[twin] for name, twin in artifact.tied.items() if twin in state}
+        module.load_state_dict(state, strict=False, assign=on_meta)
+
+    held = load_packed(module, artifact, load_dense, kernel)
+    if left := [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]:
+        raise RuntimeError(f"{', '.join(left)} lies on the meta device, and the artifact does not hold it")
+    return held
