@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from qcompress.data.measurement import Measurement
 from qcompress.data.sources import open_batches
 from qcompress.data.tasks import measure
 from qcompress.encode.encode_weight import ContextSources, encode_rows
-from qcompress.errors import InputError, RecipeError, raise_all
+from qcompress.errors import InputError, RecipeError, Subject, raise_all
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.plan.allocate import Costs
 from qcompress.plan.plan import refuse
@@ -195,14 +196,17 @@ def live_costs(
     """The divergence of every open tensor at each of its widths, measured on a few samples.
 
     Widths above MEASURED_WIDTH are not run: their divergence is that of the widest that was, times the ratio of the
-    relative errors.
+    relative errors. What the network holds as a part of another tensor is taken to cost, for its relative error, what
+    the median of the others does.
     """
     by_weights = weight_costs(checkpoint, plan, choice)
     errors = by_weights.of
     probe = make_probe(live, model_run, SAMPLES)
-    decisions = [decision for decision in plan.decisions if decision.is_open]
+    opened = [decision for decision in plan.decisions if decision.is_open]
+    decisions = [decision for decision in opened if decision.tensor.name not in live.names.merged]
     say(f"sensitivity of {len(decisions)} tensors on {probe.samples} samples")
     costs: dict[str, dict[int, float]] = {}
+    scales: list[float] = []
     for decision, tried in _tried(live, decisions):
         name, widths = decision.tensor.name, list(decision.widths.configs)
         run = [bits for bits in widths if bits <= MEASURED_WIDTH] or widths[:1]
@@ -210,6 +214,12 @@ def live_costs(
         last = run[-1]
         scale = found[last] / errors[name][last] if errors[name][last] else 0.0
         costs[name] = {bits: found.get(bits, scale * errors[name][bits]) for bits in widths}
+        scales.append(scale)
+    typical = median(scales) if scales else 1.0
+    for decision in opened:
+        name = decision.tensor.name
+        if name not in costs:
+            costs[name] = {bits: typical * errors[name][bits] for bits in decision.widths.configs}
     why = f"measured on {probe.samples} samples of data.{probe.data}"
     return Costs(costs, why, measured=True, coded=by_weights.coded)
 
@@ -232,11 +242,13 @@ def measure_sensitivity(
     batches = _eval_batches(model_run, samples)
     before = _measured(live.module, batches, model_run)
     decisions = [decision for decision in plan.decisions if decision.is_open]
+    _refuse_merged(live, decisions)
     layers = []
     for index, (decision, tried) in enumerate(_tried(live, decisions)):
         name = decision.tensor.name
         say(f"{name}: {index + 1} of {len(decisions)}")
-        rounded = round_weight(find_tensor(live.module, name), decision, decision.widths.configs, plan.recipe.seed)
+        place = live.names.place(name)
+        rounded = round_weight(find_tensor(live.module, place), decision, decision.widths.configs, plan.recipe.seed)
         widths = []
         for bits, config in decision.widths.configs.items():
             module = tried(bits)
@@ -263,6 +275,18 @@ def measure_sensitivity(
         baseline={one.metric: one.value for one in before},
         layers=tuple(layers),
         run=run_figures(clock, str(model_run.device)),
+    )
+
+
+def _refuse_merged(live: LiveModel, decisions: Sequence[Decision]) -> None:
+    """Raise RecipeError (Refusals where several) for what the network holds as a part of another tensor only."""
+    what = "is a part of another tensor in the network, whose cost cannot be measured alone"
+    raise_all(
+        [
+            RecipeError(live.place, what, "keep it by a rule of its own", Subject(decision.tensor.name))
+            for decision in decisions
+            if decision.tensor.name in live.names.merged
+        ]
     )
 
 
@@ -302,7 +326,7 @@ def _tried(live: LiveModel, decisions: Sequence[Decision]) -> Iterator[tuple[Dec
     The quantized copy is what it was once the iterator moves on or is closed.
     """
     for decision in decisions:
-        weight = find_tensor(live.quantized, decision.tensor.name)
+        weight = find_tensor(live.quantized, live.names.place(decision.tensor.name))
         original = weight.detach().clone()
         try:
             yield decision, _rounding(live, decision, weight, original)

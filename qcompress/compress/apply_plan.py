@@ -9,10 +9,13 @@ from torch import Tensor
 
 from qcompress.calibration.activations import batch_norm_grids, measure_activations
 from qcompress.calibration.corrections import run_companions
+from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
+from qcompress.coding.grids import decode
 from qcompress.encode.encode_weight import ContextSources, encode_weight, make_shared_codebooks
-from qcompress.errors import InputError, ModelError, Subject, raise_all
+from qcompress.errors import InputError, ModelError, RecipeError, Subject, raise_all
+from qcompress.model.build import take
 from qcompress.model.graph import inputs_of_network
-from qcompress.model.live import LiveModel, find_tensor, layer_name
+from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
 from qcompress.registry import METHODS
 from qcompress.types.encoded import ActivationGrid, Encoded, Fitted, Kept
 from qcompress.types.plan import Decision, Plan
@@ -64,6 +67,26 @@ def fit(
         context.say("activation ranges")
         done = _joined(done, Fitted({}, activations=_activation_grids(live, live.activations, bare)))
     return done
+
+
+def encode_merged(checkpoint: Checkpoint, plan: Plan, live: LiveModel, sources: ContextSources) -> dict[str, Encoded]:
+    """The codes of the tensors that the network holds as parts of others only, by methods that need weights alone.
+
+    `live.quantized` then holds what they decode to. Raises RecipeError where one shares its codebook.
+    """
+    merged = [one for one in plan.decisions if one.tensor.name in live.names.merged and one.tied_to is None]
+    wanted = [one for one in merged if one.compresses]
+    for one in wanted:
+        if one.codebook.shared is not None:
+            what = "is a part of another tensor in the network, and shares no codebook there"
+            raise RecipeError(plan.recipe.source, what, "leave `share` out of its rule", Subject(one.tensor.name))
+    if not wanted:
+        return {}
+    values = {one.tensor.name: tensor_view(checkpoint.shard_of(one.tensor.name), one.tensor) for one in merged}
+    found = {one.tensor.name: encode_weight(values[one.tensor.name], one, sources, live.device) for one in wanted}
+    values |= {name: decode(one).cpu() for name, one in found.items()}
+    put_tensors(live.quantized, take(live.quantized, values).values)
+    return dict(found)
 
 
 def _order(method: str) -> tuple[int, int]:

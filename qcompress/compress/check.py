@@ -209,16 +209,17 @@ def _check_live(
 
     from qcompress.data.batches import Source
     from qcompress.data.sources import check_data
-    from qcompress.model.build import build_skeleton, facts_of, refuse_misfit
+    from qcompress.model.build import build_skeleton, facts_by, refuse_misfit, take_shapes
     from qcompress.training.penalties import decide_penalties
 
     model_run = ModelRun(recipe, torch.device("cpu"), allow_code)
     if "model" not in skipped:
         try:
             module = build_skeleton(model_run)
-            found.facts = facts_of(module)
             if checkpoint is not None:
-                refuse_misfit(module, _shapes(checkpoint), str(checkpoint.path))
+                taken = take_shapes(module, _shapes(checkpoint))
+                found.facts = facts_by(module, taken, (tensor.name for tensor in checkpoint.tensors))
+                refuse_misfit(module, taken, str(checkpoint.path))
             if recipe.finetune is not None:
                 decide_penalties(module, recipe.finetune.regularize)
         except QcompressError as error:

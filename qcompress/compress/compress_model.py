@@ -14,9 +14,9 @@ from qcompress.budget.weight_costs import file_costs
 from qcompress.calibration.activations import measure_statistics
 from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.checkpoint.outputs import refuse_own_input
-from qcompress.checkpoint.side_files import save_statistics
+from qcompress.checkpoint.side_files import HESSIAN, MEAN, save_statistics
 from qcompress.checkpoint.staging import refuse_existing, staging_folder
-from qcompress.compress.apply_plan import fit
+from qcompress.compress.apply_plan import encode_merged, fit
 from qcompress.compress.compress import compress_to, staged
 from qcompress.compress.evaluate import compare, evaluate, measure_task, open_live
 from qcompress.compress.finetune import STATE, make_trainer, run_identity
@@ -73,22 +73,27 @@ def compress_live(
     before = measure_task(live.module, model_run, "before") if measures else []
     if how.save_statistics is not None and world.is_first:
         how.say("statistics of the layers' inputs")
-        save_statistics(measure_statistics(live), how.save_statistics)
+        found = live.names.tensors(measure_statistics(live), (HESSIAN, MEAN))
+        save_statistics(found, how.save_statistics)
 
     kept: dict[str, object] = {}
 
     def made(plan: Plan, options: Options) -> tuple[Report, CodebookTuner, Sequence[Measurement]] | None:
-        tuner = CodebookTuner(plan, model_run, how.say)
+        own = live.names.inward(plan)
+        tuner = CodebookTuner(own, model_run, how.say)
         staging = staged(checkpoint, options) if world.is_first else contextlib.nullcontext(options.output)
         with staging as place:
             world.wait()
             trainer = _make_trainer(checkpoint, plan, options, model_run, live, how)
             sources = ContextSources(plan.recipe.seed, options.statistics, options.representatives)
             fresh = fresh_copy(live)
-            fitted = fit(fresh, plan, sources, FitContext(options.rate, trainer, how.say, kept), tuner)
+            merged = encode_merged(checkpoint, plan, fresh, sources)
+            fitted = fit(fresh, own, sources, FitContext(options.rate, trainer, how.say, kept), tuner)
             if not world.is_first:
                 return None
-            kmeans = measure_kmeans(fresh, plan, model_run, tuner.untuned, sources) if measures else ()
+            kmeans = measure_kmeans(fresh, own, model_run, tuner.untuned, sources) if measures else ()
+            fitted = live.names.outward(fitted)
+            fitted = replace(fitted, encoded={**fitted.encoded, **merged})
             report = compress_to(place, checkpoint, plan, options, fitted)
         return replace(report, warnings=report.warnings + fitted.notes), tuner, kmeans
 

@@ -22,7 +22,7 @@ from qcompress.data.measurement import Measurement
 from qcompress.data.sources import open_batches
 from qcompress.data.tasks import measure, paired_drop
 from qcompress.errors import ArtifactError, CheckpointError, RecipeError, ReportError
-from qcompress.model.build import build_network, load_weights
+from qcompress.model.build import build_network, load_weights, take_shapes
 from qcompress.model.live import LiveModel, make_live_model
 from qcompress.plan.sensitivity import SENSITIVITY, Sensitivity, checkpoint_sha256, read_sensitivity
 from qcompress.report.document import AccuracyFigures
@@ -202,13 +202,15 @@ def open_live(checkpoint: Checkpoint, plan: Plan, model_run: ModelRun) -> LiveMo
     recipe = model_run.recipe
     assert recipe.model is not None
     module = load_network(model_run, checkpoint)
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
+    names = take_shapes(module, shapes).names(shapes)
     data = recipe.data
     calibration: Sequence[Batch] = ()
     if data is not None and data.calibration is not None:
         calibration = [batch.to(model_run.device) for batch in open_batches(model_run, "calibration")]
     return make_live_model(
         module,
-        plan.decisions,
+        names.inward(plan).decisions,
         calibration,
         _example(model_run, calibration),
         device=model_run.device,
@@ -216,6 +218,7 @@ def open_live(checkpoint: Checkpoint, plan: Plan, model_run: ModelRun) -> LiveMo
         activations=recipe.activations,
         blocks=recipe.model.blocks,
         place=model_run.place("model"),
+        names=names,
     )
 
 

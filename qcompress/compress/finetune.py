@@ -27,7 +27,7 @@ from qcompress.data.batches import Source
 from qcompress.data.measurement import Measurement
 from qcompress.data.sources import read_data
 from qcompress.errors import RecipeError, TrainingError, raise_all
-from qcompress.model.build import tied_names
+from qcompress.model.build import stored_names, tied_names
 from qcompress.recipe import recipe_hash
 from qcompress.report.document import AccuracyFigures, GateResult
 from qcompress.report.figures import run_figures
@@ -293,6 +293,7 @@ def _write(module: nn.Module, checkpoint: Checkpoint | None, staged: Path) -> No
         own = {name: value.contiguous().clone() for name, value in values.items() if name not in tied}
         write_checkpoint(own, staged, tied)
     else:
+        values = stored_names(module, values, {info.name: info.shape for info in checkpoint.tensors})
         for shard in checkpoint.shards:
             tensors = {
                 info.name: values[info.name].to(KEPT_DTYPES[info.dtype]).contiguous().clone() for info in shard.tensors

@@ -16,6 +16,8 @@ from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.calibration.activations import attach_activations, attach_caps
 from qcompress.coding.grids import TORCH_DTYPES
 from qcompress.errors import ArtifactError, CheckpointError, Subject
+from qcompress.model.build import load_weights, refuse_misfit, take, take_shapes
+from qcompress.model.pretrained import without_data
 from qcompress.runtime.load_packed import Held, Kernel, load_packed
 from qcompress.types.plan import TensorInfo
 
@@ -162,6 +164,8 @@ def load_into(
 ) -> None:
     """Put the artifact's weights into a module of the original architecture, and the caps that they need.
 
+    A network of transformers takes them as `from_pretrained` would: renamed, merged, tied.
+
     strict       refuse names that only one side has, as torch.nn.Module.load_state_dict does
     activations  also quantize the inputs of the layers, where the artifact says how
     packed       hold compressed weights as their codes, and decode them whenever they are read: the network is as small
@@ -173,12 +177,11 @@ def load_into(
                  load_state_dict does
     """
     artifact = read_artifact(Path(path), max_memory)
-    state = {} if packed else read_state(artifact, workers=workers)
     try:
         if packed:
             hold_packed(module, artifact, strict=strict, kernel=kernel)
         else:
-            module.load_state_dict(state, strict=strict)
+            load_weights(module, read_state(artifact, workers=workers), str(path), strict=strict, error=ArtifactError)
         attach_caps(module, artifact.caps)
         if activations:
             attach_activations(module, artifact.activations)
@@ -190,7 +193,7 @@ def load_into(
 def hold_packed(module: nn.Module, artifact: Artifact, *, strict: bool = True, kernel: Kernel = "decode") -> Held:
     """Put an artifact's weights into a module of the original architecture as codes, see `load_into`.
 
-    raises  RuntimeError where they do not fit, as torch.nn.Module.load_state_dict does, before anything is changed
+    raises  ArtifactError (Refusals where several) where they do not fit, before anything is changed
     """
     stored = {
         name: file.original(name).shape
@@ -198,25 +201,22 @@ def hold_packed(module: nn.Module, artifact: Artifact, *, strict: bool = True, k
         for name in (*file.manifest.tensors, *(info.name for info in file.kept))
     }
     stored |= {name: stored[twin] for name, twin in artifact.tied.items()}
-    own = module.state_dict(keep_vars=True)
-    wrong = [
-        f"{name} is {list(stored[name])} and not {list(own[name].shape)}"
-        for name in own
-        if name in stored and stored[name] != own[name].shape
-    ]
-    if strict and own.keys() != stored.keys():
-        wrong += [f"names differ: {', '.join(sorted(own.keys() ^ stored.keys()))}"]
-    if wrong:
-        raise RuntimeError("; ".join(wrong))
-    on_meta = any(value.is_meta for value in own.values())
+    taken = take_shapes(module, stored)
+    refuse_misfit(module, taken, str(artifact.path), strict=strict, error=ArtifactError)
+    names = taken.names(stored)
+    bare = without_data(module) if names.merged else module
+    on_meta = any(value.is_meta for value in module.state_dict().values())
 
     def load_dense(decoded: dict[str, Tensor]) -> None:
         kept = {info.name: kept_tensor(file, info) for file in artifact.files for info in file.kept}
         state = decoded | kept
         state |= {name: state[twin] for name, twin in artifact.tied.items() if twin in state}
-        module.load_state_dict(state, strict=False, assign=on_meta)
+        values = {names.place(name): value for name, value in state.items() if name not in names.merged}
+        if names.merged:
+            values |= take(bare, {name: state[name] for name in names.merged}).values
+        module.load_state_dict(values, strict=False, assign=on_meta)
 
-    held = load_packed(module, artifact, load_dense, kernel)
+    held = load_packed(module, artifact, load_dense, kernel, names.place)
     if left := [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]:
         raise RuntimeError(f"{', '.join(left)} lies on the meta device, and the artifact does not hold it")
     return held

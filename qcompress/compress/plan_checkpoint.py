@@ -34,7 +34,7 @@ def plan_checkpoint(
     if model_run is not None and facts is None:
         from qcompress.model.build import read_facts
 
-        facts = read_facts(model_run)
+        facts = read_facts(model_run, {tensor.name: tensor.shape for tensor in checkpoint.tensors})
     nonfinite = None
     if skip_nonfinite:
         from qcompress.encode.preflight import count_nonfinite_values

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.data.user_code import find_callable
-from qcompress.errors import CheckpointError, ModelError, QcompressError, RecipeError, Subject, raise_all
+from qcompress.errors import CheckpointError, InputError, ModelError, QcompressError, RecipeError, Subject, raise_all
 from qcompress.model.factories import listed_network, refuse_arguments, without_network
 from qcompress.model.layers import matrix_layer
+from qcompress.model.pretrained import Taken, is_pretrained, revert
+from qcompress.model.pretrained import take as take_pretrained
 from qcompress.types.config import Shape
 from qcompress.types.plan import Axis, ModelFacts, TensorFacts, WeightKind
 from qcompress.types.run import ModelRun
@@ -71,44 +74,99 @@ def build_network(model_run: ModelRun) -> nn.Module:
     return build_model(recipe.model, model_run.root, model_run.allow_code, model_run.place("model"))
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def take(module: nn.Module, state: Mapping[str, Tensor]) -> Taken:
+    """What a network makes of the tensors of a checkpoint, which it does not get yet; they may have no data."""
+    if is_pretrained(module):
+        return take_pretrained(module, state)
+    own = module.state_dict(keep_vars=True)
+    taken = {name: value for name, value in state.items() if name in own}
+    surplus, missing = sorted(set(state) - set(own)), [name for name in own if name not in state]
+    return Taken({name: name for name in taken}, taken, tuple(surplus), tuple(missing))
+
+
+def take_shapes(module: nn.Module, shapes: Mapping[str, Shape]) -> Taken:
+    """The same of tensors of these names and shapes; what it takes has no data."""
+    return take(module, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+
+
+def stored_names(module: nn.Module, values: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """The values of a network's own state by the names that its checkpoint has for them, `shapes` being those there.
+
+    What the network has merged is taken apart again.
+    """
+    taken = take_shapes(module, shapes)
+    found = {name: values[place] for name, place in taken.places.items()}
+    merged = taken.names(shapes).merged
+    if merged:
+        apart = revert(module, values)
+        found |= {name: apart[name] for name in merged}
+    return found
+
+
+def load_weights(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    strict: bool = True,
+    error: type[InputError] = CheckpointError,
+) -> None:
     """Put every tensor of `state` where it belongs. Names and shapes must agree; dtypes become the module's.
 
-    A batch norm's count of batches may be missing, and so may a name that shares its tensor with one that is there.
+    A batch norm's count of batches may be missing, and so may a name that shares its tensor with one that is there. A
+    network of transformers takes the names and stacks that its library takes.
 
-    raises  CheckpointError (Refusals where several) naming what is missing, left over or of another shape
+    strict  refuse what is missing and what is left over
+    raises  `error` (Refusals where several) naming what is missing, left over or of another shape, and two different
+            tensors that the network holds as one
     """
-    refuse_misfit(module, {name: tuple(value.shape) for name, value in state.items()}, source)
+    taken = take(module, state)
+    refuse_misfit(module, taken, source, strict=strict, error=error)
     with torch.no_grad():
         for name, tensor in module.state_dict(keep_vars=True).items():
-            if name in state:
-                tensor.copy_(state[name])
+            if name in taken.values:
+                tensor.copy_(taken.values[name])
 
 
-def refuse_misfit(module: nn.Module, shapes: Mapping[str, Shape], source: str) -> None:
-    """Raise CheckpointError, Refusals where several, naming what is missing, left over or of another shape."""
-    own = module.state_dict(keep_vars=True)
+def refuse_misfit(
+    module: nn.Module,
+    taken: Taken,
+    source: str,
+    *,
+    strict: bool = True,
+    error: type[InputError] = CheckpointError,
+) -> None:
+    """Raise what `load_weights` raises for what a network makes of a checkpoint."""
+    own, values = module.state_dict(keep_vars=True), taken.values
     shared = tied_names(module)
     missing = [
         name
-        for name in own
-        if name not in shapes
-        and not name.endswith("num_batches_tracked")
-        and not any(alias in shapes for alias in _same(shared, name))
+        for name in taken.missing
+        if not name.endswith("num_batches_tracked") and not any(alias in values for alias in _same(shared, name))
     ]
-    surplus = sorted(set(shapes) - set(own))
     kind = type(module).__name__
-    if missing or surplus:
+    if strict and (missing or taken.surplus):
+        surplus = taken.surplus
         parts = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has {_listed(surplus)} too many"] * bool(surplus)
         hint = "name the model that the checkpoint was saved from, with the same args"
-        raise CheckpointError(source, f"does not fit {kind}: it {' and '.join(parts)}", hint)
+        raise error(source, f"does not fit {kind}: it {' and '.join(parts)}", hint)
     errors = []
     for name, tensor in own.items():
-        if name in shapes and shapes[name] != tensor.shape:
-            what = f"is {list(shapes[name])} in the checkpoint and {list(tensor.shape)} in {kind}"
+        if name in values and values[name].shape != tensor.shape:
+            what = f"is {list(values[name].shape)} in the checkpoint and {list(tensor.shape)} in {kind}"
             cause = f"have other shapes in the checkpoint than in {kind}"
-            errors.append(CheckpointError(source, what, "check model.args", Subject(name), cause))
+            errors.append(error(source, what, "check the sizes that it is built with", Subject(name), cause))
+        elif name in shared and not _agree(values, name, shared[name]):
+            what = f"differs from {shared[name]!r} in the checkpoint, and {kind} has one tensor for both"
+            errors.append(error(source, what, "build it with tie_word_embeddings: false", Subject(name)))
     raise_all(errors)
+
+
+def _agree(values: Mapping[str, Tensor], name: str, twin: str) -> bool:
+    """Whether two names of one tensor are given the same values, as far as both are given any."""
+    if name not in values or twin not in values or values[name].device.type == "meta":
+        return True
+    return values[name].shape != values[twin].shape or torch.equal(values[name], values[twin])
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -134,12 +192,27 @@ def tied_names(module: nn.Module) -> dict[str, str]:
     return tied
 
 
-def read_facts(model_run: ModelRun) -> ModelFacts:
+def read_facts(model_run: ModelRun, shapes: Mapping[str, Shape] | None = None) -> ModelFacts:
     """What the recipe's network says of its tensors, from one without weights where it can be built so.
 
+    shapes  of the tensors of its checkpoint, by whose names the facts then go
     raises  what `build_network` raises
     """
-    return facts_of(build_skeleton(model_run))
+    module = build_skeleton(model_run)
+    return facts_of(module) if shapes is None else facts_by(module, take_shapes(module, shapes), shapes)
+
+
+def facts_by(module: nn.Module, taken: Taken, tensors: Iterable[str]) -> ModelFacts:
+    """What a network says of these tensors of its checkpoint, by the names that they have there."""
+    own, names = facts_of(module), taken.names(tensors)
+    back = {place: name for name, place in taken.places.items()}
+    merged = TensorFacts(type(module).__name__, called=False, merged=True)
+
+    def fact(name: str) -> TensorFacts:
+        one = own[names.place(name)]
+        return replace(one, tied_to=None if one.tied_to is None else back.get(one.tied_to))
+
+    return {name: fact(name) for name in taken.places} | dict.fromkeys(sorted(names.merged), merged)
 
 
 def build_skeleton(model_run: ModelRun) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from qcompress.coding.grids import decode
 from qcompress.data.batches import Batch
 from qcompress.errors import ModelError
+from qcompress.model.pretrained import Names
 from qcompress.model.stages import BlockStage, HeadStage, Stage, TailStage, WholeStage, execution_order, traced_stages
 from qcompress.model.trace import Untraceable, trace
 from qcompress.types.encoded import Encoded
@@ -34,6 +35,7 @@ class LiveModel:
     activations  what the recipe asks of activation quantizers; None where it asks for none
     blocks       globs over module names, see ModelSettings
     place        names the recipe's model section in errors
+    names        that the network has for the tensors of the checkpoint
     """
 
     module: nn.Module
@@ -46,6 +48,7 @@ class LiveModel:
     activations: ActivationSettings | None = None
     blocks: tuple[str, ...] = ()
     place: str = "model"
+    names: Names = field(default_factory=Names)
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers for one layer."""
@@ -118,17 +121,21 @@ def make_live_model(
     activations: ActivationSettings | None = None,
     blocks: tuple[str, ...] = (),
     place: str = "model",
+    names: Names | None = None,
 ) -> LiveModel:
-    """The live model of a built module with its weights loaded; nothing in it works in place."""
+    """The live model of a built module with its weights loaded; nothing in it works in place.
+
+    decisions  in the names of the network
+    """
     module = module.to(device).float().eval()
     module.requires_grad_(False)
     part: Any
     for part in module.modules():
         if getattr(part, "inplace", False):
             part.inplace = False
-    names = [layer_name(decision.tensor.name) for decision in decisions if decision.compresses]
+    compressed = {layer_name(decision.tensor.name) for decision in decisions if decision.compresses}
     example = example.to(device)
-    order = execution_order(module, set(names), example)
+    order = execution_order(module, compressed, example)
     live = LiveModel(
         module=module,
         quantized=module,
@@ -140,6 +147,7 @@ def make_live_model(
         activations=activations,
         blocks=blocks,
         place=place,
+        names=names or Names(),
     )
     # The trace may leave constants on the module, which its copy needs too.
     _ = live.traced

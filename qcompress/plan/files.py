@@ -5,9 +5,8 @@ An artifact has one file for each file of its checkpoint, each with a manifest o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from qcompress.artifact.layout import INDEX_NAME, Layout, index_text, make_layout, marked_name, planned_manifest
 from qcompress.artifact.manifest import Manifest, make_halved
@@ -18,8 +17,6 @@ from qcompress.types import VERSION
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import Fitted
 from qcompress.types.plan import STORED_AS_F16, Decision, Outcomes, Plan, codebook_key, shared_groups
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,12 @@ def make_shards(
     by_name = {decision.tensor.name: carried_out(decision, outcomes) for decision in plan.decisions}
     recipe, recipe_sha256 = recipe_json(plan.recipe), recipe_hash(plan.recipe)
     dropped = {d.tensor.name: d.tied_to for d in plan.decisions if d.tied_to is not None}
-    shards = []
+    modules, shards = _modules(by_name), list[Shard]()
     for source in checkpoint.shards:
         decisions = _with_owners(by_name[info.name] for info in source.tensors)
         own = {d.tensor.name for d in decisions}
+        # A network that has other names than its checkpoint has modules that no file holds a tensor of.
+        owned = _modules(own) | (set() if shards else {*fitted.activations, *fitted.caps} - modules)
         aliases = {a: t for a, t in checkpoint.tied.items() if a not in by_name and t in own}
         tied = {name: twin for name, twin in dropped.items() if name in own}
         tied |= {alias: dropped.get(twin, twin) for alias, twin in aliases.items()}
@@ -67,8 +66,8 @@ def make_shards(
             # A copy that was dropped leaves the metadata: a name there is one that never had bytes of its own.
             adjusted=sorted(outcomes.adjusted & own),
             halved=make_halved(_kept_dtypes(decisions)),
-            activations=_of_modules(fitted.activations, own),
-            caps={name: caps.tolist() for name, caps in _of_modules(fitted.caps, own).items()},
+            activations={name: grid for name, grid in fitted.activations.items() if name in owned},
+            caps={name: caps.tolist() for name, caps in fitted.caps.items() if name in owned},
             metadata={
                 key: value
                 for key, value in source.metadata.items()
@@ -123,7 +122,6 @@ def _kept_dtypes(decisions: Sequence[Decision]) -> dict[str, tuple[str, str]]:
     return {d.tensor.name: (d.tensor.dtype, d.stored or d.tensor.dtype) for d in kept}
 
 
-def _of_modules(values: Mapping[str, Value], tensors: set[str]) -> dict[str, Value]:
-    """What belongs to the modules of these tensors."""
-    modules = {name.rpartition(".")[0] for name in tensors}
-    return {module: value for module, value in values.items() if module in modules}
+def _modules(tensors: Iterable[str]) -> set[str]:
+    """The modules of these tensors."""
+    return {name.rpartition(".")[0] for name in tensors}

@@ -225,6 +225,8 @@ def _not_taken(rule: Rule | None, fact: TensorFacts | None, calibrated: bool) ->
     method = METHODS[rule.method]
     if method.needs == "weights" and not (method.rates and calibrated):
         return None
+    if fact.merged:
+        return f"{fact.module} holds it as a part of another tensor"
     if method.called and not fact.called:
         return "the model reads this weight without calling its module"
     if method.takes and fact.kind not in method.takes:

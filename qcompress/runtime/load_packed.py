@@ -40,18 +40,23 @@ class Held:
 
 
 def load_packed(
-    module: nn.Module, artifact: Artifact, load_dense: Callable[[dict[str, Tensor]], None], kernel: Kernel = "decode"
+    module: nn.Module,
+    artifact: Artifact,
+    load_dense: Callable[[dict[str, Tensor]], None],
+    kernel: Kernel = "decode",
+    place: Callable[[str], str] = str,
 ) -> Held:
     """Put an artifact's weights into a module of the original architecture, compressed ones as codes.
 
     load_dense  loads the compressed tensors that cannot be held as codes, and whatever was kept
+    place       gives the module's name for a tensor of the artifact
     """
     places = _places_of(module)
     tied = {twin: [name for name, other in artifact.tied.items() if other == twin] for twin in artifact.tied.values()}
     dense_bytes = sum({id(value): value.nbytes for value in (*module.parameters(), *module.buffers())}.values())
     packed, by_kernel, dense = [], [], []
     for name, encoded in _compressed(artifact):
-        names = dict.fromkeys(alias for one in (name, *tied.get(name, ())) for alias in places.get(one, ()))
+        names = dict.fromkeys(alias for one in (name, *tied.get(name, ())) for alias in places.get(place(one), ()))
         sites = [_owner(module, alias) for alias in names]
         if not sites or not all(takes_packed(*site) for site in sites):
             dense.append((name, encoded))

@@ -345,6 +345,7 @@ class TensorFacts:
     tied_to  the earlier tensor that it is
     called   whether a forward pass calls that module, rather than reading the weight alone
     kind     what the module does with it: a matrix `product`, a `table` that it looks rows up in, or something `else`
+    merged   whether the network holds it as a part of another tensor only, as it does the experts of a layer
     """
 
     module: str
@@ -352,6 +353,7 @@ class TensorFacts:
     tied_to: str | None = None
     called: bool = True
     kind: WeightKind = "else"
+    merged: bool = False
 
 
 ModelFacts: TypeAlias = Mapping[str, TensorFacts]

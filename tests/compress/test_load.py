@@ -148,9 +148,8 @@ def test_a_module_of_other_shapes_is_refused(net: Net, tmp_path: Path) -> None:
     wider = Net()
     wider.linear = nn.Linear(9, 5)
     for strict in (True, False):
-        with pytest.raises(ArtifactError, match=r"a\.safetensors: does not fit Net: .*linear.weight") as caught:
+        with pytest.raises(ArtifactError, match=r"'linear.weight': is \[5, 8\] in the checkpoint and \[5, 9\] in Net"):
             qcompress.load_into(wider, tmp_path / "a.safetensors", strict=strict)
-        assert "build the module that the checkpoint was saved from" in str(caught.value)
 
 
 def test_caps_and_on_request_quantizers_come_with_the_weights(net: Net, tmp_path: Path) -> None:
