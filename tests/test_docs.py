@@ -290,7 +290,8 @@ def test_the_github_job(shell: Callable[..., Ran], network: Path, tmp_path: Path
 
     compare = next(block for block in blocks(CI, "bash") if block.startswith("qcompress report"))
     ran = shell(compare, tmp_path, GITHUB_STEP_SUMMARY=str(tmp_path / "changes.md"))
-    assert (ran.code, ran.err) == (0, "")
+    # At 1 bit hardly anything is left of the weights.
+    assert ran.code == 0 and all("errors drown" in line for line in ran.err.splitlines())
     assert "changes against A" in (tmp_path / "changes.md").read_text()
 
     recipe.write_text("version: 1\nruls: []\n")

@@ -38,6 +38,7 @@ from qcompress.plan.allocate import (
     has_steps,
     limit_of,
     narrowest,
+    raise_smallest,
 )
 from qcompress.registry import METHODS
 from qcompress.report.document import GateResult, Report
@@ -53,6 +54,9 @@ UNTOLD = math.log(16)
 """The excess of a harm that has no logarithm: none at all, or not a number."""
 LEAST_EXCESS = 1e-9
 """Of a gate that is broken by next to nothing."""
+
+TOP_UPS = 3
+"""Attempts at most that spend on single tensors what the best widths leave of a budget."""
 
 SAMPLED_WEIGHTS = 1 << 11
 """Of each tensor, that steps are first chosen by."""
@@ -151,11 +155,13 @@ class Dial:
     plan_for  gives the plan for so many bits a weight
     least     bits a weight of the first plan that there is
     most      and of the last
+    wider     gives a closed plan with some widths raised, for so many bytes that are left of a limit in bytes
     """
 
     plan_for: Callable[[float], Plan]
     least: float
     most: float
+    wider: Callable[[Plan, int, int], Plan] = lambda closed, *_: closed
 
 
 def make_dial(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs) -> Dial:
@@ -166,7 +172,11 @@ def make_dial(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs
     """
     if not decides_steps(plan):
         least, most = bpw_bounds(plan, options.choice, costs)
-        return Dial(lambda rate: allocate_about(plan, options.choice, costs, rate), least, most)
+
+        def wider(closed: Plan, left: int, limit: int) -> Plan:
+            return raise_smallest(plan, closed, options.choice, costs, left, limit)
+
+        return Dial(lambda rate: allocate_about(plan, options.choice, costs, rate), least, most, wider)
     budget, data = plan.recipe.budget, plan.recipe.data
     most = MOST_RATE if budget is not None and budget.minimize is None else MOST_GATED_RATE
     if plan.recipe.model is not None and data is not None and data.calibration is not None:
@@ -236,6 +246,7 @@ def entropy(codes: Tensor) -> float:
 def _fill(drafts: Drafts, dial: Dial, plan: Plan, limit: Limit) -> Draft:
     """The attempt at most bits a weight within what the budget allows. Raises BudgetError where all use more."""
     weights, room = coded_weights(plan), limit.bits - limit.other_bits
+    plans: dict[Path, Plan] = {}
     known: dict[tuple[float | None, ...], float] = {}
 
     def excess(bits: float) -> float:
@@ -250,6 +261,7 @@ def _fill(drafts: Drafts, dial: Dial, plan: Plan, limit: Limit) -> Draft:
             known[key] = spent = bits_spent(limit, draft.report)
             drafts.shop.say(f"{spent / 8:,.0f} of {limit.bits / 8:,.0f} bytes")
             # Where tables change, finer steps may take less: what was asked for ranks, not what it took.
+            plans[draft.path] = candidate
             drafts.rank(draft, spent <= limit.bits, rate)
         return excess(known[key])
 
@@ -265,6 +277,22 @@ def _fill(drafts: Drafts, dial: Dial, plan: Plan, limit: Limit) -> Draft:
     assert drafts.best is not None
     if (least := min(known.values())) > limit.bits:
         raise _refusal(plan, limit, least)
+    return drafts.best if decides_steps(plan) else _topped_up(drafts, dial, limit, plans)
+
+
+def _topped_up(drafts: Drafts, dial: Dial, limit: Limit, plans: dict[Path, Plan]) -> Draft:
+    """The best attempt once what it leaves of the budget is spent on single tensors; `plans` has the plan of each."""
+    assert drafts.best is not None
+    for place in range(TOP_UPS):
+        closed, spent = plans[drafts.best.path], bits_spent(limit, drafts.best.report)
+        wider = dial.wider(closed, int((limit.bits - spent) // 8), int(limit.bits // 8))
+        if _attempt_key(wider, 0.0) == _attempt_key(closed, 0.0):
+            break
+        draft = drafts.make(wider, dial.most, measured=False)
+        spent = bits_spent(limit, draft.report)
+        drafts.shop.say(f"{spent / 8:,.0f} of {limit.bits / 8:,.0f} bytes")
+        plans[draft.path] = wider
+        drafts.rank(draft, spent <= limit.bits, math.inf, place)
     return drafts.best
 
 

@@ -39,6 +39,7 @@ def evaluate(
     force: opt.Force = False,
     streams: Streams,
     device: opt.DeviceOption = opt.Device.auto,
+    threads: opt.Threads = None,
     max_memory: opt.MaxMemory = None,
     seed: opt.Seed = None,
     allow_code: opt.AllowCode = False,
@@ -77,7 +78,7 @@ def evaluate(
     refuse_harm(reads, [], streams.json_to, recipe=asked, force=force)
     raise_all(refuse_missing(asked, measures=True))
     gates = make_gates(asked.gates, GateFlags(min_metric=min_metric))
-    model_run = make_model_run(asked, device, allow_code, streams)
+    model_run = make_model_run(asked, device, allow_code, streams, threads)
     run = evaluate_packed(path, model_run, limit) if packed else None
     measured = measure(path, model_run, limit) if run is None else run.measured
     results = check_metrics(gates.min_metric, {one.metric: one.value for one in measured})

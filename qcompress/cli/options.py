@@ -176,7 +176,7 @@ Threads = Annotated[
         metavar="N",
         min=1,
         envvar="QCOMPRESS_THREADS",
-        help="Number of threads. Without it all cores up to 8; one for training.",
+        help="Number of threads. Without it all cores up to 8; one for training and measuring.",
         rich_help_panel=RUNNING,
     ),
 ]

@@ -58,7 +58,7 @@ def check_recipe(
     """
     found = Findings()
     if recipe.rules or recipe.finetune is None:
-        found.errors += refuse_missing(recipe, statistics=statistics)
+        found.errors += refuse_missing(recipe, statistics=statistics, measures=not recipe.rules)
     if recipe.finetune is not None:
         found.errors += refuse_untrainable(recipe)
     absent = [*absent_needs(recipe)]

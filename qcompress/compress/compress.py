@@ -91,7 +91,31 @@ def compress_to(
         index_bytes = write_index(place, {one.shard.file: one.written.slots for one in done})
     took = run_figures(clock, options.device)
     report = _make_report(checkpoint, plan, done, index_bytes, options.output.name, took)
-    return replace(report, warnings=tuple(unweighed(plan, options.statistics)))
+    warnings = [*unweighed(plan, options.statistics), *_drowned(report, set(fitted.encoded))]
+    return replace(report, warnings=tuple(warnings))
+
+
+LEAST_SQNR = 3.0
+"""Decibels under which errors take more than half of what a weight is."""
+NAMED = 3
+
+
+def _drowned(report: Report, fitted: set[str]) -> list[str]:
+    """A line on the weights that hardly are in their codes any more; where data chose codes, weights do not tell.
+
+    fitted  the tensors whose codes a live model's method chose
+    """
+    found = [
+        (layer.figures.sqnr_db, layer.name)
+        for layer in report.layers
+        if layer.figures is not None and layer.figures.sqnr_db is not None and layer.name not in fitted
+    ]
+    low = sorted(one for one in found if one[0] < LEAST_SQNR)
+    if not low:
+        return []
+    names = ", ".join(f"{name} ({decibels:.1f} dB)" for decibels, name in low[:NAMED])
+    more = f" and {len(low) - NAMED} more" if len(low) > NAMED else ""
+    return [f"errors drown {names}{more}: give them more bits, another method, or keep: {{}}"]
 
 
 def _weight_of(checkpoint: Checkpoint) -> WeightOf:
@@ -112,6 +136,7 @@ def _outcomes(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, sources: Conte
         entries=count_stored_entries(plan, _weight_of(checkpoint), sources, fitted.encoded),
         too_wide=too_wide_for_f16(checkpoint, plan, fitted),
         adjusted=frozenset(name for name, value in fitted.encoded.items() if isinstance(value, Kept)),
+        aimed=frozenset(fitted.references),
     )
 
 

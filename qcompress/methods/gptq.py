@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from qcompress.coding.rows import rows_from_weight
+from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.model.sweep import sweep
 from qcompress.registry import GptqConfig
@@ -36,30 +36,52 @@ DESCENT_DAMPING = 1e-4
 
 
 def fit(live: LiveModel, decisions: Sequence[Decision[GptqConfig]], context: FitContext) -> Fitted:
-    """Codes layer by layer, each from the inputs that the layers before it now give. Weights alone change."""
+    """Codes layer by layer, each from the inputs that the layers before it now give. Weights alone change.
+
+    The references are the weights of least squares, where these are what the codes round.
+    """
     encoded: dict[str, Encoded] = {}
+    references: dict[str, Tensor] = {}
     for sequential in (True, False):
         wanted = {layer_name(d.tensor.name): d for d in decisions if d.config.sequential is sequential}
         for step in sweep(live, wanted, sequential=sequential) if wanted else ():
             decision = wanted[step.name]
-            weight = find_tensor(live.module, decision.tensor.name)
+            weight = find_tensor(live.module, decision.tensor.name).detach()
             rows = rows_from_weight(weight, decision.axis)
             own = EncodeContext(grid_exponent(rows), step.generator, step.gram())
-            found = for_tensor(encode(rows, decision.config, own), decision)
-            encoded[decision.tensor.name] = found
-            live.put({decision.tensor.name: found})
-    return Fitted(encoded)
+            name, target = decision.tensor.name, _target(rows, decision.config, own)
+            found = for_tensor(_rounded(rows, target, decision.config, own), decision)
+            encoded[name] = found
+            if target is not None:
+                references[name] = weight_from_rows(target.cpu(), decision.tensor.shape, decision.axis)
+            live.put({name: found})
+    return Fitted(encoded, references=references)
 
 
 def encode(weight: Tensor, config: GptqConfig, context: EncodeContext) -> Affine:
     """The codes of one weight, float32 [rows, ...], from the second moments of its layer's inputs."""
+    return _rounded(weight, _target(weight, config, context), config, context)
+
+
+def _target(weight: Tensor, config: GptqConfig, context: EncodeContext) -> Tensor | None:
+    """What is rounded in place of a weight, float32 [rows, columns], so that its outputs are the full-precision ones.
+
+    None where it is the weight itself.
+    """
+    gram = context.gram
+    assert gram is not None
+    if not config.asymmetric or gram.cross is None:
+        return None
+    return least_squares_target(weight.flatten(1), gram.hessian, gram.cross, HOLD)
+
+
+def _rounded(weight: Tensor, target: Tensor | None, config: GptqConfig, context: EncodeContext) -> Affine:
+    """The codes of one weight, float32 [rows, ...], or of its target, on the weight's grid."""
     gram = context.gram
     assert gram is not None
     rows, exponent = weight.flatten(1).contiguous(), max(context.exponent, LEAST_EXPONENT)
     hessian = gram.hessian
-    target = rows
-    if config.asymmetric and gram.cross is not None:
-        target = least_squares_target(rows, hessian, gram.cross, HOLD)
+    target = rows if target is None else target
     grid = choose_grid(rows, config, config.range or "minmax", exponent, hessian, context.generator)
     scale, low = row_levels(grid, config, exponent, rows)
     codes = feedback_codes(

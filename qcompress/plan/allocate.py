@@ -13,7 +13,7 @@ from qcompress.artifact.manifest import POOL_NAME
 from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.errors import BudgetError, InputError, raise_all
 from qcompress.plan.files import make_shards, planned_files
-from qcompress.plan.knapsack import Curve, choose, slope, sum_bytes
+from qcompress.plan.knapsack import Curve, choose, raised, slope, sum_bytes
 from qcompress.plan.sensitivity import LayerCosts, grid_words, read_sensitivity, refuse_foreign
 from qcompress.registry import METHODS
 from qcompress.types.config import CodingChoice
@@ -22,6 +22,9 @@ from qcompress.types.plan import Budget, Decision, Plan
 
 LEAST_BPW = 0.1
 """Bits a weight below which nothing is promised: zeros cost something too."""
+
+LEFT = 0.01
+"""The share of a budget that is left as it is."""
 
 LINKED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -214,9 +217,19 @@ def make_units(plan: Plan, choice: CodingChoice, costs: Costs | None = None, *, 
 
 
 def refuse_infeasible(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> None:
-    """Raise BudgetError where even the narrowest widths take more than the budget."""
+    """Raise BudgetError where even the narrowest widths take more than the budget, or steps would fill more than bits.
+
+    Steps fill whatever a budget allows, and a weight has no more in it than its dtype.
+    """
     budget = plan.recipe.budget
-    if budget is None or budget.minimize is not None or not is_open(plan):
+    if budget is None or budget.minimize is not None:
+        return
+    if budget.bpw is not None and decides_steps(plan):
+        whole = 8 * sum(d.tensor.n_bytes for d in plan.decisions if d.compresses) / coded_weights(plan)
+        if budget.bpw >= whole:
+            what = f"{budget.bpw:g} bits per weight are too many: the weights have {whole:.4g} as they are"
+            raise BudgetError(budget_place(plan), what, "ask for fewer, or keep those weights")
+    if not is_open(plan):
         return
     _refuse_less(checkpoint, narrowest(plan, choice), choice, budget)
 
@@ -273,7 +286,26 @@ def allocate(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, costs: Co
         if over <= 0 or found == narrow:
             break
         fixed += over
-    return close(plan, units, found, f"{_budget_words(budget)}, {costs.why}", costs)
+    closed = close(plan, units, found, f"{_budget_words(budget)}, {costs.why}", costs)
+    more = raise_smallest(plan, closed, choice, costs, -over, limit)
+    return more if _taken_bytes(checkpoint, more, choice, budget) <= limit else closed
+
+
+def raise_smallest(plan: Plan, closed: Plan, choice: CodingChoice, costs: Costs, left: int, limit: int) -> Plan:
+    """The plan with single tensors a bit wider than in `closed`, the smallest first, so that LEFT of the limit is left.
+
+    plan    with the widths that `closed` has decided still open
+    left    bytes that are not spent, of `limit`; one more bit is taken to need as many as when it is packed
+    """
+    if left <= LEFT * limit:
+        return closed
+    assert plan.recipe.budget is not None
+    units = make_units(plan, choice, costs)
+    packed = make_units(plan, "packed", costs)
+    now = {decision.tensor.name: decision.config.bits or 0 for decision in closed.decisions}
+    chosen = [now[unit.decisions[0].tensor.name] for unit in units]
+    found = raised(packed, chosen, left, math.ceil(LEFT * limit))
+    return close(plan, units, found, f"{_budget_words(plan.recipe.budget)}, {costs.why}", costs)
 
 
 def _budget_words(budget: Budget) -> str:

@@ -86,6 +86,8 @@ def carried_out(decision: Decision, outcomes: Outcomes) -> Decision:
     name, reason = decision.tensor.name, decision.reason
     if name in outcomes.entries:
         return replace(decision, codebook=replace(decision.codebook, entries=outcomes.entries[name]))
+    if name in outcomes.aimed:
+        return replace(decision, reason=f"{reason}; errors are those against the weights that its codes stand for")
     if name in outcomes.too_wide:
         reason = f"{reason.removesuffix(STORED_AS_F16)}; float16 cannot hold its values"
         decision = replace(decision, stored=None, reason=reason)

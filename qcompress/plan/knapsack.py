@@ -146,3 +146,28 @@ def _filled(units: Sequence[Curve], chosen: Sequence[int], left: int) -> list[in
         if again is not None:
             heapq.heappush(waiting, again)
     return filled
+
+
+def raised(units: Sequence[Curve], chosen: Sequence[int], left: int, enough: int) -> list[int]:
+    """The choice with the width of single units raised, the smallest step first, until `enough` is left or none fits.
+
+    Whatever it costs: for what is left where no width that fits was known to save anything.
+    """
+    found = list(chosen)
+    waiting = [step for index in range(len(units)) if (step := _next_step(units, found, index)) is not None]
+    heapq.heapify(waiting)
+    while waiting and left > enough and waiting[0][0] <= left:
+        needed, index, bits = heapq.heappop(waiting)
+        left -= needed
+        found[index] = bits
+        again = _next_step(units, found, index)
+        if again is not None:
+            heapq.heappush(waiting, again)
+    return found
+
+
+def _next_step(units: Sequence[Curve], chosen: Sequence[int], index: int) -> tuple[int, int, int] | None:
+    """(bytes, index, width) of a unit's next width, None at the widest."""
+    sizes, now = units[index].size_bytes, chosen[index]
+    bits = min((width for width in sizes if width > now), default=None)
+    return None if bits is None else (sizes[bits] - sizes[now], index, bits)

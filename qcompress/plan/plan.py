@@ -158,9 +158,15 @@ def _learned(decisions: Iterable[Decision], path: Path | None) -> Iterator[Decis
 
 
 def _stepless(recipe: Recipe) -> list[InputError]:
-    """Rules of a method without widths that neither a budget nor a step of their own decides."""
+    """Rules of a method without widths that neither a budget nor a step of their own decides, or whose step is none."""
     if recipe.budget is not None:
         return []
+    if recipe.model is not None and recipe.data is not None and recipe.data.calibration is not None:
+        what = "step is for weights alone: with calibration data a budget decides all steps together"
+        hint = "add `budget: {bpw: 2.0}` in its place, or take data.calibration out"
+        stepped = [rule for rule in recipe.rules if isinstance(rule.config, RdConfig) and rule.config.step is not None]
+        if stepped:
+            return [RecipeError(rule.where, what, hint) for rule in stepped]
     what = "has no widths, and neither a budget nor a step says how fine its grids are"
     flags, keys = (
         "add --bpw 2.0 or --target-size SIZE",

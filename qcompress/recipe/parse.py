@@ -187,7 +187,8 @@ def _make_recipe(document: Document, family: Family) -> Recipe:
         document.refuse((), f"{shown(data)} is not a mapping", hint)
     if not isinstance(data, dict) or not _is_this_version(document):
         return nothing
-    if not {"rules", "finetune", "budget"} & data.keys():
+    # One with a task may be for measuring alone.
+    if not {"rules", "finetune", "budget", "task"} & data.keys():
         document.refuse((), "`rules` is missing", "add `rules`, a list of rules")
     family = _one_family(document) or family
     if "budget" in data:

@@ -36,7 +36,7 @@ def recipe_schema() -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "qcompress recipe",
         **schema,
-        "anyOf": [{"required": ["rules"]}, {"required": ["finetune"]}, {"required": ["budget"]}],
+        "anyOf": [{"required": [section]} for section in ("rules", "finetune", "budget", "task")],
         "if": {"required": ["budget"]},
         "then": _of_rules({name: {"properties": {"bits": False}} for name in open_to_budgets}),
         "else": _of_rules({name: {"required": ["bits"]} for name in open_to_budgets}),

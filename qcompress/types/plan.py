@@ -453,11 +453,13 @@ class Outcomes:
     entries   codebook entries that a tensor stores, by its name
     too_wide  kept tensors whose values float16 cannot hold
     adjusted  kept tensors that a method has changed
+    aimed     tensors whose codes stand for other weights than the checkpoint's
     """
 
     entries: Mapping[str, int] = field(default_factory=dict)
     too_wide: frozenset[str] = frozenset()
     adjusted: frozenset[str] = frozenset()
+    aimed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

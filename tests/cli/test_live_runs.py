@@ -147,6 +147,47 @@ def test_gates_on_metrics(run: Run, trained: Path, tmp_path: Path) -> None:
     assert done.code == 3 and "the task does not measure 'bleu'" in done.err
 
 
+def test_errors_of_gptq_are_those_against_what_its_codes_stand_for(run: Run, trained: Path, tmp_path: Path) -> None:
+    """At 8 bits codes are near: the target makes up for the layers before, and is far from the checkpoint's weight."""
+    sqnrs = {}
+    for aim in ("true", "false"):
+        output = tmp_path / f"{aim}.safetensors"
+        words = ["--set", "rules.0.gptq.bits=8", "--set", f"rules.0.gptq.asymmetric={aim}"]
+        assert quantize(run, trained, "gptq", output, *words).code == 0
+        layers = json.loads(output.with_suffix(".report.json").read_text())["layers"]
+        found = next(layer for layer in layers if layer["name"] == "conv2.weight")
+        assert ("its codes stand for" in found["reason"]) == (aim == "true")
+        sqnrs[aim] = found["figures"]["sqnr_db"]
+    assert sqnrs["true"] > 35 and sqnrs["false"] > 35
+
+
+def test_a_recipe_without_rules_measures_on_several_threads(run: Run, trained: Path, tmp_path: Path) -> None:
+    text = (trained / "gptq.yaml").read_text()
+    kept = [
+        line for line in text.splitlines() if not line.startswith(("rules:", "  - {match", "finetune", "activations"))
+    ]
+    (trained / "measure.yaml").write_text("\n".join(kept))
+    words = ["-r", str(trained / "measure.yaml"), "--allow-code"]
+    done = run("eval", str(trained / "m.safetensors"), *words, "--threads", "2")
+    assert done.code == 0, done.err
+    # Of four classes the label is always among five.
+    assert "top1" in done.out and "top5" not in done.out
+    assert run("recipe", "check", *words[1:2], "--allow-code").code == 0
+    done = run("quantize", str(trained / "m.safetensors"), *words)
+    assert done.code == 3 and "has no rules" in done.err
+
+
+def test_a_step_beside_calibration_data_is_refused_with_a_way_out(run: Run, trained: Path, tmp_path: Path) -> None:
+    text = (trained / "gptq.yaml").read_text().replace("gptq: {bits: 4}", "rd: {step: 0.3}")
+    (trained / "step.yaml").write_text(text)
+    words = ["quantize", str(trained / "m.safetensors"), "-r", str(trained / "step.yaml"), "--allow-code"]
+    done = run(*words, "-o", str(tmp_path / "o.safetensors"))
+    assert done.code == 3 and "a budget decides all steps together" in done.err
+    (trained / "step.yaml").write_text("\n".join(one for one in text.splitlines() if "calibration" not in one))
+    done = run(*words, "--set", "activations.range=batch-norm", "-o", str(tmp_path / "o.safetensors"))
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize("method", ["gptq", "adaround"])
 def test_saved_statistics_serve_the_bare_checkpoint(run: Run, trained: Path, tmp_path: Path, method: str) -> None:
     statistics, model = tmp_path / "s.safetensors", str(trained / "m.safetensors")

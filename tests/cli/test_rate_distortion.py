@@ -231,6 +231,7 @@ REFUSED = {
     ),
     "bits": (["--method", "rd", "--bits", 2], 2, "--bits 2: not an option of `rd`; leave it out, and add --bpw 2.0"),
     "bits and a budget": (["--bpw", 2, "--bits", 3], 2, "--bits 3 --bpw 2.0: the budget decides the bits; leave one"),
+    "too many bits": (["--bpw", 40], 3, "--bpw 40.0: 40 bits per weight are too many: the weights have 32 as they are"),
     "too few bits": (["--bpw", 0.05], 3, "--bpw 0.05: 0.05 bits per weight are too few; ask for at least 0.1"),
     "too few bytes": (
         ["--target-size", "1KB"],

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompress.plan import knapsack
-from qcompress.plan.knapsack import Curve, choose, hull_steps, sum_bytes
+from qcompress.plan.knapsack import Curve, choose, hull_steps, raised, sum_bytes
 
 
 def cost_of(units: Sequence[Curve], chosen: Sequence[int]) -> float:
@@ -132,3 +132,19 @@ def test_bytes_rounded_to_parts_of_the_budget_are_rounded_up() -> None:
     spare = 2 * knapsack.BUCKETS + 2
     units = [step(1001, 1.0)] * 200
     assert choose(units, 200 + spare).count(2) == spare // 1001
+
+
+@given(st.lists(curves(), min_size=1, max_size=5), st.integers(0, 600), st.integers(0, 100))
+@settings(max_examples=100)
+def test_what_is_left_is_spent_on_the_smallest_steps(units: list[Curve], left: int, enough: int) -> None:
+    """Whatever the costs say: it ends with little left, or where not even the smallest step fits."""
+    narrow = [unit.narrowest for unit in units]
+    found = raised(units, narrow, left, enough)
+    spent = sum_bytes(units, found) - sum_bytes(units, narrow)
+    steps = [
+        min(size for width, size in unit.size_bytes.items() if width > bits) - unit.size_bytes[bits]
+        for unit, bits in zip(units, found, strict=True)
+        if bits < max(unit.size_bytes)
+    ]
+    assert 0 <= spent <= left
+    assert left - spent <= enough or not steps or min(steps) > left - spent

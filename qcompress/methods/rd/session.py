@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.calibration.corrections import match_outputs
-from qcompress.coding.rows import rows_from_weight
+from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.coding.unbounded.lengths import class_costs, coded_bits
 from qcompress.methods.rd.responses import Response, is_lookup, measure_responses
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
@@ -68,12 +68,14 @@ class _Pass:
     """What one sweep made of a rate.
 
     rate        bits a weight that it was asked for
+    targets     the weights that codes round in place of the checkpoint's, in their shapes
     bits        of all codes with their side information
     divergence  the mean Kullback-Leibler divergence of the network's outputs, in nats
     """
 
     rate: float
     unbounded_tensors: Mapping[str, Unbounded]
+    targets: Mapping[str, Tensor]
     adjusted: Mapping[str, Tensor]
     bits: float
     divergence: float
@@ -119,7 +121,8 @@ class Session:
         self._restore()
         put_tensors(self.live.quantized, done.adjusted)
         self.live.put(done.unbounded_tensors)
-        return Fitted({**done.unbounded_tensors, **{name: Kept(value) for name, value in done.adjusted.items()}})
+        adjusted = {name: Kept(value) for name, value in done.adjusted.items()}
+        return Fitted({**done.unbounded_tensors, **adjusted}, references=done.targets)
 
     def _first(self, rate: float) -> _Pass:
         """The pass of the better allocation; with high effort another one, at the prices of its codes."""
@@ -205,6 +208,7 @@ class Session:
         bit_costs = self._bit_costs(priced)
         unbounded_tensors: dict[str, Unbounded] = {}
         adjusted: dict[str, Tensor] = {}
+        targets: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             if layer.is_lookup:
                 grid = self._scaled(grids[name], scale, layer)
@@ -213,14 +217,17 @@ class Session:
         products = [name for name, layer in self.layers.items() if not layer.is_lookup]
         for step in sweep(self.live, products):
             layer, grid = self.layers[step.name], self._scaled(grids[step.name], scale, self.layers[step.name])
-            unbounded_tensors[step.name] = self._code(layer, grid, step, bit_costs.get(step.name))
+            unbounded_tensors[step.name], target = self._code(layer, grid, step, bit_costs.get(step.name))
+            if target is not None:
+                tensor = layer.decision.tensor
+                targets[tensor.name] = weight_from_rows(target.cpu(), tensor.shape, layer.decision.axis)
             self.live.put({layer.decision.tensor.name: unbounded_tensors[step.name]})
             if self.config.match:
                 adjusted |= match_outputs(self.live, step)
         bits = coded_bits([*unbounded_tensors.values()])
         divergence = self._divergence()
         named = {self.layers[k].decision.tensor.name: v for k, v in unbounded_tensors.items()}
-        return _Pass(rate, named, adjusted, bits, divergence)
+        return _Pass(rate, named, targets, adjusted, bits, divergence)
 
     def _bit_costs(self, before: Mapping[str, Unbounded]) -> dict[str, BitCosts]:
         if self.config.lam == 0:
@@ -233,7 +240,10 @@ class Session:
             for name, (classes, bits) in zip(self.layers, found, strict=True)
         }
 
-    def _code(self, layer: _Layer, grid: Unbounded, step: LayerStep, bit_costs: BitCosts | None) -> Unbounded:
+    def _code(
+        self, layer: _Layer, grid: Unbounded, step: LayerStep, bit_costs: BitCosts | None
+    ) -> tuple[Unbounded, Tensor | None]:
+        """The codes, and what they round where it is not the weight, float32 [rows, columns]."""
         gram = step.gram()
         target = layer.rows
         if gram.cross is not None:
@@ -247,7 +257,7 @@ class Session:
             codes = feedback_unbounded(target, steps, gram.hessian, bit_costs, damping=config.damping)
             if config.sweeps:
                 codes = descend_unbounded(codes, target, steps, gram.hessian, bit_costs, sweeps=config.sweeps)
-        return with_codes(grid, codes)
+        return with_codes(grid, codes), None if gram.cross is None else target
 
     def _divergence(self) -> float:
         found = _log_probabilities(self.live, self.live.quantized, self._samples)
