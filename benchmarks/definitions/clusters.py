@@ -13,6 +13,8 @@ from .words import MOBILENET, RESNET20, live
 
 SETTINGS = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))
 """Bits of a code, and weights that share one."""
+SHARED = ((2, 1), (2, 2))
+"""At which codebooks after DSMM are held against those after L-infinity."""
 CLIPPED = ("data.train.samples=4000", "data.eval.samples=2000")
 FIGURES = {
     "fp32": "0.accuracy.top1.baseline",
@@ -38,7 +40,8 @@ STARTS = {
     "resnet20": Start("ResNet-20, the checkpoint", RESNET20),
     "min_squared": Start("trained to two representatives a layer", start("min_squared"), dkm=((1, 1),)),
     "kurtosis": Start("fine-tuned with kurtosis", start("kurtosis")),
-    "dsmm": Start("fine-tuned with DSMM", start("dsmm"), dkm=()),
+    "dsmm": Start("fine-tuned with DSMM", start("dsmm"), dkm=SHARED),
+    "linf": Start("fine-tuned with L-infinity", start("linf"), settings=SHARED, dkm=SHARED),
     "mobilenet": Start("MobileNetV1 0.75", MOBILENET, "imagenet/mobilenet_v1_075", ()),
     "mobilenet_channel": Start(
         "MobileNetV1 0.75, a codebook a channel",

@@ -6,7 +6,7 @@ Malchiodi, Ferraretto, Frasca 2026, Figure 3, at a fraction of its size.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ledger import Line, Row, work_file
@@ -113,7 +113,7 @@ def rows() -> Iterator[Row]:
 ROWS = tuple(rows())
 
 
-def ratio(figure: str, plain: str) -> object:
+def ratio(figure: str, plain: str) -> Callable[[list[Line]], str]:
     """Over the same seed of the rows that `plain` begins: mean and spread over seeds that have both."""
 
     def text(lines: list[Line]) -> str:

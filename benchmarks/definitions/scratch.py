@@ -107,6 +107,9 @@ class Way(NamedTuple):
 
 
 PAIR = ("none", "dsmm")
+TABLE_1 = (*PAIR, "heavy_l2", "dsmm_alpha10", "dsmm_paper")
+VECTORS = (2, 4)
+"""Lengths of vectors that DSMM is told of in trainings of their own."""
 QUICK = "preset: paper, iterations: 300, correction_steps: 20"
 WAYS = {
     "naive": Way("rtn", ("tensor", "channel"), 20),
@@ -232,6 +235,29 @@ def shared(name: str, setting: tuple[int, int]) -> Row:
     )
 
 
+def rest_of_table_1() -> Iterator[Row]:
+    """AdaRound and PD-Quant at 4 bits, and at 2 under the other lines of Table 1; of Table 3 what is fine-tuned."""
+    for name, way, bits in itertools.product(TABLE_1, ("adaround", "pdquant"), (4, 2)):
+        if name not in PAIR or bits == 4:
+            yield quantized("resnet20", name, 0, way, "tensor", bits)
+    yield quantized("resnet20", FINETUNED, 0, "pdquant", "tensor", 2)
+
+
+def of_vectors(dim: int) -> Iterator[Row]:
+    """A training whose range is that of each place in the vectors which DKM then shares."""
+    changes = (*GLANCE, f"finetune.regularize.0.dsmm.dim={dim}")
+    command = live("finetune-reg", "", "cifar10/resnet20_scratch_dsmm", changes, " --seed 0 --resume")
+    name = vectors(dim)
+    yield Row(
+        name=start("resnet20", name), commands=(command,), figures={"top1 of 1000": "0.metrics.top1"}, seconds=600
+    )
+    yield shared(name, (dim, dim))
+
+
+def vectors(dim: int) -> str:
+    return f"dsmm_dim{dim}"
+
+
 def rows() -> Iterator[Row]:
     """In the order in which they tell most: each network without and with DSMM first, other seeds last."""
     first = [("resnet20", name) for name in ("none", "dsmm", "heavy_l2", "dsmm_paper", "dsmm_alpha10", FINETUNED)]
@@ -256,6 +282,9 @@ def rows() -> Iterator[Row]:
     for network, name, seed in places:
         yield trained(network, name, seed)
         yield from all_quantized(network, name, seed, ALWAYS)
+    yield from rest_of_table_1()
+    for dim in VECTORS:
+        yield from of_vectors(dim)
 
 
 ROWS = tuple(rows())
@@ -307,8 +336,18 @@ def codebooks() -> Table:
         title = f"{setting[0]}/{setting[1]}"
         ones = [(f"{start('resnet20', name)}/dkm/{setting[0]}-{setting[1]}",) for name in PAIR]
         lines[title] = [title, *(Cell(one, mean(figure)) for figure in ("kmeans", "top1") for one in ones)]
+        vector = (f"{start('resnet20', vectors(setting[1]))}/dkm/{title.replace('/', '-')}",)
+        lines[title].append(Cell(vector, mean("top1")) if setting[1] in VECTORS else "-")
         lines[title].append(Cell(ones[0], mean("bytes", ".0f")))
-    columns = ("bits/dim", "k-means, none:", "k-means, DSMM:", "DKM, none:", "DKM, DSMM:", "bytes:")
+    columns = (
+        "bits/dim",
+        "k-means, none:",
+        "k-means, DSMM:",
+        "DKM, none:",
+        "DKM, DSMM:",
+        "DKM, DSMM of vectors:",
+        "bytes:",
+    )
     return Table(name="scratch dkm", columns=columns, lines=lines)
 
 

@@ -17,6 +17,7 @@ TITLES = {
     "dsmm_paper": "DSMM, paper",
     "dsmm": "DSMM, practical",
     "linf": "L-infinity",
+    "margin": "margin",
     "kurtosis": "kurtosis",
     "sine": "sine on the grid",
 }
