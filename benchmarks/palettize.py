@@ -77,7 +77,7 @@ def our_checkpoint(path: Path) -> dict[str, float]:
         output, memory, started = Path(folder) / "out.safetensors", resident(), cpu_seconds()
         source = read_checkpoint(path)
         plan = make_plan(
-            recipe_from_flags("kmeans", {"bits": BITS}, "cluster"), source.tensors, source.tied, source.axes
+            recipe_from_flags("kmeans", {"bits": BITS}, "cluster"), source.tensors, source.tied, source.config
         )
         report = compress(source, plan, Options(output, choice="packed"))
         seconds, memory = cpu_seconds() - started, peak() - memory

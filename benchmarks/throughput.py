@@ -187,7 +187,7 @@ def run_ours(tool: str, path: Path, with_error: bool) -> dict[str, float]:
         watch, started = PeakWatch(), time.process_time()
         source = read_checkpoint(path)
         recipe = recipe_from_flags(method, {"bits": bits, **grid})
-        plan = make_plan(recipe, source.tensors, source.tied, source.axes)
+        plan = make_plan(recipe, source.tensors, source.tied, source.config)
         report = compress(source, plan, Options(output, choice=coding))
         cpu = time.process_time() - started
         anon, watching = watch.finish()

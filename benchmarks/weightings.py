@@ -60,7 +60,7 @@ def measure(name: str, widths: list[int], folder: Path) -> dict[str, Any]:
     reference = log_probabilities(network, batches)
     source = read_checkpoint(folder / case.weights)
     recipe = recipe_from_flags("squant", {}, "quantize", BudgetFlag("--bpw 8", "bpw", 8.0))
-    plan = make_plan(recipe, source.tensors, source.tied, source.axes)
+    plan = make_plan(recipe, source.tensors, source.tied, source.config)
     decoded: dict[tuple[str, int], Tensor] = {}
     errors: dict[str, dict[int, float]] = {}
     for decision in (decision for decision in plan.decisions if decision.is_open):

@@ -11,23 +11,12 @@ from typing import TYPE_CHECKING
 from qcompress.checkpoint.safetensors_file import OWN_TENSORS, RESERVED, Container, read_container
 from qcompress.errors import CheckpointError
 from qcompress.types.files import open_regular
-from qcompress.types.plan import Axis, TensorInfo
+from qcompress.types.plan import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
-
-TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-"""Hugging Face model types whose Conv1D layers store [in, out]."""
-TRANSPOSED_LAYERS = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".q_attn.weight")
-
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "llama4", "llama4_text"})
-"""Hugging Face model types whose stacked experts are [expert, in, out]; the others store [expert, out, in]."""
-
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
-TIED_HEADS = ("lm_head.weight", "embed_out.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 @dataclass(frozen=True)
@@ -35,14 +24,14 @@ class Checkpoint:
     """The headers of a checkpoint, and what its surroundings say of them.
 
     shards  one container a file, in the order of their names
-    tied    name -> the tensor that stands for it, as metadata or config.json say; names without data of their own too
-    axes    name -> channel axes and the reason, where they are not axis 0
+    tied    name without data of its own -> the tensor that stands for it, as metadata say
+    config  config.json of a folder; empty where there is none
     """
 
     path: Path
     shards: tuple[Container, ...]
     tied: Mapping[str, str]
-    axes: Mapping[str, Axis]
+    config: Mapping[str, object]
 
     @property
     def is_folder(self) -> bool:
@@ -77,9 +66,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if reserved is not None:
             what = f"tensor {reserved!r} has a name that is reserved for artifacts"
             raise CheckpointError(str(shard.path), what, "rename it")
-    checkpoint = Checkpoint(path, shards, {}, {})
-    infos = {info.name: info for info in checkpoint.tensors}
-    return Checkpoint(path, shards, _find_tied(shards, infos, config), _find_axes(infos, config))
+    return Checkpoint(path, shards, _find_tied(shards), config)
 
 
 def _folder_shards(folder: Path) -> Iterator[Container]:
@@ -140,43 +127,14 @@ def _read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def _find_tied(
-    shards: tuple[Container, ...], infos: Mapping[str, TensorInfo], config: Mapping[str, object]
-) -> dict[str, str]:
-    tied = {
+def _find_tied(shards: tuple[Container, ...]) -> dict[str, str]:
+    own = {name for shard in shards for name in shard.spans}
+    return {
         alias: name
         for shard in shards
         for alias, name in shard.metadata.items()
-        if alias != "format" and alias not in infos and name in infos
+        if alias != "format" and alias not in own and name in own
     }
-    if config.get("tie_word_embeddings") is True:
-        sources = sorted(
-            (n for n in infos if n.endswith(EMBEDDINGS)), key=lambda n: (not n.endswith("shared.weight"), n)
-        )
-        heads = [name for name in infos if name.endswith(TIED_HEADS)]
-        for head in heads:
-            same = [n for n in sources if n != head and n not in tied and _same_header(infos[n], infos[head])]
-            if same:
-                tied[head] = same[0]
-    return tied
-
-
-def _same_header(one: TensorInfo, other: TensorInfo) -> bool:
-    return (one.shape, one.dtype) == (other.shape, other.dtype)
-
-
-def _find_axes(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) -> dict[str, Axis]:
-    configs = [config, *(part for part in config.values() if isinstance(part, dict))]
-    kinds = {str(part.get("model_type")) for part in configs}
-    experts = [part.get(key) for part in configs for key in EXPERT_COUNTS]
-    axes: dict[str, Axis] = {}
-    for name, info in infos.items():
-        if len(info.shape) == 2 and kinds & TRANSPOSED_MODELS and name.endswith(TRANSPOSED_LAYERS):
-            axes[name] = Axis((1,), "config.json: Conv1D, stored transposed")
-        elif len(info.shape) == 3 and "expert" in name and info.shape[0] in experts:
-            last = 2 if kinds & TRANSPOSED_EXPERTS else 1
-            axes[name] = Axis((0, last), "config.json: stacked experts")
-    return axes
 
 
 def write_checkpoint(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -41,6 +41,7 @@ COLUMNS = (
     Column("tensor", right=False),
     Column("shape", right=False, spare=2),
     Column("dtype", right=False, spare=3),
+    Column("role", right=False, spare=4),
     Column("method", right=False),
     Column("bits"),
     Column("grid", right=False),
@@ -344,4 +345,4 @@ def _cells(row: TensorJson) -> tuple[str, ...]:
     bits = str(row.get("bits") or "")
     if "widths" in row:
         bits, size = f"{row['widths'][0]}-{row['widths'][-1]}", f"{size}+"
-    return (name, shape, row["dtype"], row["method"], bits, grid, axis, size, row["reason"])
+    return (name, shape, row["dtype"], row["role"], row["method"], bits, grid, axis, size, row["reason"])

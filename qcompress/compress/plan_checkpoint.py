@@ -44,7 +44,7 @@ def plan_checkpoint(
         recipe,
         checkpoint.tensors,
         checkpoint.tied,
-        checkpoint.axes,
+        checkpoint.config,
         model=facts,
         representatives=representatives,
         nonfinite=nonfinite,

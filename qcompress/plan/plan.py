@@ -14,6 +14,8 @@ from pathlib import Path
 
 from qcompress.checkpoint.side_files import count_representatives
 from qcompress.errors import DataError, InputError, RecipeError, Subject, raise_all
+from qcompress.plan.axes import find_axes, find_tied
+from qcompress.plan.roles import Network, find_roles
 from qcompress.registry import METHODS, ClusterConfig, MseConfig, RdConfig, refuse_cost
 from qcompress.types.config import MethodConfig
 from qcompress.types.plan import (
@@ -92,13 +94,13 @@ def make_plan(
     recipe: Recipe,
     tensors: Sequence[TensorInfo],
     tied: Mapping[str, str],
-    axes: Mapping[str, Axis],
+    config: Mapping[str, object],
     *,
     model: ModelFacts | None = None,
     representatives: Path | None = None,
     nonfinite: Callable[[TensorInfo], int] | None = None,
 ) -> Plan:
-    """The plan of `recipe` for a checkpoint of `tensors`; `tied` and `axes` are what the checkpoint says of them.
+    """The plan of `recipe` for a checkpoint of `tensors`; `tied` is what its metadata say, `config` its config.json.
 
     model            what the recipe's network says, which knows channel axes and tied weights that headers do not show
     representatives  the file of what finetune-reg has learned, read where a method takes it up
@@ -109,8 +111,11 @@ def make_plan(
     """
     names = {tensor.name for tensor in tensors}
     facts = {name: one for name, one in (model or {}).items() if name in names}
-    tied = {name: one.tied_to for name, one in facts.items() if one.tied_to in names} | dict(tied)
-    axes = {name: one.axis for name, one in facts.items() if one.axis is not None} | dict(axes)
+    network = Network(tensors, config, facts)
+    roles = find_roles(network)
+    axes = find_axes(network, roles)
+    told = {name: one.tied_to for name, one in facts.items() if one.tied_to in names}
+    tied = told | find_tied(network, roles) | dict(tied)
     calibrated = recipe.data is not None and recipe.data.calibration is not None
     deciders = find_deciders(recipe.rules, [tensor.name for tensor in tensors])
     twins = _stored_twins(deciders, tied)
@@ -121,6 +126,7 @@ def make_plan(
         try:
             because = _not_taken(rule, facts.get(tensor.name), calibrated)
             decision = _decide(tensor, rule, twins.get(tensor.name), axes.get(tensor.name), because)
+            decision = replace(decision, role=roles[tensor.name])
             decisions.append(_stored(decision, rule, recipe.keep_dtype))
         except RecipeError as error:
             errors.append(error)

@@ -26,6 +26,7 @@ class TensorJson(TypedDict):
     name: str
     shape: list[int]
     dtype: str
+    role: str
     method: str
     bytes: int
     reason: str
@@ -92,6 +93,7 @@ def _tensor_json(decision: Decision, n_bytes: int) -> TensorJson:
         name=tensor.name,
         shape=list(tensor.shape),
         dtype=tensor.dtype,
+        role=decision.role,
         method=decision.method or "kept",
         bytes=n_bytes,
         reason=decision.reason,

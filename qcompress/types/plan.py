@@ -79,6 +79,12 @@ def row_shape(shape: Shape, axis: tuple[int, ...]) -> Shape:
 
 Family: TypeAlias = Literal["quantize", "cluster"]
 
+Role: TypeAlias = Literal[
+    "matrix", "convolution", "depthwise", "embedding", "head", "router", "expert", "position", "norm", "state-space",
+    "relative-bias", "quantizer-scale", "mask", "bias",
+]  # fmt: skip
+"""What a tensor is in its network; the table of how each is recognised is `plan.roles.ROLES`."""
+
 
 def searched_convention(bits: int) -> Convention:
     """The symmetric grid with the least squared error on bell-shaped weights, one for all blocks of a tensor."""
@@ -394,7 +400,7 @@ class Decision(Generic[ConfigT]):
     holds the channel axes: the weight is seen as rows, one a channel. `tied_to` names the tensor that is stored in
     place of this one. `stored` is the dtype in which a kept tensor is stored where its values bear it, and that is not
     its own. `sensitivity` is what the chosen width of this tensor alone costs, where that was measured. `codebook` says
-    more of a codebook.
+    more of a codebook. `role` is what the tensor is in its network.
     """
 
     tensor: TensorInfo
@@ -406,6 +412,7 @@ class Decision(Generic[ConfigT]):
     stored: str | None = None
     sensitivity: float | None = None
     codebook: CodebookSpec = field(default_factory=CodebookSpec)
+    role: Role = "matrix"
 
     @property
     def compresses(self) -> bool:

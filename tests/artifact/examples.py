@@ -56,7 +56,7 @@ def rtn(bits: int = 4, match: str = "*", **options: Any) -> Recipe:
 
 
 def plan_for(checkpoint: Checkpoint, asked: Recipe, **known: Any) -> Plan:
-    return make_plan(asked, checkpoint.tensors, checkpoint.tied, checkpoint.axes, **known)
+    return make_plan(asked, checkpoint.tensors, checkpoint.tied, checkpoint.config, **known)
 
 
 def run(

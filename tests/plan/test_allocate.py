@@ -40,7 +40,7 @@ from qcompress.types.run import Options
 
 def open_plan(source: Checkpoint, flag: BudgetFlag, method: str = "rtn", **options: object) -> Plan:
     recipe = recipe_from_flags(method, options, "quantize", flag)
-    return make_plan(recipe, source.tensors, source.tied, source.axes)
+    return make_plan(recipe, source.tensors, source.tied, source.config)
 
 
 def bits_per_weight(bpw: float) -> BudgetFlag:
@@ -154,7 +154,7 @@ def test_widths_that_a_method_lacks_are_not_chosen(source: Checkpoint) -> None:
     rule = recipe.rules[0]
     configs = {bits: replace(config, convention="narrow") for bits, config in rule.config.configs.items() if bits > 1}
     narrow = replace(recipe, rules=(replace(rule, config=replace(rule.config, configs=configs)),))
-    plan = make_plan(narrow, source.tensors, source.tied, source.axes)
+    plan = make_plan(narrow, source.tensors, source.tied, source.config)
     with pytest.raises(BudgetError):
         allocate(source, plan, "packed", falling(plan))
     wider = with_bpw(plan, 2.5)

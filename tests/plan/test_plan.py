@@ -39,17 +39,17 @@ TIED = {"twin": "a.weight"}
 
 
 def decide(
-    asked: Recipe, infos: tuple[TensorInfo, ...] = INFOS, axes: dict[str, Axis] | None = None
+    asked: Recipe, infos: tuple[TensorInfo, ...] = INFOS, config: dict[str, Any] | None = None
 ) -> dict[str, Decision]:
-    plan = make_plan(asked, infos, TIED, axes or {})
+    plan = make_plan(asked, infos, TIED, config or {})
     assert [decision.tensor for decision in plan.decisions] == list(infos)
     assert plan.recipe is asked
     return {decision.tensor.name: decision for decision in plan.decisions}
 
 
-def refusals(asked: Recipe, infos: tuple[TensorInfo, ...] = INFOS, axes: dict[str, Axis] | None = None) -> list[str]:
+def refusals(asked: Recipe, infos: tuple[TensorInfo, ...] = INFOS) -> list[str]:
     with pytest.raises(QcompressError) as caught:
-        make_plan(asked, infos, TIED, axes or {})
+        make_plan(asked, infos, TIED, {})
     assert isinstance(caught.value, RecipeError | Refusals)
     assert caught.value.exit_code == 3
     return caught.value.lines()
@@ -166,12 +166,12 @@ def test_axes_that_a_tensor_does_not_have_are_refused(axis: Any, why: str) -> No
 
 
 def test_the_recipe_has_its_say_on_axes_before_the_checkpoint() -> None:
-    axes = {"a.weight": Axis((1,), "config.json: Conv1D, stored transposed")}
-    found = decide(rtn(), axes=axes)
-    assert found["a.weight"].axis == (1,)
-    assert found["a.weight"].reason == "rule *; config.json: Conv1D, stored transposed"
-    found = decide(recipe(rule("a.weight", "rtn", bits=4, axis=0)), axes=axes)
-    assert (found["a.weight"].axis, found["a.weight"].reason) == ((0,), "rule a.weight")
+    infos, config = (TensorInfo("c_fc.weight", (8, 4), "F32"),), {"model_type": "gpt2"}
+    found = decide(rtn(), infos, config)
+    assert found["c_fc.weight"].axis == (1,)
+    assert found["c_fc.weight"].reason == "rule *; config.json: Conv1D, stored transposed"
+    found = decide(recipe(rule("c_fc.weight", "rtn", bits=4, axis=0)), infos, config)
+    assert (found["c_fc.weight"].axis, found["c_fc.weight"].reason) == ((0,), "rule c_fc.weight")
 
 
 def test_case_matters_and_brackets_are_classes() -> None:
@@ -260,8 +260,8 @@ FACTS: dict[str, TensorFacts] = {
 }
 
 
-def with_facts(asked: Recipe, axes: dict[str, Axis] | None = None, tied: dict[str, str] | None = None) -> Plan:
-    return make_plan(asked, INFOS, TIED if tied is None else tied, axes or {}, model=FACTS)
+def with_facts(asked: Recipe, tied: dict[str, str] | None = None) -> Plan:
+    return make_plan(asked, INFOS, TIED if tied is None else tied, {}, model=FACTS)
 
 
 def test_a_network_knows_axes_and_ties_that_no_header_shows() -> None:
@@ -351,11 +351,8 @@ def test_a_budget_leaves_the_widths_of_what_gets_mse_open() -> None:
     assert found["b.weight"].widths.configs == {2: MseConfig(bits=2), 4: MseConfig(bits=4)}
 
 
-def test_the_recipe_and_then_the_checkpoint_have_their_say_before_the_network() -> None:
-    known = {"a.weight": Axis((0,), "config.json: Linear")}
-    first = with_facts(rtn(), known).decisions[0]
-    assert (first.axis, first.reason) == ((0,), "rule *; config.json: Linear")
-    first = with_facts(recipe(rule("*", "rtn", bits=4, axis=-2)), known).decisions[0]
+def test_the_recipe_has_its_say_before_the_network_and_ties_of_metadata_too() -> None:
+    first = with_facts(recipe(rule("*", "rtn", bits=4, axis=-2))).decisions[0]
     assert (first.axis, first.reason) == ((0,), "rule *")
     found = {decision.tensor.name: decision for decision in with_facts(rtn(), tied={"b.weight": "twin"}).decisions}
     assert found["b.weight"].tied_to == "twin"
