@@ -286,9 +286,21 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def mark_config(folder: Path) -> None:
-    """Say in the config.json of a compressed folder, if it has one, what its weights have to be read with."""
-    _change_config(folder, lambda own: {QUANT_METHOD: METHOD} | ({"original": own} if own is not None else {}))
+def mark_config(folder: Path, *, dequantized: bool = False) -> None:
+    """Say in the config.json of a compressed folder, if it has one, what its weights have to be read with.
+
+    dequantized  whether what it said of the weights before is no longer so
+    """
+
+    def marked(own: object) -> object:
+        return {QUANT_METHOD: METHOD} | ({"original": own} if own is not None and not dequantized else {})
+
+    _change_config(folder, marked)
+
+
+def drop_quantization(folder: Path) -> None:
+    """Take out of the config.json of a folder, if it has one, how its weights were quantized: they are dense now."""
+    _change_config(folder, lambda _: None)
 
 
 def unmark_config(folder: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcompress.checkpoint.dequantize import DenseContainer, read_dense
+from qcompress.checkpoint.foreign import refuse_foreign
 from qcompress.checkpoint.safetensors_file import OWN_TENSORS, RESERVED, Container, read_container
 from qcompress.errors import CheckpointError
 from qcompress.types.files import open_regular
@@ -38,6 +40,11 @@ class Checkpoint:
         return self.path.is_dir()
 
     @property
+    def is_dequantized(self) -> bool:
+        """Whether some of its weights are read as dense ones, and lie in its files as codes."""
+        return any(isinstance(shard, DenseContainer) for shard in self.shards)
+
+    @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         return tuple(info for shard in self.shards for info in shard.tensors)
 
@@ -50,7 +57,10 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, headers only. Raises CheckpointError."""
+    """The checkpoint at `path`, headers only; fp8 and MXFP4 in it are read as dense weights.
+
+    raises  CheckpointError, also for weights that another tool has quantized otherwise
+    """
     if path.is_dir():
         shards = tuple(_folder_shards(path))
         config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -66,6 +76,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if reserved is not None:
             what = f"tensor {reserved!r} has a name that is reserved for artifacts"
             raise CheckpointError(str(shard.path), what, "rename it")
+    refuse_foreign(path, shards, config)
+    shards = read_dense(shards, config)
     return Checkpoint(path, shards, _find_tied(shards), config)
 
 
@@ -191,6 +203,47 @@ class StoredRows:
         row_bytes = self.info.n_bytes // max(self.shape[0], 1)
         raw = self.container.bytes_of(self.info.name, start * row_bytes, stop * row_bytes)
         return _as_tensor(raw, self.info.dtype, (stop - start, *self.shape[1:]))
+
+    def numel(self) -> int:
+        return self.info.numel
+
+
+@dataclass(frozen=True)
+class StackedRows:
+    """A weight [experts, columns, rows] as [experts * rows, columns], of which one expert at a time is read.
+
+    last  the expert that was read last: blocks of rows are read one after another
+    """
+
+    container: Container
+    info: TensorInfo
+    last: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, columns, rows = self.info.shape
+        return (experts * rows, columns)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Some of the rows, in the weight's own dtype. Raises the container's error."""
+        import torch
+
+        start, stop, _ = rows.indices(self.shape[0])
+        size = self.info.shape[2]
+        parts = [
+            self._expert(index)[max(start - index * size, 0) : stop - index * size]
+            for index in range(start // size, -(-stop // size))
+        ]
+        return torch.cat(parts)
+
+    def _expert(self, index: int) -> Tensor:
+        if index not in self.last:
+            experts, columns, rows = self.info.shape
+            size = self.info.n_bytes // experts
+            raw = self.container.bytes_of(self.info.name, index * size, (index + 1) * size)
+            self.last.clear()
+            self.last[index] = _as_tensor(raw, self.info.dtype, (columns, rows)).T.contiguous()
+        return self.last[index]
 
     def numel(self) -> int:
         return self.info.numel

@@ -86,7 +86,7 @@ def compress_to(
     index_bytes = 0
     if folder:
         copy_companions(checkpoint.path, place)
-        mark_config(place)
+        mark_config(place, dequantized=checkpoint.is_dequantized)
     if len(done) > 1:
         index_bytes = write_index(place, {one.shard.file: one.written.slots for one in done})
     took = run_figures(clock, options.device)

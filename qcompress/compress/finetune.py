@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompress.artifact.writer import copy_companions, find_companions
+from qcompress.artifact.writer import copy_companions, drop_quantization, find_companions
 from qcompress.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint, write_checkpoint
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import reporting_resources, staged_output, staging_folder
@@ -303,8 +304,14 @@ def _write(module: nn.Module, checkpoint: Checkpoint | None, staged: Path) -> No
             write_checkpoint(tensors, path, shard.metadata)
         if checkpoint.is_folder:
             copy_companions(checkpoint.path, staged)
+            if checkpoint.is_dequantized:
+                drop_quantization(staged)
             for index in checkpoint.path.glob(f"*{INDEX_SUFFIX}"):
-                shutil.copyfile(index, staged / index.name)
+                places = {info.name: shard.path.name for shard in checkpoint.shards for info in shard.tensors}
+                if checkpoint.is_dequantized:
+                    (staged / index.name).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2))
+                else:
+                    shutil.copyfile(index, staged / index.name)
 
 
 def _refuse_overflow(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from qcompress.artifact.entry import PARTS, Entry, part_name, planned_entry, seal
 from qcompress.artifact.writer import SlotWriter
-from qcompress.checkpoint.checkpoint import StoredRows, tensor_view
+from qcompress.checkpoint.checkpoint import StackedRows, StoredRows, tensor_view
 from qcompress.checkpoint.safetensors_file import Container
 from qcompress.coding.grids import (
     centroid_values,
@@ -143,6 +143,10 @@ class Job:
     pooled: bool = False
 
 
+Rows: TypeAlias = "Tensor | StoredRows | StackedRows"
+"""A weight [rows, ...], read row block by row block where it lies so that it can be."""
+
+
 def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     """Encode one weight. Its grid goes to the writer, and its codes too where nothing but packing awaits them.
 
@@ -192,13 +196,15 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     return Finished(decision, entry, replace(meter.result(), **about_codebook), survey.crc32, payload)
 
 
-def _rows_of(job: Job) -> Tensor | StoredRows:
+def _rows_of(job: Job) -> Rows:
     """What the codes stand for as [rows, ...]: read row block by row block where the channels lead in the file."""
     tensor, axis = job.decision.tensor, job.decision.axis
     if job.reference is not None:
         return rows_from_weight(job.reference, axis)
     if len(tensor.shape) > 1 and axis == tuple(range(len(axis))):
         return StoredRows(job.source, tensor, row_shape(tensor.shape, axis))
+    if len(tensor.shape) == 3 and axis == (0, 2) and tensor.numel:
+        return StackedRows(job.source, tensor)
     return rows_from_weight(tensor_view(job.source, tensor), axis)
 
 
@@ -216,7 +222,7 @@ def _whole_codes(job: Job, largest: float) -> Compressed | None:
     return coded_on_cpu(encode_weight(weight, decision, job.sources, device, largest))
 
 
-def _finish_constant(job: Job, rows: Tensor | StoredRows, constant: Constant, survey: Survey) -> Finished:
+def _finish_constant(job: Job, rows: Rows, constant: Constant, survey: Survey) -> Finished:
     """A weight of one value, which has no codes."""
     decision = job.decision
     entry = replace(planned_entry(decision), value=constant.value)
@@ -231,9 +237,7 @@ def _finish_constant(job: Job, rows: Tensor | StoredRows, constant: Constant, su
     return Finished(decision, entry, meter.result(counts), survey.crc32, None)
 
 
-def _finish_unbounded(
-    job: Job, rows: Tensor | StoredRows, unbounded: Unbounded, survey: Survey, stop: threading.Event
-) -> Finished:
+def _finish_unbounded(job: Job, rows: Rows, unbounded: Unbounded, survey: Survey, stop: threading.Event) -> Finished:
     """A weight whose codes have no width; they are coded here unless they wait for others."""
     decision = job.decision
     meter = LayerMeter(decision.tensor.numel)
@@ -271,7 +275,7 @@ def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> Checkp
     return CheckpointError(str(source.path), what, hint, Subject(tensor.name), cause)
 
 
-def _encoded_blocks(rows: Tensor | StoredRows, job: Job, exponent: int) -> Iterator[tuple[Tensor, Coded]]:
+def _encoded_blocks(rows: Rows, job: Job, exponent: int) -> Iterator[tuple[Tensor, Coded]]:
     """Row blocks as float32 [rows, columns] on the CPU, each encoded by itself."""
     count, context = rows.shape[0], job.sources.context_of(job.decision, exponent)
     step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
@@ -281,7 +285,7 @@ def _encoded_blocks(rows: Tensor | StoredRows, job: Job, exponent: int) -> Itera
         yield block.reshape(len(block), -1), coded_on_cpu(found)
 
 
-def _row_blocks(rows: Tensor | StoredRows, whole: Coded) -> Iterator[tuple[Tensor, Coded]]:
+def _row_blocks(rows: Rows, whole: Coded) -> Iterator[tuple[Tensor, Coded]]:
     """Row blocks of a weight that has its codes already, as `_encoded_blocks` gives them."""
     for start, stop in row_spans(whole, BLOCK_WEIGHTS):
         block = _float_rows(rows[start:stop])
