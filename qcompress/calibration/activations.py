@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from qcompress.checkpoint.side_files import HESSIAN, MEAN
-from qcompress.model.layers import matrix_layer
 from qcompress.model.live import LiveModel
 from qcompress.model.moments import input_moments
+from qcompress.model.products import product_of
 from qcompress.model.sweep import refuse_unusable, sweep
 from qcompress.types.encoded import ActivationGrid
 from qcompress.types.settings import ActivationSettings
@@ -47,7 +48,8 @@ def quantize_activation(x: Tensor, grid: ActivationGrid) -> Tensor:
 
 
 def attach_activations(module: nn.Module, grids: Mapping[str, ActivationGrid]) -> list[RemovableHandle]:
-    """Quantize the first input of each named module of `module` from now on, until the handles are removed."""
+    """Quantize the first input of each named module of `module` from now on, until the handles are removed; of
+    attention all three."""
     return [
         attach_quantizer(module.get_submodule(name), partial(quantize_activation, grid=grid))
         for name, grid in grids.items()
@@ -55,15 +57,29 @@ def attach_activations(module: nn.Module, grids: Mapping[str, ActivationGrid]) -
 
 
 def attach_quantizer(module: nn.Module, quantize: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Pass the first input of a module through `quantize` from now on, until the handle is removed."""
+    """Pass the first input of a module, of attention all three, through `quantize` until the handle is removed."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (quantize(args[0]), *args[1:]), kwargs
-        first = next(iter(kwargs))
-        return args, {**kwargs, first: quantize(kwargs[first])}
+        count = len(_inputs_of(module, args, kwargs))
+        done: dict[int, Any] = {}
+
+        def quantized(x: Any) -> Any:
+            if id(x) not in done:
+                done[id(x)] = x._replace(data=quantize(x.data)) if isinstance(x, PackedSequence) else quantize(x)
+            return done[id(x)]
+
+        positional = tuple(quantized(x) if place < count else x for place, x in enumerate(args))
+        rest = max(count - len(args), 0)
+        named = {key: quantized(x) if place < rest else x for place, (key, x) in enumerate(kwargs.items())}
+        return positional, named
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _inputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The inputs of a call that a quantizer is for: the first one; of attention its queries, keys and values."""
+    given = [*args, *kwargs.values()]
+    return given[: 3 if isinstance(module, nn.MultiheadAttention) else 1]
 
 
 def attach_caps(module: nn.Module, caps: Mapping[str, Sequence[float] | Tensor]) -> list[RemovableHandle]:
@@ -151,17 +167,19 @@ def _example_ranges(live: LiveModel, names: Sequence[str]) -> dict[str, tuple[fl
 
 @contextmanager
 def watched_inputs(module: nn.Module, names: Sequence[str], watch: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `watch` with the first input of every call of the named modules, where it is of floats."""
+    """Call `watch` with the float inputs of every call of the named modules that quantizers are for."""
 
     def make_hook(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if x.is_floating_point():
-                watch(name, x)
+            for x in {id(one): one for one in _inputs_of(owners[name], args, kwargs)}.values():
+                values = x.data if isinstance(x, PackedSequence) else x
+                if values.is_floating_point() and values.numel():
+                    watch(name, values)
 
         return hook
 
-    handles = [module.get_submodule(n).register_forward_pre_hook(make_hook(n), with_kwargs=True) for n in names]
+    owners = {name: module.get_submodule(name) for name in names}
+    handles = [one.register_forward_pre_hook(make_hook(name), with_kwargs=True) for name, one in owners.items()]
     try:
         yield
     finally:
@@ -311,10 +329,11 @@ def measure_statistics(live: LiveModel) -> dict[str, Tensor]:
 
     They are the means over positions of x x^T and of x, the layer's inputs in the full-precision network.
     """
-    products = [name for name in live.layers if matrix_layer(live.module.get_submodule(name)) is not None]
+    products = [name for name in live.weights if product_of(live.module, name) is not None]
     statistics: dict[str, Tensor] = {}
     for step in sweep(live, products, sequential=False):
         gram = step.gram()
-        statistics[f"{step.name}.weight{HESSIAN}"] = gram.hessian.float().cpu()
-        statistics[f"{step.name}.weight{MEAN}"] = gram.mean.float().cpu()
+        if gram.count:
+            statistics[f"{step.tensor}{HESSIAN}"] = gram.hessian.float().cpu()
+            statistics[f"{step.tensor}{MEAN}"] = gram.mean.float().cpu()
     return statistics

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qcompress.model.fold import NormedLayer
 from qcompress.model.graph import batch_norm_of
-from qcompress.model.layers import matrix_layer
+from qcompress.model.layers import MatrixLayer, matrix_layer
 from qcompress.model.live import LiveModel, find_tensor, put_tensors
 from qcompress.model.moments import input_moments
 from qcompress.model.operations import BatchNorm
@@ -85,7 +85,7 @@ def _output_mean(module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     for x in inputs:
         rows = module(x).movedim(axis, -1).flatten(0, -2)
         total, count = total + rows.sum(0, dtype=torch.float64), count + len(rows)
-    return total / count
+    return total / max(count, 1)
 
 
 def run_companions(live: LiveModel, companions: Sequence[Companion]) -> Corrected:
@@ -126,8 +126,10 @@ def match_outputs(live: LiveModel, step: LayerStep) -> dict[str, Tensor]:
     The batch norm behind the layer takes both, or its bias the mean; without either nothing changes. As
     `run_companions`, but for one layer whose inputs are at hand.
     """
+    assert isinstance(step.layer, MatrixLayer)
+    layer = step.layer
     before, after = (
-        _moments(step.layer.outputs(module.get_submodule(step.name)(x)) for x in inputs)
+        _moments(layer.outputs(module.get_submodule(step.name)(x)) for x in inputs)
         for module, inputs in ((live.module, step.clean), (live.quantized, step.noisy))
     )
     updates = _correct(live, step.name, before, after, ("batch_norm", "bias_correction"))

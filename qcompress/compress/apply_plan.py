@@ -15,7 +15,8 @@ from qcompress.encode.encode_weight import ContextSources, encode_weight, make_s
 from qcompress.errors import InputError, ModelError, RecipeError, Subject, raise_all
 from qcompress.model.build import take
 from qcompress.model.graph import inputs_of_network
-from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
+from qcompress.model.live import LiveModel, caller_of, find_tensor, put_tensors
+from qcompress.model.products import product_of
 from qcompress.registry import METHODS
 from qcompress.types.encoded import ActivationGrid, Encoded, Fitted, Kept
 from qcompress.types.plan import Decision, Plan
@@ -41,10 +42,9 @@ def fit(
     sources  what methods that need weights alone draw on; codebooks that tensors share are made here
     context  what methods on a live model draw on
     tune     changes what the methods chose before corrections and activations see it
-    raises   ModelError for weights of no module, and whatever the methods raise
+    raises   whatever the methods raise
     """
     decisions = [decision for decision in plan.decisions if decision.compresses]
-    _refuse_strangers(live, decisions)
     done = Fitted({})
     for name in sorted({d.method or "" for d in decisions}, key=_order):
         own = [decision for decision in decisions if decision.method == name]
@@ -56,13 +56,15 @@ def fit(
             found = method.load_fit()(live, own, context)
         done = _joined(done, found)
         live.put(found.encoded)
+    if live.unreached:
+        done = _joined(done, Fitted({}, notes=(_unreached(live),)))
     done = tune(live, done)
     if plan.recipe.companions:
         context.say(", ".join(plan.recipe.companions))
         corrected = run_companions(live, plan.recipe.companions)
         kept: dict[str, Encoded] = {name: Kept(value) for name, value in corrected.tensors.items()}
         done = _joined(done, Fitted(kept, notes=corrected.notes))
-    bare = [name for name in live.layers if name not in done.activations]
+    bare = [name for name in _quantized_inputs(live) if name not in done.activations]
     if live.activations is not None and bare:
         context.say("activation ranges")
         done = _joined(done, Fitted({}, activations=_activation_grids(live, live.activations, bare)))
@@ -89,16 +91,30 @@ def encode_merged(checkpoint: Checkpoint, plan: Plan, live: LiveModel, sources: 
     return dict(found)
 
 
+def _unreached(live: LiveModel) -> str:
+    first, *others = sorted(live.unreached)
+    more = f" and {len(others)} more" if others else ""
+    return f"rounded to nearest, no calibration sample reaches it: {first}{more}"
+
+
 def _order(method: str) -> tuple[int, int]:
     return (("weights", "graph", "calibration", "training").index(METHODS[method].needs), [*METHODS].index(method))
 
 
-def _refuse_strangers(live: LiveModel, decisions: Sequence[Decision]) -> None:
-    """A method on a live model needs the module of each of its weights to be called."""
+def _quantized_inputs(live: LiveModel) -> list[str]:
+    """The compressed modules whose inputs are quantized: not those that hold others beside a tensor of their own."""
+    multiplies = {caller_of(live.module, name) for name in live.weights if product_of(live.module, name) is not None}
+    alone = {name for name in live.layers if not [*live.module.get_submodule(name).children()]}
+    return [name for name in live.layers if name in multiplies | alone]
+
+
+def refuse_untrained(live: LiveModel, plan: Plan) -> None:
+    """Raise ModelError, Refusals where several, for weights that are to be trained and that no forward pass uses."""
     errors: list[InputError] = []
-    for decision in decisions:
+    for decision in plan.decisions:
         name = decision.tensor.name
-        if METHODS[decision.method or ""].needs != "weights" and layer_name(name) not in live.layers:
+        trains = decision.compresses and METHODS[decision.method or ""].needs == "training"
+        if trains and caller_of(live.module, name) not in live.layers:
             what = "belongs to no module that a forward pass calls"
             hint = "give it a rule of its own with a method that needs weights alone, such as mse"
             errors.append(ModelError(live.place, what, hint, Subject(name)))

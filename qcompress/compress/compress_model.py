@@ -16,7 +16,7 @@ from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.side_files import HESSIAN, MEAN, save_statistics
 from qcompress.checkpoint.staging import refuse_existing, staging_folder
-from qcompress.compress.apply_plan import encode_merged, fit
+from qcompress.compress.apply_plan import encode_merged, fit, refuse_untrained
 from qcompress.compress.compress import compress_to, staged
 from qcompress.compress.evaluate import compare, evaluate, measure_task, open_live
 from qcompress.compress.finetune import STATE, make_trainer, run_identity
@@ -69,6 +69,7 @@ def compress_live(
     world = how.world
     _refuse_early(checkpoint, plan, options, world)
     live = open_live(checkpoint, plan, model_run)
+    refuse_untrained(live, plan)
     measures = world.is_first and _measures(model_run)
     before = measure_task(live.module, model_run, "before") if measures else []
     if how.save_statistics is not None and world.is_first:

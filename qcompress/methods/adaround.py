@@ -18,7 +18,8 @@ from torch.func import functional_call
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.model.fold import fold_batch_norms
 from qcompress.model.graph import activation_after, batch_norm_of
-from qcompress.model.live import LiveModel, find_tensor, layer_name
+from qcompress.model.layers import MatrixLayer
+from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.operations import BatchNorm
 from qcompress.model.sweep import LayerStep, sweep
 from qcompress.registry import AdaroundConfig
@@ -29,6 +30,8 @@ from qcompress.types.plan import Decision
 from qcompress.types.run import EncodeContext, FitContext
 
 Activation = Callable[[Tensor], Tensor]
+USUAL: dict[str, Any] = {"iterations": 500, "learning_rate": 3e-2, "strength": 0.1, "warm_up": 0.2}
+"""The schedule on a Gram of a weight that no batches can be passed through: of a product inside a module."""
 
 
 def fit(live: LiveModel, decisions: Sequence[Decision[AdaroundConfig]], context: FitContext) -> Fitted:
@@ -40,13 +43,14 @@ def fit(live: LiveModel, decisions: Sequence[Decision[AdaroundConfig]], context:
     folding = [decision for decision in decisions if decision.config.fold]
     folded = fold_batch_norms(live, folding) if folding else Fitted({})
     for asymmetric in (True, False):
-        wanted = {layer_name(d.tensor.name): d for d in decisions if d.config.asymmetric is asymmetric}
+        wanted = {d.tensor.name: d for d in decisions if d.config.asymmetric is asymmetric}
         for step in sweep(live, wanted, sequential=asymmetric) if wanted else ():
-            decision = wanted[step.name]
+            decision = wanted[step.tensor]
             name = decision.tensor.name
             weight = folded.references.get(name, find_tensor(live.module, name))
             rows = rows_from_weight(weight, decision.axis)
-            if decision.config.objective == "gram":
+            sampled = decision.config.objective == "sampled" and step.is_reached
+            if not sampled or not isinstance(step.layer, MatrixLayer) or step.layer.joined:
                 own = EncodeContext(grid_exponent(rows), step.generator, step.gram())
                 found = encode(rows, decision.config, own)
             else:
@@ -68,7 +72,7 @@ def encode(weight: Tensor, config: AdaroundConfig, context: EncodeContext) -> Af
         make_neighbours(rows, scale, low, config.bits),
         gram.hessian,
         gram.cross if config.asymmetric else None,
-        **_schedule(config),
+        **(_schedule(config) if config.objective == "gram" else USUAL),
     )
     return replace(encoded_rows(codes, grid, config, exponent), shape=tuple(weight.shape))
 
@@ -117,6 +121,7 @@ class _Reconstruction:
         self._module = live.quantized.get_submodule(step.name)
         self._weight = weight
         self._after = _what_follows(live, step.name)
+        assert isinstance(step.layer, MatrixLayer)
         self._layer = step.layer
         self._batch = batch_size
         self.samples = len(self._noisy)

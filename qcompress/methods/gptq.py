@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
-from qcompress.model.live import LiveModel, find_tensor, layer_name
+from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.sweep import sweep
 from qcompress.registry import GptqConfig
 from qcompress.solvers.feedback import descend, feedback_codes
@@ -43,9 +43,9 @@ def fit(live: LiveModel, decisions: Sequence[Decision[GptqConfig]], context: Fit
     encoded: dict[str, Encoded] = {}
     references: dict[str, Tensor] = {}
     for sequential in (True, False):
-        wanted = {layer_name(d.tensor.name): d for d in decisions if d.config.sequential is sequential}
+        wanted = {d.tensor.name: d for d in decisions if d.config.sequential is sequential}
         for step in sweep(live, wanted, sequential=sequential) if wanted else ():
-            decision = wanted[step.name]
+            decision = wanted[step.tensor]
             weight = find_tensor(live.module, decision.tensor.name).detach()
             rows = rows_from_weight(weight, decision.axis)
             own = EncodeContext(grid_exponent(rows), step.generator, step.gram())

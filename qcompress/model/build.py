@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from qcompress.data.user_code import find_callable
 from qcompress.errors import CheckpointError, InputError, ModelError, QcompressError, RecipeError, Subject, raise_all
 from qcompress.model.factories import listed_network, refuse_arguments, without_network
-from qcompress.model.layers import matrix_layer
+from qcompress.model.layers import TRANSPOSED, MatrixLayer, has_channels_of_its_own
 from qcompress.model.pretrained import Taken, is_pretrained, revert
 from qcompress.model.pretrained import take as take_pretrained
+from qcompress.model.products import product_of, stacked_axis
 from qcompress.types.config import Shape
 from qcompress.types.plan import Axis, ModelFacts, TensorFacts, WeightKind
 from qcompress.types.run import ModelRun
 from qcompress.types.settings import ModelSettings
 
 SHOWN_NAMES = 3
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def build_model(settings: ModelSettings, root: Path, allow_code: bool = False, place: str = "model") -> nn.Module:
@@ -235,16 +235,20 @@ def facts_of(module: nn.Module) -> ModelFacts:
         owner = owners.get(name.rpartition(".")[0], module)
         # MultiheadAttention multiplies by its last weight itself.
         called = type(owner).__name__ != "NonDynamicallyQuantizableLinear"
-        kind = weight_kind(owner) if name.endswith("weight") and called else "else"
-        facts[name] = TensorFacts(type(owner).__name__, axes.get(name), tied.get(name), called, kind)
+        facts[name] = TensorFacts(
+            type(owner).__name__, axes.get(name), tied.get(name), called, weight_kind(module, name)
+        )
     return facts
 
 
-def weight_kind(module: nn.Module) -> WeightKind:
-    """What a module does with its weight."""
-    if matrix_layer(module) is not None:
-        return "product"
-    return "table" if isinstance(module, nn.Embedding) else "else"
+def weight_kind(module: nn.Module, tensor: str) -> WeightKind:
+    """What a network does with one of its tensors."""
+    product = product_of(module, tensor)
+    if product is not None:
+        return "product" if isinstance(product.layer, MatrixLayer) else "inner"
+    owner, _, leaf = tensor.rpartition(".")
+    looked_up = leaf == "weight" and owner and isinstance(module.get_submodule(owner), nn.Embedding)
+    return "table" if looked_up else "else"
 
 
 def channel_axes(module: nn.Module) -> dict[str, Axis]:
@@ -252,6 +256,13 @@ def channel_axes(module: nn.Module) -> dict[str, Axis]:
     axes = {}
     for name, one in module.named_modules():
         transposed = type(one).__name__ == "Conv1D" and type(one).__module__.startswith("transformers.")
-        if transposed or isinstance(one, TRANSPOSED):
+        if isinstance(one, TRANSPOSED) and has_channels_of_its_own(one):
+            if one.weight.shape[1] > 1:
+                axes[f"{name}.weight"] = Axis((0, 1), f"the model: {type(one).__name__} has an output a pair")
+        elif transposed or isinstance(one, TRANSPOSED):
             axes[f"{name}.weight"] = Axis((1,), f"the model: {type(one).__name__} stores its outputs second")
+        for leaf, value in one.named_parameters(recurse=False):
+            stacked = stacked_axis(one, tuple(value.shape))
+            if stacked is not None:
+                axes[f"{name}.{leaf}"] = Axis(stacked, f"the model: {type(one).__name__} has a grid a row of an expert")
     return axes

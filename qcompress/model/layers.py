@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,10 +29,13 @@ class MatrixLayer:
     """A layer whose output is weight rows times input columns: for group g, out[g] = inputs[g] @ rows[g].T + bias.
 
     groups  how many independent products: of a depthwise convolution, one a channel
+    joined  whether the groups lie side by side in the weight's rows, as those of a transposed convolution do: a row is
+            then a sum of one product a group, each with outputs of its own
     """
 
     module: nn.Module
     groups: int
+    joined: bool = False
 
     def columns(self, x: Tensor, places: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """The inputs float32 [groups, positions, columns] of x, positions in the order of samples, then places.
@@ -43,7 +46,7 @@ class MatrixLayer:
         if isinstance(module, CONVOLUTIONS):
             return _as_columns(_patches(module, x), module.groups, _chosen(places, generator))
         if isinstance(module, TRANSPOSED):
-            return _as_columns(_spread_patches(module, x), 1, _chosen(places, generator))
+            return _as_columns(_spread_patches(module, x), module.groups, _chosen(places, generator))
         rows = x.reshape(len(x), -1, x.shape[-1])
         (chosen,) = _chosen(places, generator)((rows.shape[1],), rows.device)
         return rows[:, chosen].reshape(1, -1, x.shape[-1])
@@ -72,13 +75,36 @@ def matrix_layer(module: nn.Module) -> MatrixLayer | None:
         return MatrixLayer(module, module.groups) if plain else None
     if isinstance(module, TRANSPOSED):
         plain = type(module).forward in {kind.forward for kind in TRANSPOSED}
-        return MatrixLayer(module, 1) if plain and module.groups == 1 else None
+        joined = module.groups > 1 and not has_channels_of_its_own(module)
+        return MatrixLayer(module, module.groups, joined) if plain else None
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return MatrixLayer(module, 1)
     # transformers' Conv1D: a linear layer whose weight lies transposed.
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
         return MatrixLayer(module, 1)
     return None
+
+
+def has_channels_of_its_own(module: Any) -> bool:
+    """Whether each input channel of a transposed convolution makes outputs that no other has a part in."""
+    return bool(1 < module.groups == module.in_channels)
+
+
+@dataclass(frozen=True)
+class InnerProduct:
+    """A product that a module computes inside itself, or one for each part of a weight's rows.
+
+    rows  of the weight
+    """
+
+    rows: int
+
+
+Parts: TypeAlias = Mapping[tuple[int, int], Tensor]
+"""What flows into an inner product: rows of the weight [from, to) -> their inputs [positions, columns]."""
+
+Inputs: TypeAlias = "Tensor | Parts"
+"""What a call gives a product: a layer's input as it comes, or that of an inner product in parts."""
 
 
 def drawn_places(layer: MatrixLayer, inputs: Sequence[Tensor], generator: torch.Generator) -> int:
@@ -109,9 +135,63 @@ def measure_gram(
             other = layer.columns(clean[index].float(), places, generator)
             parts += [_products(other, columns), other.sum(1, dtype=torch.float64)]
         sums = parts if not sums else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
-    hessian, mean, *others = (total.div_(count) for total in sums)
+    hessian, mean, *others = (_joined(layer, total.div_(count)) for total in sums)
     cross, clean_mean = others if others else (None, mean)
     return Gram(hessian, cross, mean, clean_mean, count)
+
+
+def _joined(layer: MatrixLayer, total: Tensor) -> Tensor:
+    """Sums a group, of which those of one weight row lie along a diagonal where groups are joined."""
+    if not layer.joined:
+        return total
+    if total.ndim == 2:
+        return total.reshape(1, -1)
+    diagonal: Tensor = torch.block_diag(*total)  # type: ignore[no-untyped-call]
+    return diagonal.unsqueeze(0)
+
+
+def measure_inner_gram(
+    layer: InnerProduct,
+    columns: int,
+    noisy: Sequence[Parts],
+    clean: Sequence[Parts] | None,
+    generator: torch.Generator,
+) -> tuple[Gram, int]:
+    """The Gram of an inner product, and how many of its rows no input reaches: theirs is that of plain rounding."""
+    spans = sorted({span for parts in noisy for span in parts})
+    size = math.gcd(layer.rows, *(end for span in spans for end in span))
+    plain, found = MatrixLayer(nn.Identity(), 1), {}
+    for span in spans:
+        both = [
+            (parts[span], None if clean is None else clean[i][span]) for i, parts in enumerate(noisy) if span in parts
+        ]
+        xs = [x.unsqueeze(0) for x, _ in both if x.numel()]
+        others = [x.unsqueeze(0) for _, x in both if x is not None and x.numel()]
+        if xs:
+            found[span] = measure_gram(plain, xs, others or None, generator)
+    starts = range(0, layer.rows, size)
+    reached = {start: gram for (low, high), gram in found.items() for start in range(low, high, size)}
+    typical = (
+        float(torch.stack([g.hessian.diagonal(dim1=1, dim2=2).mean() for g in found.values()]).mean()) if found else 1.0
+    )
+    blank = blank_gram(1, columns, generator.device, typical)
+    grams = [reached.get(start, blank) for start in starts]
+    crossed = any(gram.cross is not None for gram in grams)
+    gram = Gram(
+        torch.cat([gram.hessian for gram in grams]),
+        torch.cat([gram.hessian if gram.cross is None else gram.cross for gram in grams]) if crossed else None,
+        torch.cat([gram.mean for gram in grams]),
+        torch.cat([gram.clean_mean for gram in grams]),
+        sum(gram.count for gram in found.values()),
+    )
+    return gram, layer.rows - size * len(reached)
+
+
+def blank_gram(groups: int, columns: int, device: torch.device, energy: float = 1.0) -> Gram:
+    """The Gram under which a weight is rounded to nearest: of inputs that are all alike and have nothing in common."""
+    hessian = energy * torch.eye(columns, dtype=torch.float64, device=device).repeat(groups, 1, 1)
+    mean = hessian.new_zeros(groups, columns)
+    return Gram(hessian, None, mean, mean, 0)
 
 
 def _chosen(places: int | None, generator: torch.Generator | None) -> Choice:

@@ -16,6 +16,8 @@ from qcompress.coding.grids import decode
 from qcompress.data.batches import Batch
 from qcompress.errors import ModelError
 from qcompress.model.pretrained import Names
+from qcompress.model.products import product_of
+from qcompress.model.routing import Tape
 from qcompress.model.stages import BlockStage, HeadStage, Stage, TailStage, WholeStage, execution_order, traced_stages
 from qcompress.model.trace import Untraceable, trace
 from qcompress.types.encoded import Encoded
@@ -30,12 +32,14 @@ class LiveModel:
 
     module       the network as it was; methods never change it
     quantized    its copy: what has been encoded so far is in place, and methods put there what they encode
-    layers       module names of the compressed weights, in the order in which a forward pass first calls them
+    layers       modules whose calls show what flows into the compressed weights, in the order of their first call
     calibration  batches on `device`; none where the recipe has no calibration data
     activations  what the recipe asks of activation quantizers; None where it asks for none
     blocks       globs over module names, see ModelSettings
     place        names the recipe's model section in errors
     names        that the network has for the tensors of the checkpoint
+    weights      names of the compressed weights
+    unreached    weights, or rows of them, that a sweep found that no calibration sample reaches
     """
 
     module: nn.Module
@@ -49,6 +53,8 @@ class LiveModel:
     blocks: tuple[str, ...] = ()
     place: str = "model"
     names: Names = field(default_factory=Names)
+    weights: tuple[str, ...] = ()
+    unreached: set[str] = field(default_factory=set)
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers for one layer."""
@@ -75,6 +81,14 @@ class LiveModel:
             return None, str(problem)
 
     @cached_property
+    def routes(self) -> bool:
+        """Whether the network decides by values what goes where, as one with experts does."""
+        tape = Tape()
+        with torch.no_grad(), tape:
+            self.module(*self.example.args, **self.example.kwargs)
+        return tape.decides
+
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The network cut into stages, each beginning with a compressed layer where it could be traced."""
         return make_stages(self)
@@ -95,6 +109,12 @@ def fresh_copy(live: LiveModel) -> LiveModel:
 def layer_name(tensor: str) -> str:
     """The module that a tensor belongs to: what stands before its last dot."""
     return tensor.rpartition(".")[0]
+
+
+def caller_of(module: nn.Module, tensor: str) -> str:
+    """The module whose calls show what flows into a tensor: the one that it belongs to, or what multiplies by it."""
+    product = product_of(module, tensor)
+    return layer_name(tensor) if product is None else product.caller
 
 
 def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -133,13 +153,15 @@ def make_live_model(
     for part in module.modules():
         if getattr(part, "inplace", False):
             part.inplace = False
-    compressed = {layer_name(decision.tensor.name) for decision in decisions if decision.compresses}
+    weights = tuple(decision.tensor.name for decision in decisions if decision.compresses)
+    callers = {caller_of(module, weight) for weight in weights}
     example = example.to(device)
-    order = execution_order(module, compressed, example)
+    order = _whole_order(module, callers, [example, *calibration])
     live = LiveModel(
         module=module,
         quantized=module,
         layers=tuple(order),
+        weights=weights,
         calibration=calibration,
         example=example,
         device=device,
@@ -153,6 +175,25 @@ def make_live_model(
     _ = live.traced
     live.quantized = copy.deepcopy(module)
     return live
+
+
+def _whole_order(module: nn.Module, names: set[str], batches: Sequence[Batch]) -> list[str]:
+    """The named modules in the order of their calls: those that the first batch does not reach come from others.
+
+    A module that only a later batch reaches takes its place behind the one that was called before it.
+    """
+    order: list[str] = []
+    for batch in batches:
+        if len(order) == len(names):
+            break
+        place = 0
+        for name in execution_order(module, names, batch):
+            if name in order:
+                place = max(place, order.index(name) + 1)
+            else:
+                order.insert(place, name)
+                place += 1
+    return order
 
 
 def make_stages(live: LiveModel) -> tuple[Stage, ...]:

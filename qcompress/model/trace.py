@@ -39,7 +39,11 @@ class _Tracer(fx.Tracer):
         self._leaves = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self._leaves or super().is_leaf_module(m, module_qualified_name)
+        if module_qualified_name in self._leaves:
+            return True
+        # torch's own encoder layers are looked into where they hold layers that are compressed.
+        inside = any(name.startswith(f"{module_qualified_name}.") for name in self._leaves)
+        return not inside and super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(module: nn.Module, layers: Collection[str], example: Batch) -> fx.Graph:

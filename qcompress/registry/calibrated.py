@@ -321,14 +321,13 @@ CALIBRATED: tuple[Method, ...] = (
     Method("dfq", "quantize", DfqConfig, "graph", called=True, adjusts=True),
     Method(
         *("adaround", "quantize", AdaroundConfig, "calibration"),
-        takes=("product",),
-        called=True,
+        takes=("product", "inner"),
         adjusts=True,
         statistics=True,
     ),
-    Method("gptq", "quantize", GptqConfig, "calibration", takes=("product",), called=True, statistics=True),
+    Method("gptq", "quantize", GptqConfig, "calibration", takes=("product", "inner"), statistics=True),
     Method("pdquant", "quantize", PdquantConfig, "calibration", takes=("product",), called=True),
-    Method("rd", "quantize", RdConfig, "weights", takes=("product", "table"), called=True, adjusts=True, rates=True),
+    Method("rd", "quantize", RdConfig, "weights", takes=("product", "inner", "table"), adjusts=True, rates=True),
     Method("lsq", "quantize", LsqConfig, "training", called=True, adjusts=True),
     Method("pact", "quantize", PactConfig, "training", called=True, adjusts=True),
 )

@@ -15,9 +15,8 @@ from qcompress.coding.unbounded.lengths import coded_bits
 from qcompress.data.batches import Batch
 from qcompress.methods.rd import fit
 from qcompress.methods.rd.responses import Response, measure_responses
-from qcompress.model.layers import measure_gram
+from qcompress.model.layers import matrix_layer, measure_gram
 from qcompress.model.live import LiveModel, make_live_model
-from qcompress.model.sweep import matrix_layer_of
 from qcompress.solvers.hessian import output_error
 from qcompress.solvers.unbounded import feedback_unbounded, grid_steps, with_codes, with_step
 from qcompress.types.encoded import Unbounded
@@ -72,7 +71,9 @@ def hessian_of(live: LiveModel, name: str) -> Tensor:
         for batch in live.calibration:
             live.module(*batch.args)
     handle.remove()
-    return measure_gram(matrix_layer_of(live, name), seen, None, live.generator(name)).hessian
+    layer = matrix_layer(live.quantized.get_submodule(name))
+    assert layer is not None
+    return measure_gram(layer, seen, None, live.generator(name)).hessian
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +86,14 @@ def layers() -> dict[str, Layer]:
         module, decisions(module, "rd", **options), data, data[0].first(2), device=torch.device("cpu")
     )
     wanted = decisions(live.module, "rd", **options)
-    responses = measure_responses(live, dict(zip(LAYERS, wanted, strict=True)), damping=0.01)
+    responses = measure_responses(live, {one.tensor.name: one for one in wanted}, damping=0.01)
     found = fit(live, wanted, FitContext(HIGH_RATE))
     grids = {name: found.encoded[f"{name}.weight"] for name in LAYERS}
     made = {}
     for name, grid in grids.items():
         assert isinstance(grid, Unbounded)
         rows = live.module.get_submodule(name).weight.detach().flatten(1)
-        made[name] = Layer(rows, hessian_of(live, name), responses[name], grid)
+        made[name] = Layer(rows, hessian_of(live, name), responses[f"{name}.weight"], grid)
     return made
 
 

@@ -127,6 +127,7 @@ def test_only_what_is_unusual_is_told_of(tmp_path: Path) -> None:
     assert {name: one.kind for name, one in found.items() if one.kind != "else"} == {
         "embed.weight": "table",
         **dict.fromkeys(("head.weight", "up.weight", "down.weight"), "product"),
+        **dict.fromkeys(("attention.in_proj_weight", "attention.out_proj.weight"), "inner"),
     }
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompress.coding.rows import rows_from_weight
+from qcompress.coding.rows import rows_from_weight, weight_from_rows
+from qcompress.model.build import channel_axes
 from qcompress.model.layers import MatrixLayer, matrix_layer, measure_gram
 from qcompress.solvers.hessian import least_squares_target, linear_term, output_error
 
@@ -25,6 +26,9 @@ LAYERS = {
     "multiplied": (nn.Conv2d(3, 6, 3, groups=3), (2, 3, 5, 5)),
     "transposed": (nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 4)),
     "transposed 1d": (nn.ConvTranspose1d(4, 3, 4, stride=3, dilation=2), (2, 4, 5)),
+    "transposed grouped": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 4, 5)),
+    "transposed depthwise": (nn.ConvTranspose2d(4, 4, 3, stride=2, groups=4), (2, 4, 4, 5)),
+    "transposed multiplied": (nn.ConvTranspose3d(3, 6, 2, groups=3), (2, 3, 3, 4, 2)),
     "rectangular": (nn.Conv2d(2, 3, (3, 1), stride=(1, 2), padding=(2, 0)), (2, 2, 5, 6)),
 }
 
@@ -38,8 +42,10 @@ def viewed(name: str) -> tuple[MatrixLayer, nn.Module, Tensor]:
 
 
 def rows_of(module: nn.Module) -> Tensor:
-    axis = (1,) if "Transpose" in type(module).__name__ else (0,)
-    return rows_from_weight(module.weight.detach(), axis).flatten(1)
+    """Of each group in turn the rows that its outputs are made by."""
+    if "Transpose" not in type(module).__name__:
+        return module.weight.detach().flatten(1)
+    return torch.cat([rows_from_weight(part, (1,)).flatten(1) for part in module.weight.detach().chunk(module.groups)])
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -93,6 +99,24 @@ def test_the_gram_is_the_mean_of_outer_products(name: str) -> None:
     torch.testing.assert_close(found, measured - at_rest, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["transposed grouped", "transposed multiplied", "transposed depthwise"])
+def test_the_gram_of_a_grouped_transposed_convolution_tells_its_output_error(name: str) -> None:
+    """Rows are those of the axes that the plan gives: several groups may have their part in one row."""
+    layer, module, x = viewed(name)
+    gram = measure_gram(layer, [x], None, torch.Generator())
+    found = channel_axes(nn.Sequential(module)).get("0.weight")
+    axis = (0,) if found is None else found.axes
+    rows = rows_from_weight(module.weight.detach(), axis).flatten(1)
+    change = 0.3 * torch.randn_like(rows)
+    total = float(output_error(change, gram.hessian).sum())
+    with torch.no_grad():
+        before = module(x)
+        module.weight += weight_from_rows(change, tuple(module.weight.shape), axis)
+        after = module(x)
+    positions = before.numel() / before.shape[1]
+    assert total == pytest.approx(float((after - before).square().sum()) / positions, rel=1e-4)
+
+
 def test_the_target_is_where_the_error_is_least() -> None:
     torch.manual_seed(2)
     clean = torch.randn(1, 500, 6, dtype=torch.float64)
@@ -112,4 +136,3 @@ def test_what_computes_more_than_its_class_is_no_matrix_product() -> None:
 
     assert matrix_layer(Scaled(3, 3, 1)) is None
     assert matrix_layer(nn.Embedding(4, 3)) is None
-    assert matrix_layer(nn.ConvTranspose2d(4, 4, 3, groups=2)) is None

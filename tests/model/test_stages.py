@@ -79,7 +79,7 @@ def test_a_sweep_shows_each_layer_what_a_whole_run_shows_it(kind: type[nn.Module
     """The slow way: after each change, hooks on the whole network."""
     found = live(kind, blocks=blocks)
     seen = []
-    for step in sweep(found, found.layers):
+    for step in sweep(found, found.weights):
         seen.append(step.name)
         for module, inputs_seen in ((found.quantized, step.noisy), (found.module, step.clean)):
             expected = whole_inputs(found, module, step.name)
@@ -102,7 +102,7 @@ def whole_inputs(found: LiveModel, module: nn.Module, name: str) -> list[torch.T
 
 def test_a_sweep_at_once_shows_one_network_only() -> None:
     found = live(Residual)
-    for step in sweep(found, found.layers, sequential=False):
+    for step in sweep(found, found.weights, sequential=False):
         assert step.noisy is step.clean
         put_tensors(found.quantized, {f"{step.name}.weight": torch.zeros(()).expand(1)})
         torch.testing.assert_close(step.clean[0], whole_inputs(found, found.module, step.name)[0])

@@ -34,7 +34,7 @@ def spoilt(method: str, value: float) -> LiveModel:
 def test_inputs_that_no_statistics_can_be_made_of_are_refused_with_the_layer(value: float) -> None:
     found = spoilt("gptq", value)
     with pytest.raises(DataError, match=REFUSED):
-        for step in sweep(found, [*found.layers]):
+        for step in sweep(found, found.weights):
             step.gram()
     with pytest.raises(DataError, match=REFUSED):
         measure_activations(found, ActivationSettings(range="minmax"), [], [*found.layers])

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from qcompress.calibration.activations import attach_activations
 from qcompress.errors import ModelError
-from qcompress.methods.pdquant.block import Block
+from qcompress.methods.pdquant.block import Block, round_unreached
 from qcompress.model.graph import make_blocks
 from qcompress.model.live import LiveModel, layer_name
 from qcompress.model.stages import Stage
@@ -47,6 +47,8 @@ def fit(live: LiveModel, decisions: Sequence[Decision[PdquantConfig]], context: 
             attach_activations(live.quantized, found.activations)
         clean = run_stage(stage, live.module, clean)
         noisy = run_stage(stage, live.quantized, noisy)
+    alone = {name: round_unreached(live, decision) for name, decision in wanted.items() if name not in live.layers}
+    encoded |= {wanted[name].tensor.name: one for name, one in alone.items()}
     return Fitted(encoded, activations=activations)
 
 

@@ -18,16 +18,16 @@ from qcompress.errors import ModelError
 from qcompress.methods.pdquant.inputs import Inputs, make_inputs
 from qcompress.methods.pdquant.prediction import Prediction, Rest, make_prediction
 from qcompress.model.graph import inputs_of_network
-from qcompress.model.layers import matrix_layer, measure_gram
-from qcompress.model.live import LiveModel, find_tensor
+from qcompress.model.layers import blank_gram, matrix_layer, measure_gram
+from qcompress.model.live import LiveModel, find_tensor, layer_name
 from qcompress.model.stages import Stage, State, stage_output
-from qcompress.model.sweep import layer_inputs, run_stage
+from qcompress.model.sweep import paired_inputs, run_stage
 from qcompress.registry import PdquantConfig
 from qcompress.solvers.grids import Grid
 from qcompress.solvers.hessian import choose_grid, encoded_rows, grid_exponent, least_squares_target, row_levels
 from qcompress.solvers.rounding import SoftRounding, beta_at, make_neighbours, round_by_gram
 from qcompress.types.encoded import ActivationGrid, Encoded, Fitted, for_tensor
-from qcompress.types.plan import Decision
+from qcompress.types.plan import Decision, row_shape
 from qcompress.types.run import Gram
 from qcompress.types.settings import ActivationSettings
 
@@ -120,6 +120,23 @@ def make_layer(
         neighbours.rest.lerp_(towards, START_TRUST)
     rounding = SoftRounding(neighbours, tuple(weight.shape), decision.axis)
     return Layer(decision, module, grid, exponent, rounding, start, nearest)
+
+
+def _unreached_gram(live: LiveModel, decision: Decision[PdquantConfig], groups: int) -> Gram:
+    """The Gram of a layer that no calibration sample reaches."""
+    live.unreached.add(decision.tensor.name)
+    shape = row_shape(decision.tensor.shape, decision.axis)
+    return blank_gram(groups, math.prod(shape[1:]), live.device)
+
+
+def round_unreached(live: LiveModel, decision: Decision[PdquantConfig]) -> Encoded:
+    """The codes of a layer that no calibration sample reaches."""
+    name = decision.tensor.name
+    product = matrix_layer(live.quantized.get_submodule(layer_name(name)))
+    gram = _unreached_gram(live, decision, 1 if product is None else product.groups)
+    generator = live.generator(name)
+    layer = make_layer(decision, find_tensor(live.module, name), live.quantized, gram, generator)
+    return layer.encode(layer.nearest)
 
 
 @dataclass(frozen=True)
@@ -232,9 +249,11 @@ class Block:
             if product is None:
                 what = f"{type(module).__name__} is no matrix product that calibrated methods know"
                 raise ModelError(f"layer {name}", what, "give it a rule of its own with squant, mse or rtn")
-            clean = layer_inputs(self.stage, self.live.module, self.clean, [name])[name]
-            noisy = layer_inputs(self.stage, self.live.quantized, self.noisy, [name])[name]
-            gram = measure_gram(product, noisy, clean, self.generator)
+            clean, noisy = paired_inputs(self.live, self.stage, name, self.clean, self.noisy)
+            if noisy:
+                gram = measure_gram(product, noisy, None if clean is noisy else clean, self.generator)
+            else:
+                gram = _unreached_gram(self.live, decision, product.groups)
             weight = find_tensor(self.live.module, decision.tensor.name)
             layer = make_layer(decision, weight, module, gram, self.generator)
             self.layers[name] = layer

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.data.batches import Batch
 from qcompress.model.graph import batch_norm_of
-from qcompress.model.layers import measure_gram
-from qcompress.model.live import LiveModel, find_tensor, put_tensors
+from qcompress.model.live import LiveModel, caller_of, find_tensor, layer_name, put_tensors
 from qcompress.model.stages import Stage, State, last_output
-from qcompress.model.sweep import layer_inputs, matrix_layer_of, run_stage
+from qcompress.model.sweep import layer_inputs, run_stage, sweep
 from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import output_error
 from qcompress.solvers.unbounded import conditional_energies, feedback_unbounded
@@ -42,6 +41,7 @@ class Response:
               table the square root of how often each row is looked up
     slope     the network's squared output error for each unit of the layer's: with errors of equal step in all rows,
               and, in `normed_slope`, in units of the normed outputs
+    reached   whether any calibration sample reaches the layer; else nothing of the above was measured
     """
 
     energies: Tensor
@@ -49,46 +49,80 @@ class Response:
     gains: Tensor
     slope: float
     normed_slope: float
+    reached: bool = True
 
 
 def measure_responses(
     live: LiveModel, decisions: Mapping[str, Decision[RdConfig]], *, damping: float
 ) -> dict[str, Response]:
-    """The response of every layer that a decision is given for, by module name, in the order in which they run.
+    """The response of every weight that a decision is given for, by its name, in the order in which they run.
 
     The output error is that of the logits without their mean over classes. A layer is probed with the errors of its
     own rounding, on grids so fine that twice the error does twice the harm.
     """
-    stages, found = live.stages, {}
-    clean: Sequence[State] = [stages[0].begin(batch) for batch in live.calibration]
+    stages = live.stages
+    begun: Sequence[State] = [stages[0].begin(batch) for batch in live.calibration]
     probed = _probed_samples(live.calibration)
     scratch = copy.deepcopy(live.module)
-    wanted = _centred(_outputs(scratch, stages, clean[:probed]))
+    wanted = _centred(_outputs(scratch, stages, begun[:probed]))
     variance = float(wanted.square().mean())
-    for index, stage in enumerate(stages):
-        names = [name for name in stage.layers if name in decisions]
+    found = _measure_tables(live, decisions, scratch, wanted, variance, damping)
+    products = [name for name in decisions if not is_lookup(live, name)]
+    for step in sweep(live, products, sequential=False):
+        decision = decisions[step.tensor]
+        rows = rows_from_weight(find_tensor(live.module, step.tensor), decision.axis).flatten(1).contiguous()
+        hessian, gains = step.gram().hessian, _gains(live, step.name, len(rows))
+        reached = (conditional_energies(hessian, damping), output_error(rows, hessian), gains)
+        if step.stage is None or not step.is_reached:
+            found[step.tensor] = Response(*reached, 0.0, 0.0, reached=False)
+            continue
+        after = stages[stages.index(step.stage) :]
+        probe = _Probe(scratch, after, step.clean_states[:probed], wanted, variance)
+        found[step.tensor] = Response(*reached, *probe.slopes(decision, rows, hessian, gains))
+    callers = [name for stage in stages for name in stage.layers]
+    places = {name: callers.index(one) for name in found if (one := caller_of(live.module, name)) in callers}
+    return {name: found[name] for name in sorted(found, key=lambda name: places.get(name, len(callers)))}
+
+
+def _measure_tables(
+    live: LiveModel,
+    decisions: Mapping[str, Decision[RdConfig]],
+    scratch: nn.Module,
+    wanted: Tensor,
+    variance: float,
+    damping: float,
+) -> dict[str, Response]:
+    """The responses of the weights that are looked up in."""
+    stages, found = live.stages, {}
+    probed = _probed_samples(live.calibration)
+    clean: Sequence[State] = [stages[0].begin(batch) for batch in live.calibration]
+    tables = {layer_name(name): name for name in decisions if is_lookup(live, name)}
+    for index, stage in enumerate(stages if tables else ()):
+        names = [name for name in stage.layers if name in tables]
         inputs = layer_inputs(stage, live.module, clean, names)
         for name in names:
-            decision = decisions[name]
-            weight = find_tensor(live.module, decision.tensor.name)
-            rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
-            if is_lookup(live, name):
-                hessian = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device).unsqueeze(0)
-                gains = _lookups(inputs[name], len(rows))
-            else:
-                layer = matrix_layer_of(live, name)
-                hessian = measure_gram(layer, inputs[name], None, live.generator(name)).hessian
-                gains = _gains(live, name, len(rows))
+            decision = decisions[tables[name]]
+            rows = rows_from_weight(find_tensor(live.module, tables[name]), decision.axis).flatten(1).contiguous()
+            hessian = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device).unsqueeze(0)
+            gains = _lookups(inputs[name], len(rows))
             probe = _Probe(scratch, stages[index:], clean[:probed], wanted, variance)
             slopes = probe.slopes(decision, rows, hessian, gains)
-            found[name] = Response(conditional_energies(hessian, damping), output_error(rows, hessian), gains, *slopes)
+            response = Response(conditional_energies(hessian, damping), output_error(rows, hessian), gains, *slopes)
+            found[tables[name]] = response
         clean = run_stage(stage, live.module, clean)
+    for name in sorted({*tables.values()} - {*found}):
+        size = find_tensor(live.module, name).shape
+        energies = torch.ones(1, size[1], dtype=torch.float64, device=live.device)
+        found[name] = Response(
+            energies, energies.new_ones(size[0]), energies.new_ones(size[0]), 0.0, 0.0, reached=False
+        )
+        live.unreached.add(name)
     return found
 
 
-def is_lookup(live: LiveModel, name: str) -> bool:
-    """Whether a layer looks rows up by number: no matrix product, so that its rows are errors of their own."""
-    return isinstance(live.module.get_submodule(name), nn.Embedding)
+def is_lookup(live: LiveModel, tensor: str) -> bool:
+    """Whether a weight's rows are looked up by number: no matrix product, so that its rows are errors of their own."""
+    return isinstance(live.module.get_submodule(layer_name(tensor)), nn.Embedding)
 
 
 def _lookups(inputs: Sequence[Tensor], rows: int) -> Tensor:
@@ -123,6 +157,10 @@ def _centred(logits: Tensor) -> Tensor:
 
 
 def _gains(live: LiveModel, name: str, rows: int) -> Tensor:
+    """What the batch norm behind a layer multiplies its outputs by, float64 [rows].
+
+    A row that makes several outputs, as of a grouped transposed convolution, has what they have on average.
+    """
     norm = batch_norm_of(live, name) if live.traced else None
     if norm is None:
         return torch.ones(rows, dtype=torch.float64, device=live.device)
@@ -130,6 +168,7 @@ def _gains(live: LiveModel, name: str, rows: int) -> Tensor:
     gains = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
         gains = gains * find_tensor(live.module, norm.weight).detach().double().abs()
+    gains = gains.reshape(-1, rows).square().mean(0).sqrt() if len(gains) != rows else gains
     return gains.clamp_min(SMALLEST_GAIN * float(gains.median())) if float(gains.median()) > 0 else gains + 1.0
 
 

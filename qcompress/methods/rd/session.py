@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,8 @@ from qcompress.calibration.corrections import match_outputs
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.coding.unbounded.lengths import class_costs, coded_bits
 from qcompress.methods.rd.responses import Response, is_lookup, measure_responses
-from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
+from qcompress.model.layers import MatrixLayer
+from qcompress.model.live import LiveModel, find_tensor, put_tensors
 from qcompress.model.stages import last_output
 from qcompress.model.sweep import LayerStep, measure_skip, run_stage, sweep
 from qcompress.registry import RdConfig
@@ -91,7 +93,7 @@ class Session:
 
     def __init__(self, live: LiveModel, decisions: Sequence[Decision[RdConfig]]) -> None:
         self.live = live
-        named = {layer_name(decision.tensor.name): decision for decision in decisions}
+        named = {decision.tensor.name: decision for decision in decisions}
         self.config = decisions[0].config
         responses = measure_responses(live, named, damping=self.config.damping)
         self.layers = {name: self._layer(name, named[name], response) for name, response in responses.items()}
@@ -142,8 +144,20 @@ class Session:
         self.live.quantized.load_state_dict(self._start)
 
     def _grids(self, kind: str, rate: float) -> dict[str, Unbounded]:
-        """Every layer's grid, whose steps wait for one common factor."""
-        return {name: self._grid(layer, kind, rate) for name, layer in self.layers.items()}
+        """Every layer's grid, whose steps wait for one common factor.
+
+        Nothing was measured of what no sample reaches: there steps are to weights as they are elsewhere, in the median.
+        """
+        grids = {name: self._grid(layer, kind, rate) for name, layer in self.layers.items()}
+        sizes = {name: float(layer.rows.square().mean().sqrt()) for name, layer in self.layers.items()}
+        reached = [name for name, layer in self.layers.items() if layer.response.reached and sizes[name] > 0]
+        if len(reached) < len(grids):
+            shares = [float(grids[name].step) * 2.0 ** grids[name].exponent / sizes[name] for name in reached]
+            share = statistics.median(shares) if shares else 1.0
+            for name, layer in self.layers.items():
+                if not layer.response.reached:
+                    grids[name] = with_step(grids[name], share * sizes[name] or 1.0)
+        return grids
 
     def _grid(self, layer: _Layer, kind: str, rate: float) -> Unbounded:
         response, tensor = layer.response, layer.decision.tensor
@@ -213,26 +227,25 @@ class Session:
             if layer.is_lookup:
                 grid = self._scaled(grids[name], scale, layer)
                 unbounded_tensors[name] = _code_each(layer.rows, grid, bit_costs.get(name))
-                self.live.put({layer.decision.tensor.name: unbounded_tensors[name]})
+                self.live.put({name: unbounded_tensors[name]})
         products = [name for name, layer in self.layers.items() if not layer.is_lookup]
         for step in sweep(self.live, products):
-            layer, grid = self.layers[step.name], self._scaled(grids[step.name], scale, self.layers[step.name])
-            unbounded_tensors[step.name], target = self._code(layer, grid, step, bit_costs.get(step.name))
+            layer, grid = self.layers[step.tensor], self._scaled(grids[step.tensor], scale, self.layers[step.tensor])
+            unbounded_tensors[step.tensor], target = self._code(layer, grid, step, bit_costs.get(step.tensor))
             if target is not None:
                 tensor = layer.decision.tensor
                 targets[tensor.name] = weight_from_rows(target.cpu(), tensor.shape, layer.decision.axis)
-            self.live.put({layer.decision.tensor.name: unbounded_tensors[step.name]})
-            if self.config.match:
+            self.live.put({step.tensor: unbounded_tensors[step.tensor]})
+            if self.config.match and isinstance(step.layer, MatrixLayer) and step.is_reached:
                 adjusted |= match_outputs(self.live, step)
         bits = coded_bits([*unbounded_tensors.values()])
         divergence = self._divergence()
-        named = {self.layers[k].decision.tensor.name: v for k, v in unbounded_tensors.items()}
-        return _Pass(rate, named, targets, adjusted, bits, divergence)
+        return _Pass(rate, unbounded_tensors, targets, adjusted, bits, divergence)
 
     def _bit_costs(self, before: Mapping[str, Unbounded]) -> dict[str, BitCosts]:
         if self.config.lam == 0:
             return {}
-        ordered = [before.get(name) or before[layer.decision.tensor.name] for name, layer in self.layers.items()]
+        ordered = [before[name] for name in self.layers]
         device, lam = self.live.device, self.config.lam
         found = class_costs(ordered, PRICED_CODES)
         return {
