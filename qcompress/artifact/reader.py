@@ -17,7 +17,7 @@ from qcompress.artifact.manifest import MANIFEST_NAME, METADATA_KEY, Manifest, M
 from qcompress.artifact.memory import BLOCK_BYTES, PROCESS_BYTES
 from qcompress.artifact.parse_manifest import open_manifest, refuse_other_format
 from qcompress.artifact.parts import REFETCH, check_parts, other_names
-from qcompress.checkpoint.safetensors_file import Container, parse_json, read_container
+from qcompress.checkpoint.safetensors_file import Container, parse_json, read_container, weight_files
 from qcompress.coding.ans import decoding_processes
 from qcompress.errors import ArtifactError, InputError, raise_all
 from qcompress.types.encoded import ActivationGrid
@@ -151,7 +151,7 @@ def _find_files(path: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
     """The files of an artifact, those that its index need not name because all they held is tied to others included."""
     if not path.is_dir():
         return [path]
-    files = {file.name for file in path.glob("*.safetensors")}
+    files = {file.name for file in weight_files(path)}
     if weight_map is not None:
         files |= set(weight_map.values())
     elif len(files) != 1:

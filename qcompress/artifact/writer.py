@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, header_room, index_text, manifest_slot
 from qcompress.artifact.manifest import MANIFEST_NAME
+from qcompress.checkpoint.safetensors_file import is_hidden
 from qcompress.errors import CheckpointError, ResourceError, raise_all
 from qcompress.types.config import Shape
 from qcompress.types.files import is_there, real_path
@@ -259,7 +260,8 @@ def find_companions(source: Path) -> list[Path]:
     found, errors = [], []
     inside = _own_folders(real_path(source))
     for path in sorted(source.iterdir()):
-        if path.suffix not in COMPANION_SUFFIXES or path.name.endswith((INDEX_SUFFIX, ".report.json")):
+        foreign = path.suffix not in COMPANION_SUFFIXES or is_hidden(path)
+        if foreign or path.name.endswith((INDEX_SUFFIX, ".report.json")):
             continue
         if path.is_symlink() and not inside.intersection(real_path(path).parents):
             what, hint = "is a link that leads out of the checkpoint's folder", "copy the file into the folder"

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcompress.checkpoint.dequantize import DenseContainer, read_dense
 from qcompress.checkpoint.foreign import refuse_foreign
-from qcompress.checkpoint.safetensors_file import OWN_TENSORS, RESERVED, Container, read_container
+from qcompress.checkpoint.hub import local_path
+from qcompress.checkpoint.safetensors_file import (
+    FOREIGN_MAGIC,
+    LFS_HINT,
+    OWN_TENSORS,
+    RESERVED,
+    Container,
+    read_container,
+    weight_files,
+)
 from qcompress.errors import CheckpointError
 from qcompress.types.files import open_regular
 from qcompress.types.plan import TensorInfo
@@ -19,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
+FETCH = "fetch the rest: hf download, or git lfs pull"
+LFS_MAGIC = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -56,11 +69,15 @@ class Checkpoint:
         return next(shard for shard in self.shards if name in shard.spans)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, strip_prefix: str | None = None) -> Checkpoint:
     """The checkpoint at `path`, headers only; fp8 and MXFP4 in it are read as dense weights.
 
-    raises  CheckpointError, also for weights that another tool has quantized otherwise
+    path          a file, a folder, or hf://org/name@revision, of which the path is then that in the cache
+    strip_prefix  what is taken off the names that begin so
+    raises        CheckpointError, also for weights that another tool has quantized otherwise; UsageError without the
+                  package that knows the cache
     """
+    path = local_path(path)
     if path.is_dir():
         shards = tuple(_folder_shards(path))
         config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -76,14 +93,35 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if reserved is not None:
             what = f"tensor {reserved!r} has a name that is reserved for artifacts"
             raise CheckpointError(str(shard.path), what, "rename it")
+    shards = _stripped(path, shards, strip_prefix) if strip_prefix else shards
     refuse_foreign(path, shards, config)
     shards = read_dense(shards, config)
     return Checkpoint(path, shards, _find_tied(shards), config)
 
 
+def _stripped(path: Path, shards: Sequence[Container], prefix: str) -> tuple[Container, ...]:
+    """The files with other names of tensors. Raises CheckpointError where no name begins so, or two become one."""
+    names = [info.name for shard in shards for info in shard.tensors]
+    short = [name.removeprefix(prefix) for name in names]
+    if short == names:
+        raise CheckpointError(str(path), f"has no tensor whose name begins with {prefix!r}", "check --strip-prefix")
+    twice = next((name for name, count in Counter(short).items() if count > 1), None)
+    if twice is not None:
+        what = f"has {twice!r} twice once {prefix!r} is taken off its names"
+        raise CheckpointError(str(path), what, "leave --strip-prefix out, or rename one")
+    return tuple(
+        replace(
+            shard,
+            tensors=tuple(replace(info, name=info.name.removeprefix(prefix)) for info in shard.tensors),
+            spans={name.removeprefix(prefix): span for name, span in shard.spans.items()},
+            metadata={key.removeprefix(prefix): value.removeprefix(prefix) for key, value in shard.metadata.items()},
+        )
+        for shard in shards
+    )
+
+
 def _folder_shards(folder: Path) -> Iterator[Container]:
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    files = sorted(folder.glob("*.safetensors"))
+    indices, files = weight_files(folder, INDEX_SUFFIX), weight_files(folder)
     if len(indices) > 1:
         names = ", ".join(index.name for index in indices)
         raise CheckpointError(str(folder), f"has several indices ({names})", "leave one, or name a file")
@@ -92,24 +130,51 @@ def _folder_shards(folder: Path) -> Iterator[Container]:
     elif (folder / "model.safetensors").is_file():
         yield read_container(folder / "model.safetensors", CheckpointError)
     elif len(files) == 1:
+        _refuse_part(files[0])
         yield read_container(files[0], CheckpointError)
     elif files:
         what = f"has {len(files)} .safetensors files and no *{INDEX_SUFFIX}"
         raise CheckpointError(str(folder), what, "name one of the files, or add the index")
     else:
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        what = "holds no .safetensors file" + (", only pickles" if pickles else "")
-        raise CheckpointError(str(folder), what, "convert it to safetensors first" if pickles else "check the path")
+        raise _no_weights(folder)
+
+
+def _refuse_part(file: Path) -> None:
+    """Raise CheckpointError for the one file of a folder that says of itself that there are others."""
+    of = re.search(r"-\d+-of-(\d+)$", file.name.removesuffix(".safetensors"))
+    if of is not None and int(of[1]) != 1:
+        what = f"is one of {int(of[1])} files, and the others and their index are not there: an unfinished download"
+        raise CheckpointError(str(file), what, FETCH)
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    pickles = [path for ending in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{ending}")]
+    if pickles:
+        return CheckpointError(
+            str(folder), "holds no .safetensors file, only pickles", "convert it to safetensors first"
+        )
+    if any(folder.glob("*.gguf")):
+        hint = "write a dense checkpoint first, with transformers: from_pretrained(gguf_file=...) and save_pretrained"
+        return CheckpointError(str(folder), "holds no .safetensors file, only GGUF, which is quantized already", hint)
+    return CheckpointError(str(folder), "holds no .safetensors file", "check the path")
 
 
 def _indexed_shards(index: Path) -> Iterator[Container]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(str(index), "has no weight_map from tensor to file", "fetch or save it again")
-    seen: set[str] = set()
-    for file in sorted(set(weight_map.values())):
+    files = sorted(set(weight_map.values()))
+    for file in files:
         if Path(file).name != file:
             raise CheckpointError(str(index), f"names the file {file!r} outside its folder", "use plain file names")
+    if not files:
+        raise CheckpointError(str(index), "lists no tensors", "fetch or save the checkpoint again")
+    absent = [file for file in files if not (index.parent / file).exists()]
+    if absent:
+        listed = f"{absent[0]} and {len(absent) - 1} more" if len(absent) > 1 else absent[0]
+        what = f"promises {listed} of {len(files)} files, which are not there: an unfinished download"
+        raise CheckpointError(str(index), what, FETCH)
+    for file in files:
         shard = read_container(index.parent / file, CheckpointError)
         promised = {name for name, place in weight_map.items() if place == file}
         missing = sorted(promised - set(shard.spans))
@@ -120,18 +185,19 @@ def _indexed_shards(index: Path) -> Iterator[Container]:
         if surplus:
             what = f"does not list {len(surplus)} tensors of {file}, such as {surplus[0]!r}"
             raise CheckpointError(str(index), what, "add them to weight_map or take them out of the file")
-        seen |= promised
         yield shard
-    if not seen:
-        raise CheckpointError(str(index), "lists no tensors", "fetch or save the checkpoint again")
 
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
         with open_regular(path) as file:
-            value = json.loads(file.read().decode("utf-8"))
+            raw = file.read()
     except OSError as error:
         raise CheckpointError(str(path), error.strerror or "cannot be read", "check the file") from None
+    if raw.startswith(LFS_MAGIC):
+        raise CheckpointError(str(path), f"is {FOREIGN_MAGIC[LFS_MAGIC]}", LFS_HINT)
+    try:
+        value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError):
         raise CheckpointError(str(path), "is not JSON", "fetch or save it again") from None
     if not isinstance(value, dict):

@@ -43,6 +43,14 @@ FOREIGN_MAGIC = {
     b"GGUF": "a GGUF file",
     b"\x89HDF": "an HDF5 file",
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for",
+    b"\x00\x05\x16\x07": "what macOS keeps beside a file, not the file itself",
+}
+PICKLE_HINT = "convert it to safetensors first; pickles are never loaded"
+LFS_HINT = "fetch the file itself: git lfs pull"
+FOREIGN_HINTS = {
+    b"GGUF": "write a dense checkpoint first, with transformers: from_pretrained(gguf_file=...) and save_pretrained",
+    b"version https://git-lfs": LFS_HINT,
+    b"\x00\x05\x16\x07": "name the file without ._",
 }
 
 
@@ -161,6 +169,16 @@ class _Broken(Exception):
         self.hint = hint
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file is what macOS leaves beside each file on a disk of another kind."""
+    return path.name.startswith("._")
+
+
+def weight_files(folder: Path, ending: str = ".safetensors") -> list[Path]:
+    """The files of a folder whose names end so, in the order of their names."""
+    return sorted(path for path in folder.glob(f"*{ending}") if not is_hidden(path))
+
+
 def read_container(path: Path, error: type[InputError]) -> Container:
     """The checked header of the safetensors file at `path`; raises `error` naming the file and what is wrong."""
     try:
@@ -194,7 +212,7 @@ def _read_header(descriptor: int, size: int) -> bytes:
     # A header of 640 bytes begins with the length 80 02, as a pickle does: only what no header follows is foreign.
     for magic, what in FOREIGN_MAGIC.items():
         if start.startswith(magic) and start[8:9] != b"{":
-            raise _Broken(f"is {what}", "convert it to safetensors first; pickles are never loaded")
+            raise _Broken(f"is {what}", FOREIGN_HINTS.get(magic, PICKLE_HINT))
     if size < 8:
         raise _Broken(f"has {size} bytes, fewer than the 8 that a safetensors file begins with")
     length = int.from_bytes(start[:8], "little")

@@ -43,6 +43,7 @@ def evaluate(
     max_memory: opt.MaxMemory = None,
     seed: opt.Seed = None,
     allow_code: opt.AllowCode = False,
+    strip_prefix: opt.StripPrefix = None,
     packed: Annotated[
         bool,
         typer.Option(
@@ -62,6 +63,7 @@ def evaluate(
 
     qcompress eval model-w2.safetensors -r recipe.yaml --packed
     """
+    from qcompress.checkpoint.hub import local_path
     from qcompress.cli.run import make_model_run
     from qcompress.compress.evaluate import evaluate as measure
     from qcompress.compress.evaluate import evaluate_packed
@@ -73,6 +75,7 @@ def evaluate(
     if recipe is None:
         raise UsageError("qcompress eval", "no recipe is given", "add -r RECIPE with model, data.eval and task")
     limit = opt.max_memory_bytes(max_memory)
+    path = local_path(path)
     asked = read_given(recipe, overrides, seed=seed)
     reads = {"what is measured": path, "its report": report_path(path), "the recipe": recipe}
     refuse_harm(reads, [], streams.json_to, recipe=asked, force=force)
@@ -80,7 +83,7 @@ def evaluate(
     gates = make_gates(asked.gates, GateFlags(min_metric=min_metric))
     model_run = make_model_run(asked, device, allow_code, streams, threads)
     run = evaluate_packed(path, model_run, limit) if packed else None
-    measured = measure(path, model_run, limit) if run is None else run.measured
+    measured = measure(path, model_run, limit, strip_prefix) if run is None else run.measured
     results = check_metrics(gates.min_metric, {one.metric: one.value for one in measured})
     if streams.json_to is not None:
         document = {

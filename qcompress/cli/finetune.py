@@ -58,6 +58,7 @@ def finetune_reg(
     seed: opt.Seed = None,
     resume: opt.Resume = False,
     allow_code: opt.AllowCode = False,
+    strip_prefix: opt.StripPrefix = None,
     min_metric: opt.MinMetric = None,
     max_drop: opt.MaxDrop = None,
 ) -> None:
@@ -79,7 +80,7 @@ def finetune_reg(
     asked = read_given(recipe, overrides, seed=seed)
     asked = replace(asked, gates=make_gates(asked.gates, GateFlags(min_metric=min_metric, max_drop=max_drop)))
     raise_all(refuse_untrainable(asked, from_scratch=checkpoint is None))
-    source = read_checkpoint(checkpoint) if checkpoint is not None else None
+    source = read_checkpoint(checkpoint, strip_prefix) if checkpoint is not None else None
     if dry_run:
         _print_plan(asked, source, allow_code, streams)
         return
@@ -88,6 +89,7 @@ def finetune_reg(
 
     streams = replace(streams, quiet=streams.quiet or launched_rank() > 0)
     target = output or default_output(checkpoint, recipe, "")
+    checkpoint = source.path if source is not None else None
     reads = {"the checkpoint": checkpoint, "the recipe": recipe}
     writes = _writes(target, folder=checkpoint is not None and checkpoint.is_dir(), resume=resume)
     refuse_harm(reads, writes, streams.json_to, recipe=asked, force=force)

@@ -71,7 +71,7 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A .safetensors file, a sharded folder, or a Hugging Face folder.",
+        help="A .safetensors file, a sharded folder, a Hugging Face folder, or hf://org/name@revision.",
         rich_help_panel=INPUT,
     ),
 ]
@@ -79,8 +79,8 @@ TrainedCheckpoint = Annotated[
     Path | None,
     typer.Argument(
         metavar="[CHECKPOINT]",
-        help="A .safetensors file, a sharded folder, or a Hugging Face folder. A recipe whose method trains the "
-        "network can do without: it is then trained from scratch.",
+        help="A .safetensors file, a sharded folder, a Hugging Face folder, or hf://org/name@revision. A recipe whose "
+        "method trains the network can do without: it is then trained from scratch.",
         show_default=False,
         rich_help_panel=INPUT,
     ),
@@ -199,6 +199,15 @@ Seed = Annotated[
         envvar="QCOMPRESS_SEED",
         help="Seed of all random numbers, in place of the recipe's.",
         rich_help_panel=RUNNING,
+    ),
+]
+StripPrefix = Annotated[
+    str | None,
+    typer.Option(
+        "--strip-prefix",
+        metavar="TEXT",
+        help="Take this off the names of tensors that begin so, as DataParallel's module. is, for all that is written.",
+        rich_help_panel=INPUT,
     ),
 ]
 SkipNonfinite = Annotated[
@@ -407,6 +416,7 @@ class RunFlags:
     max_memory: MaxMemory = None
     seed: Seed = None
     skip_nonfinite: SkipNonfinite = False
+    strip_prefix: StripPrefix = None
     resume: Resume = False
 
 

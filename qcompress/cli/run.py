@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from qcompress.checkpoint.hub import hub_name, is_hub, local_path
 from qcompress.checkpoint.outputs import Write, is_own_json
 from qcompress.checkpoint.side_files import representatives_path
 from qcompress.cli import options as opt
@@ -74,11 +75,16 @@ class Request:
 
 def run(request: Request, streams: Streams) -> None:
     """Make the artifact, or print its plan. Raises GateFailed once artifact and report are written."""
+    if request.checkpoint is not None and is_hub(request.checkpoint):
+        named = request.writing.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
+        request = replace(
+            request, checkpoint=local_path(request.checkpoint), writing=replace(request.writing, output=named)
+        )
     request = _checked(request)
     if request.recipe.model is not None:
         _refuse_weights_only(request)
     if request.checkpoint is not None:
-        _run(request, read_checkpoint(request.checkpoint), streams)
+        _run(request, read_checkpoint(request.checkpoint, request.running.strip_prefix), streams)
         return
     from qcompress.compress.untrained import untrained_checkpoint
 
@@ -189,12 +195,14 @@ def _refuse_weights_only(request: Request) -> None:
 def default_output(checkpoint: Path | None, recipe: Path | None, suffix: str) -> Path:
     """Beside the input: `model-w2.safetensors`, or `model-RECIPE.safetensors`; a folder gives a folder.
 
-    Without a checkpoint here, by the recipe's name alone.
+    Without a checkpoint here, by the recipe's name alone; of hf://org/name here, by its name.
     """
     if checkpoint is None:
         return Path(f"{'trained' if recipe is None or str(recipe) == '-' else recipe.stem}.safetensors")
     if recipe is not None:
         suffix = "recipe" if str(recipe) == "-" else recipe.stem
+    if is_hub(checkpoint):
+        return Path(f"{hub_name(checkpoint)}-{suffix}")
     real = checkpoint.resolve() if checkpoint.name in ("", ".", "..") else checkpoint
     if checkpoint.is_dir():
         return real.with_name(f"{real.name}-{suffix}")

@@ -13,7 +13,7 @@ from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.budget.sensitivity import ALL_WIDTHS, SAMPLES, measure_sensitivity, measured_sha256, open_widths
 from qcompress.calibration.activations import attach_activations, attach_caps
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
-from qcompress.checkpoint.safetensors_file import read_container
+from qcompress.checkpoint.safetensors_file import read_container, weight_files
 from qcompress.checkpoint.staging import write_whole
 from qcompress.compress.load import checkpoint_state, hold_packed, read_state
 from qcompress.compress.plan_checkpoint import plan_checkpoint
@@ -35,7 +35,7 @@ REPLACE_HINT = "measure anew with --force, or keep both with --cache FILE"
 
 def is_artifact(path: Path) -> bool:
     """Whether a path holds an artifact rather than a plain checkpoint; of a folder, its first file decides."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = weight_files(path) if path.is_dir() else [path]
     if not files:
         return False
     return "qcompress" in read_container(files[0], CheckpointError).metadata
@@ -57,11 +57,14 @@ def load_network(model_run: ModelRun, checkpoint: Checkpoint | None) -> nn.Modul
     return module
 
 
-def evaluate(path: Path, model_run: ModelRun, max_memory: int | None = None) -> list[Measurement]:
+def evaluate(
+    path: Path, model_run: ModelRun, max_memory: int | None = None, strip_prefix: str | None = None
+) -> list[Measurement]:
     """The task's metrics of a checkpoint or an artifact, whose activation quantizers are in place.
 
-    max_memory  bytes that the network and the weights that are loaded into it may take; None: all that there is
-    raises      ModelError, DataError, CheckpointError, ArtifactError, RecipeError; ResourceError
+    max_memory    bytes that the network and the weights that are loaded into it may take; None: all that there is
+    strip_prefix  what is taken off the names of a checkpoint's tensors
+    raises        ModelError, DataError, CheckpointError, ArtifactError, RecipeError; ResourceError
     """
     module = build_network(model_run).float()
     held = sum(value.nbytes for value in module.state_dict().values())
@@ -70,7 +73,7 @@ def evaluate(path: Path, model_run: ModelRun, max_memory: int | None = None) -> 
         load_weights(module, read_state(artifact, held=held), str(path))
         attach_grids(module, artifact)
     else:
-        load_weights(module, checkpoint_state(read_checkpoint(path), max_memory, held), str(path))
+        load_weights(module, checkpoint_state(read_checkpoint(path, strip_prefix), max_memory, held), str(path))
     return measure_task(module.to(model_run.device), model_run, path.name)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from qcompress.artifact.writer import copy_companions, drop_quantization, find_companions
 from qcompress.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint, write_checkpoint
 from qcompress.checkpoint.outputs import refuse_own_input
+from qcompress.checkpoint.safetensors_file import weight_files
 from qcompress.checkpoint.staging import reporting_resources, staged_output, staging_folder
 from qcompress.compress.check import absent_needs, refuse_code
 from qcompress.compress.evaluate import compare, is_measured, load_network, measure_task
@@ -306,12 +307,13 @@ def _write(module: nn.Module, checkpoint: Checkpoint | None, staged: Path) -> No
             copy_companions(checkpoint.path, staged)
             if checkpoint.is_dequantized:
                 drop_quantization(staged)
-            for index in checkpoint.path.glob(f"*{INDEX_SUFFIX}"):
-                places = {info.name: shard.path.name for shard in checkpoint.shards for info in shard.tensors}
-                if checkpoint.is_dequantized:
+            places = {info.name: shard.path.name for shard in checkpoint.shards for info in shard.tensors}
+            for index in weight_files(checkpoint.path, INDEX_SUFFIX):
+                shutil.copyfile(index, staged / index.name)
+                document = json.loads(index.read_text(encoding="utf-8"))
+                # Tensors that are read as others than they are, or by other names.
+                if document["weight_map"] != places:
                     (staged / index.name).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2))
-                else:
-                    shutil.copyfile(index, staged / index.name)
 
 
 def _refuse_overflow(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:

@@ -148,7 +148,10 @@ def refuse_misfit(
     if strict and (missing or taken.surplus):
         surplus = taken.surplus
         parts = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has {_listed(surplus)} too many"] * bool(surplus)
+        prefix = _prefix(missing, surplus)
         hint = "name the model that the checkpoint was saved from, with the same args"
+        if prefix is not None:
+            hint = f"its names begin with {prefix!r}: compress it with --strip-prefix {prefix}"
         raise error(source, f"does not fit {kind}: it {' and '.join(parts)}", hint)
     errors = []
     for name, tensor in own.items():
@@ -160,6 +163,16 @@ def refuse_misfit(
             what = f"differs from {shared[name]!r} in the checkpoint, and {kind} has one tensor for both"
             errors.append(error(source, what, "build it with tie_word_embeddings: false", Subject(name)))
     raise_all(errors)
+
+
+def _prefix(missing: Sequence[str], surplus: Sequence[str]) -> str | None:
+    """What stands before all the names that are too many, where without it they are those that are missing."""
+    first = next((name for name in missing if surplus and surplus[0].endswith(f".{name}")), None)
+    if first is None:
+        return None
+    prefix = surplus[0].removesuffix(first)
+    short = {name.removeprefix(prefix) for name in surplus}
+    return prefix if all(name.startswith(prefix) for name in surplus) and short >= set(missing) else None
 
 
 def _agree(values: Mapping[str, Tensor], name: str, twin: str) -> bool:
