@@ -23,6 +23,8 @@ from qcompress.errors import ArtifactError, InputError, Subject
 from qcompress.types.plan import TensorInfo
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qcompress.types.encoded import Compressed
 
 
@@ -71,6 +73,16 @@ class ArtifactFile:
         wide = {"F32": "<f4", "F64": "<f8"}.get(self._halved.get(name, ""))
         for piece in self.container.pieces_of(name):
             yield piece if wide is None else np.frombuffer(piece, "<f2").astype(wide).view(np.uint8).data
+
+    def kept_tensor(self, name: str) -> Tensor:
+        """A kept tensor, copied out of the file. Raises ArtifactError for a dtype that torch does not have too."""
+        from qcompress.coding.kept import KEPT_DTYPES, no_counterpart, tensor_of
+
+        info = self.original(name)
+        if info.dtype not in KEPT_DTYPES:
+            hint = "read it with: qcompress export ARTIFACT --to safetensors"
+            raise ArtifactError(str(self.path), no_counterpart(info.dtype), hint, Subject(name))
+        return tensor_of(self.kept_pieces(name), info)
 
     def parts_of(self, name: str) -> dict[str, TensorInfo]:
         """part -> its stored tensor, for a compressed tensor, in the order of PARTS."""

@@ -31,6 +31,7 @@ COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", "
 """Files of a checkpoint folder that travel with its weights: configuration, tokenizer, model card, model code."""
 INDEX_SUFFIX = ".index.json"
 CONFIG_NAME, QUANTIZATION, QUANT_METHOD, METHOD = "config.json", "quantization_config", "quant_method", "qcompress"
+WEIGHTS = "weights"
 """Where a Hugging Face folder says what its weights are quantized with, so that nothing loads them as plain ones."""
 
 
@@ -288,14 +289,16 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def mark_config(folder: Path, *, dequantized: bool = False) -> None:
+def mark_config(folder: Path, weights: str, *, dequantized: bool = False) -> None:
     """Say in the config.json of a compressed folder, if it has one, what its weights have to be read with.
 
+    weights      the name of its only file, or of the index of several
     dequantized  whether what it said of the weights before is no longer so
     """
 
     def marked(own: object) -> object:
-        return {QUANT_METHOD: METHOD} | ({"original": own} if own is not None and not dequantized else {})
+        told = {QUANT_METHOD: METHOD, WEIGHTS: weights}
+        return told | ({"original": own} if own is not None and not dequantized else {})
 
     _change_config(folder, marked)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qcompress.artifact.hashes import artifact_hash
+from qcompress.artifact.layout import INDEX_NAME
 from qcompress.artifact.manifest import POOL_NAME
 from qcompress.artifact.writer import copy_companions, find_companions, mark_config, write_index
 from qcompress.budget.spend import Workshop, refuse_gateless, spend
@@ -86,7 +87,8 @@ def compress_to(
     index_bytes = 0
     if folder:
         copy_companions(checkpoint.path, place)
-        mark_config(place, dequantized=checkpoint.is_dequantized)
+        weights = INDEX_NAME if len(done) > 1 else done[0].shard.file
+        mark_config(place, weights, dequantized=checkpoint.is_dequantized)
     if len(done) > 1:
         index_bytes = write_index(place, {one.shard.file: one.written.slots for one in done})
     took = run_figures(clock, options.device)

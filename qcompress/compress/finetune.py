@@ -20,9 +20,9 @@ from qcompress.checkpoint.checkpoint import INDEX_SUFFIX, Checkpoint, write_chec
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.safetensors_file import weight_files
 from qcompress.checkpoint.staging import reporting_resources, staged_output, staging_folder
+from qcompress.coding.kept import KEPT_DTYPES
 from qcompress.compress.check import absent_needs, refuse_code
 from qcompress.compress.evaluate import compare, is_measured, load_network, measure_task
-from qcompress.compress.load import KEPT_DTYPES
 from qcompress.compress.weight_stats import TrialKind, Trials, WeightStats, measure_weights
 from qcompress.data.augment import load_augmentations
 from qcompress.data.batches import Source

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,37 +14,13 @@ from qcompress.artifact.artifact_file import ArtifactFile
 from qcompress.artifact.memory import ALLOW, refuse_memory
 from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.calibration.activations import attach_activations, attach_caps
-from qcompress.coding.grids import TORCH_DTYPES
+from qcompress.coding.kept import KEPT_DTYPES, no_counterpart, tensor_of
 from qcompress.errors import ArtifactError, CheckpointError, Subject
-from qcompress.model.build import load_weights, refuse_misfit, take, take_shapes
-from qcompress.model.pretrained import without_data
-from qcompress.runtime.load_packed import Held, Kernel, load_packed
-from qcompress.types.plan import TensorInfo
+from qcompress.model.build import load_weights, refuse_misfit, take_shapes
+from qcompress.runtime.load_packed import Held, Kernel, dense_bytes, held_bytes, make_packing, stored_shapes
 
 if TYPE_CHECKING:
     from qcompress.checkpoint.checkpoint import Checkpoint
-
-NEWER_DTYPES = {"F8_E8M0": "float8_e8m0fnu"}
-"""The dtypes that torch has had from some version on, later than the oldest that we work with."""
-
-KEPT_DTYPES = TORCH_DTYPES | {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    **{name: getattr(torch, dtype) for name, dtype in NEWER_DTYPES.items() if hasattr(torch, dtype)},
-}
-"""Every dtype that a kept tensor can have in torch."""
 
 
 def load_state_dict(
@@ -99,35 +75,9 @@ def _loading(sizes: Mapping[str, int], held: int) -> str:
 
 def _tensors(file: ArtifactFile) -> Iterator[tuple[str, Tensor]]:
     for info in file.kept:
-        yield info.name, kept_tensor(file, info)
+        yield info.name, file.kept_tensor(info.name)
     for name in file.manifest.tensors:
         yield name, file.tensor(name).weight()
-
-
-def kept_tensor(file: ArtifactFile, info: TensorInfo) -> Tensor:
-    """A tensor that was kept, copied out of the file. Raises ArtifactError for a dtype that torch does not have."""
-    info = file.original(info.name)
-    if info.dtype not in KEPT_DTYPES:
-        hint = "read it with: qcompress export ARTIFACT --to safetensors"
-        raise ArtifactError(str(file.path), _no_counterpart(info), hint, Subject(info.name))
-    return _tensor_of(file.kept_pieces(info.name), info)
-
-
-def _no_counterpart(info: TensorInfo) -> str:
-    return f"dtype {info.dtype} has no counterpart in torch"
-
-
-def _tensor_of(pieces: Iterable[memoryview], info: TensorInfo) -> Tensor:
-    """A tensor of bytes that it does not share."""
-    dtype = KEPT_DTYPES[info.dtype]
-    raw = bytearray(info.n_bytes)
-    at = 0
-    for piece in pieces:
-        raw[at : at + len(piece)] = piece
-        at += len(piece)
-    if not raw:
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(raw, dtype=dtype).reshape(info.shape)
 
 
 def checkpoint_state(checkpoint: Checkpoint, max_memory: int | None = None, held: int = 0) -> dict[str, Tensor]:
@@ -146,8 +96,8 @@ def checkpoint_state(checkpoint: Checkpoint, max_memory: int | None = None, held
         for info in shard.tensors:
             if info.dtype not in KEPT_DTYPES:
                 hint = "convert it to a dtype that torch has"
-                raise CheckpointError(str(shard.path), _no_counterpart(info), hint, Subject(info.name))
-            state[info.name] = _tensor_of(shard.pieces_of(info.name), info)
+                raise CheckpointError(str(shard.path), no_counterpart(info.dtype), hint, Subject(info.name))
+            state[info.name] = tensor_of(shard.pieces_of(info.name), info)
     return state | {name: state[twin] for name, twin in checkpoint.tied.items() if name not in state}
 
 
@@ -195,28 +145,14 @@ def hold_packed(module: nn.Module, artifact: Artifact, *, strict: bool = True, k
 
     raises  ArtifactError (Refusals where several) where they do not fit, before anything is changed
     """
-    stored = {
-        name: file.original(name).shape
-        for file in artifact.files
-        for name in (*file.manifest.tensors, *(info.name for info in file.kept))
-    }
-    stored |= {name: stored[twin] for name, twin in artifact.tied.items()}
-    taken = take_shapes(module, stored)
+    taken = take_shapes(module, stored_shapes(artifact))
     refuse_misfit(module, taken, str(artifact.path), strict=strict, error=ArtifactError)
-    names = taken.names(stored)
-    bare = without_data(module) if names.merged else module
+    packing = make_packing(module, artifact, taken)
+    whole = dense_bytes(module)
     on_meta = any(value.is_meta for value in module.state_dict().values())
-
-    def load_dense(decoded: dict[str, Tensor]) -> None:
-        kept = {info.name: kept_tensor(file, info) for file in artifact.files for info in file.kept}
-        state = decoded | kept
-        state |= {name: state[twin] for name, twin in artifact.tied.items() if twin in state}
-        values = {names.place(name): value for name, value in state.items() if name not in names.merged}
-        if names.merged:
-            values |= take(bare, {name: state[name] for name in names.merged}).values
-        module.load_state_dict(values, strict=False, assign=on_meta)
-
-    held = load_packed(module, artifact, load_dense, kernel, names.place)
+    by_kernel = packing.hold_codes(kernel)
+    kept = {info.name: file.kept_tensor(info.name) for file in artifact.files for info in file.kept}
+    module.load_state_dict(packing.values(kept), strict=False, assign=on_meta)
     if left := [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]:
         raise RuntimeError(f"{', '.join(left)} lies on the meta device, and the artifact does not hold it")
-    return held
+    return Held(tuple(packing.sites), by_kernel, packing.dense(), held_bytes(module), whole)

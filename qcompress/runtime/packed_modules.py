@@ -31,10 +31,12 @@ def takes_packed(module: nn.Module, name: str) -> bool:
 
 
 def put_packed(module: nn.Module, name: str, weight: PackedWeight) -> None:
-    """Hold a parameter of a module as codes from now on. `takes_packed` says where that can be done."""
-    del module._parameters[name]
+    """Hold a parameter of a module as codes from now on; anew where it is held so. `takes_packed` says where it can."""
+    module._parameters.pop(name, None)
     module.add_module(HOLDER.format(name), weight)
     kind = type(module)
+    if name in kind.__dict__.get(NAMES, ()):
+        return
     plain: type[nn.Module] = kind.__dict__.get(PLAIN, kind)
     names = (*kind.__dict__.get(NAMES, ()), name)
     # A class can be hashed, whatever its instances say.

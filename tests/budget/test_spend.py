@@ -141,7 +141,10 @@ def test_a_sharded_folder_is_streamed_to_one(tmp_path: Path) -> None:
         output = tmp_path / budget.partition(":")[0]
         report = compressed(folder, output, budget, "effort: fast")
         config = json.loads((output / "config.json").read_text())
-        assert config.pop("quantization_config") == {"quant_method": "qcompress"}
+        assert config.pop("quantization_config") == {
+            "quant_method": "qcompress",
+            "weights": "model.qcompress.safetensors.index.json",
+        }
         assert config == json.loads((folder / "config.json").read_text())
         files = sum(path.stat().st_size for path in output.iterdir() if "config" not in path.name)
         assert files == report.size.artifact_bytes

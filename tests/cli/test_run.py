@@ -69,7 +69,8 @@ def test_a_folder_gives_a_folder_with_its_companions(run: Run, sharded: Path) ->
     assert set(files_under(output)) == weights | companions
     assert (output / "tokenizer.json").read_bytes() == (sharded / "tokenizer.json").read_bytes()
     config = json.loads((output / "config.json").read_text())
-    assert config.pop("quantization_config") == {"quant_method": "qcompress"}
+    index = "model.qcompress.safetensors.index.json"
+    assert config.pop("quantization_config") == {"quant_method": "qcompress", "weights": index}
     assert config == json.loads((sharded / "config.json").read_text())
     report = json.loads(sharded.with_name("network-w4.report.json").read_text())
     shards = [*output.glob("*.safetensors"), output / "model.qcompress.safetensors.index.json"]

@@ -219,7 +219,8 @@ def test_a_folder_is_counted_with_its_index(tmp_path: Path) -> None:
     counted = [*marked, "model.qcompress.safetensors.index.json"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*counted, "config.json", "tokenizer.json"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config == {"model_type": "none", "quantization_config": {"quant_method": "qcompress"}}
+    told = {"quant_method": "qcompress", "weights": "model.qcompress.safetensors.index.json"}
+    assert config == {"model_type": "none", "quantization_config": told}
     assert report.size.artifact_bytes == sum((tmp_path / "out" / name).stat().st_size for name in counted)
     verify(tmp_path / "out")
     state = load_state_dict(tmp_path / "out")
