@@ -308,23 +308,32 @@ def drop_quantization(folder: Path) -> None:
     _change_config(folder, lambda _: None)
 
 
-def unmark_config(folder: Path) -> None:
-    """Take out of config.json what `mark_config` has put there."""
-    _change_config(folder, lambda own: own.get("original") if own and own.get(QUANT_METHOD) == METHOD else own)
+def plain_config(folder: Path) -> bytes | None:
+    """The config.json of a compressed folder as its checkpoint had it, without what `mark_config` has put there; None
+    where there is none."""
+    return _changed_config(folder, lambda own: own.get("original") if own and own.get(QUANT_METHOD) == METHOD else own)
 
 
 def _change_config(folder: Path, change: Callable[[Any], object]) -> None:
+    text = _changed_config(folder, change)
+    if text is not None:
+        (folder / CONFIG_NAME).write_bytes(text)
+
+
+def _changed_config(folder: Path, change: Callable[[Any], object]) -> bytes | None:
     path = folder / CONFIG_NAME
     if not path.is_file():
-        return
+        return None
+    text = path.read_bytes()
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(text)
     except (ValueError, RecursionError):
-        return
-    if isinstance(config, dict):
-        changed = change(config.pop(QUANTIZATION, None))
-        config |= {QUANTIZATION: changed} if changed is not None else {}
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return text
+    if not isinstance(config, dict):
+        return text
+    changed = change(config.pop(QUANTIZATION, None))
+    config |= {QUANTIZATION: changed} if changed is not None else {}
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_index(folder: Path, files: Mapping[str, Sequence[Slot]], name: str = INDEX_NAME) -> int:

@@ -72,7 +72,7 @@ app.command("finetune-reg", cls=PanelCommand)(spread(finetune_reg))
 app.command(cls=PanelCommand)(spread(report))
 app.command("eval", cls=PanelCommand)(spread(evaluate))
 app.command()(verify)
-app.command()(export)
+app.command(cls=PanelCommand)(spread(export))
 app.add_typer(recipe, name="recipe")
 
 

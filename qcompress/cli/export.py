@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.output import print_result, refuse_harm
-from qcompress.cli.panels import OUTPUT
+from qcompress.cli.output import (
+    Streams,
+    json_document,
+    print_note,
+    print_result,
+    progress,
+    refuse_harm,
+    refuse_mixed,
+    write_text,
+)
+from qcompress.cli.panels import OUTPUT, RUNNING
 from qcompress.errors import UsageError
 from qcompress.registry import EXPORTERS
+
+if TYPE_CHECKING:
+    from qcompress.registry import Exporter
+    from qcompress.types.export import ExportOptions, ExportPlan
+    from qcompress.types.run import Json
+
+FLAGS = {
+    "keep_unfit": "--keep-unfit",
+    "mixed": "--mixed",
+    "pad_hidden": "--pad-hidden",
+    "round_scales": "--round-scales",
+}
+"""Field of ExportOptions -> its flag."""
 
 
 def _complete_exporter(incomplete: str) -> list[str]:
@@ -19,30 +43,104 @@ def _complete_exporter(incomplete: str) -> list[str]:
 
 def export(
     artifact: opt.Artifact,
+    *,
     to: Annotated[
         str,
         typer.Option(
             "--to",
             metavar="|".join(EXPORTERS),
             autocompletion=_complete_exporter,
-            help="Format to write. safetensors is an ordinary checkpoint again; the others are not available yet.",
+            help="Format to write. safetensors is an ordinary checkpoint again; docs/deploy.md tells of the others.",
             rich_help_panel=OUTPUT,
         ),
     ],
     output: opt.Output = None,
     force: opt.Force = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            "-n",
+            help="Print what would be written and its exact size, or why it cannot be, and stop. Reads headers and "
+            "grids, writes nothing.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = False,
+    keep_unfit: Annotated[
+        bool,
+        typer.Option(
+            "--keep-unfit",
+            help="Write what the format cannot hold dense, in its own dtype, in place of refusing it.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    mixed: Annotated[
+        bool,
+        typer.Option(
+            "--mixed",
+            help="compressed-tensors: let q, k and v, or gate and up, of one block have different grids. transformers "
+            "loads that, vLLM does not.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    pad_hidden: Annotated[
+        bool,
+        typer.Option(
+            "--pad-hidden",
+            help="gguf: fill the hidden size of feed-forward layers up with zeros to a multiple of 32.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    round_scales: Annotated[
+        bool,
+        typer.Option(
+            "--round-scales",
+            help="gguf: round scales and offsets that are no float16 numbers, and say by how much the largest changes.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     threads: opt.Threads = None,
     max_memory: opt.MaxMemory = None,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
+    streams: Streams,
 ) -> None:
     """Write an artifact in another tool's format.
 
     qcompress export model-w2.safetensors --to safetensors
+
+    qcompress export llama-w4 --to compressed-tensors --dry-run
     """
     from qcompress.artifact.reader import read_artifact
     from qcompress.checkpoint.outputs import Write
+    from qcompress.compress.export import plan_export
+    from qcompress.exporters.write_export import write_export
     from qcompress.report.document_json import report_path
+    from qcompress.types.export import ExportOptions
+
+    refuse_mixed(streams.json_to, streams.quiet)
+    exporter = _find_exporter(to)
+    options = ExportOptions(keep_unfit=keep_unfit, mixed=mixed, pad_hidden=pad_hidden, round_scales=round_scales)
+    _refuse_options(exporter, options)
+    limit = opt.max_memory_bytes(max_memory)
+    folder = artifact.is_dir() if exporter.writes == "same" else exporter.writes == "folder"
+    target = output or _beside(artifact, exporter, folder)
+    reads = {"the artifact": artifact, "its report": report_path(artifact)}
+    writes = [] if dry_run else [Write(target, "-o", folder=folder)]
+    refuse_harm(reads, writes, streams.json_to, force=force)
+    found = read_artifact(artifact, limit)
+    with found.decoding_with(1 if dry_run else threads or opt.default_threads()) as shared:
+        plan = plan_export(shared, to, options)
+        for note in () if streams.quiet else plan.notes:
+            print_note(f"note: {note}")
+        if not dry_run:
+            with progress(plan.data_bytes, streams) as advance:
+                write_export(plan, shared, target, force=force, advance=advance)
+    if streams.json_to is not None:
+        write_text(json_document(_as_json(plan, to, target, dry_run)), streams.json_to)
+    if streams.json_to != "-":
+        print_result(str(target) if streams.quiet else _words(plan, target, dry_run))
+
+
+def _find_exporter(to: str) -> Exporter:
     from qcompress.types.words import suggest
 
     exporter = EXPORTERS.get(to)
@@ -51,12 +149,42 @@ def export(
     if exporter.target is None:
         built = ", ".join(name for name, one in EXPORTERS.items() if one.target is not None)
         raise UsageError(f"--to {to}", "not available in this version", f"use {built}")
-    limit = opt.max_memory_bytes(max_memory)
+    return exporter
+
+
+def _refuse_options(exporter: Exporter, options: ExportOptions) -> None:
+    for field in fields(options):
+        if getattr(options, field.name) and field.name not in exporter.takes:
+            able = ", ".join(one.name for one in EXPORTERS.values() if field.name in one.takes)
+            raise UsageError(FLAGS[field.name], f"means nothing to --to {exporter.name}", f"it is for {able}")
+
+
+def _beside(artifact: Path, exporter: Exporter, folder: bool) -> Path:
+    """Where the export lies without -o: beside the artifact, named for it and the format."""
     stem = artifact.name.removesuffix(".safetensors")
-    target = output or artifact.with_name(f"{stem}-{to}" if artifact.is_dir() else f"{stem}-dense{exporter.suffix}")
-    reads = {"the artifact": artifact, "its report": report_path(artifact)}
-    refuse_harm(reads, [Write(target, "-o", folder=artifact.is_dir())], force=force)
-    found = read_artifact(artifact, limit)
-    with found.decoding_with(threads or opt.default_threads()) as shared:
-        written = exporter.load()(shared, target, force=force)
-    print_result(str(target) if quiet else f"{target}: {written:,} bytes")
+    if folder:
+        return artifact.with_name(f"{stem}-{exporter.name}")
+    return artifact.with_name(f"{stem}{'-dense' if exporter.suffix == '.safetensors' else ''}{exporter.suffix}")
+
+
+def _as_json(plan: ExportPlan, to: str, target: Path, dry_run: bool) -> dict[str, Json]:
+    return {
+        "schema": "qcompress.export/1",
+        "to": to,
+        "output": target.name,
+        "written": not dry_run,
+        "bytes": plan.n_bytes,
+        "files": {name or target.name: n_bytes for name, n_bytes in plan.sizes.items()},
+        "formats": [asdict(held) for held in plan.held],
+        "notes": list(plan.notes),
+    }
+
+
+def _words(plan: ExportPlan, target: Path, dry_run: bool) -> str:
+    """The output with its bytes, then what its weights are held as, a line each."""
+    lines = [f"{target}: {plan.n_bytes:,} bytes{' would be written' if dry_run else ''}"]
+    for held in plan.held:
+        bits = f", {8 * held.n_bytes / held.weights:.3g} bits a weight" if held.weights else ""
+        many = f"{held.tensors} tensor{'' if held.tensors == 1 else 's'}"
+        lines.append(f"  {held.name}: {many}, {held.weights:,} weights, {held.n_bytes:,} bytes{bits}")
+    return "\n".join(lines)

@@ -72,11 +72,11 @@ DEFAULT_METHOD = "squant"
 EXPORTERS: Mapping[str, Exporter] = {
     exporter.name: exporter
     for exporter in (
-        Exporter("safetensors", ".safetensors", "qcompress.exporters.safetensors:export"),
-        Exporter("compressed-tensors", ".safetensors"),
-        Exporter("gguf", ".gguf"),
-        Exporter("onnx", ".onnx"),
-        Exporter("coreml", ".mlpackage"),
-        Exporter("mlx", ".safetensors"),
+        Exporter("safetensors", ".safetensors", target="qcompress.exporters.safetensors:export"),
+        Exporter("compressed-tensors", ".safetensors", "folder"),
+        Exporter("gguf", ".gguf", "file"),
+        Exporter("onnx", ".onnx", "file"),
+        Exporter("coreml", ".mlpackage", "folder"),
+        Exporter("mlx", ".safetensors", "folder"),
     )
 }

@@ -13,11 +13,11 @@ from qcompress.types.plan import Family, WeightKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
     from qcompress.types.encoded import Encoded, Fitted
+    from qcompress.types.export import ExportOptions, ExportPlan
     from qcompress.types.plan import Decision
     from qcompress.types.run import EncodeContext, FitContext
 
@@ -51,13 +51,13 @@ class Fit(Protocol[LiveT, ConfigT_contra]):
 
 
 class Export(Protocol[ArtifactT]):
-    """An artifact written in another tool's format; the bytes written.
+    """All that an artifact becomes in another tool's format, decided before a byte of it is written.
 
-    artifact  an artifact.reader.Artifact
-    raises    ArtifactError for what the format cannot hold, before a byte is written; OutputError, ResourceError
+    artifact  an artifact.reader.Artifact, of which headers and, where the format asks for it, grids are read
+    raises    ArtifactError (Refusals where several) for what the format cannot hold
     """
 
-    def __call__(self, artifact: ArtifactT, output: Path, /, *, force: bool) -> int: ...
+    def __call__(self, artifact: ArtifactT, options: ExportOptions, /) -> ExportPlan: ...
 
 
 def load(target: str) -> object:
@@ -118,11 +118,19 @@ class Method(Generic[ConfigT]):
 
 @dataclass(frozen=True)
 class Exporter:
-    """One format to export to; `target` is "module:function" of an Export, or None where it is not built yet."""
+    """One format to export to.
+
+    suffix  of the output where it is one file, and
+    writes  what that is: a `folder`, a `file`, or whichever of them the artifact is
+    target  "module:function" of an Export; None where it is not built yet
+    takes   the fields of ExportOptions that it heeds
+    """
 
     name: str
     suffix: str
+    writes: Literal["same", "folder", "file"] = "same"
     target: str | None = None
+    takes: tuple[str, ...] = ()
 
     def load(self) -> Export[object]:
         """The function; only where `target` names one."""

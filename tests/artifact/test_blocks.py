@@ -15,8 +15,8 @@ from artifact.unbounded_method import RoundedConfig
 from qcompress.artifact.reader import read_artifact
 from qcompress.coding.grids import decode
 from qcompress.coding.rows import cut, weight_from_rows
+from qcompress.compress.export import export
 from qcompress.compress.load import load_state_dict
-from qcompress.exporters.safetensors import export
 from qcompress.report.gather import gather_report
 from qcompress.types.plan import Rule
 

@@ -30,10 +30,10 @@ from artifact.golden_cases import mixed
 from artifact.test_hostile import refusal
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.compress.export import export
 from qcompress.compress.load import load_state_dict
 from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.errors import CheckpointError
-from qcompress.exporters.safetensors import export
 from qcompress.report.gather import gather_report
 from qcompress.types.plan import Budget, Recipe, Rule
 

@@ -20,7 +20,7 @@ from qcompress.coding.grids import TORCH_DTYPES, decode
 from qcompress.coding.rows import row_shape
 from qcompress.coding.tables import GIVEN_BITS, given_values
 from qcompress.compress.compress import compress
-from qcompress.exporters.safetensors import export
+from qcompress.compress.export import export
 from qcompress.plan.files import planned_files
 from qcompress.report.gather import gather_report
 from qcompress.types.config import CodingChoice

@@ -19,9 +19,9 @@ from artifact.unbounded_method import RoundedConfig
 from qcompress.artifact.memory import BLOCK_BYTES, NUMBER_BYTES, WEIGHT_BYTES
 from qcompress.artifact.reader import read_artifact
 from qcompress.coding.grids import decode_rows
+from qcompress.compress.export import export
 from qcompress.compress.load import load_into, load_state_dict
 from qcompress.errors import ResourceError
-from qcompress.exporters.safetensors import export
 from qcompress.report.gather import gather_report
 from qcompress.types.encoded import Blocked
 from qcompress.types.plan import Rule
@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.compress.load import load_state_dict
-from qcompress.exporters.safetensors import export
+from qcompress.compress.export import export
 from qcompress.report.gather import gather_report
 
 def peak():

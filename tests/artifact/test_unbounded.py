@@ -16,8 +16,8 @@ from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.coding.grids import steps
 from qcompress.coding.unbounded.lengths import coded_bits
+from qcompress.compress.export import export
 from qcompress.compress.load import load_state_dict
-from qcompress.exporters.safetensors import export
 from qcompress.report.gather import gather_report
 from qcompress.types.encoded import Unbounded
 from qcompress.types.plan import Recipe

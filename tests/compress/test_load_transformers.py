@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import qcompress
 from qcompress.artifact.reader import read_artifact
+from qcompress.compress.export import export
 from qcompress.errors import ArtifactError, InputError
-from qcompress.exporters.safetensors import export
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

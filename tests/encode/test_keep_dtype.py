@@ -18,8 +18,8 @@ from torch import Tensor
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.compress.compress import compress
+from qcompress.compress.export import export
 from qcompress.compress.load import load_state_dict
-from qcompress.exporters.safetensors import export
 from qcompress.plan.plan import make_plan
 from qcompress.recipe import parse_recipe, recipe_yaml
 from qcompress.report.gather import gather_report

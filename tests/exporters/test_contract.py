@@ -6,8 +6,8 @@ every form, and the educational decoder says what they stand for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,45 +15,28 @@ from artifact.educational_decoder import Dense, expand
 from artifact.examples import damage, denses, make_artifact, rewrite, save
 from artifact.golden_cases import GOLDEN
 from safetensors.torch import load_file
-from torch import Tensor
 
 import qcompress.exporters
+from exporters.members import MEMBERS, Member, read_safetensors
 from qcompress.artifact.entry import FORMS, GRIDS
 from qcompress.artifact.reader import Artifact, read_artifact
-from qcompress.checkpoint.checkpoint import read_checkpoint
-from qcompress.errors import ArtifactError, OutputError, ResourceError
+from qcompress.compress.export import export, plan_export
+from qcompress.errors import ArtifactError, OutputError, QcompressError
 from qcompress.registry import EXPORTERS
+from qcompress.types.export import ExportPlan
 
-Export = Callable[..., int]
-
-
-@dataclass(frozen=True)
-class Member:
-    """What the contract cannot know of an exporter.
-
-    read   the tensors of an exported file or folder as the consumer decodes them, tied names included
-    holds  the grid forms that its files hold exactly
-    """
-
-    read: Callable[[Path], Mapping[str, Tensor]]
-    holds: frozenset[str]
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor by the safetensors library; a tied name that is not stored is in config.json or in the metadata."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        found |= load_file(file)
-    return found | {name: found[twin] for name, twin in read_checkpoint(path).tied.items()}
-
+Verb = Callable[..., ExportPlan]
+"""Writes an artifact to a path, with `force` or without."""
 
 ALL_FORMS = {*GRIDS, *FORMS} - {"affine"}
-MEMBERS = {"safetensors": Member(read_safetensors, frozenset(ALL_FORMS))}
-
 BUILT = {name: exporter for name, exporter in EXPORTERS.items() if exporter.target is not None}
 ARTIFACTS = {path.stem: path for path in GOLDEN.glob("*.safetensors")} | {"folder": GOLDEN / "folder"}
 
 each_exporter = pytest.mark.parametrize("name", sorted(BUILT))
+
+
+def verb_of(name: str) -> Verb:
+    return partial(export, to=name)
 
 
 def forms(artifact: Artifact) -> dict[str, str]:
@@ -68,15 +51,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_every_exporter_is_a_member_a_file_and_a_function() -> None:
     folder = Path(qcompress.exporters.__file__).parent
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    files = {path.stem for path in folder.glob("*.py")}
     assert set(MEMBERS) == set(BUILT), "give MEMBERS what the contract needs to know of each exporter"
-    assert {(exporter.target or "").split(":")[0] for exporter in BUILT.values()} == {
-        f"qcompress.exporters.{file}" for file in files
-    }
     for name, exporter in EXPORTERS.items():
         assert exporter.name == name
         assert exporter.suffix.startswith(".")
     for exporter in BUILT.values():
+        assert (exporter.target or "").split(":")[0].removeprefix("qcompress.exporters.") in files
         assert callable(exporter.load())
 
 
@@ -89,140 +70,175 @@ def test_the_artifacts_are_of_every_form_and_say_what_is_tied_and_kept() -> None
     }  # fmt: skip
 
 
-def assert_holds_or_refuses(export: Export, member: Member, path: Path, folder: Path) -> None:
-    """The export stands for what the artifact does, or is refused by a tensor's name before anything is written."""
+def assert_refuses(verb: Verb, path: Path, folder: Path, match: str) -> None:
+    """It is refused before anything is written: whoever touched the disk would fail for want of the folder."""
+    with pytest.raises(ArtifactError, match=match):
+        verb(read_artifact(path), folder / "missing" / "out", force=False)
+
+
+def assert_holds(verb: Verb, member: Member, path: Path, folder: Path) -> None:
+    """The export stands for what the artifact does, in as many bytes as were promised, and always in the same."""
     artifact = read_artifact(path)
-    lacking = [name for name, form in forms(artifact).items() if form not in member.holds]
-    if lacking:
-        # Whoever touched the disk would fail for want of the folder.
-        with pytest.raises(ArtifactError, match="|".join(map(repr, lacking))):
-            export(artifact, folder / "missing" / "out", force=False)
-        return
-    output = folder / ("out" if path.is_dir() else "out.bin")
-    n_bytes = export(artifact, output, force=False)
-    assert n_bytes == sum(map(len, files_of(folder).values()))
+    output = folder / ("out" if member.writes_folder(path) else "out.bin")
+    plan = verb(artifact, output, force=False)
+    assert plan.n_bytes == sum(map(len, files_of(folder).values()))
+    if plan.folder:
+        assert plan.sizes == {name: len(data) for name, data in files_of(output).items()}
     assert [one.name for one in folder.iterdir()] == [output.name]
     found, expected = denses(member.read(output)), expand(path)
     assert found.keys() == expected.keys()
     for name, dense in expected.items():
         assert found[name] == Dense(dense.dtype, dense.shape, dense.data), name
     before = files_of(folder)
-    export(artifact, output, force=True)
+    verb(artifact, output, force=True)
     assert files_of(folder) == before, "equal inputs give equal bytes"
+
+
+def assert_holds_or_refuses(verb: Verb, member: Member, path: Path, folder: Path) -> None:
+    lacking = [name for name, form in forms(read_artifact(path)).items() if form not in member.holds]
+    if member.refuses(path):
+        assert_refuses(verb, path, folder, member.refuses(path))
+    elif lacking:
+        assert_refuses(verb, path, folder, "|".join(lacking))
+    else:
+        assert_holds(verb, member, path, folder)
 
 
 @each_exporter
 @pytest.mark.parametrize("case", sorted(ARTIFACTS))
 def test_what_is_held_is_held_to_the_bit_and_all_else_is_refused(name: str, case: str, tmp_path: Path) -> None:
-    assert_holds_or_refuses(BUILT[name].load(), MEMBERS[name], ARTIFACTS[case], tmp_path)
+    assert_holds_or_refuses(verb_of(name), MEMBERS[name], ARTIFACTS[case], tmp_path)
 
 
-def assert_respects_what_is_there(export: Export, folder: Path) -> None:
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name in sorted(BUILT) for case in MEMBERS[name].cases])
+def test_cases_of_its_own_are_held_to_the_bit(name: str, case: str, tmp_path: Path) -> None:
+    (tmp_path / "exported").mkdir()
+    path = MEMBERS[name].cases[case](tmp_path)
+    before = files_of(tmp_path)
+    plan = plan_export(read_artifact(path), name)
+    assert files_of(tmp_path) == before, "a plan writes nothing"
+    assert_holds(verb_of(name), MEMBERS[name], path, tmp_path / "exported")
+    assert plan.sizes == plan_export(read_artifact(path), name).sizes
+
+
+def assert_respects_what_is_there(verb: Verb, member: Member, folder: Path) -> None:
     """An existing output stays without force, and with it is replaced only by a whole one; the artifact never is."""
-    path = make_artifact(folder)
+    path = member.make(folder)
     artifact, output = read_artifact(path), folder / "out.bin"
-    output.write_bytes(b"the user's")
+    if member.writes_folder(path):
+        output.mkdir()
+    there = output / "old.safetensors" if member.writes_folder(path) else output
+    there.write_bytes(b"the user's")
     before = files_of(folder)
     with pytest.raises(OutputError):
-        export(artifact, output, force=False)
+        verb(artifact, output, force=False)
     with pytest.raises(OutputError):
-        export(artifact, path, force=True)
+        verb(artifact, path, force=True)
     assert files_of(folder) == before
-    export(artifact, output, force=True)
-    assert files_of(folder).keys() == before.keys()
-    assert output.read_bytes() != b"the user's"
+    verb(artifact, output, force=True)
+    assert there not in folder.rglob("*") or there.read_bytes() != b"the user's"
+    assert {one.name for one in folder.iterdir()} == {Path(name).parts[0] for name in before}
 
 
 @each_exporter
 def test_an_existing_output_is_kept_without_force(name: str, tmp_path: Path) -> None:
-    assert_respects_what_is_there(BUILT[name].load(), tmp_path)
+    assert_respects_what_is_there(verb_of(name), MEMBERS[name], tmp_path)
 
 
-def assert_all_or_nothing(export: Export, folder: Path) -> None:
+def assert_all_or_nothing(verb: Verb, member: Member, folder: Path) -> None:
     """An export that fails on its way leaves the folder as it was."""
-    path = make_artifact(folder)
-    damage(path, "w.qc.codes")
-    (folder / "old.bin").write_bytes(b"the user's")
+    path = member.make(folder)
+    name = next(iter(forms(read_artifact(path))))
+    file = next(iter(read_artifact(path).files)).path
+    damage(file, f"{name}.qc.codes")
+    (folder / "old.safetensors").write_bytes(b"the user's")
     before = sorted(folder.iterdir()), files_of(folder)
-    for output, force in (("new.bin", False), ("old.bin", True)):
-        with pytest.raises(ArtifactError, match="'w'"):
-            export(read_artifact(path), folder / output, force=force)
+    for output in ("new.bin", "old.safetensors"):
+        with pytest.raises(QcompressError):
+            verb(read_artifact(path), folder / output, force=output == "old.safetensors")
         assert (sorted(folder.iterdir()), files_of(folder)) == before
+    with pytest.raises(ArtifactError, match=name):
+        verb(read_artifact(path), folder / "new.bin", force=False)
 
 
 @each_exporter
 def test_a_failed_export_leaves_nothing(name: str, tmp_path: Path) -> None:
-    assert_all_or_nothing(BUILT[name].load(), tmp_path)
+    assert_all_or_nothing(verb_of(name), MEMBERS[name], tmp_path)
 
 
 @each_exporter
 def test_bounds_of_outputs_are_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
     path = rewrite(make_artifact(tmp_path), lambda _, manifest, __: manifest.update(caps={"relu": [1.0, 2.0]}))
-    with pytest.raises(ArtifactError, match="1 modules"):
-        BUILT[name].load()(read_artifact(path), tmp_path / "missing" / "out", force=False)
+    assert_refuses(verb_of(name), path, tmp_path, "1 modules|folder")
 
 
-def dense(artifact: Artifact, output: Path, force: bool) -> None:
-    BUILT["safetensors"].load()(artifact, output, force=force)
+def dense(artifact: Artifact, output: Path, force: bool) -> ExportPlan:
+    return export(artifact, output, force=force)
 
 
-def lossy(artifact: Artifact, output: Path, *, force: bool) -> int:
+def lossy(artifact: Artifact, output: Path, *, force: bool) -> ExportPlan:
     """Loses what float16 cannot hold."""
-    dense(artifact, output, force)
+    plan = dense(artifact, output, force)
     save(output, {name: value.half().to(value.dtype) for name, value in load_file(output).items()})
-    return output.stat().st_size
+    return plan
 
 
-def forgetful(artifact: Artifact, output: Path, *, force: bool) -> int:
+def forgetful(artifact: Artifact, output: Path, *, force: bool) -> ExportPlan:
     """Loses a tensor."""
-    dense(artifact, output, force)
+    plan = dense(artifact, output, force)
     save(output, {name: value for name, value in load_file(output).items() if name != "v"})
-    return output.stat().st_size
+    return plan
 
 
-def careless(artifact: Artifact, output: Path, *, force: bool) -> int:
+def careless(artifact: Artifact, output: Path, *, force: bool) -> ExportPlan:
     """Replaces whatever is there."""
-    dense(artifact, output, True)
-    return output.stat().st_size
+    return dense(artifact, output, True)
 
 
-def hasty(artifact: Artifact, output: Path, *, force: bool) -> int:
+def hasty(artifact: Artifact, output: Path, *, force: bool) -> ExportPlan:
     """Writes before it knows that it can."""
     output.with_suffix(".started").touch()
-    dense(artifact, output, force)
-    return output.stat().st_size
+    return dense(artifact, output, force)
 
 
-def holds(export: Export, folder: Path) -> None:
+def holds(verb: Verb, folder: Path) -> None:
     (folder / "exported").mkdir()
-    assert_holds_or_refuses(export, MEMBERS["safetensors"], make_artifact(folder), folder / "exported")
+    assert_holds_or_refuses(verb, MEMBERS["safetensors"], make_artifact(folder), folder / "exported")
 
 
-def refuses(export: Export, folder: Path) -> None:
+def refuses(verb: Verb, folder: Path) -> None:
     few = Member(read_safetensors, MEMBERS["safetensors"].holds - {"zero-point"})
-    assert_holds_or_refuses(export, few, make_artifact(folder), folder)
+    assert_holds_or_refuses(verb, few, make_artifact(folder), folder)
+
+
+def respects(verb: Verb, folder: Path) -> None:
+    assert_respects_what_is_there(verb, MEMBERS["safetensors"], folder)
+
+
+def all_or_nothing(verb: Verb, folder: Path) -> None:
+    assert_all_or_nothing(verb, MEMBERS["safetensors"], folder)
 
 
 @pytest.mark.parametrize(
-    ("export", "check", "error"),
+    ("verb", "check", "error"),
     [
         (lossy, holds, AssertionError),
         (forgetful, holds, AssertionError),
         (hasty, holds, AssertionError),
-        (careless, refuses, ResourceError),
-        (careless, assert_respects_what_is_there, pytest.fail.Exception),
-        (hasty, assert_respects_what_is_there, AssertionError),
-        (hasty, assert_all_or_nothing, AssertionError),
+        (careless, refuses, QcompressError),
+        (careless, respects, pytest.fail.Exception),
+        (hasty, respects, AssertionError),
+        (hasty, all_or_nothing, AssertionError),
     ],
 )
 def test_an_exporter_that_is_not_whole_fails(
-    export: Export, check: Callable[[Export, Path], None], error: type[BaseException], tmp_path: Path
+    verb: Verb, check: Callable[[Verb, Path], None], error: type[BaseException], tmp_path: Path
 ) -> None:
     with pytest.raises(error):
-        check(export, tmp_path)
+        check(verb, tmp_path)
 
 
 def test_a_new_exporter_without_a_member_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BUILT, "gguf", EXPORTERS["gguf"])
+    monkeypatch.setitem(BUILT, "onnx", EXPORTERS["onnx"])
     with pytest.raises(AssertionError, match="give MEMBERS"):
         test_every_exporter_is_a_member_a_file_and_a_function()

@@ -30,9 +30,9 @@ from torch import nn
 
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.compress.export import export
 from qcompress.compress.load import load_state_dict
 from qcompress.errors import ArtifactError, OutputError, ResourceError
-from qcompress.exporters.safetensors import export
 
 TENSORS = {
     "a": gaussian(12, 8),
@@ -64,7 +64,7 @@ def test_the_export_holds_what_loading_gives(
         cut_into(block, monkeypatch)
     source = save(tmp_path / "m.safetensors", TENSORS, {"note": "any text", "format": "pt"})
     run(source, tmp_path / "a.safetensors", recipe(*RULES), choice)
-    n_bytes = export(read_artifact(tmp_path / "a.safetensors"), tmp_path / "d.safetensors", force=False)
+    n_bytes = export(read_artifact(tmp_path / "a.safetensors"), tmp_path / "d.safetensors", force=False).n_bytes
     assert n_bytes == (tmp_path / "d.safetensors").stat().st_size
     found = load_file(tmp_path / "d.safetensors")
     assert denses(found) == denses(load_state_dict(tmp_path / "a.safetensors")) == expand(tmp_path / "a.safetensors")
@@ -132,7 +132,7 @@ def test_a_copy_that_the_checkpoint_stored_is_stored_again_in_its_own_shard(tmp_
     shards = {a: {"embed_tokens.weight": embedding, "w": gaussian(4, 8)}, b: {"lm_head.weight": embedding.clone()}}
     source = save_folder(tmp_path / "in", shards, {"tie_word_embeddings": True})
     run(source, tmp_path / "out", rtn(4))
-    n_bytes = export(read_artifact(tmp_path / "out"), tmp_path / "dense", force=False)
+    n_bytes = export(read_artifact(tmp_path / "out"), tmp_path / "dense", force=False).n_bytes
     assert n_bytes == sum(path.stat().st_size for path in (tmp_path / "dense").iterdir())
     before, after = read_checkpoint(source), read_checkpoint(tmp_path / "dense")
     assert [(s.path.name, set(s.tensors)) for s in after.shards] == [

@@ -24,11 +24,11 @@ from fuzz.sound import digest, samples
 from qcompress.artifact.reader import read_artifact
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.checkpoint.side_files import HESSIAN, read_statistics, save_statistics
+from qcompress.compress.export import export
 from qcompress.compress.load import load_state_dict
 from qcompress.data.foreign import first_line
 from qcompress.encode.write_file import Journal
 from qcompress.errors import QcompressError, TrainingError
-from qcompress.exporters.safetensors import export
 from qcompress.plan.sensitivity import read_sensitivity
 from qcompress.recipe import read_recipe
 from qcompress.report.document_json import read_report
