@@ -170,7 +170,8 @@ def test_a_weight_and_its_scales_may_lie_in_different_files(run: Run, tmp_path: 
     state = qcompress.load_state_dict(tmp_path / "a")
     torch.testing.assert_close(state["a.weight"].float(), blocks_of(codes, scale, (128, 128)), rtol=0, atol=0.002)
     marked = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert marked["quantization_config"] == {"quant_method": "qcompress", "weights": "model.qcompress.safetensors"}
+    index = "model.qcompress.safetensors.index.json"
+    assert marked["quantization_config"] == {"quant_method": "qcompress", "weights": index}
     assert run("verify", tmp_path / "a").code == 0
     compared = run("report", tmp_path / "a", "--baseline", folder, "--format", "json")
     assert compared.code == 0, compared.err
