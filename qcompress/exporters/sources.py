@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -97,7 +96,7 @@ class Source:
 
     # What follows is for codes of the affine form.
 
-    @cached_property
+    @property
     def grid(self) -> Grid:
         """The grid of an affine weight. Its checksum is checked when the codes are read, which is never left out."""
         entry = self.entry

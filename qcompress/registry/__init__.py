@@ -75,10 +75,16 @@ EXPORTERS: Mapping[str, Exporter] = {
     exporter.name: exporter
     for exporter in (
         Exporter("safetensors", ".safetensors", target="qcompress.exporters.safetensors:export"),
-        Exporter("compressed-tensors", ".safetensors", "folder"),
+        Exporter(
+            "compressed-tensors",
+            ".safetensors",
+            "folder",
+            "qcompress.exporters.compressed_tensors:export",
+            takes=("keep_unfit", "mixed"),
+        ),
         Exporter("gguf", ".gguf", "file"),
         Exporter("onnx", ".onnx", "file"),
         Exporter("coreml", ".mlpackage", "folder"),
-        Exporter("mlx", ".safetensors", "folder"),
+        Exporter("mlx", ".safetensors", "folder", "qcompress.exporters.mlx:export", takes=("keep_unfit",)),
     )
 }

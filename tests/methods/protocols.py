@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qcompress.artifact.reader import Artifact
-from qcompress.exporters import safetensors
+from qcompress.exporters import compressed_tensors, mlx, safetensors
 from qcompress.methods import (
     adaround,
     dfq,
@@ -61,3 +61,5 @@ fit_pact: Fit[LiveModel, PactConfig] = pact.fit
 fit_dkm: Fit[LiveModel, DkmConfig] = dkm.fit
 
 export_safetensors: Export[Artifact] = safetensors.export
+export_compressed_tensors: Export[Artifact] = compressed_tensors.export
+export_mlx: Export[Artifact] = mlx.export

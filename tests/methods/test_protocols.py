@@ -33,6 +33,6 @@ def test_every_method_that_fits_is_held_against_fit_of_its_config() -> None:
 
 def test_every_exporter_that_is_built_is_held_against_export() -> None:
     built = {name: exporter for name, exporter in EXPORTERS.items() if exporter.target}
-    assert named("export") == dict.fromkeys(built, "Export[Artifact]")
+    assert named("export") == dict.fromkeys((name.replace("-", "_") for name in built), "Export[Artifact]")
     for name, exporter in built.items():
-        assert vars(protocols)[f"export_{name}"] is exporter.load()
+        assert vars(protocols)[f"export_{name.replace('-', '_')}"] is exporter.load()
