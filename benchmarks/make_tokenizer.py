@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,7 +21,12 @@ LEAST = len(SPECIAL) + len(pre_tokenizers.ByteLevel.alphabet())
 
 
 def make_tokenizer(texts: list[Path], vocabulary: int) -> Tokenizer:
-    """One tokenizer for all texts of at most `vocabulary` pieces; what it decodes is the text in composed Unicode."""
+    """One tokenizer for all texts of at most `vocabulary` pieces."""
+    return tokenizer_of((line for path in texts for line in path.read_text(encoding="utf-8").splitlines()), vocabulary)
+
+
+def tokenizer_of(lines: Iterable[str], vocabulary: int) -> Tokenizer:
+    """A tokenizer of at most `vocabulary` pieces; what it decodes is the text in composed Unicode."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     # A word is the same at the beginning of a sentence as within it; decoding takes the space away again.
@@ -33,7 +39,6 @@ def make_tokenizer(texts: list[Path], vocabulary: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    lines = (line for path in texts for line in path.read_text(encoding="utf-8").splitlines())
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A {END}",

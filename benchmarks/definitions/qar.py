@@ -94,6 +94,7 @@ def clustered_row(network: str, name: str, levels: int, scope: str, seed: int) -
             "fp32": "0.accuracy.top1.baseline",
             "untuned": "0.accuracy.top1.untuned",
             "top1": "0.accuracy.top1.artifact",
+            "bytes": "0.size.artifact_bytes",
         },
         seconds=40,
         needs=(trained,),

@@ -30,14 +30,14 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_question_pairs(folder: Path) -> None:
-    """Tokenized pairs like those of QNLI, 48 of them, whose first token tells the class."""
+    """Tokenized pairs like those of QNLI, 48 of them, whose first token tells the class; they serve for SST-2 too."""
     random = np.random.default_rng(0)
     ids = random.integers(5, 50, (48, 12))
     ids[:, 0] = 1 + np.arange(48) % 2
     kinds = (np.arange(12) >= 5).astype(np.int64) * np.ones((48, 1), np.int64)
     (folder / "text").mkdir(exist_ok=True)
-    for part in ("train", "val"):
-        file = folder / "text" / f"qnli_{part}.npz"
+    for name in ("qnli_train", "qnli_val", "sst2_train", "sst2_dev"):
+        file = folder / "text" / f"{name}.npz"
         mask = np.ones_like(ids)
         np.savez(file, input_ids=ids, token_type_ids=kinds, attention_mask=mask, y=np.arange(48) % 2)
 

@@ -99,6 +99,22 @@ def test_networks_of_the_second_paper_train_and_cluster(
     assert shared.code == 0, shared.err
 
 
+def test_labelled_sentences_become_arrays(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    (tmp_path / "train.tsv").write_text("a fine film\t1\na dull and a long film\t0\n", encoding="utf-8")
+    (tmp_path / "dev.tsv").write_text("a film\t1\n", encoding="utf-8")
+    make = [sys.executable, str(ROOT / "benchmarks" / "make_sentences.py"), str(tmp_path / "out")]
+    files = [str(tmp_path / f"{part}.tsv") for part in ("train", "dev")]
+    subprocess.run([*make, *files, "--vocabulary", "270", "--length", "6"], check=True, capture_output=True)
+    train, dev = (np.load(tmp_path / "out" / f"{part}.npz") for part in ("train", "dev"))
+    assert train["y"].tolist() == [1, 0] and dev["y"].tolist() == [1]
+    assert train["input_ids"].shape == train["attention_mask"].shape == (2, 6)
+    # <s> begins and </s> ends a sentence, also one that is cut; <pad> fills the rest.
+    for ids, mask in zip(train["input_ids"], train["attention_mask"], strict=True):
+        assert ids[0] == 1 and ids[mask.sum() - 1] == 2 and not ids[mask.sum() :].any()
+    assert dev["input_ids"][0, 1] == train["input_ids"][0, 1], "one tokenizer for all files"
+
+
 @pytest.mark.slow
 def test_the_translation_recipe_trains_and_quantizes(run: Run, tmp_path: Path) -> None:
     data = os.environ.get("QCOMPRESS_DATA")
