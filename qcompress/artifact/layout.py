@@ -111,15 +111,16 @@ def _most_codes(entry: Entry, choice: CodingChoice) -> tuple[Shape, int, bool]:
 def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: Manifest) -> Layout:
     """The layout of one file; `manifest` holds all that is known before the data, see `planned_manifest`."""
     pool = pool_names(manifest.tensors)
+    shared = set(pool)
     slots = [slot for d in decisions for slot in make_slots(d, choice)]
     if pool:
         most = bound_side([manifest.tensors[name].numel for name in pool])
         slots.append(Slot(POOL_NAME, "U8", (most,), most, POOL_NAME, varies=True))
     if manifest.is_compact:
         manifest = replace(manifest, lengths={slot.name: slot.n_bytes for slot in slots if slot.varies})
-        slots.sort(key=lambda slot: compact_order(slot, manifest.tensors, pool))
+        slots.sort(key=lambda slot: compact_order(slot, manifest.tensors, shared))
     else:
-        slots.sort(key=lambda slot: _file_order(slot, pool))
+        slots.sort(key=lambda slot: _file_order(slot, shared))
     slots.append(manifest_slot(manifest_frame(manifest)))
     room = header_room(render_header(slots, compact=manifest.is_compact))
     return Layout(tuple(slots), room, shrinks=bool(pool), compact=manifest.is_compact)

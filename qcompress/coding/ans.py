@@ -79,14 +79,19 @@ def fit_table(counts: NDArray[np.int64]) -> Table:
     if len(codes) == 1:
         return Table(0, codes, np.ones(1, np.int64), 0)
     best: Table | None = None
+    # No table gives fewer bits than the entropy, of which the sum may be off by a rounding, nor has fewer bytes than
+    # one a frequency.
+    entropy_bits = float((used * np.log2(used.sum() / used)).sum()) - 1e-3
+    least = 1 + _run_bytes(codes) + len(codes) + int(max(entropy_bits, 0.0) / 8)
     # Below 2**7 a frequency takes no fewer bytes.
     for precision in range(max(7, (len(codes) - 1).bit_length()), MAX_PRECISION + 1):
         frequencies = integer_frequencies(used, precision)
         code_bits = float((used * (precision - np.log2(frequencies))).sum())
-        table = Table(precision, codes, frequencies)
-        size = len(table_bytes(table)) + int(code_bits / 8)
+        size = _table_size(codes, frequencies) + int(code_bits / 8)
         if best is None or size < best.expected_bytes:
             best = Table(precision, codes, frequencies, size)
+        if best.expected_bytes <= least:
+            break
     assert best is not None
     return best
 
@@ -122,6 +127,18 @@ def _loss_of_one(used: NDArray[np.float64], frequencies: NDArray[np.float64]) ->
     lower = np.maximum(frequencies - 1, 1.0)
     loss: NDArray[np.float64] = np.where(frequencies > 1, used * np.log1p(1 / lower), np.inf)
     return loss
+
+
+def _run_bytes(codes: Bytes) -> int:
+    """What the runs of absent codes take in a table."""
+    runs = np.diff(codes.astype(np.int64), prepend=-1) - 1
+    return int(2 * (runs > 0).sum() + (runs > 128).sum())
+
+
+def _table_size(codes: Bytes, frequencies: NDArray[np.int64]) -> int:
+    """The length of `table_bytes`."""
+    longer = sum(int((frequencies >> 7 * more > 0).sum()) for more in range(1, LONGEST_VARINT))
+    return 1 + _run_bytes(codes) + len(codes) + longer
 
 
 def table_bytes(table: Table) -> bytes:

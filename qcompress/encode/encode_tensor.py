@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -49,6 +49,8 @@ Payload: TypeAlias = bytes | memoryview
 CompressedT = TypeVar("CompressedT", bound=Compressed)
 
 BLOCK_WEIGHTS = 1 << 19
+STACKED_WEIGHTS = 1 << 15
+"""Above so many the call that encodes a weight costs little beside the work in it."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 FIELDS = {**{part: part for part in PARTS}, "codebook": "centroids", "exponent": "row_exponents", "table": "values"}
@@ -147,33 +149,90 @@ Rows: TypeAlias = "Tensor | StoredRows | StackedRows"
 """A weight [rows, ...], read row block by row block where it lies so that it can be."""
 
 
+def stack_key(job: Job) -> object:
+    """Equal for small weights whose rows one call may encode together; None for a weight that is encoded by itself."""
+    decision, sources = job.decision, job.sources
+    tensor, config, method = decision.tensor, decision.config, METHODS[decision.method or ""]
+    by_rows = method.needs == "weights" and method.family == "quantize" and not method.rates and config.unit != "tensor"
+    leads = len(tensor.shape) > 1 and decision.axis == tuple(range(len(decision.axis)))
+    alone = job.ready is not None or job.reference is not None or job.pooled or sources.statistics is not None
+    if not by_rows or not leads or alone or not 0 < tensor.numel <= STACKED_WEIGHTS:
+        return None
+    return decision.method, config, row_shape(tensor.shape, decision.axis)[1:]
+
+
+def encode_tensors(jobs: Sequence[Job], stop: threading.Event) -> list[Finished]:
+    """Encode weights, those of one `stack_key` and one exponent in one call, whose cost they share; in their order.
+
+    Raises as `encode_tensor`.
+    """
+    if len(jobs) == 1:
+        return [encode_tensor(jobs[0], stop)]
+    stacks: dict[object, list[tuple[Job, Survey]]] = {}
+    for job in jobs:
+        survey = _survey(job)
+        stacks.setdefault((stack_key(job), exponent_for(survey.largest)), []).append((job, survey))
+    finished = [one for stack in stacks.values() for one in _encode_stack(stack, stop)]
+    order = {job.decision.tensor.name: place for place, job in enumerate(jobs)}
+    return sorted(finished, key=lambda one: order[one.decision.tensor.name])
+
+
+def _encode_stack(stack: Sequence[tuple[Job, Survey]], stop: threading.Event) -> Iterator[Finished]:
+    """Weights as the rows of one: a row is encoded by itself, and gets the codes and the grid that it gets alone."""
+    first, survey = stack[0]
+    exponent, start = exponent_for(survey.largest), 0
+    blocks = [_float_rows(_rows_of(job)[:]) for job, _ in stack]
+    context = first.sources.context_of(first.decision, exponent)
+    found = coded_on_cpu(encode_codes(torch.cat(blocks).to(first.device), first.decision, context))
+    for (job, survey), block in zip(stack, blocks, strict=True):
+        part = take_rows(found, start, start + len(block))
+        start += len(block)
+        yield _finish_blocks(job, survey, exponent, [(block.reshape(len(block), -1), part)], stop)
+
+
 def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     """Encode one weight. Its grid goes to the writer, and its codes too where nothing but packing awaits them.
 
     Raises CheckpointError where the weight holds NaN or Inf; Stopped once `stop` is set.
     """
-    source, decision, writer = job.source, job.decision, job.writer
-    tensor = decision.tensor
-    survey = survey_bytes(source.pieces_of(tensor.name), tensor.dtype)
-    if not survey.finite:
-        raise nonfinite_error(source, tensor, count_nonfinite(tensor_view(source, tensor)))
+    survey = _survey(job)
     rows = _rows_of(job)
     whole = _whole_codes(job, survey.largest)
     if isinstance(whole, Constant):
         return _finish_constant(job, rows, whole, survey)
     if isinstance(whole, Unbounded):
         return _finish_unbounded(job, rows, whole, survey, stop)
+    if whole is None:
+        exponent = exponent_for(survey.largest)
+        return _finish_blocks(job, survey, exponent, _encoded_blocks(rows, job, exponent), stop)
+    about: dict[str, Any] = {}
+    if isinstance(whole, Codebook):
+        whole = with_entries(whole, stored_codebook_shape(job.decision)[1])
+        about = codebook_figures(whole.codes.numpy(), centroid_values(whole).cpu().numpy())
+    # What is encoded whole knows its exponent, which of float32 centroids is 0.
+    finished = _finish_blocks(job, survey, whole.exponent, _row_blocks(rows, whole), stop)
+    return replace(finished, figures=replace(finished.figures, **about))
+
+
+def _survey(job: Job) -> Survey:
+    """The survey of a job's weight. Raises CheckpointError where it holds NaN or Inf."""
+    source, tensor = job.source, job.decision.tensor
+    survey = survey_bytes(source.pieces_of(tensor.name), tensor.dtype)
+    if not survey.finite:
+        raise nonfinite_error(source, tensor, count_nonfinite(tensor_view(source, tensor)))
+    return survey
+
+
+def _finish_blocks(
+    job: Job, survey: Survey, exponent: int, blocks: Iterable[tuple[Tensor, Coded]], stop: threading.Event
+) -> Finished:
+    """A weight whose row blocks, float32 [rows, columns], come with their codes: packed, measured, written."""
+    decision, writer, tensor = job.decision, job.writer, job.decision.tensor
     entry = planned_entry(decision)
     meter = LayerMeter(tensor.numel, decision.config.bits)
     codes = _Codes(writer, tensor.name, job.choice, entry)
     grids: dict[str, list[Tensor]] = {}
-    about_codebook: dict[str, Any] = {}
-    if isinstance(whole, Codebook):
-        whole = with_entries(whole, stored_codebook_shape(decision)[1])
-        about_codebook = codebook_figures(whole.codes.numpy(), centroid_values(whole).cpu().numpy())
-    # What is encoded whole knows its exponent, which of float32 centroids is 0.
-    exponent = exponent_for(survey.largest) if whole is None else whole.exponent
-    for block, encoded in _encoded_blocks(rows, job, exponent) if whole is None else _row_blocks(rows, whole):
+    for block, encoded in blocks:
         if stop.is_set():
             raise Stopped
         assert not isinstance(encoded, Unbounded)
@@ -193,7 +252,7 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
                 writer.put(part_name(tensor.name, part), data)
     entry = replace(entry, coding=coding, exponent=exponent if entry.has_exponent else 0)
     entry = replace(entry, crc32=seal(tensor.name, entry, crc32))
-    return Finished(decision, entry, replace(meter.result(), **about_codebook), survey.crc32, payload)
+    return Finished(decision, entry, meter.result(), survey.crc32, payload)
 
 
 def _rows_of(job: Job) -> Rows:

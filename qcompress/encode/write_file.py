@@ -8,10 +8,11 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -24,7 +25,7 @@ from qcompress.checkpoint.checkpoint import tensor_bytes, tensor_view
 from qcompress.checkpoint.staging import staging_folder
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.unbounded.payload import encode_pool
-from qcompress.encode.encode_tensor import Finished, Job, encode_tensor, sealed_unbounded
+from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, Finished, Job, encode_tensors, sealed_unbounded, stack_key
 from qcompress.encode.encode_weight import ContextSources
 from qcompress.plan.files import Shard
 from qcompress.report.document import LayerFigures
@@ -290,45 +291,68 @@ def _report_progress(options: Options, tensor: TensorInfo) -> None:
 
 def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: Run) -> Iterator[Finished]:
     """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
-    fitted, options = run.fitted, run.options
-    waiting = [decision for decision in reversed(_in_order(shard)) if decision.tensor.name not in already]
+    options = run.options
+    waiting = (decision for decision in _in_order(shard) if decision.tensor.name not in already)
     sharing = set(pool_names(shard.manifest.tensors))
+    windows = _windows(_make_job(decision, shard, writer, run, sharing) for decision in waiting)
     pooled: list[Finished] = []
     stop = threading.Event()
-    running: list[Future[Finished]] = []
+    running: list[Future[list[Finished]]] = []
     with ThreadPoolExecutor(options.threads) as pool:
         try:
-            while waiting or running:
-                while waiting and len(running) <= options.threads:
-                    decision = waiting.pop()
-                    name = decision.tensor.name
-                    ready, reference = fitted.encoded.get(name), fitted.references.get(name)
-                    job = Job(
-                        shard.source,
-                        decision,
-                        writer,
-                        options.choice,
-                        options.device,
-                        ready,
-                        reference,
-                        run.sources,
-                        name in sharing,
-                    )
-                    running.append(pool.submit(encode_tensor, job, stop))
-                finished = running.pop(0).result()
-                if finished.unbounded is not None:
-                    pooled.append(finished)
-                    continue
-                if finished.payload is not None:
-                    _put_payload(writer, finished)
-                _report_progress(options, finished.decision.tensor)
-                yield replace(finished, payload=None)
+            while True:
+                ahead = islice(windows, options.threads + 1 - len(running))
+                running += [pool.submit(encode_tensors, jobs, stop) for jobs in ahead]
+                if not running:
+                    break
+                for finished in running.pop(0).result():
+                    if finished.unbounded is not None:
+                        pooled.append(finished)
+                        continue
+                    if finished.payload is not None:
+                        _put_payload(writer, finished)
+                    _report_progress(options, finished.decision.tensor)
+                    yield replace(finished, payload=None)
             if pooled:
                 yield from _encode_pool(pooled, writer, options)
         finally:
             stop.set()
             for future in running:
                 future.cancel()
+
+
+def _make_job(decision: Decision, shard: Shard, writer: SlotWriter, run: Run, pooled: Container[str]) -> Job:
+    """`pooled` are the names of the weights whose codes wait for each other."""
+    name, fitted, options = decision.tensor.name, run.fitted, run.options
+    return Job(
+        shard.source,
+        decision,
+        writer,
+        options.choice,
+        options.device,
+        fitted.encoded.get(name),
+        fitted.references.get(name),
+        run.sources,
+        name in pooled,
+    )
+
+
+def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    """The jobs in their order, small ones that lie side by side together, no more than a block's weights of them."""
+    window: list[Job] = []
+    weights = 0
+    for job in jobs:
+        small, numel = stack_key(job) is not None, job.decision.tensor.numel
+        if window and (not small or weights + numel > BLOCK_WEIGHTS):
+            yield window
+            window, weights = [], 0
+        if small:
+            window.append(job)
+            weights += numel
+        else:
+            yield [job]
+    if window:
+        yield window
 
 
 def _encode_pool(pooled: Sequence[Finished], writer: SlotWriter, options: Options) -> Iterator[Finished]:

@@ -224,6 +224,25 @@ def test_the_table_loses_next_to_nothing() -> None:
     assert cross <= entropy_bits(counts) * 1.0001
 
 
+@given(st.lists(st.integers(0, 10**6), min_size=2, max_size=256), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_no_precision_makes_table_and_streams_shorter(counts: list[int], few: bool) -> None:
+    """The search ends early where nothing can be better; the reference tries every precision."""
+    every = np.array([count // 1000 if few else count for count in counts])
+    codes = np.flatnonzero(every).astype(np.uint8)
+    if len(codes) < 2:
+        return
+    used = every[codes].astype(np.float64)
+
+    def size(precision: int) -> int:
+        frequencies = ans.integer_frequencies(used, precision)
+        code_bits = float((used * (precision - np.log2(frequencies))).sum())
+        return len(ans.table_bytes(ans.Table(precision, codes, frequencies))) + int(code_bits / 8)
+
+    sizes = [size(precision) for precision in range(max(7, (len(codes) - 1).bit_length()), ans.MAX_PRECISION + 1)]
+    assert ans.fit_table(every).expected_bytes == min(sizes)
+
+
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=4), st.integers(2, 4))
 @settings(deadline=None, max_examples=60)
 def test_frequencies_are_the_best_of_all(counts: list[int], precision: int) -> None:
