@@ -16,6 +16,7 @@ from typer.main import get_command
 
 from qcompress.cli.app import app
 from qcompress.cli.panels import PanelCommand, panels_of
+from qcompress.plan.roles import ROLES
 from qcompress.recipe.explain import expected, limits
 from qcompress.recipe.schema import recipe_schema
 from qcompress.recipe.show import flow
@@ -28,6 +29,7 @@ from qcompress.types.settings import AUGMENTATIONS
 
 PAGES = (Path(__file__).with_name("recipes.md"), Path(__file__).with_name("training.md"))
 COMMANDS_PAGE = Path(__file__).with_name("cli.md")
+ROLES_PAGE = Path(__file__).with_name("roles.md")
 GLOSSARY = Path(__file__).with_name("glossary.md")
 REPORT_SCHEMA = Path(__file__).parents[1] / "qcompress" / "report" / "schema.json"
 SHARED: dict[str, type] = {
@@ -186,9 +188,24 @@ def _option(option: Any, context: Any) -> str | None:
     return f"| {', '.join(f'`{name}`' for name in (first, *names[1:]))} | {text} |"
 
 
+def roles_page() -> str:
+    """The page of roles, its table as it should be."""
+    rows = [
+        f"| `{row.role}` | {row.what} | {row.told} | {'kept' if row.kept else 'compressed'} |" for row in ROLES.values()
+    ]
+    table = [
+        "<!-- table of roles -->",
+        "| role | what it is | how it is told | without its name |",
+        "|---|---|---|---|",
+    ]
+    page = ROLES_PAGE.read_text(encoding="utf-8")
+    return re.sub(r"<!-- table of roles -->\n.*?(?=\n\n)", lambda _: "\n".join([*table, *rows]), page, flags=re.DOTALL)
+
+
 if __name__ == "__main__":
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
     COMMANDS_PAGE.write_text(commands_page(), encoding="utf-8")
+    ROLES_PAGE.write_text(roles_page(), encoding="utf-8")
     GLOSSARY.write_text(glossary_markdown(), encoding="utf-8")
     REPORT_SCHEMA.write_text(schema_text(REPORT), encoding="utf-8")

@@ -329,6 +329,10 @@ def test_tables_of_the_commands_are_fresh(tables: Any) -> None:
     assert marked == {words for words, command in COMMANDS.items() if options_of(command)}
 
 
+def test_the_table_of_roles_is_fresh(tables: Any) -> None:
+    assert tables.ROLES_PAGE.read_text(encoding="utf-8") == tables.roles_page(), "run: python docs/tables.py"
+
+
 def test_tables_of_options_are_fresh(tables: Any) -> None:
     pages = tables.pages()
     for path, text in pages.items():

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
-
-import torch
-from torch import Tensor
 
 from qcompress.budget.search import (
     AIM,
@@ -21,10 +18,10 @@ from qcompress.budget.search import (
     MOST_RATE,
     Search,
 )
-from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
+from qcompress.budget.steps import RoundedWeights
+from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import refuse_existing, staged_output
-from qcompress.coding.payload import entropy_bits
 from qcompress.errors import BudgetError
 from qcompress.plan.allocate import (
     Costs,
@@ -42,10 +39,8 @@ from qcompress.plan.allocate import (
 )
 from qcompress.registry import METHODS
 from qcompress.report.document import GateResult, Report
-from qcompress.report.figures import sample_stride
 from qcompress.report.gates import check_gates
-from qcompress.solvers.unbounded import bisect_rate, root_mean_square
-from qcompress.types.plan import Decision, Gates, Plan
+from qcompress.types.plan import Gates, Plan
 from qcompress.types.run import Options, Say
 
 HARM_A_BIT = math.log(4)
@@ -58,13 +53,6 @@ LEAST_EXCESS = 1e-9
 TOP_UPS = 3
 """Attempts at most that spend on single tensors what the best widths leave of a budget."""
 
-SAMPLED_WEIGHTS = 1 << 11
-"""Of each tensor, that steps are first chosen by."""
-LOG_STEPS = (-110.0, 130.0)
-"""Logarithms of steps between which they lie: wide enough for weights of any size that float32 has."""
-SAMPLED_RATE = 6.0
-"""Bits a weight that a sample can tell: beyond, half the step takes a bit more."""
-
 Make: TypeAlias = Callable[[Plan, Options], Report]
 """Writes the artifact of a plan and gives its report."""
 Measure: TypeAlias = Callable[[Report, Path], Report]
@@ -73,11 +61,15 @@ Measure: TypeAlias = Callable[[Report, Path], Report]
 
 @dataclass(frozen=True)
 class Workshop:
-    """How artifacts are made and measured, and whom to tell."""
+    """How artifacts are made and measured, whom to tell, and what a live model tells of its batch norms.
+
+    behind  weight -> the running variance of the batch norm behind it; None: as names tell
+    """
 
     make: Make
     measure: Measure = lambda report, _: report
     say: Say = lambda _: None
+    behind: Mapping[str, str] | None = None
 
 
 def spend(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs, shop: Workshop) -> Report:
@@ -97,7 +89,7 @@ def spend(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs, sh
     refuse_existing(options.output, options.force, checkpoint.is_folder)
     with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
         drafts = Drafts(staged.parent / "attempts", options, shop)
-        dial = make_dial(checkpoint, plan, options, costs)
+        dial = make_dial(checkpoint, plan, options, costs, shop)
         if budget.minimize is None:
             limit = limit_of(checkpoint, narrowest(plan, options.choice), options.choice)
             best = _fill(drafts, dial, plan, limit)
@@ -164,7 +156,7 @@ class Dial:
     wider: Callable[[Plan, int, int], Plan] = lambda closed, *_: closed
 
 
-def make_dial(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs) -> Dial:
+def make_dial(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs, shop: Workshop) -> Dial:
     """Widths are those that so many bits allow, as far as costs foretell what they take.
 
     Steps of weights alone are those under which rounding them has so many bits of entropy; with calibration data the
@@ -181,8 +173,8 @@ def make_dial(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs
     most = MOST_RATE if budget is not None and budget.minimize is None else MOST_GATED_RATE
     if plan.recipe.model is not None and data is not None and data.calibration is not None:
         return Dial(lambda _: plan, LEAST_RATE, most)
-    rounded = RoundedWeights.of(checkpoint, plan)
-    return Dial(lambda rate: _with_step(plan, rounded.step(rate)), LEAST_RATE, most)
+    rounded = RoundedWeights.of(checkpoint, plan, shop.behind)
+    return Dial(lambda rate: rounded.plan_for(plan, rate), LEAST_RATE, most)
 
 
 def _trains(plan: Plan) -> bool:
@@ -192,55 +184,7 @@ def _trains(plan: Plan) -> bool:
 def _attempt_key(plan: Plan, rate: float) -> tuple[float | None, ...]:
     """What attempts differ by: rates that lead to the same widths are one attempt; of steps each is one for itself."""
     widths = tuple(d.config.bits for d in plan.decisions if d.compresses and not has_steps(d))
-    return widths or (rate,)
-
-
-def _with_step(plan: Plan, step: float) -> Plan:
-    decisions = (replace(d, config=d.config.changed(step=step)) if has_steps(d) else d for d in plan.decisions)
-    return replace(plan, decisions=tuple(decisions))
-
-
-@dataclass(frozen=True)
-class RoundedWeights:
-    """Samples of all tensors whose steps are to be chosen, and what they take when they are rounded.
-
-    samples  of each tensor, float32, in units of the square root of its deviation
-    counts   of each tensor's weights
-    """
-
-    samples: Sequence[Tensor]
-    counts: Sequence[int]
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, plan: Plan) -> RoundedWeights:
-        decisions = [decision for decision in plan.decisions if has_steps(decision)]
-        samples = [_sample(checkpoint, decision) for decision in decisions]
-        return cls(samples, [decision.tensor.numel for decision in decisions])
-
-    def rate(self, step: float) -> float:
-        """The entropy of the weights rounded to a step, in bits a weight."""
-        bits = (entropy((sample.double() / step).round()) for sample in self.samples)
-        return sum(rate * count for rate, count in zip(bits, self.counts, strict=True)) / sum(self.counts)
-
-    def step(self, rate: float) -> float:
-        """The least step under which weights take at most so many bits each."""
-        told = min(rate, SAMPLED_RATE)
-        log = bisect_rate(lambda log: self.rate(math.exp(log)), told, *LOG_STEPS)
-        return math.exp(log - (rate - told) * math.log(2))
-
-
-def _sample(checkpoint: Checkpoint, decision: Decision) -> Tensor:
-    tensor = decision.tensor
-    flat = tensor_view(checkpoint.shard_of(tensor.name), tensor).reshape(-1)
-    taken = flat[:: sample_stride(flat.numel(), SAMPLED_WEIGHTS)].float()
-    deviation = root_mean_square(taken)
-    return taken / deviation**0.5 if deviation > 0 else torch.zeros_like(taken)
-
-
-def entropy(codes: Tensor) -> float:
-    """Bits a code of integers of any size: of their order-0 distribution."""
-    _, counts = torch.unique(codes, return_counts=True)
-    return entropy_bits(counts.numpy())
+    return (*widths, rate) if any(map(has_steps, plan.decisions)) else widths
 
 
 def _fill(drafts: Drafts, dial: Dial, plan: Plan, limit: Limit) -> Draft:

@@ -10,7 +10,7 @@ from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
 from qcompress.cli.output import Streams, refuse_mixed
 from qcompress.cli.panels import METHOD
-from qcompress.cli.recipe import make_recipe
+from qcompress.cli.recipe import make_recipe, make_table_rules
 
 
 def cluster(
@@ -35,6 +35,7 @@ def cluster(
             rich_help_panel=METHOD,
         ),
     ] = None,
+    bits_embedding: opt.BitsEmbedding = None,
     method: Annotated[str | None, opt.method_option("cluster")] = None,
     granularity: Annotated[
         str | None,
@@ -91,6 +92,8 @@ def cluster(
             checkpoint=checkpoint,
             recipe=make_recipe(recipe, method, flags, overrides, running.seed, "cluster"),
             recipe_file=recipe,
+            table_rules=make_table_rules(recipe, method, flags, "cluster", bits_embedding),
+            bits_embedding=bits_embedding,
             suffix=_suffix(bits, dim, method),
             writing=writing,
             running=running,

@@ -454,6 +454,18 @@ def method_option(family: Family) -> Any:
     )
 
 
+BitsEmbedding = Annotated[
+    int | None,
+    typer.Option(
+        "--bits-embedding",
+        metavar="N",
+        help="Bits per weight of embeddings and heads (outputs over a vocabulary). Without it those of --bits, "
+        "and at least 8.",
+        rich_help_panel=METHOD,
+    ),
+]
+
+
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command as the parser is to see it: the options of each group stand where the group's parameter does.
 

@@ -11,7 +11,7 @@ from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
 from qcompress.cli.output import Streams, refuse_mixed
 from qcompress.cli.panels import METHOD
-from qcompress.cli.recipe import make_recipe
+from qcompress.cli.recipe import make_recipe, make_table_rules
 from qcompress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def quantize(
         int | None,
         typer.Option("--bits", "-b", metavar="N", help="Bits per weight, 1 to 8.", rich_help_panel=METHOD),
     ] = None,
+    bits_embedding: opt.BitsEmbedding = None,
     method: Annotated[str | None, opt.method_option("quantize")] = None,
     granularity: Annotated[
         str | None,
@@ -86,11 +87,16 @@ def quantize(
     budget = opt.make_budget_flag(bpw, target_size, minimize)
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
     asked = make_recipe(recipe, method, flags, overrides, running.seed, "quantize", budget)
+    tables = make_table_rules(recipe, method, flags, "quantize", bits_embedding, budget)
+    if tables and effort is not None:
+        tables = _with_flags(replace(asked, rules=tables), effort, None).rules
     run(
         Request(
             checkpoint=checkpoint,
             recipe=_with_flags(asked, effort, keep_dtype),
             recipe_file=recipe,
+            table_rules=tables,
+            bits_embedding=bits_embedding,
             suffix=f"w{bits}" if budget is None else opt.budget_suffix(budget),
             writing=writing,
             running=running,

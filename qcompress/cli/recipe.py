@@ -23,7 +23,7 @@ from qcompress.errors import UsageError, raise_all
 
 if TYPE_CHECKING:
     from qcompress.recipe import BudgetFlag
-    from qcompress.types.plan import Family, Recipe
+    from qcompress.types.plan import Family, Recipe, Rule
 
 recipe = typer.Typer(help="Check and show recipes.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -157,6 +157,29 @@ def make_recipe(
     if made.family != family:
         raise UsageError(f"-r {path}", f"its methods are of family {made.family}", f"use `qcompress {made.family}`")
     return made
+
+
+def make_table_rules(
+    path: Path | None,
+    method: str | None,
+    flags: Mapping[str, int | str | bool | None],
+    family: Family,
+    bits_embedding: int | None,
+    budget: BudgetFlag | None = None,
+) -> tuple[Rule, ...]:
+    """The rules for embeddings and heads that the flags of `make_recipe` stand for too. Raises UsageError."""
+    from qcompress.recipe import table_rules
+
+    where = f"--bits-embedding {bits_embedding}"
+    if path is not None or budget is not None:
+        if bits_embedding is None:
+            return ()
+        if path is not None:
+            hint = 'say it there, in a rule with `match: ["@embedding", "@head"]`'
+            raise UsageError(f"-r {path} {where}", "the recipe decides this", hint)
+        assert budget is not None
+        raise UsageError(f"{where} {budget.text}", "the budget decides the bits", "leave one of them out")
+    return table_rules(method, flags, family, bits_embedding)
 
 
 def find_representatives(recipe: Recipe, checkpoint: Path | None, named: Path | None) -> Path | None:

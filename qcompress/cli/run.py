@@ -25,6 +25,7 @@ from qcompress.cli.recipe import find_representatives
 from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.errors import ResourceError, UsageError, printable, raise_all
 from qcompress.plan.allocate import allocate, read_costs
+from qcompress.plan.axes import stored_roles
 from qcompress.plan.plan_json import PlanJson, TensorJson, plan_json
 from qcompress.plan.sensitivity import sensitivity_file
 from qcompress.recipe import refuse_from_scratch, refuse_missing, trains
@@ -35,7 +36,7 @@ from qcompress.report.table import Column, Table, View
 from qcompress.report.training_report import training_path
 from qcompress.report.words import shape_words, size_words
 from qcompress.types.config import CodingChoice
-from qcompress.types.plan import Gates, Plan, Recipe
+from qcompress.types.plan import ROLE_MARK, Gates, Plan, Recipe, Rule
 from qcompress.types.run import ModelRun, Options
 
 COLUMNS = (
@@ -56,7 +57,9 @@ COLUMNS = (
 class Request:
     """One run as the command line asks for it; `suffix` names the output where no recipe file does.
 
-    checkpoint  None where the network is trained from scratch
+    checkpoint      None where the network is trained from scratch
+    table_rules     go before the recipe's, where the checkpoint has embeddings or heads
+    bits_embedding  as the command line has it, which then must have something to decide
     """
 
     checkpoint: Path | None
@@ -67,6 +70,8 @@ class Request:
     running: RunFlags
     gates: GateFlags
     allow_code: bool
+    table_rules: tuple[Rule, ...] = ()
+    bits_embedding: int | None = None
     statistics: Path | None = None
     sensitivity: Path | None = None
     representatives: Path | None = None
@@ -84,13 +89,26 @@ def run(request: Request, streams: Streams) -> None:
     if request.recipe.model is not None:
         _refuse_weights_only(request)
     if request.checkpoint is not None:
-        _run(request, read_checkpoint(request.checkpoint, request.running.strip_prefix), streams)
+        source = read_checkpoint(request.checkpoint, request.running.strip_prefix)
+        _run(_with_table_rules(request, source), source, streams)
         return
     from qcompress.compress.untrained import untrained_checkpoint
 
     model_run = make_model_run(request.recipe, opt.Device.cpu, request.allow_code, streams, request.running.threads)
     with untrained_checkpoint(model_run) as source:
         _run(request, source, streams)
+
+
+def _with_table_rules(request: Request, source: Checkpoint) -> Request:
+    """The request with its rules for those of embeddings and heads that the checkpoint stores. Raises UsageError."""
+    if not request.table_rules:
+        return request
+    matches = {f"{ROLE_MARK}{role}" for role in stored_roles(source.tensors, source.config)}
+    ahead = tuple(rule for rule in request.table_rules if rule.match in matches)
+    if not ahead and request.bits_embedding is not None:
+        where = f"--bits-embedding {request.bits_embedding}"
+        raise UsageError(where, "the checkpoint has no embedding and no head", "leave it out")
+    return replace(request, recipe=replace(request.recipe, rules=(*ahead, *request.recipe.rules)))
 
 
 def refuse_no_checkpoint(command: str, checkpoint: Path | None, recipe: Path | None) -> None:

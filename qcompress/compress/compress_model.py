@@ -25,7 +25,8 @@ from qcompress.data.measurement import Measurement
 from qcompress.encode.encode_weight import ContextSources, unweighed
 from qcompress.encode.preflight import refuse_nonfinite
 from qcompress.errors import BudgetError
-from qcompress.model.live import LiveModel, fresh_copy
+from qcompress.model.graph import batch_norm_of
+from qcompress.model.live import LiveModel, fresh_copy, layer_name
 from qcompress.plan.allocate import Costs, is_open, refuse_infeasible
 from qcompress.recipe import trains
 from qcompress.report.document import Report
@@ -117,8 +118,18 @@ def compress_live(
         report = measured(done[0], options.output, done[1].untuned, done[2])
     else:
         costs = _costs(checkpoint, plan, options, live, model_run, how)
-        report = spend(checkpoint, plan, options, costs, Workshop(attempted, measured, how.say))
+        shop = Workshop(attempted, measured, how.say, behind=_batch_norms(live, plan))
+        report = spend(checkpoint, plan, options, costs, shop)
     return replace(report, run=run_figures(clock, str(model_run.device)))
+
+
+def _batch_norms(live: LiveModel, plan: Plan) -> dict[str, str] | None:
+    """Weight -> the running variance of the batch norm that alone reads its layer; None where there is no graph."""
+    if not live.traced:
+        return None
+    names = [d.tensor.name for d in plan.decisions if d.compresses and layer_name(d.tensor.name) in live.layers]
+    norms = ((name, batch_norm_of(live, layer_name(name))) for name in names)
+    return {name: norm.running_var for name, norm in norms if norm is not None}
 
 
 def _refuse_early(checkpoint: Checkpoint, plan: Plan, options: Options, world: World) -> None:

@@ -273,7 +273,8 @@ def _whole_codes(job: Job, largest: float) -> Compressed | None:
     if job.ready is not None:
         assert not isinstance(job.ready, Kept)
         return coded_on_cpu(job.ready)
-    if method.needs == "weights" and method.family == "quantize" and decision.config.unit != "tensor":
+    is_grid = decision.config.form not in ("codebook", "constant")
+    if method.needs == "weights" and method.family == "quantize" and decision.config.unit != "tensor" and is_grid:
         return None
     # What stands in for a live model is on the CPU.
     device = job.device if method.needs == "weights" else "cpu"

@@ -55,8 +55,8 @@ def decides_steps(plan: Plan) -> bool:
 
 
 def has_steps(decision: Decision) -> bool:
-    """Whether a tensor's method has steps of any size in place of widths."""
-    return decision.compresses and METHODS[decision.method or ""].rates
+    """Whether a tensor's codes have a step of any size in place of a width."""
+    return decision.compresses and METHODS[decision.method or ""].rates and decision.config.form == "unbounded"
 
 
 @dataclass(frozen=True)

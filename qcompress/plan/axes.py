@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from qcompress.plan.roles import Network, Seen, is_stack
-from qcompress.types.plan import Axis, Role, TensorInfo
+from qcompress.plan.network import Network, Seen
+from qcompress.plan.roles import find_roles, is_stack, routed_widths
+from qcompress.types.plan import WEIGHT_DTYPES, Axis, Role, TensorInfo
 
 TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Hugging Face model types whose Conv1D layers store [in, out]."""
@@ -149,7 +150,7 @@ def _told_by_width(seen: Seen) -> bool | None:
     """Whether outputs are last, by the width of the network, which goes into experts and comes out."""
     _, rows, columns = seen.shape
     name = seen.owner if seen.is_weight else seen.leaf
-    widths = seen.network.counts(lambda key: key in _WIDTHS) | seen.network.routed_widths
+    widths = seen.network.counts(lambda key: key in _WIDTHS) | routed_widths(seen.network)
     if (rows in widths) == (columns in widths):
         return None
     if _INTO_EXPERTS.search(name):
@@ -176,3 +177,11 @@ def find_tied(network: Network, roles: Mapping[str, Role]) -> dict[str, str]:
 
 def _same_header(one: TensorInfo, other: TensorInfo) -> bool:
     return (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def stored_roles(tensors: Sequence[TensorInfo], config: Mapping[str, object]) -> frozenset[Role]:
+    """The roles of the weights that are stored, and not for being a copy of another left out."""
+    network = Network(tensors, config)
+    roles = find_roles(network)
+    tied = find_tied(network, roles)
+    return frozenset(roles[one.name] for one in tensors if one.dtype in WEIGHT_DTYPES and one.name not in tied)

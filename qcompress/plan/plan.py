@@ -9,18 +9,23 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from functools import lru_cache
 from pathlib import Path
 
+from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.side_files import count_representatives
 from qcompress.errors import DataError, InputError, RecipeError, Subject, raise_all
 from qcompress.plan.axes import find_axes, find_tied
-from qcompress.plan.roles import Network, find_roles
+from qcompress.plan.network import Network
+from qcompress.plan.roles import ROLES, find_roles
+from qcompress.plan.rules import RuleUse, find_deciders, rule_uses
 from qcompress.registry import METHODS, ClusterConfig, MseConfig, RdConfig, refuse_cost
-from qcompress.types.config import MethodConfig
+from qcompress.types.config import MethodConfig, Shape
 from qcompress.types.plan import (
     COMMAND_LINE,
     KEPT,
+    ROLE_MARK,
+    ROLE_NAMES,
     STORED_AS_F16,
     WEIGHT_DTYPES,
     Axis,
@@ -31,63 +36,17 @@ from qcompress.types.plan import (
     ModelFacts,
     Plan,
     Recipe,
+    Role,
     Rule,
     TensorFacts,
     TensorInfo,
     Widths,
-    find_matches,
     row_shape,
     shared_groups,
 )
 
 HALVED = ("F32", "F64")
 """The dtypes that `keep_dtype: f16` changes: bfloat16 would lose range and gain nothing."""
-
-
-@dataclass(frozen=True)
-class RuleUse:
-    """What the rules of one place in a recipe do: a list of globs has become one Rule a glob, and is judged as one.
-
-    matched  names that one of the globs fits -> the rule that decides each; None where none does
-    decided  those that these rules decide, in the names' order
-    """
-
-    rules: tuple[Rule, ...]
-    matched: Mapping[str, Rule | None]
-    decided: tuple[str, ...]
-
-    @property
-    def where(self) -> str:
-        return self.rules[0].where
-
-    @property
-    def globs(self) -> str | list[str]:
-        """The glob, or the list of them, as the recipe has it."""
-        globs = [rule.match for rule in self.rules]
-        return globs[0] if len(globs) == 1 else globs
-
-
-def find_deciders(
-    rules: Sequence[Rule], names: Iterable[str], reaches: Callable[[Rule, str], bool] = lambda _, __: True
-) -> dict[str, Rule | None]:
-    """Name -> the first rule that matches it and `reaches` it; None where there is none."""
-    found: dict[str, Rule | None] = dict.fromkeys(names)
-    for rule in rules:
-        for name in find_matches(rule.match, found):
-            if found[name] is None and reaches(rule, name):
-                found[name] = rule
-    return found
-
-
-def rule_uses(rules: Sequence[Rule], deciders: Mapping[str, Rule | None]) -> Iterator[RuleUse]:
-    """What became of every rule, in their order; `deciders` is what `find_deciders` gave for the same rules."""
-    order = {name: place for place, name in enumerate(deciders)}
-    for where, group in groupby(rules, key=lambda rule: rule.where):
-        same = tuple(group)
-        named = {name for rule in same for name in find_matches(rule.match, deciders)}
-        matched = {name: deciders[name] for name in sorted(named, key=order.__getitem__)}
-        decided = tuple(name for name, one in matched.items() if one is not None and one.where == where)
-        yield RuleUse(same, matched, decided)
 
 
 def make_plan(
@@ -117,7 +76,7 @@ def make_plan(
     told = {name: one.tied_to for name, one in facts.items() if one.tied_to in names}
     tied = told | find_tied(network, roles) | dict(tied)
     calibrated = recipe.data is not None and recipe.data.calibration is not None
-    deciders = find_deciders(recipe.rules, [tensor.name for tensor in tensors])
+    deciders = find_deciders(recipe.rules, roles)
     twins = _stored_twins(deciders, tied)
     decisions: list[Decision] = []
     errors: list[InputError] = []
@@ -125,13 +84,13 @@ def make_plan(
         rule = deciders[tensor.name]
         try:
             because = _not_taken(rule, facts.get(tensor.name), calibrated)
-            decision = _decide(tensor, rule, twins.get(tensor.name), axes.get(tensor.name), because)
-            decision = replace(decision, role=roles[tensor.name])
+            known = _Known(roles[tensor.name], axes.get(tensor.name), twins.get(tensor.name), because)
+            decision = replace(_decide(tensor, rule, known), role=known.role)
             decisions.append(_stored(decision, rule, recipe.keep_dtype))
         except RecipeError as error:
             errors.append(error)
     if not errors:
-        errors = [*_idle_rules(recipe, deciders, decisions), *_stepless(recipe), *_unshareable(decisions)]
+        errors = [*_idle_rules(recipe, deciders, roles, decisions), *_stepless(recipe), *_unshareable(decisions)]
     raise_all(errors)
     if nonfinite is not None:
         decisions = [_without_nonfinite(d, nonfinite(d.tensor)) if d.compresses else d for d in decisions]
@@ -196,12 +155,25 @@ def _stored_twins(deciders: Mapping[str, Rule | None], tied: Mapping[str, str]) 
     return twins
 
 
-def _decide(
-    tensor: TensorInfo, rule: Rule | None, twin: str | None, known: Axis | None, foreign: str | None
-) -> Decision:
-    """What happens to a tensor; `foreign` is why the rule's method cannot take its weight. Raises RecipeError."""
-    if twin is not None:
-        return Decision(tensor, None, KEPT, f"tied to {twin}, stored once", tied_to=twin)
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a tensor beside its rule.
+
+    axis     its channel axes, where they are not the first
+    twin     the tensor that is stored for it
+    foreign  why the rule's method cannot take its weight
+    """
+
+    role: Role
+    axis: Axis | None = None
+    twin: str | None = None
+    foreign: str | None = None
+
+
+def _decide(tensor: TensorInfo, rule: Rule | None, known: _Known) -> Decision:
+    """What happens to a tensor. Raises RecipeError."""
+    if known.twin is not None:
+        return Decision(tensor, None, KEPT, f"tied to {known.twin}, stored once", tied_to=known.twin)
     if rule is None:
         return Decision(tensor, None, KEPT, "no rule matches")
     if rule.method is None:
@@ -212,22 +184,65 @@ def _decide(
             what = f"{rule.method} cannot compress it: {because}"
             raise RecipeError(rule.where, what, "use keep: {}", Subject(tensor.name, tensor.shape))
         return Decision(tensor, None, KEPT, because)
-    if len(tensor.shape) < 2 and not rule.names(tensor.name):
-        return Decision(tensor, None, KEPT, "fewer than two dimensions")
+    named = rule.by_role or rule.names(tensor.name)
+    because = None if named else _kept_unnamed(tensor, known)
+    if because is not None:
+        return Decision(tensor, None, KEPT, because)
     stands_in = ""
-    if foreign is not None:
-        stands_in = f"; mse, for {rule.method} cannot take it: {foreign}"
-        instead = _rule_instead(tensor, rule, foreign)
+    if known.foreign is not None:
+        stands_in = f"; mse, for {rule.method} cannot take it: {known.foreign}"
+        instead = _rule_instead(tensor, rule, known.foreign)
         if instead is None:
-            return Decision(tensor, None, KEPT, f"{rule.method} cannot take it: {foreign}")
+            return Decision(tensor, None, KEPT, f"{rule.method} cannot take it: {known.foreign}")
         rule = instead
-    axis, reason = _channel_axis(tensor, rule, known)
+    axis, reason = _channel_axis(tensor, rule, known.axis)
     reason += stands_in
     accepted = _accepted(tensor, rule, axis)
     shared = shared_by(tensor.name, accepted.share)
     if shared is not None:
         reason = f"{reason}; one codebook for the {shared}"
-    return Decision(tensor, rule.method, accepted, reason, axis, codebook=CodebookSpec(shared=shared))
+    decision = Decision(tensor, rule.method, accepted, reason, axis, codebook=CodebookSpec(shared=shared))
+    return decision if named else _if_smaller(decision)
+
+
+def _kept_unnamed(tensor: TensorInfo, known: _Known) -> str | None:
+    """Why a tensor is kept that its rule does not name, or None."""
+    if len(tensor.shape) < 2:
+        return "fewer than two dimensions"
+    if ROLES[known.role].kept:
+        return f"{known.role}, kept unless a rule names it"
+    channels = known.axis.axes if known.axis is not None else (0,)
+    columns = math.prod(size for index, size in enumerate(tensor.shape) if index not in channels)
+    return "one value a channel" if columns == 1 else None
+
+
+def _if_smaller(decision: Decision) -> Decision:
+    """The decision, or to keep a tensor whose codes and grids would take no fewer bytes than it does."""
+    config = decision.config
+    if isinstance(config, Widths):
+        smaller = {bits: one for bits, one in config.configs.items() if _is_smaller(replace(decision, config=one))}
+        if smaller:
+            return decision if len(smaller) == len(config.configs) else replace(decision, config=Widths(smaller))
+    elif _is_smaller(decision):
+        return decision
+    return Decision(decision.tensor, None, KEPT, f"would take no fewer bytes than its {decision.tensor.n_bytes}")
+
+
+def _is_smaller(decision: Decision) -> bool:
+    """Whether codes and grids, packed, take less than the tensor, as far as a plan knows before any weight is read."""
+    # Codes without a width are weighed by their budget, and learned representatives are yet to be counted.
+    if decision.config.form in ("unbounded", "constant") or METHODS[decision.method or ""].representatives:
+        return True
+    tensor, shared = decision.tensor, decision.codebook.shared is not None
+    return _packed_bytes(tensor.shape, tensor.dtype, decision.axis, decision.config, shared) < tensor.n_bytes
+
+
+@lru_cache(maxsize=4096)
+def _packed_bytes(shape: Shape, dtype: str, axis: tuple[int, ...], config: MethodConfig, shared: bool) -> int:
+    """What codes and grids of a tensor take, packed; a codebook that several share is not this one's to pay."""
+    codebook = CodebookSpec(shared="several", stored_in="another") if shared else CodebookSpec()
+    decision = Decision(TensorInfo("", shape, dtype), "", config, "", axis, codebook=codebook)
+    return sum(slot.n_bytes for slot in make_slots(decision, "packed"))
 
 
 def _not_taken(rule: Rule | None, fact: TensorFacts | None, calibrated: bool) -> str | None:
@@ -359,15 +374,18 @@ def _channel_axis(tensor: TensorInfo, rule: Rule, known: Axis | None) -> tuple[t
     raise RecipeError(rule.where, what, hint, Subject(tensor.name, tensor.shape))
 
 
-def _idle_rules(recipe: Recipe, deciders: Mapping[str, Rule | None], decisions: Sequence[Decision]) -> list[InputError]:
+def _idle_rules(
+    recipe: Recipe,
+    deciders: Mapping[str, Rule | None],
+    roles: Mapping[str, Role],
+    decisions: Sequence[Decision],
+) -> list[InputError]:
     """An error for each rule that decides nothing; a method's rule must compress at least one tensor."""
     errors: list[InputError] = []
     by_name = {decision.tensor.name: decision for decision in decisions}
-    for use in rule_uses(recipe.rules, deciders):
+    for use in rule_uses(recipe.rules, deciders, roles):
         if not use.matched:
-            close = difflib.get_close_matches(use.rules[0].match, deciders, n=3, cutoff=0.0)
-            hint = f"nearest names: {', '.join(close)}" if close else "the checkpoint has no tensors"
-            errors.append(RecipeError(use.where, f"match {use.globs!r} fits no tensor", hint))
+            errors.append(RecipeError(use.where, f"match {use.globs!r} fits no tensor", _nearest(use, roles)))
         elif not use.decided:
             earlier = next(rule for rule in use.matched.values() if rule is not None)
             what = f"match {use.globs!r} decides nothing: {earlier.where} comes first"
@@ -375,5 +393,16 @@ def _idle_rules(recipe: Recipe, deciders: Mapping[str, Rule | None], decisions: 
         elif use.rules[0].method is not None and not any(by_name[name].compresses for name in use.decided):
             first = by_name[use.decided[0]]
             what = f"match {use.globs!r} compresses nothing: {first.tensor.name}: {first.reason}"
-            errors.append(RecipeError(use.where, what, "match weights of two dimensions or more, or use keep: {}"))
+            hint = "match weights of two dimensions or more, or use keep: {}"
+            if ROLES[first.role].kept and len(first.tensor.shape) > 1:
+                hint = f'name the tensors, or their role: match "{ROLE_MARK}{first.role}"'
+            errors.append(RecipeError(use.where, what, hint))
     return errors
+
+
+def _nearest(use: RuleUse, roles: Mapping[str, Role]) -> str:
+    """The hint for a match that fits nothing: what a checkpoint has that is most like it."""
+    if all(rule.by_role for rule in use.rules):
+        return f"roles here: {', '.join(f'{ROLE_MARK}{role}' for role in ROLE_NAMES if role in roles.values())}"
+    close = difflib.get_close_matches(use.rules[0].match, roles, n=3, cutoff=0.0)
+    return f"nearest names: {', '.join(close)}" if close else "the checkpoint has no tensors"

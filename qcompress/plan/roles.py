@@ -7,13 +7,13 @@ of `ROLES` are asked in their order, and the first that fits a tensor is its rol
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
-from qcompress.types.plan import WEIGHT_DTYPES, ModelFacts, Role, TensorFacts, TensorInfo
+from qcompress.plan.network import Network, Seen
+from qcompress.types.plan import WEIGHT_DTYPES, Role
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 VOCABULARY = re.compile(r"(.*_)?vocab_size|n_vocab|n_words|n_token")
 STACK_SIDE = 16
 """The least side of the matrices of a stack: a convolution's kernel is seldom so long."""
@@ -23,7 +23,6 @@ LEAST_VOCABULARY = 16
 
 _INTEGERS = frozenset({"I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL", "C64"})
 
-_WEIGHTS = re.compile(r"weights?|weight_(v|orig)|kernel|original1?")
 _SCALES = re.compile(
     r"(\w+_)?(weight|input|output|activation|act|scaling)_(scale(_inv|_2)?|scales|zero_point|zero_points|factor)|"
     r"(\w+_)?scaling_factor|scales(_and_zeros)?|qweight|qzeros|g_idx|weight_(packed|shape|g_idx|format|integer)|SCB|SCBt|"
@@ -46,17 +45,17 @@ _STATE_BLOCKS = frozenset({"A_log", "A_logs", "dt_bias", "dt_proj", "rg_lru", "r
 _SHORT_CONVOLUTIONS = re.compile(r"([qkv]_)?conv_?1d|(\w+_)?short_conv(olution)?|conv")
 _RELATIVE = re.compile(
     r"(\w+_)?rel(ative)?_(attention_|attn_)?(pos(ition)?(al)?_)?(\w_|[12]d_)?(bias|biases|embed)(_table|_mlp|_layer)?|"
-    r"rel(ative)?_(pos(ition)?s?(_[hwtxy])?|height|width|coords_table)|(continuous_position_bias|cpb)_mlp|"
+    r"rel(ative)?_(pos(ition)?s?(_[hwtxy])?|height|width|coords_table)|(height|width)_rel|(continuous_position_bias|cpb)_mlp|"
     r"(\w+_)?position_bias(_table)?|attention_biases|rpb|distance_embedding|(\w+_)?relative_position_embed\w*"
 )
 _TOKENS = re.compile(
-    r"(\w+_)?(tokens?|queries|latents?|query|probe)|(\w+_)?(cls|class|mask|masked|pad|no_mem|not_a_point|sep|seg|level)"
+    r"(\w+_)?(tokens?|queries|latents?|query|probe)(_\d+)?|(\w+_)?(cls|class|mask|masked|pad|no_mem|not_a_point|sep|seg|level)"
     r"_(pos_)?(emb|embed|embeds|embedding|embeddings)(_\w+)?|cls|no_\w+_embedding|(masked_)?spec_embed|image_newline|"
     r"(\w+_)?(queries|query)_(feat|features|embed|embeds|embedding|embeddings|pos)"
 )
 _POSITIONS = re.compile(
     r"w?pe|(\w*_)?pos(ition|itional|itions)?(_\w+)?_?(emb|embed|embeds|embedding|embeddings|enc|encoding|encodings|table|"
-    r"tables)(_\w+)?|(emb|embed|embedding)s?_pos(itions?)?|positions?_embed|(\w+_)?pos|(row|col|column|time|temporal|"
+    r"tables)(_\w+|\d+)?|(emb|embed|embedding)s?_pos(itions?)?|positions?_embed|(\w+_)?pos|(row|col|column|time|temporal|"
     r"spatial)_(embed|embeds|embedding|embeddings)|rel_embeddings|positional_embedding\w*|(pe|emb_rel)_[kv]"
 )
 _TABLES_OF_TOKENS = re.compile(
@@ -81,137 +80,6 @@ _EMBEDDINGS = re.compile(
 )
 _NO_EMBEDDINGS = re.compile(r"patch|proj|linear|pixel|dense|conv")
 _SMALL_TABLES = re.compile(r"type|segment|lang|label|class|speaker|position|task|style|codebook|level|time|age")
-
-
-@dataclass(frozen=True)
-class Network:
-    """What the tensors of a checkpoint tell of each other, with config.json and what a network says, both if known."""
-
-    tensors: Sequence[TensorInfo]
-    config: Mapping[str, object] = field(default_factory=dict)
-    model: ModelFacts = field(default_factory=dict)
-
-    @cached_property
-    def configs(self) -> list[Mapping[str, object]]:
-        """The config and every mapping within it, at any depth."""
-        found: list[Mapping[str, object]] = [self.config]
-        for one in found:
-            found += [value for value in one.values() if isinstance(value, dict)]
-        return found
-
-    def counts(self, keys: Callable[[str], object]) -> frozenset[int]:
-        """The whole numbers above 1 that the configs have under some keys."""
-        values = (value for one in self.configs for key, value in one.items() if keys(key))
-        return frozenset(value for value in values if isinstance(value, int) and value > 1)
-
-    @cached_property
-    def model_types(self) -> frozenset[str]:
-        return frozenset(str(one["model_type"]) for one in self.configs if "model_type" in one)
-
-    @cached_property
-    def expert_counts(self) -> frozenset[int]:
-        return self.counts(lambda key: key in EXPERT_COUNTS)
-
-    @cached_property
-    def modules(self) -> Mapping[str, Mapping[str, TensorInfo]]:
-        """Module -> its own tensors by the last part of their names."""
-        found: dict[str, dict[str, TensorInfo]] = {}
-        for tensor in self.tensors:
-            module, _, leaf = plain_name(tensor.name).rpartition(".")
-            found.setdefault(module, {})[leaf] = tensor
-        return found
-
-    @cached_property
-    def children(self) -> Mapping[str, set[str]]:
-        """Module -> the first parts of all names below it."""
-        found: dict[str, set[str]] = {}
-        for module, own in self.modules.items():
-            found.setdefault(module, set()).update(own)
-            while module and module not in (found.get(parent := module.rpartition(".")[0], ())):
-                name = module.rpartition(".")[2]
-                if name in found.setdefault(parent, set()):
-                    break
-                found[parent].add(name)
-                module = parent
-        return found
-
-    @cached_property
-    def vocabulary(self) -> frozenset[int]:
-        """The numbers of rows that tables of a vocabulary have."""
-        found = set(self.counts(VOCABULARY.fullmatch))
-        for seen in self.seen():
-            small = len(seen.shape) != 2 or seen.shape[0] < LEAST_VOCABULARY or _SMALL_TABLES.search(seen.owner)
-            if not small and is_embedding(seen) and not is_position(seen):
-                found.add(seen.shape[0])
-        return frozenset(found)
-
-    @cached_property
-    def routed_widths(self) -> frozenset[int]:
-        """How many values routers take."""
-        return frozenset(seen.shape[1] for seen in self.seen() if len(seen.shape) == 2 and is_router(seen))
-
-    def seen(self) -> Iterator[Seen]:
-        """Every tensor with its surroundings, in their order."""
-        for tensor in self.tensors:
-            yield Seen(tensor, self, self.model.get(tensor.name))
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One tensor and its surroundings; `fact` is what a network says of it."""
-
-    info: TensorInfo
-    network: Network
-    fact: TensorFacts | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    @cached_property
-    def parts(self) -> tuple[str, ...]:
-        """The parts of its module's name."""
-        return tuple(plain_name(self.info.name).split(".")[:-1])
-
-    @cached_property
-    def leaf(self) -> str:
-        """Its name in its module."""
-        return plain_name(self.info.name).rpartition(".")[2]
-
-    @property
-    def module(self) -> str:
-        return ".".join(self.parts)
-
-    @cached_property
-    def owner(self) -> str:
-        """The last part of its module's name that is no number."""
-        return next((part for part in reversed(self.parts) if not part.isdigit()), "")
-
-    @cached_property
-    def siblings(self) -> Mapping[str, TensorInfo]:
-        """The tensors of its module, itself included."""
-        return self.network.modules.get(self.module, {})
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether it is what a module of its own multiplies by or looks rows up in, by its name."""
-        return _WEIGHTS.fullmatch(self.leaf) is not None
-
-    def around(self, up: int = 1) -> set[str]:
-        """The names in the module so many levels above its own."""
-        return self.network.children.get(".".join(self.parts[: len(self.parts) - up]), set())
-
-
-def plain_name(name: str) -> str:
-    """A name without what adapters and parametrizations put around a weight."""
-    if "parametrizations." in name or ".base_layer." in name:
-        name = name.replace(".base_layer.", ".")
-        name = re.sub(r"parametrizations\.(\w+)\.original(\d?)", _unparametrized, name)
-    return name
-
-
-def _unparametrized(found: re.Match[str]) -> str:
-    return f"{found[1]}_g" if found[2] == "0" else f"{found[1]}_v" if found[2] == "1" else found[1]
 
 
 def is_quantizer_scale(seen: Seen) -> bool:
@@ -285,7 +153,7 @@ def is_norm(seen: Seen) -> bool:
     if len(shape) < 2 or seen.leaf in ("weight_g", "original0"):
         return True
     if seen.is_weight:
-        inner = len(shape) > 2 and seen.info.numel == shape[-1]
+        inner = len(shape) > 3 and seen.info.numel == shape[-1]
         return inner or (len(shape) == 2 and _NORMS.fullmatch(seen.owner) is not None and not is_product(seen))
     return seen.info.numel == max(shape) or _GAINS.fullmatch(seen.leaf) is not None
 
@@ -293,8 +161,9 @@ def is_norm(seen: Seen) -> bool:
 def is_expert(seen: Seen) -> bool:
     if any(_EXPERT.fullmatch(part) and "shared" not in part for part in (*seen.parts, seen.leaf)):
         return True
-    routed = any(map(_ROUTERS.fullmatch, seen.around() | seen.around(2)))
-    return len(seen.shape) == 3 and seen.shape[0] in seen.network.expert_counts and routed
+    if len(seen.shape) != 3 or seen.shape[0] not in seen.network.expert_counts:
+        return False
+    return is_stack(seen) or any(map(_ROUTERS.fullmatch, seen.around() | seen.around(2)))
 
 
 def is_head(seen: Seen) -> bool:
@@ -303,7 +172,7 @@ def is_head(seen: Seen) -> bool:
     if _HEADS.fullmatch(seen.owner):
         return True
     numbered = any(part.isdigit() for part in seen.parts)
-    return not numbered and seen.shape[0] in seen.network.vocabulary and not is_embedding(seen)
+    return not numbered and seen.shape[0] in vocabulary(seen.network) and not is_embedding(seen)
 
 
 def is_embedding(seen: Seen) -> bool:
@@ -317,6 +186,23 @@ def is_embedding(seen: Seen) -> bool:
     if name == "w":
         return seen.shape[0] in seen.network.counts(VOCABULARY.fullmatch)
     return _EMBEDDINGS.fullmatch(name) is not None
+
+
+@lru_cache(maxsize=2)
+def vocabulary(network: Network) -> frozenset[int]:
+    """The numbers of rows that tables of a vocabulary have."""
+    found = set(network.counts(VOCABULARY.fullmatch))
+    for seen in network.seen():
+        small = len(seen.shape) != 2 or seen.shape[0] < LEAST_VOCABULARY or _SMALL_TABLES.search(seen.owner)
+        if not small and is_embedding(seen) and not is_position(seen):
+            found.add(seen.shape[0])
+    return frozenset(found)
+
+
+@lru_cache(maxsize=2)
+def routed_widths(network: Network) -> frozenset[int]:
+    """How many values routers take."""
+    return frozenset(seen.shape[1] for seen in network.seen() if len(seen.shape) == 2 and is_router(seen))
 
 
 def is_depthwise(seen: Seen) -> bool:

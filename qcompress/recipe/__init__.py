@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qcompress.recipe.complete import refuse_untrainable as refuse_untrainable
     from qcompress.recipe.complete import trains as trains
     from qcompress.recipe.flags import recipe_from_flags as recipe_from_flags
+    from qcompress.recipe.flags import table_rules as table_rules
     from qcompress.recipe.flags import with_effort as with_effort
     from qcompress.recipe.parse import BudgetFlag as BudgetFlag
     from qcompress.recipe.parse import parse_recipe as parse_recipe
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     **dict.fromkeys(("refuse_from_scratch", "refuse_missing", "refuse_untrainable", "trains"), "complete"),
-    **dict.fromkeys(("recipe_from_flags", "with_effort"), "flags"),
+    **dict.fromkeys(("recipe_from_flags", "table_rules", "with_effort"), "flags"),
     **dict.fromkeys(("BudgetFlag", "parse_recipe", "read_recipe"), "parse"),
     **dict.fromkeys(("recipe_schema", "schema_text"), "schema"),
     **dict.fromkeys(("recipe_hash", "recipe_json", "recipe_yaml"), "show"),

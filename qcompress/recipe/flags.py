@@ -16,7 +16,7 @@ from qcompress.recipe.parse import BudgetFlag
 from qcompress.recipe.schema import fragment
 from qcompress.recipe.yaml_tree import Document, Path, Place
 from qcompress.registry import BUDGET_METHOD
-from qcompress.types.plan import COMMAND_LINE, Budget, Family, Recipe, Rule, Widths
+from qcompress.types.plan import COMMAND_LINE, ROLE_MARK, Budget, Family, Recipe, Role, Rule, Widths
 from qcompress.types.words import listed, quoted, suggest
 from qcompress.types.written import read
 
@@ -54,6 +54,39 @@ def recipe_from_flags(
     if budget is None:
         return Recipe(family, (rule,))
     return Recipe(family, (rule,), budget=_read(Budget, budget.document()), places={"budget": budget.text})
+
+
+TABLE_ROLES: tuple[Role, ...] = ("embedding", "head")
+"""The roles to which `--bits` gives more bits than to the others."""
+TABLE_BITS = 8
+
+
+def table_rules(
+    method: str | None, options: Mapping[str, object], family: Family, bits: int | None
+) -> tuple[Rule, ...]:
+    """The rules for embeddings and heads, which go before the one of `recipe_from_flags` with the same flags.
+
+    bits    of these rules; None: as many as the flags say, and at least 8; none where the method has not that many
+    raises  UsageError for bits that the method cannot have
+    """
+    own = options.get("bits")
+    if not isinstance(own, int):
+        if bits is not None:
+            raise UsageError(f"--bits-embedding {bits}", "no --bits is given beside it", "add --bits N")
+        return ()
+    # A code names one row here, so that its bits are those of a weight.
+    vectors = options.get("dim") not in (None, 1)
+    wanted = max(own, TABLE_BITS) if bits is None else bits
+    if wanted == own and not vectors:
+        return ()
+    scalars = {name: value for name, value in options.items() if name != "dim"}
+    try:
+        (rule,) = recipe_from_flags(method, {**scalars, "bits": wanted}, family).rules
+    except UsageError as error:
+        if bits is None:
+            return ()
+        raise UsageError(f"--bits-embedding {bits}", error.what, error.hint) from None
+    return tuple(replace(rule, match=f"{ROLE_MARK}{role}") for role in TABLE_ROLES)
 
 
 def _refuse_foreign(method: registry.Method, typed: Document) -> None:

@@ -12,9 +12,10 @@ from pydantic import GetCoreSchemaHandler, ValidationError
 from qcompress.registry import DEFAULT_METHOD, METHODS, Method
 from qcompress.registry.regularizers import REGULARIZERS
 from qcompress.types.config import MethodConfig
-from qcompress.types.plan import Exempt, Keep, Sections, Widths
+from qcompress.types.plan import ROLE_MARK, ROLE_NAMES, Exempt, Keep, Sections, Widths
 from qcompress.types.settings import Training
-from qcompress.types.written import ONE_OR_MORE, Given, OneOf, Refused, later, read, reader, shown_as
+from qcompress.types.words import quoted, suggest
+from qcompress.types.written import ONE_OR_MORE, Form, Given, OneOf, Refused, later, read, reader, shown_as
 
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
@@ -58,8 +59,19 @@ def method_part(method: Method) -> Any:
     return Annotated[method.config, OpenBits(method.config)] if takes_budget(method) else method.config
 
 
-Pattern: TypeAlias = Annotated[str, MinLen(1), shown_as("*.weight", title="glob over tensor names")]
-"""* is any text, ? a character, [abc] one of them."""
+def _refuse_unknown_role(match: str) -> str:
+    known = [f"{ROLE_MARK}{role}" for role in ROLE_NAMES]
+    if match.startswith(ROLE_MARK) and match not in known:
+        raise Refused(f"there is no role {quoted(match)}; {suggest(match, known)}")
+    return match
+
+
+_ROLE = Form(after=_refuse_unknown_role)
+_ROLE_PATTERN = f"^([^{ROLE_MARK}]|{ROLE_MARK}({'|'.join(ROLE_NAMES)})$)"
+Pattern: TypeAlias = Annotated[
+    str, MinLen(1), _ROLE, shown_as("*.weight", title="glob over tensor names", pattern=_ROLE_PATTERN)
+]
+"""* is any text, ? a character, [abc] one of them; @embedding is every tensor of that role."""
 Match: TypeAlias = Annotated[tuple[Pattern, ...], MinLen(1), ONE_OR_MORE]
 
 _ACTIONS = {"keep": Keep} | {name: method_part(one) for name, one in METHODS.items()}

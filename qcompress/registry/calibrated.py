@@ -265,6 +265,24 @@ class RdConfig(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExactConfig(MethodConfig):
+    """What rd makes of weights on few values: a code for each, which a budget decides and no recipe asks for.
+
+    bits         of a code; None of a constant
+    granularity  what has its own values, the tensor or each row
+    codebook     how they are stored
+    form         `constant` of a single value
+    axis         see RdConfig
+    """
+
+    bits: int | None = None
+    granularity: Literal["tensor", "channel"] = "tensor"
+    codebook: Literal["f32"] = "f32"
+    form: Literal["codebook", "constant"] = "codebook"
+    axis: int | tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainedConfig(GridConfig):
     """What quantization-aware training shares; its grids are symmetric.
 

@@ -5,7 +5,7 @@ Imports torch only where a baseline is given.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ from qcompress.checkpoint.checkpoint import Checkpoint, StoredRows, tensor_view
 from qcompress.checkpoint.safetensors_file import Container
 from qcompress.coding.packing import count_codes
 from qcompress.errors import ReportError, raise_all
+from qcompress.plan.network import Network
+from qcompress.plan.roles import find_roles
+from qcompress.plan.rules import find_deciders
 from qcompress.report import document
 from qcompress.report.counts import (
     Counts,
@@ -34,7 +37,7 @@ from qcompress.report.counts import (
 from qcompress.report.document import LayerFigures, LayerReport, Report
 from qcompress.report.document_json import read_report, report_path
 from qcompress.report.size import make_size
-from qcompress.types.plan import TensorInfo, find_matches
+from qcompress.types.plan import Rule, TensorInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -215,8 +218,10 @@ def _stored_figures(tensor: StoredTensor) -> LayerFigures:
 def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Report:
     """The report whose compressed tensors have these figures, its layers by name."""
     layers: list[LayerReport] = []
+    methods = _methods_of(artifact)
     for file in artifact.files:
-        layers += [_compressed_layer(file, name, entry, figures[name]) for name, entry in file.manifest.tensors.items()]
+        tensors = file.manifest.tensors
+        layers += [_compressed_layer(file, name, methods[name], figures[name]) for name in tensors]
         layers += [_kept_layer(file.original(info.name), info.n_bytes) for info in file.kept]
         layers += [_kept_layer(info, 0, twin) for info, twin in artifact.copies_of(file).items()]
     index = artifact.path / INDEX_NAME
@@ -238,9 +243,9 @@ def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Rep
     )
 
 
-def _compressed_layer(file: ArtifactFile, name: str, entry: Entry, figures: LayerFigures) -> LayerReport:
+def _compressed_layer(file: ArtifactFile, name: str, method: str, figures: LayerFigures) -> LayerReport:
+    entry = file.manifest.tensors[name]
     parts = {part: info.n_bytes for part, info in file.parts_of(name).items()}
-    method = _method_of(name, file.manifest.recipe, file.manifest.tensors)
     own_side = file.side_bytes(name) if entry.is_unbounded else 0
     return replace(
         _kept_layer(file.original(name), sum(parts.values())),
@@ -264,19 +269,28 @@ def _form_of(entry: Entry) -> str:
     return entry.grid if entry.grid in ("zero-point", "offset") else "symmetric"
 
 
-def _method_of(name: str, recipe: Mapping[str, object], names: Collection[str]) -> str:
-    """The method that the manifest's recipe gave one of these tensors."""
-    rules = recipe.get("rules")
-    for rule in rules if isinstance(rules, list) else []:
-        if not isinstance(rule, dict):
-            continue
-        match = rule.get("match")
-        globs = match if isinstance(match, list) else [match]
-        if any(name in find_matches(glob, names) for glob in globs if isinstance(glob, str)):
-            for method, options in rule.items():
-                if method != "match" and isinstance(options, dict):
-                    return str(method)
-    return "unknown"
+def _methods_of(artifact: Artifact) -> dict[str, str]:
+    """The method that the manifest's recipe gave each compressed tensor."""
+    written = artifact.files[0].manifest.recipe.get("rules")
+    rules = [
+        Rule(match, method, None, "")
+        for rule in (written if isinstance(written, list) else [])
+        if isinstance(rule, dict)
+        for match in _texts(rule.get("match"))
+        for method, options in rule.items()
+        if method not in ("match", "keep") and isinstance(options, dict)
+    ]
+    compressed = [file.original(name) for file in artifact.files for name in file.manifest.tensors]
+    kept = [file.original(info.name) for file in artifact.files for info in file.kept]
+    roles = find_roles(Network([*compressed, *kept])) if any(rule.by_role for rule in rules) else {}
+    deciders = find_deciders(rules, {one.name: roles.get(one.name, "matrix") for one in compressed})
+    return {name: "unknown" if rule is None else rule.method or "unknown" for name, rule in deciders.items()}
+
+
+def _texts(value: object) -> list[str]:
+    """A text, or those of a list."""
+    several = value if isinstance(value, list) else [value]
+    return [one for one in several if isinstance(one, str)]
 
 
 def _kept_layer(info: TensorInfo, n_bytes: int, tied_to: str | None = None) -> LayerReport:

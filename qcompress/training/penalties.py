@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from qcompress.errors import ModelError, RecipeError, Subject, raise_all
-from qcompress.model.build import channel_axes
-from qcompress.plan.plan import find_deciders, rule_uses
+from qcompress.model.build import channel_axes, facts_of
+from qcompress.plan.network import Network
+from qcompress.plan.roles import find_roles
+from qcompress.plan.rules import find_deciders, rule_uses
 from qcompress.registry.regularizers import RegularizerConfig, RepresentativesConfig, refuse_levels
 from qcompress.regularizers.penalty import Evaluated, Penalty, make_penalty
 from qcompress.regularizers.representatives import Representatives, ToRepresentatives
 from qcompress.training.optimizers import Group
-from qcompress.types.plan import Rule
+from qcompress.types.plan import Role, Rule, TensorInfo
 from qcompress.types.settings import AdamW, Optimizer
 
 COUNTED_RATE = 0.1
@@ -305,12 +307,13 @@ def decide_penalties(module: nn.Module, rules: Sequence[Rule]) -> dict[str, Rule
     parameters = dict(module.named_parameters())
 
     def reaches(rule: Rule, name: str) -> bool:
-        if rule.names(name) or rule.method is None:
+        if rule.names(name) or rule.by_role or rule.method is None:
             return True
         return name in kinds and config_of(rule).layers in ("all", kinds[name])
 
-    deciders = find_deciders(rules, parameters, reaches)
-    _refuse_idle(rules, deciders)
+    roles = _roles_of(module, parameters)
+    deciders = find_deciders(rules, roles, reaches)
+    _refuse_idle(rules, deciders, roles)
     found = {name: rule for name, rule in deciders.items() if rule is not None and rule.method is not None}
     errors = []
     for name, rule in found.items():
@@ -334,11 +337,17 @@ def _channels_first(weight: Tensor, order: tuple[int, ...] | None) -> Tensor:
     return (weight if order is None else weight.permute(order)).contiguous()
 
 
-def _refuse_idle(rules: Sequence[Rule], deciders: Mapping[str, Rule | None]) -> None:
+def _roles_of(module: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Role]:
+    """The role of each parameter, as its network tells it."""
+    infos = [TensorInfo(name, tuple(value.shape), "F32") for name, value in parameters.items()]
+    return find_roles(Network(infos, model=facts_of(module)))
+
+
+def _refuse_idle(rules: Sequence[Rule], deciders: Mapping[str, Rule | None], roles: Mapping[str, Role]) -> None:
     """Raise RecipeError, or Refusals, where a rule decides nothing."""
     example = next((name for name in deciders if name.endswith("weight")), "nothing here")
     hint = f"weights are named like {example}; see `layers`"
-    idle = (use for use in rule_uses(rules, deciders) if not use.decided)
+    idle = (use for use in rule_uses(rules, deciders, roles) if not use.decided)
     raise_all([RecipeError(use.where, f"match {use.globs!r} decides nothing", hint) for use in idle])
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Final, Generic, Literal, TypeAlias
+from typing import Annotated, ClassVar, Final, Generic, Literal, TypeAlias, get_args
 
 from annotated_types import Gt, Interval, MinLen
 from typing_extensions import TypeVar
@@ -85,6 +85,11 @@ Role: TypeAlias = Literal[
 ]  # fmt: skip
 """What a tensor is in its network; the table of how each is recognised is `plan.roles.ROLES`."""
 
+ROLE_NAMES: tuple[Role, ...] = get_args(Role)
+
+ROLE_MARK: Final = "@"
+"""What stands before a role in a rule's `match`."""
+
 
 def searched_convention(bits: int) -> Convention:
     """The symmetric grid with the least squared error on bell-shaped weights, one for all blocks of a tensor."""
@@ -137,13 +142,18 @@ class Exempt(Section):
     """Leave the weights as they are."""
 
 
-def find_matches(match: str, names: Collection[str]) -> list[str]:
-    """The names that a rule's `match` means, in their order: the one that it equals, else all that fit it as a glob.
+def find_matches(match: str, names: Collection[str], roles: Mapping[str, Role] | None = None) -> list[str]:
+    """The names that a rule's `match` means, in their order.
+
+    The one that it equals, else those of the role that it names, else all that fit it as a glob.
 
     names  quick to look a name up in
+    roles  of these names
     """
     if match in names:
         return [match]
+    if match.startswith(ROLE_MARK):
+        return [name for name in names if (roles or {}).get(name) == match[len(ROLE_MARK) :]]
     if not any(character in match for character in "*?["):
         return []
     fits = re.compile(fnmatch.translate(match)).match
@@ -164,8 +174,13 @@ class Rule:
     where: str
 
     def names(self, tensor: str) -> bool:
-        """Whether this tensor is meant by its name, and not by a glob that others fit too."""
+        """Whether this tensor is meant by its name, and not by a glob or a role that others fit too."""
         return self.match == tensor
+
+    @property
+    def by_role(self) -> bool:
+        """Whether tensors are meant by their role."""
+        return self.match.startswith(ROLE_MARK)
 
     @property
     def options(self) -> MethodConfig:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompress.artifact.reader import read_artifact
-from qcompress.budget.spend import RoundedWeights, Workshop, entropy, harm_of, spend
+from qcompress.budget.spend import Workshop, harm_of, spend
 from qcompress.budget.weight_costs import weight_costs
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.checkpoint.staging import staging_folder
@@ -278,25 +278,6 @@ def test_an_existing_output_is_replaced_only_where_asked(source: Path, tmp_path:
         with pytest.raises(Exception, match=r"a\.safetensors"):
             compressed(source, output, "bpw: 2")
         assert output.read_text() == "mine"
-
-
-@pytest.mark.parametrize("bpw", [0.5, 1.0, 2.0, 4.0, 8.0])
-def test_steps_are_first_chosen_where_rounding_has_the_entropy_of_the_budget(source: Path, bpw: float) -> None:
-    """By samples of some of these tensors; of eight bits they tell no more than that half a step takes a bit."""
-    checkpoint, plan = planned(source, f"bpw: {bpw}")
-    made = tensors(0, 64, 96, 0.0)
-    weights = [value.double() for name, value in made.items() if name.endswith("weight")]
-    step = RoundedWeights.of(checkpoint, plan).step(bpw)
-    spent = sum(
-        entropy((weight / (step * weight.square().mean().sqrt().sqrt())).round()) * weight.numel() for weight in weights
-    )
-    assert spent / sum(weight.numel() for weight in weights) == pytest.approx(bpw, rel=0.04)
-
-
-def test_entropy_is_that_of_the_frequencies() -> None:
-    assert entropy(torch.zeros(10)) == 0
-    assert entropy(torch.tensor([0, 0, 1, -1])) == pytest.approx(1.5)
-    assert entropy(torch.arange(256.0)) == pytest.approx(8)
 
 
 # Widths, whose codes are entropy coded.

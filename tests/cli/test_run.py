@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Run, files_under, small_tensors, write_checkpoint
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from qcompress.artifact.reader import read_artifact
 
@@ -288,3 +290,44 @@ def test_memory_that_does_not_suffice_is_5(run: Run, tmp_path: Path) -> None:
     assert "layer.weight" in ran.err
     assert set(files_under(tmp_path)) == {"model.safetensors"}
     assert run("quantize", checkpoint, "--bits", 2, "--max-memory", "1GB").code == 0
+
+
+def test_bits_stand_for_rules_of_embeddings_and_heads(run: Run, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"embed.weight": (40, 16), "output.weight": (40, 16), "fc.weight": (8, 16)}
+    tensors = {name: draw(shape, "f4") for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "lm.safetensors")
+    for flags, expected in (
+        (["--bits", "3"], {"@embedding": 8, "@head": 8, "*": 3}),
+        (["--bits", "3", "--bits-embedding", "5"], {"@embedding": 5, "@head": 5, "*": 3}),
+        (["--bits", "8"], {"*": 8}),
+    ):
+        out = tmp_path / "out.safetensors"
+        assert run("quantize", tmp_path / "lm.safetensors", *flags, "-o", out, "-f").code == 0
+        rules: Any = resolved(out)["rules"]
+        pairs = [(rule["match"], rule["squant"]["bits"]) for rule in rules]
+        lists = [(match if isinstance(match, list) else [match], bits) for match, bits in pairs]
+        assert {match: bits for matches, bits in lists for match in matches} == expected
+    ran = run("cluster", tmp_path / "lm.safetensors", "--bits", "4", "--dim", "2", "-n", "--json", "-")
+    document = json.loads(ran.out)
+    assert {one["name"]: one["bits"] for one in document["tensors"]} == {
+        "embed.weight": 8,
+        "fc.weight": 4,
+        "output.weight": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--bits", "3"], "--bits-embedding 6: the checkpoint has no embedding and no head; leave it out"),
+        (["--bpw", "3"], "--bits-embedding 6 --bpw 3.0: the budget decides the bits; leave one of them out"),
+        (["--method", "rd"], "--bits-embedding 6: no --bits is given beside it; add --bits N"),
+    ],
+)
+def test_bits_of_embeddings_that_decide_nothing_are_refused(
+    run: Run, tmp_path: Path, flags: list[str], line: str
+) -> None:
+    save_file({"fc.weight": np.ones((8, 16), "f4")}, tmp_path / "m.safetensors")
+    found = run("quantize", tmp_path / "m.safetensors", *flags, "--bits-embedding", "6")
+    assert (found.code, found.err.strip()) == (2, f"error: {line}")

@@ -12,7 +12,8 @@ from artifact.examples import denses, gaussian, rtn, run, save_folder, verify
 
 from qcompress.compress.load import load_state_dict
 from qcompress.plan.axes import find_axes, find_tied
-from qcompress.plan.roles import Network, find_roles
+from qcompress.plan.network import Network
+from qcompress.plan.roles import find_roles
 from qcompress.types.config import Shape
 from qcompress.types.plan import Axis, TensorFacts, TensorInfo
 

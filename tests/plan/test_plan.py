@@ -19,7 +19,8 @@ from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.compress.compress import compress
 from qcompress.errors import DataError, InputError, QcompressError, RecipeError, Refusals
 from qcompress.plan.files import make_shards
-from qcompress.plan.plan import find_deciders, make_plan
+from qcompress.plan.plan import make_plan
+from qcompress.plan.rules import find_deciders
 from qcompress.registry import METHODS, MseConfig
 from qcompress.types.plan import KEPT, Axis, Decision, Family, Plan, Recipe, Rule, TensorFacts, TensorInfo, Widths
 from qcompress.types.run import Options
@@ -74,7 +75,7 @@ def test_a_wildcard_compresses_matrices_and_says_why_it_keeps_the_rest() -> None
 def test_the_first_rule_that_matches_decides_and_the_rest_is_kept() -> None:
     found = decide(
         recipe(rule("b.*"), rule("a.weight", "rtn", bits=8), rule("*.weight", "rtn", bits=2)),
-        (*INFOS[:3], TensorInfo("c.weight", (2, 2), "F16")),
+        (*INFOS[:3], TensorInfo("c.weight", (2, 16), "F16")),
     )
     assert [(name, d.config.bits, d.reason) for name, d in found.items()] == [
         ("a.weight", 8, "rule a.weight"),
@@ -467,6 +468,95 @@ def test_rules_that_name_tensors_cost_no_more_than_the_tensors() -> None:
         __hash__ = str.__hash__
 
     rules = [rule(f"layers.{n}.weight", "rtn", bits=4) for n in range(400)]
-    found = find_deciders(rules, [Counted(info.name) for info in infos])
+    found = find_deciders(rules, dict.fromkeys((Counted(info.name) for info in infos), "matrix"))
     assert all(one is not None and one.match == name for name, one in found.items())
     assert len(asked) < 10 * len(infos)
+
+
+MOE = (
+    TensorInfo("model.embed_tokens.weight", (300, 32), "F32"),
+    TensorInfo("lm_head.weight", (300, 32), "F32"),
+    TensorInfo("model.layers.0.mlp.gate.weight", (4, 32), "F32"),
+    TensorInfo("model.layers.0.mlp.experts.0.up.weight", (48, 32), "F32"),
+    TensorInfo("model.norm.weight", (32,), "F32"),
+    TensorInfo("pos_embed", (1, 17, 32), "F32"),
+    TensorInfo("attn_mask", (17, 17), "F32"),
+    TensorInfo("ids", (1, 17), "I64"),
+)
+
+
+def test_roles_are_matched_and_some_are_kept_unless_named() -> None:
+    found = decide(recipe(rule("@embedding", "rtn", bits=8), rule("@router", "rtn", bits=6), *rtn().rules), MOE)
+    assert {name.rpartition(".")[0] or name: one.config.bits for name, one in found.items()} == {
+        "model.embed_tokens": 8,
+        "lm_head": 4,
+        "model.layers.0.mlp.gate": 6,
+        "model.layers.0.mlp.experts.0.up": 4,
+        "model.norm": None,
+        "pos_embed": None,
+        "attn_mask": None,
+        "ids": None,
+    }
+    assert found["pos_embed"].reason == "position, kept unless a rule names it"
+    assert [one.role for one in found.values()] == [
+        *("embedding", "head", "router", "expert", "norm", "position", "mask", "mask"),
+    ]
+
+
+@pytest.mark.parametrize("match", ["pos_embed", "@position"])
+def test_what_is_kept_by_its_role_is_compressed_by_name_or_role(match: str) -> None:
+    found = decide(recipe(rule(match, "rtn", bits=8)), MOE)
+    assert [name for name, one in found.items() if one.compresses] == ["pos_embed"]
+
+
+def test_a_role_reaches_vectors_and_leaves_integers() -> None:
+    assert decide(recipe(rule("@norm", "rtn", bits=8)), MOE)["model.norm.weight"].compresses
+    found = decide(recipe(rule("@mask", "rtn", bits=8)), MOE)
+    assert (found["attn_mask"].compresses, found["ids"].reason) == (True, "dtype I64 is kept")
+
+
+def test_a_tied_head_is_not_untied_by_its_role() -> None:
+    asked = recipe(
+        Rule("@head", "rtn", METHODS["rtn"].config(bits=8), "a"), Rule("*", "rtn", rtn().rules[0].config, "a")
+    )
+    found = decide(asked, MOE, {"tie_word_embeddings": True})
+    assert found["lm_head.weight"].tied_to == "model.embed_tokens.weight"
+
+
+def test_a_rule_of_wildcards_alone_for_what_is_kept_says_how_to_name_it() -> None:
+    (line,) = refusals(recipe(rule("*.gate.*", "rtn", bits=8)), MOE)
+    what = "match '*.gate.*' compresses nothing: model.layers.0.mlp.gate.weight: router, kept unless a rule names it"
+    assert line == f'rule *.gate.*: {what}; name the tensors, or their role: match "@router"'
+
+
+def test_a_role_that_nothing_has_is_refused_with_those_that_are_there() -> None:
+    (line,) = refusals(recipe(rule("@convolution", "rtn", bits=8)), MOE)
+    hint = "roles here: @embedding, @head, @router, @expert, @position, @norm, @mask"
+    assert line == f"rule @convolution: match '@convolution' fits no tensor; {hint}"
+
+
+SMALL = (
+    TensorInfo("gate.weight", (64, 1), "F32"),
+    TensorInfo("short.weight", (64, 2), "F16"),
+    TensorInfo("wide.weight", (4, 512), "F16"),
+)
+
+
+def test_one_value_a_channel_and_what_would_take_no_fewer_bytes_are_kept_unless_named() -> None:
+    found = decide(rtn(8, granularity="channel"), SMALL)
+    assert {name: one.reason for name, one in found.items()} == {
+        "gate.weight": "one value a channel",
+        "short.weight": "would take no fewer bytes than its 256",
+        "wide.weight": "rule *",
+    }
+    assert decide(rtn(4, granularity="tensor"), SMALL)["short.weight"].compresses
+    named = decide(recipe(*(rule(info.name, "rtn", bits=8) for info in SMALL)), SMALL)
+    assert all(one.compresses for one in named.values())
+
+
+def test_of_open_widths_those_stay_that_save_bytes() -> None:
+    configs = Widths({bits: METHODS["rtn"].config(bits=bits) for bits in range(1, 9)})  # type: ignore[call-arg]
+    asked = recipe(replace(rule("*", "rtn", bits=2), config=configs))
+    found = decide(asked, (TensorInfo("a.weight", (8, 3), "F16"),))
+    # A row has 6 bytes; its scale and zero point take 3, its codes of 6 bits 3 more.
+    assert set(found["a.weight"].widths.configs) == {1, 2, 3, 4, 5}

@@ -10,15 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qcompress.methods.rd.free import encode, free_step
+from torch import Tensor
+
+from qcompress.methods.rd.exact import encode_exact
+from qcompress.methods.rd.free import encode_free, free_step
 from qcompress.methods.rd.session import Session
 from qcompress.model.live import LiveModel
-from qcompress.registry import RdConfig
-from qcompress.types.encoded import Fitted
+from qcompress.registry import ExactConfig, RdConfig
+from qcompress.types.encoded import Codebook, Constant, Fitted, Unbounded
 from qcompress.types.plan import Decision
-from qcompress.types.run import FitContext
+from qcompress.types.run import EncodeContext, FitContext
 
 __all__ = ["encode", "fit", "free_step"]
+
+
+def encode(weight: Tensor, config: RdConfig | ExactConfig, context: EncodeContext) -> Unbounded | Codebook | Constant:
+    """The codes of one weight, float32 [rows, ...], on the grid that its step says, or as it is."""
+    if isinstance(config, ExactConfig):
+        return encode_exact(weight, config)
+    return encode_free(weight, config)
 
 
 def fit(live: LiveModel, decisions: Sequence[Decision[RdConfig]], context: FitContext) -> Fitted:

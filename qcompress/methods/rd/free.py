@@ -25,7 +25,6 @@ from qcompress.solvers.unbounded import (
 )
 from qcompress.types.config import Shape
 from qcompress.types.encoded import Unbounded
-from qcompress.types.run import EncodeContext
 
 MEAN, VARIANCE = 0.4, 0.34
 """Of a standard normal variable behind a ReLU: 1 / sqrt(2 pi) and 1/2 - 1 / (2 pi)."""
@@ -121,7 +120,7 @@ def free_step(weight: Tensor, factor: float) -> float:
     return factor * deviation**0.5 if deviation > 0 else 1.0
 
 
-def encode(weight: Tensor, config: RdConfig, context: EncodeContext) -> Unbounded:
+def encode_free(weight: Tensor, config: RdConfig) -> Unbounded:
     """The codes of one weight, float32 [rows, ...], on the grid that `config.step` says.
 
     On a trellis where the effort is high and rows are not too wide for it; else as with normal effort. Steps are no
