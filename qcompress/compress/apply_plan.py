@@ -15,8 +15,8 @@ from qcompress.encode.encode_weight import ContextSources, encode_weight, make_s
 from qcompress.errors import InputError, ModelError, RecipeError, Subject, raise_all
 from qcompress.model.build import take
 from qcompress.model.graph import inputs_of_network
-from qcompress.model.live import LiveModel, caller_of, find_tensor, put_tensors
-from qcompress.model.products import product_of
+from qcompress.model.live import LiveModel, find_tensor, put_tensors
+from qcompress.model.products import caller_of, product_of
 from qcompress.registry import METHODS
 from qcompress.types.encoded import ActivationGrid, Encoded, Fitted, Kept
 from qcompress.types.plan import Decision, Plan

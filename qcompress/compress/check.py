@@ -209,7 +209,7 @@ def _check_live(
 
     from qcompress.data.batches import Source
     from qcompress.data.sources import check_data
-    from qcompress.model.build import build_skeleton, facts_by, refuse_misfit, take_shapes
+    from qcompress.model.build import build_skeleton, facts_by, idle_modules, refuse_misfit, take_shapes
     from qcompress.training.penalties import decide_penalties
 
     model_run = ModelRun(recipe, torch.device("cpu"), allow_code)
@@ -218,7 +218,8 @@ def _check_live(
             module = build_skeleton(model_run)
             if checkpoint is not None:
                 taken = take_shapes(module, _shapes(checkpoint))
-                found.facts = facts_by(module, taken, (tensor.name for tensor in checkpoint.tensors))
+                idle = idle_modules(module, model_run)
+                found.facts = facts_by(module, taken, (tensor.name for tensor in checkpoint.tensors), idle)
                 refuse_misfit(module, taken, str(checkpoint.path))
             if recipe.finetune is not None:
                 decide_penalties(module, recipe.finetune.regularize)

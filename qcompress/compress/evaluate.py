@@ -22,7 +22,7 @@ from qcompress.data.measurement import Measurement
 from qcompress.data.sources import open_batches
 from qcompress.data.tasks import measure, paired_drop
 from qcompress.errors import ArtifactError, CheckpointError, RecipeError, ReportError
-from qcompress.model.build import build_network, load_weights, take_shapes
+from qcompress.model.build import build_network, example_batch, load_weights, take_shapes
 from qcompress.model.live import LiveModel, make_live_model
 from qcompress.plan.sensitivity import SENSITIVITY, Sensitivity, checkpoint_sha256, read_sensitivity
 from qcompress.report.document import AccuracyFigures
@@ -215,7 +215,7 @@ def open_live(checkpoint: Checkpoint, plan: Plan, model_run: ModelRun) -> LiveMo
         module,
         names.inward(plan).decisions,
         calibration,
-        _example(model_run, calibration),
+        example_batch(model_run, calibration),
         device=model_run.device,
         seed=recipe.seed,
         activations=recipe.activations,
@@ -223,21 +223,6 @@ def open_live(checkpoint: Checkpoint, plan: Plan, model_run: ModelRun) -> LiveMo
         place=model_run.place("model"),
         names=names,
     )
-
-
-def _example(model_run: ModelRun, calibration: Sequence[Batch]) -> Batch:
-    """A batch that shows what the model takes: of the data that there is, or noise of the shape in the recipe."""
-    if calibration:
-        return calibration[0].first(2)
-    data, model = model_run.recipe.data, model_run.recipe.model
-    if data is not None and data.eval is not None:
-        return next(iter(open_batches(model_run, "eval"))).first(2)
-    if model is not None and model.input:
-        generator = torch.Generator().manual_seed(model_run.recipe.seed)
-        noise: Tensor = torch.randn(2, *model.input, generator=generator)
-        return Batch((noise,))
-    what = "has no data that shows what it takes"
-    raise RecipeError(model_run.place("model"), what, "add `input: [3, 224, 224]`, or data.calibration or data.eval")
 
 
 def read_or_measure(

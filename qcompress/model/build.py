@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompress.data.batches import Batch
+from qcompress.data.sources import open_batches
 from qcompress.data.user_code import find_callable
 from qcompress.errors import CheckpointError, InputError, ModelError, QcompressError, RecipeError, Subject, raise_all
 from qcompress.model.factories import listed_network, refuse_arguments, without_network
 from qcompress.model.layers import TRANSPOSED, MatrixLayer, has_channels_of_its_own
 from qcompress.model.pretrained import Taken, is_pretrained, revert
 from qcompress.model.pretrained import take as take_pretrained
-from qcompress.model.products import product_of, stacked_axis
+from qcompress.model.products import caller_of, product_of, stacked_axis
 from qcompress.types.config import Shape
 from qcompress.types.plan import Axis, ModelFacts, TensorFacts, WeightKind
 from qcompress.types.run import ModelRun
@@ -212,12 +214,17 @@ def read_facts(model_run: ModelRun, shapes: Mapping[str, Shape] | None = None) -
     raises  what `build_network` raises
     """
     module = build_skeleton(model_run)
-    return facts_of(module) if shapes is None else facts_by(module, take_shapes(module, shapes), shapes)
+    if shapes is None:
+        return facts_of(module)
+    return facts_by(module, take_shapes(module, shapes), shapes, idle_modules(module, model_run))
 
 
-def facts_by(module: nn.Module, taken: Taken, tensors: Iterable[str]) -> ModelFacts:
-    """What a network says of these tensors of its checkpoint, by the names that they have there."""
-    own, names = facts_of(module), taken.names(tensors)
+def facts_by(module: nn.Module, taken: Taken, tensors: Iterable[str], idle: frozenset[str] = frozenset()) -> ModelFacts:
+    """What a network says of these tensors of its checkpoint, by the names that they have there.
+
+    idle  its modules that no forward pass calls
+    """
+    own, names = facts_of(module, idle), taken.names(tensors)
     back = {place: name for name, place in taken.places.items()}
     merged = TensorFacts(type(module).__name__, called=False, merged=True)
 
@@ -238,8 +245,54 @@ def build_skeleton(model_run: ModelRun) -> nn.Module:
         return build_network(model_run)
 
 
-def facts_of(module: nn.Module) -> ModelFacts:
-    """What a network says of its tensors."""
+def example_batch(model_run: ModelRun, calibration: Sequence[Batch] = ()) -> Batch:
+    """A batch that shows what the model takes: of the data that there is, or noise of the shape in the recipe.
+
+    raises  RecipeError where nothing shows it, DataError
+    """
+    if calibration:
+        return calibration[0].first(2)
+    data, model = model_run.recipe.data, model_run.recipe.model
+    if data is not None and data.eval is not None:
+        return next(iter(open_batches(model_run, "eval"))).first(2)
+    if model is not None and model.input:
+        generator = torch.Generator().manual_seed(model_run.recipe.seed)
+        noise: Tensor = torch.randn(2, *model.input, generator=generator)
+        return Batch((noise,))
+    what = "has no data that shows what it takes"
+    raise RecipeError(model_run.place("model"), what, "add `input: [3, 224, 224]`, or data.calibration or data.eval")
+
+
+def idle_modules(module: nn.Module, model_run: ModelRun) -> frozenset[str]:
+    """The modules of a network without weights that a forward pass on the recipe's data does not call.
+
+    None where it cannot be told: without data, for a network that has weights or that looks at values on its way.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if not tensors or any(one.device.type != "meta" for one in tensors):
+        return frozenset()
+    calls: set[str] = set()
+    handles = [
+        one.register_forward_pre_hook(lambda *_, name=name: calls.add(name)) for name, one in module.named_modules()
+    ]
+    data = model_run.recipe.data
+    try:
+        shown = data is not None and data.calibration is not None
+        first = [next(iter(open_batches(model_run, "calibration")))] if shown else []
+        example = example_batch(model_run, first).to("meta")
+        with torch.no_grad(), torch.device("meta"):
+            module(*example.args, **example.kwargs)
+    except Exception:
+        # Missing data are told of elsewhere; the network's own code may raise anything.
+        return frozenset()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(name for name, _ in module.named_modules()) - calls
+
+
+def facts_of(module: nn.Module, idle: frozenset[str] = frozenset()) -> ModelFacts:
+    """What a network says of its tensors; `idle` are its modules that no forward pass calls."""
     axes, tied = channel_axes(module), tied_names(module)
     owners = dict(module.named_modules(remove_duplicate=False))
     facts = {}
@@ -248,9 +301,10 @@ def facts_of(module: nn.Module) -> ModelFacts:
         owner = owners.get(name.rpartition(".")[0], module)
         # MultiheadAttention multiplies by its last weight itself.
         called = type(owner).__name__ != "NonDynamicallyQuantizableLinear"
-        facts[name] = TensorFacts(
-            type(owner).__name__, axes.get(name), tied.get(name), called, weight_kind(module, name)
-        )
+        kind = weight_kind(module, name)
+        if kind != "else" and caller_of(module, name) in idle:
+            called, kind = False, "idle"
+        facts[name] = TensorFacts(type(owner).__name__, axes.get(name), tied.get(name), called, kind)
     return facts
 
 

@@ -16,7 +16,7 @@ from qcompress.coding.grids import decode
 from qcompress.data.batches import Batch
 from qcompress.errors import ModelError
 from qcompress.model.pretrained import Names
-from qcompress.model.products import product_of
+from qcompress.model.products import caller_of
 from qcompress.model.routing import Tape
 from qcompress.model.stages import BlockStage, HeadStage, Stage, TailStage, WholeStage, execution_order, traced_stages
 from qcompress.model.trace import Untraceable, trace
@@ -109,12 +109,6 @@ def fresh_copy(live: LiveModel) -> LiveModel:
 def layer_name(tensor: str) -> str:
     """The module that a tensor belongs to: what stands before its last dot."""
     return tensor.rpartition(".")[0]
-
-
-def caller_of(module: nn.Module, tensor: str) -> str:
-    """The module whose calls show what flows into a tensor: the one that it belongs to, or what multiplies by it."""
-    product = product_of(module, tensor)
-    return layer_name(tensor) if product is None else product.caller
 
 
 def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

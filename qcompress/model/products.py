@@ -104,6 +104,12 @@ def product_of(module: nn.Module, tensor: str) -> Product | None:
     return None if axis is None else Product(leaf, name, InnerProduct(shape[0] * shape[axis[1]]), axis)
 
 
+def caller_of(module: nn.Module, tensor: str) -> str:
+    """The module whose calls show what flows into a tensor: the one that it belongs to, or what multiplies by it."""
+    product = product_of(module, tensor)
+    return tensor.rpartition(".")[0] if product is None else product.caller
+
+
 def _is_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 

@@ -19,7 +19,7 @@ from qcompress.plan.axes import find_axes, find_tied
 from qcompress.plan.network import Network
 from qcompress.plan.roles import ROLES, find_roles
 from qcompress.plan.rules import RuleUse, find_deciders, rule_uses
-from qcompress.registry import METHODS, ClusterConfig, MseConfig, RdConfig, refuse_cost
+from qcompress.registry import METHODS, ClusterConfig, KmeansConfig, MseConfig, RdConfig, refuse_cost
 from qcompress.types.config import MethodConfig, Shape
 from qcompress.types.plan import (
     COMMAND_LINE,
@@ -45,6 +45,8 @@ from qcompress.types.plan import (
     shared_groups,
 )
 
+WEIGHT_ROLES: tuple[Role, ...] = ("matrix", "convolution", "depthwise", "embedding", "head", "expert", "router")
+"""What gets another method where a rule's own cannot take it; all else is kept."""
 HALVED = ("F32", "F64")
 """The dtypes that `keep_dtype: f16` changes: bfloat16 would lose range and gain nothing."""
 
@@ -190,10 +192,10 @@ def _decide(tensor: TensorInfo, rule: Rule | None, known: _Known) -> Decision:
         return Decision(tensor, None, KEPT, because)
     stands_in = ""
     if known.foreign is not None:
-        stands_in = f"; mse, for {rule.method} cannot take it: {known.foreign}"
-        instead = _rule_instead(tensor, rule, known.foreign)
+        instead = _rule_instead(tensor, rule, known.foreign, known.role)
         if instead is None:
             return Decision(tensor, None, KEPT, f"{rule.method} cannot take it: {known.foreign}")
+        stands_in = f"; {instead.method}, for {rule.method} cannot take it: {known.foreign}"
         rule = instead
     axis, reason = _channel_axis(tensor, rule, known.axis)
     reason += stands_in
@@ -254,32 +256,35 @@ def _not_taken(rule: Rule | None, fact: TensorFacts | None, calibrated: bool) ->
         return None
     if fact.merged:
         return f"{fact.module} holds it as a part of another tensor"
+    if fact.kind == "idle" and (method.called or method.takes):
+        return f"no forward pass calls its module, {fact.module}"
     if method.called and not fact.called:
         return "the model reads this weight without calling its module"
     if method.takes and fact.kind not in method.takes:
-        return f"its module, {fact.module}, is not a matrix product"
+        inner = f"{fact.module} multiplies by it inside itself"
+        return inner if fact.kind == "inner" else f"its module, {fact.module}, is not a matrix product"
     return None
 
 
-def _rule_instead(tensor: TensorInfo, rule: Rule, because: str) -> Rule | None:
-    """The rule of mse at the same bits for a weight that the method cannot take; None where it is no weight of a layer.
+def _rule_instead(tensor: TensorInfo, rule: Rule, because: str, role: Role) -> Rule | None:
+    """The rule of mse, or of kmeans, at the same bits for a weight that the method cannot take; None where it is kept.
 
-    raises  RecipeError where the rule names the tensor, and where the method works on all its weights together: it
-            would train or spend bits beside codes that it does not know
+    raises  RecipeError where the rule names the tensor, and where it is one of many of a layer that the network holds
+            as one, which a method without widths leaves no bits for
     """
     method = METHODS[rule.method or ""]
-    if rule.names(tensor.name) or method.needs not in ("graph", "calibration"):
-        other = "kmeans" if method.family == "cluster" else "mse"
+    other = "kmeans" if method.family == "cluster" else "mse"
+    if rule.names(tensor.name) or (method.rates and role == "expert"):
         hint = f"give it a rule of its own with {other}, which needs weights alone, or keep: {{}}"
         what = f"{method.name} cannot take it: {because}"
         raise RecipeError(rule.where, what, hint, Subject(tensor.name, tensor.shape))
-    if not tensor.name.endswith("weight"):
+    if method.rates or role not in WEIGHT_ROLES:
         return None
+    make: Callable[..., MethodConfig] = KmeansConfig if other == "kmeans" else MseConfig
     config = rule.options
     if isinstance(config, Widths):
-        return replace(rule, method="mse", config=Widths({width: MseConfig(bits=width) for width in config.configs}))
-    assert config.bits is not None
-    return replace(rule, method="mse", config=MseConfig(bits=config.bits))
+        return replace(rule, method=other, config=Widths({width: make(bits=width) for width in config.configs}))
+    return replace(rule, method=other, config=make(bits=config.bits))
 
 
 def _accepted(tensor: TensorInfo, rule: Rule, axis: tuple[int, ...]) -> MethodConfig:

@@ -354,7 +354,7 @@ class Axis:
     reason: str
 
 
-WeightKind: TypeAlias = Literal["product", "inner", "table", "else"]
+WeightKind: TypeAlias = Literal["product", "inner", "table", "idle", "else"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +366,8 @@ class TensorFacts:
     tied_to  the earlier tensor that it is
     called   whether a forward pass calls that module, rather than reading the weight alone
     kind     what the module does with it: a matrix `product` with its input, a product `inner` to it, as of recurrent
-             layers, attention and stacked experts, a `table` that it looks rows up in, or something `else`
+             layers, attention and stacked experts, a `table` that it looks rows up in, nothing as no forward pass calls
+             it (`idle`), or something `else`
     merged   whether the network holds it as a part of another tensor only, as it does the experts of a layer
     """
 

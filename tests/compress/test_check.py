@@ -96,7 +96,8 @@ def test_a_dry_run_is_what_the_run_will_do(run: Run, folder: Path) -> None:
     assert {name: row["method"] for name, row in rows.items()} == {
         **{name: "kept" for name in SHAPES if name.endswith("bias")},
         **dict.fromkeys(("up.weight", "head.weight"), "gptq"),
-        **dict.fromkeys(("embed.weight", "attention.in_proj_weight", "attention.out_proj.weight"), "mse"),
+        **dict.fromkeys(("attention.in_proj_weight", "attention.out_proj.weight"), "gptq"),
+        "embed.weight": "mse",
     }
     assert "ConvTranspose1d stores its outputs second" in rows["up.weight"]["reason"]
     assert "gptq cannot take it: its module, Embedding" in rows["embed.weight"]["reason"]
@@ -151,8 +152,8 @@ PROBLEMS: dict[str, tuple[tuple[str, ...], str]] = {
     "no data to measure": (("data={calibration: {npz: data.npz}}",), "there is nothing to measure on"),
     "a rule that fits nothing": (("rules.0.match=conv*",), "match 'conv*' fits no tensor"),
     "a tensor that the method cannot take": (
-        ("rules.0.match=attention.in_proj_weight",),
-        "gptq cannot take it: its module, MultiheadAttention, is not a matrix product",
+        ("rules.0.match=embed.weight",),
+        "gptq cannot take it: its module, Embedding, is not a matrix product",
     ),
     "a missing file of sensitivities": (
         ("budget={bpw: 3, sensitivity: none.json}", 'rules.0={match: "*", gptq: {}}'),

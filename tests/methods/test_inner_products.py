@@ -181,7 +181,8 @@ def test_pdquant_works_block_by_block_where_tokens_are_routed() -> None:
             return x
 
     found, result = run(Blocks, "pdquant", blocks=("blocks.*",))
-    assert {name for name, value in found.module.state_dict().items() if value.ndim > 1} <= {*result.encoded}
+    matrices = {name for name, value in found.module.state_dict().items() if value.ndim > 1 and "gate" not in name}
+    assert matrices == {*result.encoded}
     assert {"idle.weight", "blocks.0.experts.5.0.weight"} <= found.unreached
 
 

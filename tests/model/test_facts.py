@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,19 @@ class Net(nn.Module):
 
 def make():
     return Net()
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.looks = False
+    def forward(self, x):
+        return self.a(x) if not self.looks or x.sum() > 0 else x
+
+def make_two(looks=False):
+    net = Two()
+    net.looks = looks
+    return net
 
 class Renamed(nn.Module):
     def __init__(self):
@@ -141,6 +155,21 @@ def test_a_file_runs_with_leave_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--allow-code"):
         read_facts(run_of(tmp_path, "make", allow_code=False))
     assert not (tmp_path / "built").exists()
+
+
+def test_what_no_forward_pass_calls_is_told_of_where_no_value_decides(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "make_two")
+    shapes = {f"{name}.{part}": (4, 4)[: 2 - (part == "bias")] for name in ("a", "idle") for part in ("weight", "bias")}
+    assert run.recipe.model is not None
+    for settings, idle in (
+        (ModelSettings(factory="net.py:make_two", input=(4,)), {"idle.weight"}),
+        (ModelSettings(factory="net.py:make_two", input=(4,), args={"looks": True}), set()),
+        (ModelSettings(factory="net.py:make_two", input=(5,)), set()),
+        (ModelSettings(factory="net.py:make_two"), set()),
+    ):
+        found = read_facts(replace(run, recipe=replace(run.recipe, model=settings)), shapes)
+        assert {name for name, one in found.items() if one.kind == "idle"} == idle
+        assert found["idle.weight"].called is not bool(idle)
 
 
 def test_a_recipe_without_a_model_has_no_facts(tmp_path: Path) -> None:

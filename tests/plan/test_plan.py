@@ -22,7 +22,19 @@ from qcompress.plan.files import make_shards
 from qcompress.plan.plan import make_plan
 from qcompress.plan.rules import find_deciders
 from qcompress.registry import METHODS, MseConfig
-from qcompress.types.plan import KEPT, Axis, Decision, Family, Plan, Recipe, Rule, TensorFacts, TensorInfo, Widths
+from qcompress.types.plan import (
+    KEPT,
+    Axis,
+    Budget,
+    Decision,
+    Family,
+    Plan,
+    Recipe,
+    Rule,
+    TensorFacts,
+    TensorInfo,
+    Widths,
+)
 from qcompress.types.run import Options
 from qcompress.types.settings import DataSettings, NpzData
 
@@ -279,30 +291,71 @@ KINDS: dict[str, TensorFacts] = {
     "a.weight": TensorFacts("Linear", kind="product"),
     "b.weight": TensorFacts("Embedding", kind="table"),
     "twin": TensorFacts("Net"),
+    "pos_embed": TensorFacts("Net"),
+    "rnn.weight_ih_l0": TensorFacts("LSTM", kind="inner"),
+    "aux.weight": TensorFacts("Linear", called=False, kind="idle"),
 }
 LOOSE = [
     TensorInfo("a.weight", (8, 6), "F32"),
     TensorInfo("b.weight", (8, 6), "F32"),
     TensorInfo("twin", (8, 6), "F32"),
 ]
+KINDLY = [
+    *LOOSE,
+    TensorInfo("pos_embed", (1, 8, 6), "F32"),
+    TensorInfo("rnn.weight_ih_l0", (8, 6), "F32"),
+    TensorInfo("aux.weight", (8, 6), "F32"),
+]
 CALIBRATION = DataSettings(calibration=NpzData(npz="x.npz"))
 
 
-def taken(*rules: Rule, facts: dict[str, TensorFacts] = KINDS, family: Family = "quantize") -> dict[str, Decision]:
-    asked = replace(recipe(*rules), data=CALIBRATION, family=family)
-    return {one.tensor.name: one for one in make_plan(asked, LOOSE, {}, {}, model=facts).decisions}
+def taken(
+    *rules: Rule,
+    facts: dict[str, TensorFacts] = KINDS,
+    family: Family = "quantize",
+    infos: list[TensorInfo] = LOOSE,
+    **options: Any,
+) -> dict[str, Decision]:
+    asked = replace(recipe(*rules), data=CALIBRATION, family=family, **options)
+    return {one.tensor.name: one for one in make_plan(asked, infos, {}, {}, model=facts).decisions}
 
 
 @pytest.mark.parametrize("method", ["gptq", "adaround", "pdquant"])
 def test_what_a_calibrated_method_cannot_take_gets_mse_or_is_kept(method: str) -> None:
-    found = taken(rule("*", method, bits=3))
-    assert {name: one.method for name, one in found.items()} == {"a.weight": method, "b.weight": "mse", "twin": None}
+    found = taken(rule("*", method, bits=3), infos=KINDLY)
+    inner = "inner" in METHODS[method].takes
+    assert {name: one.method for name, one in found.items()} == {
+        "a.weight": method,
+        "rnn.weight_ih_l0": method if inner else "mse",
+        **dict.fromkeys(("b.weight", "twin", "aux.weight"), "mse"),
+        "pos_embed": None,
+    }
     assert found["b.weight"].config == MseConfig(bits=3)
-    why = "its module, Embedding, is not a matrix product"
-    assert found["b.weight"].reason == f"rule *; mse, for {method} cannot take it: {why}"
-    assert found["twin"].reason == f"{method} cannot take it: its module, Net, is not a matrix product"
+    why = {
+        "b.weight": "its module, Embedding, is not a matrix product",
+        "twin": "its module, Net, is not a matrix product",
+        "aux.weight": "no forward pass calls its module, Linear",
+    } | ({} if inner else {"rnn.weight_ih_l0": "LSTM multiplies by it inside itself"})
+    for name, reason in why.items():
+        assert found[name].reason == f"rule *; mse, for {method} cannot take it: {reason}"
+    assert found["pos_embed"].reason == "position, kept unless a rule names it"
     unknown = taken(rule("*", method, bits=3), facts={})
     assert {one.method for one in unknown.values()} == {method}, "without a network nothing speaks against it"
+
+
+def test_a_budget_alone_keeps_what_has_no_width_to_go_by() -> None:
+    """A bare parameter, a position table and what nothing calls; a vision transformer has the first two."""
+    found = taken(rule("*", "rd"), infos=KINDLY, budget=Budget(bpw=2.0))
+    assert {name for name, one in found.items() if one.method == "rd"} == {"a.weight", "b.weight", "rnn.weight_ih_l0"}
+    assert found["twin"].reason == "rd cannot take it: its module, Net, is not a matrix product"
+    assert found["aux.weight"].reason == "rd cannot take it: no forward pass calls its module, Linear"
+
+
+@pytest.mark.parametrize(("method", "instead"), [("lsq", "mse"), ("pact", "mse"), ("dkm", "kmeans")])
+def test_what_nothing_calls_is_not_trained(method: str, instead: str) -> None:
+    found = taken(rule("?*.weight", method, bits=2), infos=KINDLY, family=METHODS[method].family)
+    assert (found["aux.weight"].method, found["aux.weight"].config.bits) == (instead, 2)
+    assert {found[name].method for name in ("a.weight", "b.weight")} == {method}
 
 
 @pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.fits])
@@ -316,7 +369,7 @@ def test_every_method_on_a_live_model_takes_what_it_says(method: str) -> None:
             try:
                 found = taken(rule("?.weight", method, **options), facts=facts, family=one.family)
                 assert (found["a.weight"].method == method) is fits
-                assert fits or found["a.weight"].method == "mse"
+                assert fits or found["a.weight"].method in ("mse", "kmeans", None)
             except InputError:
                 assert not fits
 
@@ -330,11 +383,15 @@ def test_every_method_on_a_live_model_takes_what_it_says(method: str) -> None:
             "b.weight [8, 6]: gptq cannot take it: its module, Embedding, is not a matrix product",
         ),
         (
-            rule("*", "lsq", bits=4),
+            rule("a.weight", "lsq", bits=4),
             {name: replace(one, called=False) for name, one in KINDS.items()},
-            "3 tensors of shape [8, 6], first a.weight: lsq cannot take it: the model reads this weight without",
+            "a.weight [8, 6]: lsq cannot take it: the model reads this weight without",
         ),
-        (rule("*", "rd", step=0.3), KINDS, "twin [8, 6]: rd cannot take it: its module, Net, is not a matrix product"),
+        (
+            rule("twin", "rd", step=0.3),
+            KINDS,
+            "twin [8, 6]: rd cannot take it: its module, Net, is not a matrix product",
+        ),
     ],
 )
 def test_what_a_method_cannot_do_without_is_refused(asked: Rule, facts: dict[str, TensorFacts], line: str) -> None:

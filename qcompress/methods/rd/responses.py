@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.data.batches import Batch
 from qcompress.model.graph import batch_norm_of
-from qcompress.model.live import LiveModel, caller_of, find_tensor, layer_name, put_tensors
+from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
+from qcompress.model.products import caller_of
 from qcompress.model.stages import Stage, State, last_output
 from qcompress.model.sweep import layer_inputs, run_stage, sweep
 from qcompress.registry import RdConfig
