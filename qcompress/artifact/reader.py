@@ -17,6 +17,7 @@ from qcompress.artifact.manifest import MANIFEST_NAME, METADATA_KEY, Manifest, M
 from qcompress.artifact.memory import BLOCK_BYTES, PROCESS_BYTES
 from qcompress.artifact.parse_manifest import open_manifest, refuse_other_format
 from qcompress.artifact.parts import REFETCH, check_parts, other_names
+from qcompress.checkpoint.pipeline import is_pipeline
 from qcompress.checkpoint.safetensors_file import Container, parse_json, read_container, weight_files
 from qcompress.coding.ans import decoding_processes
 from qcompress.errors import ArtifactError, InputError, raise_all
@@ -109,6 +110,10 @@ def read_artifact(path: Path, max_memory: int | None = None) -> Artifact:
     """
     # `.` and `..` have no name of their own.
     path = path.resolve() if path.name in ("", "..") else path
+    if is_pipeline(path):
+        raise ArtifactError(
+            str(path), "is a pipeline, whose components are artifacts", "name the folder of one of them"
+        )
     weight_map = _read_index(path / INDEX_NAME) if (path / INDEX_NAME).is_file() else None
     artifact = Artifact(path, tuple(read_artifact_file(file, max_memory) for file in _find_files(path, weight_map)))
     held = {

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
+USUAL = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""What is read of a folder that has files of several kinds, such as one in half precision."""
 FETCH = "fetch the rest: hf download, or git lfs pull"
 LFS_MAGIC = b"version https://git-lfs"
 
@@ -78,9 +80,11 @@ def read_checkpoint(path: Path, strip_prefix: str | None = None) -> Checkpoint:
                   package that knows the cache
     """
     path = local_path(path)
+    if (path / "model_index.json").is_file():
+        raise CheckpointError(str(path), "is a pipeline of several networks", "name the folder of one of them")
     if path.is_dir():
         shards = tuple(_folder_shards(path))
-        config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     else:
         shards = (read_container(path, CheckpointError),)
         config = {}
@@ -127,8 +131,8 @@ def _folder_shards(folder: Path) -> Iterator[Container]:
         raise CheckpointError(str(folder), f"has several indices ({names})", "leave one, or name a file")
     if indices:
         yield from _indexed_shards(indices[0])
-    elif (folder / "model.safetensors").is_file():
-        yield read_container(folder / "model.safetensors", CheckpointError)
+    elif (usual := next((folder / name for name in USUAL if (folder / name).is_file()), None)) is not None:
+        yield read_container(usual, CheckpointError)
     elif len(files) == 1:
         _refuse_part(files[0])
         yield read_container(files[0], CheckpointError)
@@ -160,7 +164,7 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 
 def _indexed_shards(index: Path) -> Iterator[Container]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(str(index), "has no weight_map from tensor to file", "fetch or save it again")
     files = sorted(set(weight_map.values()))
@@ -188,7 +192,8 @@ def _indexed_shards(index: Path) -> Iterator[Container]:
         yield shard
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object of a checkpoint's folder. Raises CheckpointError."""
     try:
         with open_regular(path) as file:
             raw = file.read()

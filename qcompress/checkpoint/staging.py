@@ -94,7 +94,8 @@ def refuse_existing(output: Path, force: bool, folder: bool) -> None:
     if stat.S_ISDIR(mode) != folder and output.exists():
         kind, other = ("a folder", "a file") if stat.S_ISDIR(mode) else ("a file", "a folder")
         raise OutputError(str(output), f"is {kind}, and the output is {other}", "choose another -o")
-    if folder and any(output.iterdir()) and not any(output.glob("*.safetensors")):
+    ours = any(output.glob("*.safetensors")) or (output / "model_index.json").is_file() if folder else True
+    if folder and any(output.iterdir()) and not ours:
         raise OutputError(str(output), "is a folder that holds no .safetensors file", "choose another -o")
 
 

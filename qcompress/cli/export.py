@@ -111,6 +111,7 @@ def export(
     """
     from qcompress.artifact.reader import read_artifact
     from qcompress.checkpoint.outputs import Write
+    from qcompress.checkpoint.pipeline import is_pipeline
     from qcompress.compress.export import plan_export
     from qcompress.exporters.write_export import write_export
     from qcompress.report.document_json import report_path
@@ -126,6 +127,13 @@ def export(
     reads = {"the artifact": artifact, "its report": report_path(artifact)}
     writes = [] if dry_run else [Write(target, "-o", folder=folder)]
     refuse_harm(reads, writes, streams.json_to, force=force)
+    if is_pipeline(artifact):
+        if dry_run or streams.json_to is not None or exporter.writes != "same":
+            flag = "--dry-run" if dry_run else "--json" if streams.json_to is not None else f"--to {to}"
+            raise UsageError(flag, "is for one artifact, and a pipeline has several", "name the folder of a component")
+        written = _export_pipeline(artifact, target, to, limit, force=force)
+        print_result(str(target) if streams.quiet else f"{target}: {written:,} bytes")
+        return
     found = read_artifact(artifact, limit)
     with found.decoding_with(1 if dry_run else threads or opt.default_threads()) as shared:
         plan = plan_export(shared, to, options)
@@ -138,6 +146,24 @@ def export(
         write_text(json_document(_as_json(plan, to, target, dry_run)), streams.json_to)
     if streams.json_to != "-":
         print_result(str(target) if streams.quiet else _words(plan, target, dry_run))
+
+
+def _export_pipeline(artifact: Path, target: Path, to: str, limit: int | None, *, force: bool) -> int:
+    """Write every component of a pipeline, and copy all else; the bytes of the components."""
+    from qcompress.artifact.reader import read_artifact
+    from qcompress.checkpoint.pipeline import read_pipeline
+    from qcompress.cli.pipeline import write_pipeline
+    from qcompress.compress.export import plan_export
+    from qcompress.exporters.write_export import write_export
+    from qcompress.types.export import ExportOptions
+
+    found = {part.name: read_artifact(part, limit) for part in read_pipeline(artifact)}
+
+    def make(part: str, place: Path) -> int:
+        write_export(plan_export(found[part], to, ExportOptions()), found[part], place, force=False)
+        return sum(file.stat().st_size for file in place.iterdir())
+
+    return sum(write_pipeline(artifact, target, found, make, force=force).values())
 
 
 def _find_exporter(to: str) -> Exporter:

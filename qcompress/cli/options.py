@@ -71,7 +71,7 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A .safetensors file, a sharded folder, a Hugging Face folder, or hf://org/name@revision.",
+        help="A .safetensors file, a sharded folder, a Hugging Face folder, a diffusers pipeline, or hf://org/name@revision.",
         rich_help_panel=INPUT,
     ),
 ]

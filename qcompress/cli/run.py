@@ -9,6 +9,7 @@ from pathlib import Path
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from qcompress.checkpoint.hub import hub_name, is_hub, local_path
 from qcompress.checkpoint.outputs import Write, is_own_json
+from qcompress.checkpoint.pipeline import is_pipeline
 from qcompress.checkpoint.side_files import representatives_path
 from qcompress.cli import options as opt
 from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
@@ -21,6 +22,7 @@ from qcompress.cli.output import (
     refuse_harm,
     sample_progress,
 )
+from qcompress.cli.pipeline import component_recipes, join_plans, read_components, refuse_for_pipeline, write_pipeline
 from qcompress.cli.recipe import find_representatives
 from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.errors import ResourceError, UsageError, printable, raise_all
@@ -28,16 +30,17 @@ from qcompress.plan.allocate import allocate, read_costs
 from qcompress.plan.axes import stored_roles
 from qcompress.plan.plan_json import PlanJson, TensorJson, plan_json
 from qcompress.plan.sensitivity import sensitivity_file
-from qcompress.recipe import refuse_from_scratch, refuse_missing, trains
+from qcompress.recipe import recipe_hash, refuse_from_scratch, refuse_missing, trains
 from qcompress.report.document import Report
 from qcompress.report.document_json import report_path, write_report
 from qcompress.report.gates import check_gates, raise_failed
+from qcompress.report.pipeline import join_reports
 from qcompress.report.table import Column, Table, View
 from qcompress.report.training_report import training_path
 from qcompress.report.words import shape_words, size_words
 from qcompress.types.config import CodingChoice
 from qcompress.types.plan import ROLE_MARK, Gates, Plan, Recipe, Rule
-from qcompress.types.run import ModelRun, Options
+from qcompress.types.run import ModelRun, Options, start_clock
 
 COLUMNS = (
     Column("tensor", right=False),
@@ -88,6 +91,9 @@ def run(request: Request, streams: Streams) -> None:
     request = _checked(request)
     if request.recipe.model is not None:
         _refuse_weights_only(request)
+    if request.checkpoint is not None and is_pipeline(request.checkpoint):
+        _run_pipeline(request, request.checkpoint, streams)
+        return
     if request.checkpoint is not None:
         source = read_checkpoint(request.checkpoint, request.running.strip_prefix)
         _run(_with_table_rules(request, source), source, streams)
@@ -115,6 +121,45 @@ def refuse_no_checkpoint(command: str, checkpoint: Path | None, recipe: Path | N
     """Raise UsageError where there is neither a checkpoint nor a recipe that might do without."""
     if checkpoint is None and recipe is None:
         raise UsageError(command, "no checkpoint is given", "name a .safetensors file or a folder")
+
+
+def _run_pipeline(request: Request, folder: Path, streams: Streams) -> None:
+    """Each component of a pipeline in turn, into one folder with one report; or their plans."""
+    given = {
+        "--sensitivity": request.sensitivity,
+        "--statistics": request.statistics,
+        "--representatives": request.representatives,
+        "--resume": request.running.resume,
+    }
+    refuse_for_pipeline(request.recipe, given)
+    target = request.writing.output or default_output(folder, request.recipe_file, request.suffix)
+    coding: CodingChoice = request.writing.coding.value
+    parts = read_components(folder, request.running.strip_prefix)
+    recipes = component_recipes(request.recipe, request.table_rules, request.bits_embedding, parts)
+    if request.writing.dry_run:
+        found = {}
+        for part, source in parts.items():
+            plan = _dry_plan(source, replace(request, recipe=recipes[part]), streams)
+            found[part] = plan_json(source, plan, target / part, coding)
+        document = join_plans(folder, target, found, recipe_hash(request.recipe))
+        print_output(target, json_document(document), _view(document), streams)
+        return
+    _refuse_harm(request, target, streams.json_to)
+    plans = {
+        part: _make_plan(source, replace(request, recipe=recipes[part]), None)[0] for part, source in parts.items()
+    }
+    options = _make_options(request, target, coding, streams)
+
+    def make(part: str, place: Path) -> Report:
+        streams.say(part)
+        return _compress(parts[part], plans[part], replace(options, output=place, force=False), request, streams)
+
+    from qcompress.report.figures import run_figures
+
+    clock = start_clock()
+    reports = write_pipeline(folder, target, parts, make, force=request.writing.force)
+    report = join_reports(target.name, reports, recipe_hash(request.recipe))
+    _finish(replace(report, run=run_figures(clock, options.device)), request.recipe.gates, target, streams)
 
 
 def _run(request: Request, source: Checkpoint, streams: Streams) -> None:

@@ -19,6 +19,7 @@ from qcompress.artifact.layout import INDEX_NAME, plain_name
 from qcompress.artifact.reader import Artifact, read_artifact
 from qcompress.artifact.stored_tensor import StoredTensor
 from qcompress.checkpoint.checkpoint import Checkpoint, StoredRows, tensor_view
+from qcompress.checkpoint.pipeline import is_pipeline, read_pipeline
 from qcompress.checkpoint.safetensors_file import Container
 from qcompress.coding.packing import count_codes
 from qcompress.errors import ReportError, raise_all
@@ -36,6 +37,7 @@ from qcompress.report.counts import (
 )
 from qcompress.report.document import LayerFigures, LayerReport, Report
 from qcompress.report.document_json import read_report, report_path
+from qcompress.report.pipeline import join_hashes, join_reports
 from qcompress.report.size import make_size
 from qcompress.types.plan import Rule, TensorInfo
 
@@ -59,6 +61,8 @@ def gather_report(path: Path, baseline: Checkpoint | None = None, max_memory: in
         if baseline is not None:
             raise ReportError(str(path), "is a report, and --baseline needs the weights", "name the artifact itself")
         return read_report(path)
+    if is_pipeline(path):
+        return _pipeline_report(path, baseline, max_memory)
     artifact = read_artifact(path, max_memory)
     if baseline is not None:
         return _measure_report(artifact, baseline)
@@ -70,6 +74,21 @@ def gather_report(path: Path, baseline: Checkpoint | None = None, max_memory: in
         return replace(found, input_sha256=_input_hash(artifact))
     warning = f"{beside.name} belongs to another artifact; figures are read from the artifact's own bytes"
     return replace(_stored_report(artifact), warnings=(warning,))
+
+
+def _pipeline_report(path: Path, baseline: Checkpoint | None, max_memory: int | None) -> Report:
+    """What was stored beside a pipeline, or else what its components say of themselves."""
+    if baseline is not None:
+        what = "is a pipeline, and a baseline is one checkpoint"
+        raise ReportError(str(path), what, "name a component of each: report OUT/unet --baseline IN/unet")
+    parts = {part.name: read_artifact(part, max_memory) for part in read_pipeline(path)}
+    beside = report_path(path)
+    if beside.is_file():
+        found = read_report(beside)
+        if found.artifact.sha256 == join_hashes({name: one.sha256 for name, one in parts.items()}):
+            return found
+    stored = {name: _stored_report(one) for name, one in parts.items()}
+    return join_reports(path.name, stored, next(iter(stored.values())).recipe_hash)
 
 
 def _measure_report(artifact: Artifact, baseline: Checkpoint) -> Report:
