@@ -94,11 +94,11 @@ class Source:
         """The error that a format cannot hold this tensor."""
         return ArtifactError(str(self.file.path), what, hint, Subject(self.name, self.info.shape))
 
-    # What follows is for codes of the affine form.
+    # What follows is for codes of grids that are affine or a table.
 
     @property
     def grid(self) -> Grid:
-        """The grid of an affine weight. Its checksum is checked when the codes are read, which is never left out."""
+        """The grid of a weight. Its checksum is checked when the codes are read, which is never left out."""
         entry = self.entry
         assert entry is not None
         parts = self.tensor.grids()
@@ -114,6 +114,8 @@ class Source:
             return Grid(scale, np.zeros(shape, np.float32), offset)
         if "zero_point" in parts:
             return Grid(scale, spread(parts["zero_point"]), None)
+        if entry.form == "table":
+            return Grid(scale, np.zeros(shape, np.float32), None)
         assert entry.grid == "full" or entry.grid == "narrow" or entry.grid == "mid-rise"
         return Grid(scale, spread(np.array([middle(entry.grid, entry.bits)])), None)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Run, files_under
+from exporters.networks import compress_llama
 from safetensors.torch import load_file
 
 import qcompress
@@ -56,7 +58,8 @@ def test_what_is_not_built_is_refused_by_name(run: Run, artifact: Path, name: st
     before = files_under(artifact.parent)
     ran = run("export", artifact, "--to", name)
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err == f"error: --to {name}: not available in this version; use safetensors\n"
+    built = ", ".join(one for one, exporter in EXPORTERS.items() if exporter.target)
+    assert ran.err == f"error: --to {name}: not available in this version; use {built}\n"
     assert files_under(artifact.parent) == before
 
 
@@ -69,3 +72,31 @@ def test_an_existing_export_is_kept_without_force(run: Run, artifact: Path) -> N
     assert run("export", artifact, "--to", "safetensors", "--force").code == 0
     assert run("export", artifact, "--to", "safetensors", "-f", "-o", artifact).code == 3
     assert files_under(artifact.parent) == before
+
+
+def test_a_dry_run_tells_the_bytes_and_writes_nothing(run: Run, artifact: Path) -> None:
+    before = files_under(artifact.parent)
+    told = json.loads(run("export", artifact, "--to", "safetensors", "-n", "--json", "-").out)
+    assert files_under(artifact.parent) == before
+    assert not told["written"]
+    done = json.loads(run("export", artifact, "--to", "safetensors", "--json", "-").out)
+    output = artifact.with_name(done["output"])
+    assert told == {**done, "written": False}
+    assert done["bytes"] == output.stat().st_size == done["files"][output.name]
+    assert sum(held["weights"] for held in done["formats"]) == sum(one.numel() for one in load_file(output).values())
+
+
+def test_a_network_is_written_for_each_of_the_others(run: Run, tmp_path: Path) -> None:
+    artifact = compress_llama(tmp_path)
+    for to, output in (("compressed-tensors", "c"), ("mlx", "m"), ("gguf", "g.gguf")):
+        ran = run("export", artifact, "--to", to, "-o", tmp_path / output)
+        n_bytes = sum(map(len, files_under(tmp_path / output).values())) or (tmp_path / output).stat().st_size
+        assert ran.code == 0
+        assert ran.out.splitlines()[0] == f"{tmp_path / output}: {n_bytes:,} bytes"
+        assert "14 tensors, 61,440 weights" in ran.out
+    assert run("export", artifact, "--to", "gguf", "-q").out == f"{tmp_path / 'artifact.gguf'}\n"
+
+
+def test_options_of_another_format_are_refused(run: Run, artifact: Path) -> None:
+    ran = run("export", artifact, "--to", "mlx", "--pad-hidden")
+    assert (ran.code, ran.err) == (2, "error: --pad-hidden: means nothing to --to mlx; it is for gguf\n")

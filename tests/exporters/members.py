@@ -15,7 +15,8 @@ from artifact.examples import make_artifact, rule
 from safetensors.torch import load_file
 from torch import Tensor
 
-from exporters.networks import compress_llama, q4
+from exporters import gguf_reader
+from exporters.networks import HEADS, KV_HEADS, compress_llama, q4
 from qcompress.artifact.entry import FORMS, GRIDS
 from qcompress.checkpoint.checkpoint import read_checkpoint
 
@@ -108,6 +109,45 @@ def read_mlx(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def read_gguf(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the file of a Llama by its name in the checkpoint, halves of heads put back, in float32."""
+    found = {}
+    for name, value in gguf_reader.read(path)[1].items():
+        found[LLAMA_NAMES[name] if name in LLAMA_NAMES else f"model.layers.{name.split('.')[1]}.{layer_name(name)}"] = (
+            pairs_to_halves(value, HEADS if "attn_q" in name else KV_HEADS) if re.search("attn_[qk]", name) else value
+        )
+    return found
+
+
+LLAMA_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+IN_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def layer_name(name: str) -> str:
+    _, _, module, leaf = name.split(".")
+    return f"{IN_LAYER[module]}.{leaf}"
+
+
+def pairs_to_halves(value: Tensor, heads: int) -> Tensor:
+    """Rows 0, 2, 4, ... of each head before its rows 1, 3, 5, ..."""
+    by_head = value.reshape(heads, -1, *value.shape[1:])
+    return torch.cat([by_head[:, 0::2], by_head[:, 1::2]], dim=1).reshape(value.shape)
+
+
 def dtype_of(path: Path) -> torch.dtype:
     """That of the network's weights, as its config.json names it."""
     dtype: torch.dtype = getattr(torch, json.loads((path / "config.json").read_text()).get("dtype", "float32"))
@@ -136,6 +176,32 @@ MEMBERS = {
         },
         "folder",
         no_network,
+    ),
+    "gguf": Member(
+        read_gguf,
+        frozenset({"full", "narrow", "zero-point", "offset", "mid-rise", "table"}),
+        compress_llama,
+        {
+            "plain": compress_llama,
+            "entropy coded": partial(compress_llama, choice="ans"),
+            "five bits, eight, and a scale a row": lambda at: compress_llama(
+                at, MIXED, q4("*.q_proj.weight", 5), q4("*.k_proj.weight", 8), q4(), q4("*embed*", 8)
+            ),
+            "zero points of 3, 4 and 6 bits": lambda at: compress_llama(
+                at,
+                q4("*.q_proj.weight", 3, symmetric=False),
+                q4("*.mlp.*", 6, symmetric=False),
+                q4(symmetric=False, group_size=64),
+            ),
+            "offsets of 4 and 5 bits": lambda at: compress_llama(
+                at,
+                rule("*.mlp.*_proj.weight", "mse", bits=5, symmetric=False, granularity="group", group_size=32),
+                rule("*_proj.weight", "mse", bits=4, symmetric=False, granularity="group", group_size=32),
+            ),
+            "middles": lambda at: compress_llama(at, rule("*_proj.weight", "mse", bits=2, symmetric=True)),
+        },
+        "file",
+        lambda path: no_network(path) or ("model_type" if path.name == "folder" else ""),
     ),
     "mlx": Member(
         read_mlx,

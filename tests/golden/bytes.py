@@ -891,7 +891,7 @@ def refusal_cases() -> Iterator[tuple[str, Case]]:
     yield "refused/input", refusal(*plain, "--bits", 2, "-o", WEIGHTS)
     yield "refused/recipe", refusal(*plain, recipe=bare("squant: {bit: 2}"))
     yield "refused/no-match", refusal(*plain, recipe=bare("{match: none, rtn: {bits: 2}}"))
-    yield "refused/export", refusal("export", WEIGHTS, "--to", "gguf")
+    yield "refused/export", refusal("export", WEIGHTS, "--to", "coreml")
     yield "refused/verify", refusal("verify", WEIGHTS)
     yield "refused/report", refusal("report", WEIGHTS)
     yield "refused/code", refusal("quantize", NETWORK, recipe=live, allowed=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qcompress.artifact.reader import Artifact
-from qcompress.exporters import compressed_tensors, mlx, safetensors
+from qcompress.exporters import compressed_tensors, gguf, mlx, safetensors
 from qcompress.methods import (
     adaround,
     dfq,
@@ -62,4 +62,5 @@ fit_dkm: Fit[LiveModel, DkmConfig] = dkm.fit
 
 export_safetensors: Export[Artifact] = safetensors.export
 export_compressed_tensors: Export[Artifact] = compressed_tensors.export
+export_gguf: Export[Artifact] = gguf.export
 export_mlx: Export[Artifact] = mlx.export
