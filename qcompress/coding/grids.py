@@ -43,6 +43,8 @@ FACTORS: NDArray[np.float32] = np.array(
 """float32 [8]: 2**(i / 8) to the nearest; a factor 2**(e / 8) is FACTORS[e % 8] * 2**(e // 8)."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+LARGE_EXPONENT = 104
+"""Above it a code times its scale may leave float32 though its sum with the offset does not; part of the format."""
 ROW_PARTS = ("scale", "zero_point", "offset", "subscale", "suboffset", "row_exponents")
 """What a weight with groups has a row of for each of its rows, unless it has one for all."""
 
@@ -226,8 +228,11 @@ def step_table(encoded: Unbounded, low: int, high: int) -> Tensor:
 def decode_unbounded_rows(encoded: Unbounded) -> Tensor:
     """The weight as float32 [rows, columns]: code * step, or half-steps * (step / 2); one more rounding."""
     if encoded.trellis:
-        return trellis_values(encoded.codes).float() * (steps(encoded) * 0.5)
-    return encoded.codes.float() * steps(encoded)
+        values = trellis_values(encoded.codes).float() * (steps(encoded) * 0.5)
+    else:
+        values = encoded.codes.float() * steps(encoded)
+    # A step takes 16 bits above its exponent, its factors 32 and a code 31.
+    return values.clamp_(-_FLOAT32_MAX, _FLOAT32_MAX) if encoded.exponent > 128 - 79 else values
 
 
 def take_unbounded_rows(encoded: Unbounded, start: int, stop: int) -> Unbounded:
@@ -276,13 +281,23 @@ def _decode_affine_rows(encoded: Affine) -> Tensor:
     scale = from_half(encoded.scale, exponent).unsqueeze(-1)
     values = _in_groups(encoded.codes, scale.shape[1], encoded.group_size).float()
     if encoded.offset is not None:
-        values.mul_(scale).add_(from_half(encoded.offset, exponent).unsqueeze(-1))
+        values = _scaled_and_moved(values, scale, from_half(encoded.offset, exponent).unsqueeze(-1), exponent)
     elif encoded.zero_point is not None:
         values.sub_(encoded.zero_point.float().unsqueeze(-1)).mul_(scale)
     else:
         assert encoded.convention is not None
         values.sub_(middle(encoded.convention, encoded.bits)).mul_(scale)
     return _out_of_groups(values, encoded.codes)
+
+
+def _scaled_and_moved(codes: Tensor, scale: Tensor, offset: Tensor, exponent: int | Tensor) -> Tensor:
+    """codes * scale + offset, in place; near the end of float32 2**8 times smaller on the way, which is exact."""
+    if (exponent if isinstance(exponent, int) else int(exponent.max())) <= LARGE_EXPONENT:
+        return codes.mul_(scale).add_(offset)
+    large = torch.as_tensor(exponent, device=codes.device).reshape(-1, 1, 1) > LARGE_EXPONENT
+    smaller = torch.where(large, 2.0**-8, 1.0)
+    found = codes.mul_(scale * smaller).add_(offset * smaller).div_(smaller)
+    return found.clamp_(-_FLOAT32_MAX, _FLOAT32_MAX)
 
 
 def _decode_blocked_rows(encoded: Blocked) -> Tensor:
@@ -298,7 +313,8 @@ def _decode_blocked_rows(encoded: Blocked) -> Tensor:
     scale = of_sub_blocks(encoded.scale, encoded.subscale.float() - encoded.subzero)
     values = _in_groups(encoded.codes, sub_blocks, encoded.group_size).float()
     if encoded.offset is not None and encoded.suboffset is not None:
-        values.mul_(scale).add_(of_sub_blocks(encoded.offset, encoded.suboffset.float()))
+        offset = of_sub_blocks(encoded.offset, encoded.suboffset.float())
+        values = _scaled_and_moved(values, scale, offset, exponent)
     else:
         assert encoded.convention is not None
         values.sub_(middle(encoded.convention, encoded.bits)).mul_(scale)

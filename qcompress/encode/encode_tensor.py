@@ -52,6 +52,7 @@ BLOCK_WEIGHTS = 1 << 19
 STACKED_WEIGHTS = 1 << 15
 """Above so many the call that encodes a weight costs little beside the work in it."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_LEAST = float(np.finfo(np.float32).tiny)
 
 FIELDS = {**{part: part for part in PARTS}, "codebook": "centroids", "exponent": "row_exponents", "table": "values"}
 """Part of a stored tensor -> the field of the encoded one that it holds."""
@@ -215,11 +216,10 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
 
 
 def _survey(job: Job) -> Survey:
-    """The survey of a job's weight. Raises CheckpointError where it holds NaN or Inf."""
+    """The survey of a job's weight. Raises CheckpointError where float32 does not hold it."""
     source, tensor = job.source, job.decision.tensor
     survey = survey_bytes(source.pieces_of(tensor.name), tensor.dtype)
-    if not survey.finite:
-        raise nonfinite_error(source, tensor, count_nonfinite(tensor_view(source, tensor)))
+    refuse_out_of_range(source, tensor, survey)
     return survey
 
 
@@ -325,6 +325,17 @@ def sealed_unbounded(decision: Decision, coding: Coding, payload: Payload) -> En
     """The entry of unbounded codes that came to this payload."""
     entry = replace(planned_entry(decision), coding=coding)
     return replace(entry, crc32=seal(decision.tensor.name, entry, zlib.crc32(payload)))
+
+
+def refuse_out_of_range(source: Container, tensor: TensorInfo, survey: Survey) -> None:
+    """Raise CheckpointError for a weight that is not finite, or whose largest value float32 does not hold any more."""
+    if not survey.finite:
+        raise nonfinite_error(source, tensor, count_nonfinite(tensor_view(source, tensor)))
+    if tensor.dtype == "F64" and 0 < survey.largest < FLOAT32_LEAST:
+        what = f"its largest value, {survey.largest:.3g}, is below those that float32 holds"
+        hint = "scale the weight, or keep it by a rule"
+        cause = "their largest values are below those that float32 holds"
+        raise CheckpointError(str(source.path), what, hint, Subject(tensor.name), cause)
 
 
 def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> CheckpointError:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
-from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, count_nonfinite, nonfinite_error, survey_bytes
+from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, count_nonfinite, refuse_out_of_range, survey_bytes
 from qcompress.errors import CheckpointError, InputError, ResourceError, Subject, raise_all
 from qcompress.plan.files import Shard
 from qcompress.types.config import CodingChoice
@@ -56,13 +56,15 @@ def count_nonfinite_values(checkpoint: Checkpoint, tensor: TensorInfo) -> int:
 
 
 def refuse_nonfinite(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Raise CheckpointError (Refusals where several) for every weight to compress that holds NaN or Inf."""
+    """Raise CheckpointError (Refusals where several) for every weight to compress that float32 does not hold."""
     errors: list[InputError] = []
     for decision in plan.decisions:
         if decision.compresses:
             source, tensor = checkpoint.shard_of(decision.tensor.name), decision.tensor
-            if not survey_bytes(source.pieces_of(tensor.name), tensor.dtype).finite:
-                errors.append(nonfinite_error(source, tensor, count_nonfinite(tensor_view(source, tensor))))
+            try:
+                refuse_out_of_range(source, tensor, survey_bytes(source.pieces_of(tensor.name), tensor.dtype))
+            except CheckpointError as error:
+                errors.append(error)
     raise_all(errors)
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qcompress.coding.grids import HALF_TINY, from_half, middle, round_offset, round_scale
+from qcompress.coding.grids import HALF_TINY, LARGE_EXPONENT, from_half, middle, round_offset, round_scale
 from qcompress.coding.rows import blocks_from_rows, column_parts, grid_shape, tiles
 from qcompress.solvers.blocks import CHUNK_VALUES, extremes
 from qcompress.types.config import Convention, Granularity
@@ -90,6 +90,9 @@ def nearest_codes(blocks: Tensor, grid: Grid, bits: int, exponent: int) -> Tenso
     if exponent < -100:
         # The reciprocal of a scale would not fit float32.
         return nearest_codes(blocks * 2.0**64, grid, bits, exponent + 64)
+    if exponent > LARGE_EXPONENT:
+        # The difference of a weight and the lowest level may not.
+        return nearest_codes(blocks * 2.0**-8, grid, bits, exponent - 8)
     codes = blocks.new_empty(blocks.shape, dtype=torch.uint8)
     if not blocks.numel():
         return codes

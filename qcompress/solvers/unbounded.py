@@ -25,6 +25,8 @@ OCTAVE = 8
 """Factors are powers of two in eighths of an octave."""
 WIDEST_FACTOR = 4 * OCTAVE
 """Rows and columns change a step by no more than this, either way."""
+LEAST_STEP, MOST_STEP = 2.0**-140, 2.0**127
+"""Steps that leave something of every weight that float32 has."""
 SIDE_BITS = 5.0
 """What one factor costs, about."""
 
@@ -84,7 +86,7 @@ def unbounded_grid(
 
 def with_step(grid: Unbounded, step: float) -> Unbounded:
     """The grid with another step, as the disk holds it."""
-    step = min(max(step, 2.0**-100), 2.0**100)
+    step = min(max(step, LEAST_STEP), MOST_STEP)
     exponent = exponent_for(step)
     half = round_scale(torch.tensor(step, dtype=torch.float64), exponent)
     return replace(grid, step=half.cpu(), exponent=exponent)

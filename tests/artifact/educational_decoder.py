@@ -275,7 +275,10 @@ def values_of(codes: np.ndarray, parts: dict[str, Any], entry: dict[str, Any]) -
         if table is not None:
             values[r, c] = table[codes[r, c]] * s
         elif entry["grid"] == "offset":
-            values[r, c] = code * s + o
+            exponent = arrays["exponent"][row] if entry["row_exponents"] else entry["exponent"]
+            less = np.float32(2.0**-8 if exponent > 104 else 1.0)
+            with np.errstate(over="ignore"):
+                values[r, c] = (code * (s * less) + o * less) / less
         elif entry["grid"] == "zero-point":
             values[r, c] = (code - arrays["zero_point"][row, c // size]) * s
         else:

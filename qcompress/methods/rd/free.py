@@ -99,6 +99,8 @@ def flip_unbounded(target: Tensor, kernels: int) -> Tensor:
     return flipped(target, codes)
 
 
+FARTHEST_OCTAVE = 40
+"""Of the largest weight: beyond, weights are coded in units of a power of two."""
 PRICED_CODES = 64
 ROWS_AT_ONCE = 1 << 22
 """Weights that are coded at a time: rows do not depend on one another."""
@@ -133,10 +135,25 @@ def encode_free(weight: Tensor, config: RdConfig) -> Unbounded:
     largest = float(rows.abs().max()) if rows.numel() else 0.0
     grid = unbounded_grid(shape, (0,), "F32", rows=None, columns=None, size=size)
     grid = with_step(grid, max(free_step(weight, config.step), FINEST_STEP * largest))
-    steps = grid_steps(grid, rows.device)
     if not rows.numel():
         return with_codes(grid, rows)
-    if config.prior == "flips" and weight.ndim > 2:
+    octaves = math.frexp(largest)[1]
+    if abs(octaves) > FARTHEST_OCTAVE:
+        # Squares of steps would leave float32: codes do not depend on the unit.
+        rows, grid = _times_power(rows, -octaves), replace(grid, exponent=grid.exponent - octaves)
+        return replace(_coded(rows, grid, shape, config), exponent=grid.exponent + octaves)
+    return _coded(rows, grid, shape, config)
+
+
+def _times_power(rows: Tensor, power: int) -> Tensor:
+    """rows * 2**power, where 2**power may be beyond float32."""
+    return rows * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
+
+
+def _coded(rows: Tensor, grid: Unbounded, shape: Shape, config: RdConfig) -> Unbounded:
+    """The grid, of one step, with the codes of rows [rows, columns] of a weight."""
+    steps, size = grid_steps(grid, rows.device), (rows.shape[0], rows.shape[1])
+    if config.prior == "flips" and len(shape) > 2:
         return with_codes(grid, flip_unbounded(rows / steps, math.prod(shape[1:2])))
     hessian = _hessian(shape, config).to(rows.device)
     if config.trellis and not _is_trellis(hessian, size[1]):
