@@ -7,7 +7,9 @@ commands; docs/glossary.md and the schema of reports from the rows of their figu
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -25,11 +27,13 @@ from qcompress.registry.regularizers import REGULARIZERS, RegularizerConfig
 from qcompress.report.document_json import REPORT
 from qcompress.report.glossary import glossary_markdown, schema_text
 from qcompress.types.config import PenaltyConfig
+from qcompress.types.plan import ROLE_NAMES
 from qcompress.types.settings import AUGMENTATIONS
 
 PAGES = (Path(__file__).with_name("recipes.md"), Path(__file__).with_name("training.md"))
 COMMANDS_PAGE = Path(__file__).with_name("cli.md")
 ROLES_PAGE = Path(__file__).with_name("roles.md")
+PINS = Path(__file__).parents[1] / "tests" / "plan" / "architectures.py"
 GLOSSARY = Path(__file__).with_name("glossary.md")
 REPORT_SCHEMA = Path(__file__).parents[1] / "qcompress" / "report" / "schema.json"
 SHARED: dict[str, type] = {
@@ -199,7 +203,41 @@ def roles_page() -> str:
         "|---|---|---|---|",
     ]
     page = ROLES_PAGE.read_text(encoding="utf-8")
-    return re.sub(r"<!-- table of roles -->\n.*?(?=\n\n)", lambda _: "\n".join([*table, *rows]), page, flags=re.DOTALL)
+    for lines in ([*table, *rows], _architecture_lines()):
+        page = re.sub(rf"{lines[0]}\n.*?(?=\n\n|\Z)", lambda _, new=lines: "\n".join(new), page, flags=re.DOTALL)
+    return page.rstrip("\n") + "\n"
+
+
+COUNTED = ("matrix", "convolution", "depthwise", "norm", "bias", "mask", "quantizer-scale")
+"""Roles whose tensors the table of architectures counts; it names the others."""
+
+
+def _architecture_lines() -> list[str]:
+    """The table of architectures: of each, how many kinds of weights have a role, or what these are called."""
+    spec = importlib.util.spec_from_file_location("architectures", PINS)
+    assert spec is not None and spec.loader is not None
+    pins: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = pins
+    spec.loader.exec_module(pins)
+    lines = ["<!-- table of architectures -->", "| architecture | its kinds of tensors by role |", "|---|---|"]
+    for one in (*pins.read_pins(pins.BUILT), *pins.read_pins(pins.BY_HAND)):
+        if one.name.endswith(" in memory"):
+            continue
+        words = []
+        for role in ROLE_NAMES:
+            names = [tensor.info.name for tensor in one.tensors if tensor.role == role]
+            if role in COUNTED:
+                words += [f"{len(names)} {role}"] * bool(names)
+            elif names:
+                words.append(f"{role} {', '.join(f'`{name}`' for name in dict.fromkeys(map(_short, names)))}")
+        lines.append(f"| {one.name} | {'; '.join(words)} |")
+    return lines
+
+
+def _short(name: str) -> str:
+    """A tensor's own name in its module, or the module's where that is just weight; numbers left out."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
 
 
 if __name__ == "__main__":

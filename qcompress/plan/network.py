@@ -103,8 +103,9 @@ class Seen:
 
     @cached_property
     def owner(self) -> str:
-        """The last part of its module's name that is no number."""
-        return next((part for part in reversed(self.parts) if not part.isdigit()), "")
+        """The last part of its module's name that is no number, in words with `_` between them."""
+        name = next((part for part in reversed(self.parts) if not part.isdigit()), "")
+        return name if name.islower() else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
     @cached_property
     def siblings(self) -> Mapping[str, TensorInfo]:

@@ -60,12 +60,13 @@ _POSITIONS = re.compile(
 )
 _TABLES_OF_TOKENS = re.compile(
     r"(\w+_)?quer(y|ies)_(embed|embedding|embeddings|feat|features|embedder|tokens?|position_embeddings|pos)|"
-    r"queries_(embedder|features)|(row|col|column)_embed(der|ding|dings)?s?|(level|mask|prompt)_embed\w*|"
+    r"queries_(embedder|features)|(row|col|column)_embed(der|ding|dings)?s?|"
+    r"(\w+_)?(level|mask|prompt|point)_embed\w*|embed_global|"
     r"(\w+_)?(mask|iou|hf|register|obj_score|cls|prompt)_tokens?|query_embed"
 )
 _GATES = re.compile(r"gate|wg|gating|(\w+_)?router(_\w+)?|routers|(\w+_)?shared_experts?_gate")
 _ROUTERS = re.compile(r"(\w+_)?router(_\w+)?|routers|shared_experts?_gate")
-_BIASES = re.compile(r"(\w+_)?bias(_\w+)?|bias|beta|b|r_[wrs]_bias|pos_bias_[uv]|(\w+_)?biases")
+_BIASES = re.compile(r"(\w+_)?bias(_\w+)?|beta|(\w+_)?biases")
 _GAINS = re.compile(
     r"weight_g|original0|gamma\w*|(\w+_)?scale(_\w+)?|lambda\w*|ls\d*|(\w+_)?temperature|alpha|running_(mean|var)|"
     r"num_batches_tracked|(\w+_)?gain"
@@ -106,6 +107,8 @@ def is_mask(seen: Seen) -> bool:
 
 def is_state_space(seen: Seen) -> bool:
     if _STATES.fullmatch(seen.leaf):
+        return True
+    if seen.leaf in ("D", "Ds") and len(seen.shape) == 1:
         return True
     if seen.leaf in ("D", "Ds", "B", "C", "A"):
         return any(name in seen.siblings for name in _STATE_SIBLINGS)
@@ -155,7 +158,8 @@ def is_norm(seen: Seen) -> bool:
     if seen.is_weight:
         inner = len(shape) > 3 and seen.info.numel == shape[-1]
         return inner or (len(shape) == 2 and _NORMS.fullmatch(seen.owner) is not None and not is_product(seen))
-    return seen.info.numel == max(shape) or _GAINS.fullmatch(seen.leaf) is not None
+    spread = seen.info.numel == max(shape) and (len(shape) > 2 or shape[1] == 1)
+    return spread or _GAINS.fullmatch(seen.leaf) is not None
 
 
 def is_expert(seen: Seen) -> bool:

@@ -86,7 +86,8 @@ def test_what_is_read_back_is_what_the_method_chose(
 ) -> None:
     for bits, dtype in zip((1, 2, 3, 8), DTYPES, strict=True):
         weight = gaussian(12, 8, dtype=dtype)
-        asked = recipe(rule("*", method, bits=bits, **grid))
+        # By its name, for 8 bits in groups of 4 save nothing.
+        asked = recipe(rule("w", method, bits=bits, **grid))
         run(save(tmp_path / "m.safetensors", {"w": weight}), tmp_path / "a.safetensors", asked, choice, force=True)
         found = load_state_dict(tmp_path / "a.safetensors")["w"]
         assert dense(found) == dense(own_output(method, weight, asked, (0,)))
