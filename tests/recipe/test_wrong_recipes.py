@@ -293,6 +293,10 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         HEAD + "  - a\n",
         ['r.yaml:3: rules[0]: `a` is not a mapping; write {match: "*.weight", squant: {bits: 4}}'],
     ),
+    "no such role": (
+        HEAD + '  - {match: ["*.weight", "@embeding"], rtn: {bits: 4}}\n',
+        ["r.yaml:3: rules[0].match[1]: there is no role `@embeding`; did you mean `@embedding`?"],
+    ),
     "no match": (
         HEAD + "  - rtn: {bits: 4}\n",
         ["r.yaml:3: rules[0]: `match` is missing; " + ADD_MATCH],

@@ -74,6 +74,12 @@ def test_the_first_rule_decides_and_a_name_reaches_any_parameter() -> None:
     assert {one.name: one.where for one in found.regularized}["fc.weight"] == "c"
 
 
+def test_a_role_reaches_every_parameter_that_has_it() -> None:
+    module = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    rules = [rule("l2", L2Config(), "@embedding", "a"), rule("linf", LinfConfig(), "@norm", "b")]
+    assert names(attach_penalties(module, rules)) == ["0.weight", "2.weight"]
+
+
 def test_idle_rules_and_too_many_levels_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"match 'x\.\*' decides nothing"):
         attach_penalties(net(), [rule("l2", L2Config(), "x.*")])
