@@ -24,9 +24,19 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for label, image in zip("ab", pixels, strict=True):
             (folder / "imagenet" / part / label).mkdir(parents=True)
             Image.fromarray(image).resize((256, 256)).save(folder / "imagenet" / part / label / "0.png")
+    _write_stories(folder)
     _write_question_pairs(folder)
     _write_sentences(folder)
     return folder
+
+
+def _write_stories(folder: Path) -> None:
+    """Four rows of tokens to calibrate on, and as many to measure, of another length each."""
+    random, parts = np.random.default_rng(1), {}
+    for part in ("calib", "eval"):
+        parts |= {f"{part}_ids": random.integers(3, 512, (4, 24)), f"{part}_len": np.array([24, 9, 17, 20])}
+    (folder / "stories").mkdir()
+    np.savez(folder / "stories" / "stories.npz", **parts)
 
 
 def _write_question_pairs(folder: Path) -> None:
