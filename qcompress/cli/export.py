@@ -20,13 +20,14 @@ from qcompress.cli.output import (
     write_text,
 )
 from qcompress.cli.panels import OUTPUT, RUNNING
-from qcompress.errors import UsageError
+from qcompress.errors import GateFailed, UsageError, raise_all
 from qcompress.registry import EXPORTERS
 
 if TYPE_CHECKING:
+    from qcompress.compress.check_export import Checked
     from qcompress.registry import Exporter
     from qcompress.types.export import ExportOptions, ExportPlan
-    from qcompress.types.run import Json
+    from qcompress.types.run import Json, ModelRun
 
 FLAGS = {
     "keep_unfit": "--keep-unfit",
@@ -99,6 +100,19 @@ def export(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Load the export with what it is for, where that is installed, and hold its weights against those of "
+            "the artifact; with a recipe, also what the network computes from the first batch of data.eval. Exit 4 "
+            "where they differ.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = False,
+    recipe: opt.RecipeFile = None,
+    overrides: opt.Overrides = None,
+    allow_code: opt.AllowCode = False,
     threads: opt.Threads = None,
     max_memory: opt.MaxMemory = None,
     streams: Streams,
@@ -108,10 +122,13 @@ def export(
     qcompress export model-w2.safetensors --to safetensors
 
     qcompress export llama-w4 --to compressed-tensors --dry-run
+
+    qcompress export llama-w4 --to gguf --check
     """
     from qcompress.artifact.reader import read_artifact
     from qcompress.checkpoint.outputs import Write
     from qcompress.checkpoint.pipeline import is_pipeline
+    from qcompress.compress.check_export import check_export
     from qcompress.compress.export import plan_export
     from qcompress.exporters.write_export import write_export
     from qcompress.report.document_json import report_path
@@ -121,10 +138,11 @@ def export(
     exporter = _find_exporter(to)
     options = ExportOptions(keep_unfit=keep_unfit, mixed=mixed, pad_hidden=pad_hidden, round_scales=round_scales)
     _refuse_options(exporter, options)
+    model_run = _prepare_check(to, check, dry_run, recipe, overrides, allow_code, streams)
     limit = opt.max_memory_bytes(max_memory)
     folder = artifact.is_dir() if exporter.writes == "same" else exporter.writes == "folder"
     target = output or _beside(artifact, exporter, folder)
-    reads = {"the artifact": artifact, "its report": report_path(artifact)}
+    reads = {"the artifact": artifact, "its report": report_path(artifact), "the recipe": recipe}
     writes = [] if dry_run else [Write(target, "-o", folder=folder)]
     refuse_harm(reads, writes, streams.json_to, force=force)
     if is_pipeline(artifact):
@@ -142,10 +160,14 @@ def export(
         if not dry_run:
             with progress(plan.data_bytes, streams) as advance:
                 write_export(plan, shared, target, force=force, advance=advance)
+    checked = check_export(found, target, to, options, model_run) if check else None
     if streams.json_to is not None:
-        write_text(json_document(_as_json(plan, to, target, dry_run)), streams.json_to)
+        write_text(json_document(_as_json(plan, to, target, dry_run, checked)), streams.json_to)
     if streams.json_to != "-":
-        print_result(str(target) if streams.quiet else _words(plan, target, dry_run))
+        print_result(str(target) if streams.quiet else _words(plan, target, dry_run, checked))
+    if checked is not None and not checked.holds:
+        what = f"{checked.consumer} has other weights: {_differences(checked)}"
+        raise GateFailed(str(target), what, "do not use this file, and report it with the artifact")
 
 
 def _export_pipeline(artifact: Path, target: Path, to: str, limit: int | None, *, force: bool) -> int:
@@ -178,6 +200,36 @@ def _find_exporter(to: str) -> Exporter:
     return exporter
 
 
+def _prepare_check(
+    to: str,
+    check: bool,
+    dry_run: bool,
+    recipe: Path | None,
+    overrides: list[str] | None,
+    allow_code: bool,
+    streams: Streams,
+) -> ModelRun | None:
+    """Refuse what a check lacks before anything is written; where the recipe's network runs, if there is one."""
+    if dry_run and check:
+        raise UsageError("--dry-run --check", "there is nothing to check yet", "leave one of them out")
+    if recipe is None or not check:
+        if recipe is not None or overrides:
+            raise UsageError("--recipe", "only tells outputs to --check", "give both, or neither")
+        if not check:
+            return None
+    from qcompress.cli.recipe import read_given
+    from qcompress.cli.run import make_model_run
+    from qcompress.compress.check_export import refuse_check
+    from qcompress.recipe import refuse_missing
+
+    refuse_check(to)
+    if recipe is None:
+        return None
+    asked = read_given(recipe, overrides)
+    raise_all(refuse_missing(asked, measures=True))
+    return make_model_run(asked, opt.Device.cpu, allow_code, streams)
+
+
 def _refuse_options(exporter: Exporter, options: ExportOptions) -> None:
     for field in fields(options):
         if getattr(options, field.name) and field.name not in exporter.takes:
@@ -193,7 +245,7 @@ def _beside(artifact: Path, exporter: Exporter, folder: bool) -> Path:
     return artifact.with_name(f"{stem}{'-dense' if exporter.suffix == '.safetensors' else ''}{exporter.suffix}")
 
 
-def _as_json(plan: ExportPlan, to: str, target: Path, dry_run: bool) -> dict[str, Json]:
+def _as_json(plan: ExportPlan, to: str, target: Path, dry_run: bool, checked: Checked | None) -> dict[str, Json]:
     return {
         "schema": "qcompress.export/1",
         "to": to,
@@ -203,14 +255,31 @@ def _as_json(plan: ExportPlan, to: str, target: Path, dry_run: bool) -> dict[str
         "files": {name or target.name: n_bytes for name, n_bytes in plan.sizes.items()},
         "formats": [asdict(held) for held in plan.held],
         "notes": list(plan.notes),
+        **({} if checked is None else {"check": {**asdict(checked), "missing": list(checked.missing)}}),
     }
 
 
-def _words(plan: ExportPlan, target: Path, dry_run: bool) -> str:
-    """The output with its bytes, then what its weights are held as, a line each."""
+def _words(plan: ExportPlan, target: Path, dry_run: bool, checked: Checked | None) -> str:
+    """The output with its bytes, then what its weights are held as, a line each, and what its consumer made of it."""
     lines = [f"{target}: {plan.n_bytes:,} bytes{' would be written' if dry_run else ''}"]
     for held in plan.held:
         bits = f", {8 * held.n_bytes / held.weights:.3g} bits a weight" if held.weights else ""
         many = f"{held.tensors} tensor{'' if held.tensors == 1 else 's'}"
         lines.append(f"  {held.name}: {many}, {held.weights:,} weights, {held.n_bytes:,} bytes{bits}")
+    if checked is not None:
+        lines.append(f"  checked with {checked.consumer}: {_differences(checked)}")
     return "\n".join(lines)
+
+
+def _differences(checked: Checked) -> str:
+    """What of an export is equal to the artifact, and the largest difference of what is not."""
+    words = f"{checked.tensors} tensors equal"
+    if checked.worst is not None:
+        words = f"{checked.tensors} tensors differ by at most {checked.difference:.3g}, {checked.worst!r} most"
+    if checked.missing:
+        words += (
+            f"; {len(checked.missing)} not compared, which it holds under other names, first {checked.missing[0]!r}"
+        )
+    if checked.outputs is not None:
+        words += f"; outputs differ by at most {checked.outputs:.3g}"
+    return words

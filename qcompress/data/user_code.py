@@ -23,6 +23,11 @@ EXTRAS = {
     "tokenizers": "text",
     "datasets": "text",
     "sacrebleu": "text",
+    "compressed_tensors": "compressed-tensors",
+    "gguf": "gguf",
+    "accelerate": "gguf",
+    "mlx": "mlx",
+    "mlx_lm": "mlx",
 }
 """The extra that brings a package."""
 
