@@ -42,7 +42,7 @@ from qcompress.types.export import ExportOptions, ExportPlan, Target
 from qcompress.types.plan import DTYPE_BITS
 
 FORMAT, VERSION = "pack-quantized", "0.20.0"
-FOR = "quantize with --for compressed-tensors, or write it dense with --keep-unfit"
+FOR = "quantize with rtn, symmetric: true, group_size: 32, 64 or 128, or write it dense with --keep-unfit"
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Modules of one block that vLLM computes as one."""
 
