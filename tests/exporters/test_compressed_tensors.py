@@ -62,6 +62,7 @@ def test_transformers_computes_what_the_dense_export_computes(
 
 @pytest.mark.slow
 def test_zero_points_are_loaded_as_the_note_says(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     dense, packed = both(tmp_path, q4(symmetric=False))
     config = pytest.importorskip("transformers").CompressedTensorsConfig(dequantize=True)
     expected = logits(dense, torch.float32)
