@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompress.errors import ModelError, RecipeError, Subject, raise_all
+from qcompress.errors import ModelError, RecipeError, Subject, TrainingError, raise_all
 from qcompress.model.build import channel_axes, facts_of
 from qcompress.plan.network import Network
 from qcompress.plan.roles import find_roles
@@ -28,6 +28,9 @@ from qcompress.types.settings import AdamW, Optimizer
 
 COUNTED_RATE = 0.1
 """Learning rate of representatives whose gradient is divided by their counts, with SGD."""
+
+LARGEST_FACTOR = 1e30
+"""Of a step: whatever it is multiplied with is then beyond what a network uses, or float32 holds."""
 
 
 @dataclass
@@ -63,7 +66,11 @@ class Regularized:
         return _channels_first(self.weight, self.order)
 
     def accumulate(self, into: Tensor | None, factor: float) -> Evaluated:
-        """The penalty; factor times its gradient is added to `into`, shaped like the weight."""
+        """The penalty; factor times its gradient is added to `into`, shaped like the weight.
+
+        raises  TrainingError for a factor of which float32 could not hold the products
+        """
+        _refuse_runaway(self.name, factor)
         seen = self.seen()
         if into is None or (self.order is None and into.is_contiguous()):
             return self.penalty.accumulate(seen, into, factor)
@@ -182,6 +189,7 @@ class Penalties:
                     one.accumulate(change, -factor)
                     one.weight.add_(change)
                 elif one.config.coupling == "proximal":
+                    _refuse_runaway(one.name, factor)
                     one.penalty.shrink(one.weight, factor)
             before = merged.get(id(one.penalty.shared))
             if before is not None and before.counts is not None and found.counts is not None:
@@ -330,6 +338,12 @@ def config_of(rule: Rule) -> RegularizerConfig:
     """The config of a rule that regularizes."""
     assert isinstance(rule.config, RegularizerConfig)
     return rule.config
+
+
+def _refuse_runaway(name: str, factor: float) -> None:
+    if not abs(factor) <= LARGEST_FACTOR:
+        what = f"the penalty of {name!r} takes steps of {abs(factor):.3g} times its gradient"
+        raise TrainingError("training", what, "lower its strength or the learning rate")
 
 
 def _channels_first(weight: Tensor, order: tuple[int, ...] | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,18 @@ def test_what_a_regularizer_learns_is_looked_at_too() -> None:
         term.data.fill_(float("inf"))
     with pytest.raises(TrainingError, match=r"'0\.weight\.alpha'"):
         refuse_runaway(module, penalties, 1)
+
+
+@pytest.mark.parametrize(("coupling", "strength"), [("decoupled", 1e10), ("proximal", 1e10), ("coupled", 1e40)])
+def test_a_penalty_whose_steps_float32_cannot_hold_is_an_error(coupling: Any, strength: float) -> None:
+    """A rate of 1e30 and a strength of 1e10 each lie in float32, and their product does not."""
+    module = net()
+    rule = Rule("0.weight", "l2", L2Config(strength=strength, coupling=coupling), "a")
+    penalties = attach_penalties(module, [rule])
+    module.get_parameter("0.weight").grad = torch.zeros_like(module.get_parameter("0.weight"))
+    with pytest.raises(TrainingError, match=r"the penalty of '0\.weight' takes steps of 1e\+40 times its gradient"):
+        penalties.add(0, 1)
+        penalties.after(0, 1, 1e30)
 
 
 def test_a_mask_that_is_minus_infinity_is_none_of_trainings_business() -> None:
