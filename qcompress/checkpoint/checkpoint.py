@@ -163,6 +163,11 @@ def _no_weights(folder: Path) -> CheckpointError:
     return CheckpointError(str(folder), "holds no .safetensors file", "check the path")
 
 
+def _can_be_called(name: str) -> bool:
+    """Whether a file can have a name."""
+    return "\0" not in name and name.isprintable()
+
+
 def _indexed_shards(index: Path) -> Iterator[Container]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -173,7 +178,8 @@ def _indexed_shards(index: Path) -> Iterator[Container]:
             raise CheckpointError(str(index), f"names the file {file!r} outside its folder", "use plain file names")
     if not files:
         raise CheckpointError(str(index), "lists no tensors", "fetch or save the checkpoint again")
-    absent = [file for file in files if not (index.parent / file).exists()]
+    # What no file can be called is refused below, where it is read.
+    absent = [file for file in files if _can_be_called(file) and not (index.parent / file).exists()]
     if absent:
         listed = f"{absent[0]} and {len(absent) - 1} more" if len(absent) > 1 else absent[0]
         what = f"promises {listed} of {len(files)} files, which are not there: an unfinished download"

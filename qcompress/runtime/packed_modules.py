@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from qcompress.coding.grids import exponent_of, from_half, middle
 from qcompress.runtime.packed_weight import PackedWeight
@@ -26,8 +27,11 @@ INT4_ROWS = 16
 
 
 def takes_packed(module: nn.Module, name: str) -> bool:
-    """Whether a parameter of a module can be held packed: recurrent layers read theirs from a list of their own."""
-    return name in module._parameters and not isinstance(module, nn.RNNBase)
+    """Whether a parameter of a module can be held packed.
+
+    Recurrent layers read theirs from a list of their own; what a parametrization is made of is read while it is loaded.
+    """
+    return name in module._parameters and not isinstance(module, nn.RNNBase | ParametrizationList)
 
 
 def put_packed(module: nn.Module, name: str, weight: PackedWeight) -> None:

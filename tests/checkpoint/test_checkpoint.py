@@ -223,7 +223,10 @@ def test_shards_make_one_checkpoint(tmp_path: Path) -> None:
 
 
 FOLDERS = {
-    "shard missing": (lambda f: (f / B).unlink(), f"{B}: no such file"),
+    "shard missing": (
+        lambda f: (f / B).unlink(),
+        f"promises {B} of 2 files, which are not there",
+    ),
     "shard truncated": (lambda f: (f / B).write_bytes((f / B).read_bytes()[:-1]), f"{B}: is truncated"),
     "shard empty": (lambda f: (f / B).write_bytes(b""), f"{B}: is empty"),
     "index not JSON": (lambda f: (f / INDEX).write_text("{"), "is not JSON"),

@@ -58,8 +58,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_command_with_a_recipe_asks_for_consent() -> None:
     flags = {name: {flag for one in command.params for flag in one.opts} for name, command in COMMANDS.commands.items()}
-    assert {name for name, known in flags.items() if "--recipe" in known} == set(WORDS)
-    assert {name for name, known in flags.items() if "--allow-code" in known} == set(WORDS)
+    # `export` reads a recipe with --check alone, and asks below.
+    assert {name for name, known in flags.items() if "--recipe" in known} == {*WORDS, "export"}
+    assert {name for name, known in flags.items() if "--allow-code" in known} == {*WORDS, "export"}
+
+
+def test_a_checked_export_runs_no_code_without_consent(run: Run, folder: Path) -> None:
+    assert run("quantize", "m.safetensors", "--bits", "4", "-o", "a.safetensors").code == 0
+    words = ("export", "a.safetensors", "--to", "safetensors", "--check", "-r", "r.yaml")
+    ran = run(*words)
+    assert ran.code == 2 and "'net.py:net' is code that would run" in ran.err
+    assert not (folder / "MARK").exists()
 
 
 @pytest.mark.parametrize("command", WORDS)

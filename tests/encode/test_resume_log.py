@@ -13,6 +13,7 @@ import torch
 from artifact.examples import gaussian, plan_for, recipe, rtn, rule, run, save, save_folder
 
 from qcompress.checkpoint.checkpoint import read_checkpoint
+from qcompress.encode import encode_tensor
 from qcompress.encode.write_file import Journal, run_key
 from qcompress.methods import rtn as rtn_method
 from qcompress.plan.files import make_shards
@@ -56,6 +57,8 @@ class Encoder:
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Encoder]:
     counting = Encoder()
+    # A call for each weight: several small ones share one.
+    monkeypatch.setattr(encode_tensor, "STACKED_WEIGHTS", 0)
     monkeypatch.setattr(rtn_method, "encode", counting.encode)
     return counting
 

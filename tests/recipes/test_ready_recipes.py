@@ -26,7 +26,12 @@ from qcompress.types.plan import ModelFacts, Recipe, TensorInfo
 from qcompress.types.run import ModelRun
 
 ALL = sorted((ROOT / "recipes").rglob("*.yaml"))
-LIVE = [path for path in ALL if (one := read_recipe(path)).model is not None and one.rules and not trains(one)]
+LIVE = [
+    path
+    for path in ALL
+    if (one := read_recipe(path)).model is not None and one.rules and not trains(one) and one.finetune is None
+]
+"""Recipes that compress a trained network, with nothing to be trained before."""
 QUICK: dict[str, dict[str, object]] = {
     "adaround": {"iterations": 2},
     "pdquant": {"iterations": 2, "correction_steps": 1},

@@ -14,7 +14,7 @@ from artifact.examples import recipe, rtn, rule, run
 from model.architectures import ARCHITECTURES, make_architecture
 
 from qcompress.artifact.reader import read_artifact
-from qcompress.exporters.safetensors import export
+from qcompress.compress.export import export
 from qcompress.runtime.load_packed import held_bytes
 from qcompress.runtime.packed_modules import Int4Weight
 from qcompress.types.plan import Recipe
