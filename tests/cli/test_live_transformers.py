@@ -25,7 +25,6 @@ RENAMED = {
     "gpt2": "transformer.h.*",
     "vit": "vit.layers.*",
     "swin": None,
-    "beit": None,
 }
 """Architectures whose folders hold other names than the network has, or fewer: their blocks."""
 
@@ -65,7 +64,7 @@ def test_a_live_recipe_works_on_what_save_pretrained_wrote(run: Run, name: str, 
     assert {one["name"]: one["method"] for one in json.loads(planned.out)["tensors"] if one["method"] != "kept"} == {
         name: layer["method"] for name, layer in layers.items() if layer["bits"]
     }
-    assert min(layer["figures"]["sqnr_db"] for layer in layers.values() if layer["bits"]) > 22
+    assert min(layer["figures"]["sqnr_db"] for layer in layers.values() if layer["bits"]) > 25
     assert sum(layer["method"] == "gptq" for layer in layers.values()) > 4
     other = make_architecture(name, seed=1)
     qcompress.load_into(other, tmp_path / "a", activations=True)
