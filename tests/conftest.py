@@ -215,3 +215,17 @@ def sharded(tmp_path: Path) -> Path:
 def files_under(folder: Path) -> dict[str, bytes]:
     """Every file under a folder with its bytes: what a refused or failed command must not change."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def skip_without_package(factory: str) -> None:
+    """Skip a test of a network whose package cannot be imported here."""
+    from qcompress.data.user_code import import_package
+    from qcompress.errors import UsageError
+    from qcompress.types.settings import LIBRARIES
+
+    package = factory.partition(":")[0].partition(".")[0]
+    if package in LIBRARIES:
+        try:
+            import_package(package)
+        except UsageError as error:
+            pytest.skip(str(error))

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Run
+from conftest import ROOT, Run, skip_without_package
 from safetensors.torch import save_file
 
 from qcompress.data.user_code import import_package
-from qcompress.errors import UsageError
 from qcompress.model.build import build_model
 from qcompress.recipe import read_recipe
 from qcompress.registry import METHODS
@@ -30,12 +29,7 @@ BERT = {
 def built(path: Path) -> torch.nn.Module:
     recipe = read_recipe(path)
     assert recipe.model is not None
-    package = recipe.model.factory.partition(":")[0].partition(".")[0]
-    if package in ("torchvision", "timm", "transformers"):
-        try:
-            import_package(package)
-        except UsageError as error:
-            pytest.skip(str(error))
+    skip_without_package(recipe.model.factory)
     with torch.device("meta"):
         return build_model(recipe.model, path.parent, allow_code=True, place="model")
 

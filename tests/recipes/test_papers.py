@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from claims import WORDS, Claim, Comparison, Side, Verdict, outcome
-from conftest import ROOT, Run
+from conftest import ROOT, Run, skip_without_package
 from definitions import ROWS
 from definitions.papers import CLAIMS
 from ledger import Ledger, Row, definition
@@ -22,8 +22,6 @@ from tables import Pages
 from test_provenance import LINE
 from verdicts import lines_of
 
-from qcompress.data.user_code import import_package
-from qcompress.errors import UsageError
 from qcompress.model.build import build_model
 from qcompress.recipe import read_recipe
 from qcompress.types.plan import Recipe
@@ -144,12 +142,7 @@ def test_every_command_of_the_page_plans(
 ) -> None:
     recipe = read_recipe(recipe_of(words))
     assert recipe.model is not None
-    package = recipe.model.factory.partition(":")[0].partition(".")[0]
-    if package in ("torchvision", "timm", "transformers"):
-        try:
-            import_package(package)
-        except UsageError as error:
-            pytest.skip(str(error))
+    skip_without_package(recipe.model.factory)
     monkeypatch.setenv("QCOMPRESS_DATA", str(small_data))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

@@ -11,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run
+from conftest import ROOT, Run, skip_without_package
 from safetensors.torch import save_file
 
-from qcompress.data.user_code import import_package
-from qcompress.errors import UsageError
 from qcompress.model.build import build_network, build_skeleton, facts_by, take_shapes
 from qcompress.plan.plan import make_plan
 from qcompress.recipe import read_recipe, trains
@@ -44,16 +42,6 @@ PRINTED = ("stories260k_gptq_w3",)
 """Recipes that take less than a minute as they are; the rows of the benchmarks run the others."""
 
 
-def needs_package(recipe: Recipe) -> None:
-    if recipe.model is not None:
-        package = recipe.model.factory.partition(":")[0].partition(".")[0]
-        if package in ("torchvision", "timm", "transformers"):
-            try:
-                import_package(package)
-            except UsageError as error:
-                pytest.skip(str(error))
-
-
 @cache
 def network(factory: str, args: str, path: Path) -> tuple[torch.nn.Module, ModelFacts, dict[str, Shape]]:
     """A recipe's network without weights, and what it says of its tensors."""
@@ -65,7 +53,8 @@ def network(factory: str, args: str, path: Path) -> tuple[torch.nn.Module, Model
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_every_recipe_is_planned_on_its_network(path: Path) -> None:
     recipe = read_recipe(path)
-    needs_package(recipe)
+    if recipe.model is not None:
+        skip_without_package(recipe.model.factory)
     if recipe.model is None:
         shapes: dict[str, Shape] = {
             "conv1.weight": (64, 3, 7, 7),
@@ -122,7 +111,8 @@ def test_recipes_without_training_run_through_on_a_little_data(
 ) -> None:
     monkeypatch.setenv("QCOMPRESS_DATA", str(small_data))
     recipe = read_recipe(path)
-    needs_package(recipe)
+    if recipe.model is not None:
+        skip_without_package(recipe.model.factory)
     thin = []
     if recipe.model is not None and "width" in recipe.model.args:
         thin = ["--set", "model.args.width=0.125"]
@@ -149,7 +139,8 @@ def test_recipes_run_as_printed_where_the_data_are(run: Run, tmp_path: Path, pat
     if not data:
         pytest.skip("QCOMPRESS_DATA names no folder")
     recipe = read_recipe(path)
-    needs_package(recipe)
+    if recipe.model is not None:
+        skip_without_package(recipe.model.factory)
     printed = next(line for line in path.read_text().splitlines() if "qcompress " in line).partition("qcompress ")[2]
     command, checkpoint, *_ = printed.split()
     file = Path(data) / checkpoint.removeprefix("data/")
