@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import _lru_cache_wrapper, partial
 from pathlib import Path
 from typing import Any
 
@@ -238,11 +239,41 @@ def facts_by(module: nn.Module, taken: Taken, tensors: Iterable[str], idle: froz
 def build_skeleton(model_run: ModelRun) -> nn.Module:
     """The network that a recipe names, without weights where it can be built so. Raises what `build_network` raises."""
     try:
-        with torch.device("meta"):
+        with _without_data():
             return build_network(model_run)
     except ModelError:
         # A constructor may read values, which tensors without data do not have.
         return build_network(model_run)
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Tensors that are made meanwhile have no data, and afterwards no `functools.lru_cache` still gives such ones.
+
+    BEiT's positions, for one, are a cached function of the window alone. A tensor with data that is indexed by one
+    without gives whatever lies in memory, and no error.
+    """
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        for one in gc.get_objects():
+            # Not isinstance, which would ask proxies that import what they stand for.
+            if type(one) is _lru_cache_wrapper and _holds_no_data(one):
+                one.cache_clear()
+
+
+def _holds_no_data(cache: object) -> bool:
+    """Whether something that a cache holds, tuples and the like looked into, is a tensor without data."""
+    waiting, seen = gc.get_referents(cache), set[int]()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Tensor) and one.device.type == "meta":
+            return True
+        if type(one) in (tuple, list, dict) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, dict) else one
+    return False
 
 
 def example_batch(model_run: ModelRun, calibration: Sequence[Batch] = ()) -> Batch:
@@ -280,7 +311,7 @@ def idle_modules(module: nn.Module, model_run: ModelRun) -> frozenset[str]:
         shown = data is not None and data.calibration is not None
         first = [next(iter(open_batches(model_run, "calibration")))] if shown else []
         example = example_batch(model_run, first).to("meta")
-        with torch.no_grad(), torch.device("meta"):
+        with torch.no_grad(), _without_data():
             module(*example.args, **example.kwargs)
     except Exception:
         # Missing data are told of elsewhere; the network's own code may raise anything.

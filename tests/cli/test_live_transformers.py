@@ -25,6 +25,7 @@ RENAMED = {
     "gpt2": "transformer.h.*",
     "vit": "vit.layers.*",
     "swin": None,
+    "beit": None,
 }
 """Architectures whose folders hold other names than the network has, or fewer: their blocks."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 from qcompress.errors import ModelError, RecipeError, UsageError
-from qcompress.model.build import read_facts
+from qcompress.model.build import build_network, read_facts
 from qcompress.types.plan import ModelFacts, Recipe, TensorFacts
 from qcompress.types.run import ModelRun
 from qcompress.types.settings import ModelSettings
 
 CODE = """
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -60,6 +62,28 @@ class Renamed(nn.Module):
 
 def make_renamed():
     return Renamed()
+
+class Caching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear = nn.Parameter(torch.randn(5, 2)), nn.Linear(2, 2)
+        self.parts(3)
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def positions(length):
+        return torch.arange(length)
+
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def parts(length):
+        return ({"of": torch.arange(length)},)
+
+    def forward(self, x):
+        return self.table[self.positions(len(x))] + self.linear(x)
+
+def make_caching():
+    return Caching()
 
 def make_by_values():
     net = Net()
@@ -170,6 +194,24 @@ def test_what_no_forward_pass_calls_is_told_of_where_no_value_decides(tmp_path: 
         found = read_facts(replace(run, recipe=replace(run.recipe, model=settings)), shapes)
         assert {name for name, one in found.items() if one.kind == "idle"} == idle
         assert found["idle.weight"].called is not bool(idle)
+
+
+def test_nothing_that_a_network_caches_stays_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what its constructor nor what its forward pass asked a cached function for."""
+    run = run_of(tmp_path, "make_caching")
+    shutil.copy(tmp_path / "net.py", tmp_path / "network_that_caches.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    shapes = {"table": (5, 2), "linear.weight": (2, 2), "linear.bias": (2,)}
+    # A module, whose caches the next network that is built has too.
+    settings = ModelSettings(factory="network_that_caches:make_caching", input=(2,))
+    run = replace(run, recipe=replace(run.recipe, model=settings))
+    assert read_facts(run, shapes)["linear.weight"].kind == "product"
+    network = build_network(run)
+    made = type(network).positions(2), type(network).parts(3)[0]["of"]
+    assert [one.device.type for one in made] == ["cpu", "cpu"]
+    x = torch.zeros(2, 2)
+    expected = network.table[torch.arange(2)] + network.linear(x)
+    assert torch.equal(network(x), expected)
 
 
 def test_a_recipe_without_a_model_has_no_facts(tmp_path: Path) -> None:
