@@ -151,7 +151,8 @@ def _filled(units: Sequence[Curve], chosen: Sequence[int], left: int) -> list[in
 def raised(units: Sequence[Curve], chosen: Sequence[int], left: int, enough: int) -> list[int]:
     """The choice with the width of single units raised, the smallest step first, until `enough` is left or none fits.
 
-    Whatever it costs: for what is left where no width that fits was known to save anything.
+    Whatever it costs: for what is left where no width that fits was known to save anything. What costs nothing at any
+    width, as one value all over does, is left as it is.
     """
     found = list(chosen)
     waiting = [step for index in range(len(units)) if (step := _next_step(units, found, index)) is not None]
@@ -167,7 +168,9 @@ def raised(units: Sequence[Curve], chosen: Sequence[int], left: int, enough: int
 
 
 def _next_step(units: Sequence[Curve], chosen: Sequence[int], index: int) -> tuple[int, int, int] | None:
-    """(bytes, index, width) of a unit's next width, None at the widest."""
+    """(bytes, index, width) of a unit's next width, None at the widest and where no width costs anything."""
     sizes, now = units[index].size_bytes, chosen[index]
+    if not any(units[index].cost.values()):
+        return None
     bits = min((width for width in sizes if width > now), default=None)
     return None if bits is None else (sizes[bits] - sizes[now], index, bits)

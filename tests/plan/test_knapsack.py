@@ -144,7 +144,12 @@ def test_what_is_left_is_spent_on_the_smallest_steps(units: list[Curve], left: i
     steps = [
         min(size for width, size in unit.size_bytes.items() if width > bits) - unit.size_bytes[bits]
         for unit, bits in zip(units, found, strict=True)
-        if bits < max(unit.size_bytes)
+        if bits < max(unit.size_bytes) and any(unit.cost.values())
     ]
     assert 0 <= spent <= left
     assert left - spent <= enough or not steps or min(steps) > left - spent
+
+
+def test_what_costs_nothing_at_any_width_is_not_raised() -> None:
+    constant = Curve({1: 1, 2: 2}, {1: 0.0, 2: 0.0})
+    assert raised([constant, step(1, 1.0)], [1, 1], left=10, enough=0) == [1, 2]
