@@ -31,7 +31,7 @@ EXTRAS = {
 }
 """The extra that brings a package."""
 
-USERS_OF_TORCHVISION = ("torchvision", "timm", "transformers")
+USERS_OF_TORCHVISION = ("torchvision", "timm", "transformers", "compressed_tensors")
 MISSING_OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

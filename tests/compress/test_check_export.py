@@ -7,22 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, package_or_skip
 from exporters.networks import compress_llama, q4
 from safetensors.torch import load_file, save_file
 
 from qcompress.artifact.reader import read_artifact
 from qcompress.compress.check_export import CONSUMERS, check_export
 from qcompress.compress.export import export
-from qcompress.data.user_code import missing_package
 from qcompress.errors import ModelError, UsageError
 from qcompress.types.export import ExportOptions
 
 
 def needs(to: str) -> None:
     for package in CONSUMERS[to][0]:
-        if missing_package(package) is not None:
-            pytest.skip(f"{package} is not installed")
+        package_or_skip(f"{package}.core" if package == "mlx" else package)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Run, process_environment, small_tensors, write_checkpoint
+from test_house import PROJECT, normal
 
+from qcompress.compress.check_export import CONSUMERS
 from qcompress.data.user_code import EXTRAS
 from qcompress.types.settings import (
     AUGMENTATIONS,
@@ -32,8 +34,6 @@ AUGMENTED: dict[str, dict[str, Any]] = {
     "mixup": {},
     "cutmix": {},
 }
-CONSUMERS = {"accelerate", "compressed_tensors", "gguf", "mlx", "mlx_lm"}
-"""What `export --check` needs, whatever a recipe says."""
 RECIPE = """version: 1
 model: {factory: "qcompress.demo:DigitsNet"}
 data:
@@ -69,8 +69,25 @@ def test_every_package_that_is_imported_is_one_that_some_section_needs() -> None
         *(TASKS[name]() for name in TASKS if name != "factory"),
     )
     needed = {package for section in sections for package in section.packages}
-    assert needed == EXTRAS.keys() - CONSUMERS
+    checking = {package for packages, _ in CONSUMERS.values() for package in packages}
+    assert EXTRAS.keys() == needed | checking - {"safetensors"}
     assert imported - {"qcompress", "safetensors"} <= EXTRAS.keys()
+
+
+def brings(extra: str) -> set[str]:
+    """The packages that pyproject.toml names for an extra, as their modules are named."""
+    named = PROJECT["optional-dependencies"][extra]
+    return {normal(one).replace("-", "_").replace("pillow", "PIL") for one in named}
+
+
+def test_every_hint_names_an_extra_that_brings_the_package() -> None:
+    for package, extra in EXTRAS.items():
+        assert package in brings(extra) | {"tokenizers"}, "tokenizers comes with transformers"
+
+
+@pytest.mark.parametrize("to", [to for to in CONSUMERS if to != "safetensors"])
+def test_a_consumer_has_an_extra_of_its_name_with_all_that_checks_its_exports(to: str) -> None:
+    assert set(CONSUMERS[to][0]) <= brings(to)
 
 
 def test_augmentations_need_torchvision_but_for_our_own() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from artifact.examples import rule
+from conftest import package_or_skip
 from torch import Tensor
 
 from exporters.networks import compress_llama, q4
@@ -23,8 +24,8 @@ TO = "compressed-tensors"
 
 def logits(folder: Path, dtype: torch.dtype, **options: Any) -> Tensor:
     """What transformers computes from a folder, as it is loaded without a word or with these."""
-    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    package_or_skip("compressed_tensors")
+    transformers = package_or_skip("transformers")
     network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
     with torch.no_grad():
         found: Tensor = network(torch.arange(40)[None] * 7 % 96).logits
@@ -62,9 +63,9 @@ def test_transformers_computes_what_the_dense_export_computes(
 
 @pytest.mark.slow
 def test_zero_points_are_loaded_as_the_note_says(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    package_or_skip("compressed_tensors")
     dense, packed = both(tmp_path, q4(symmetric=False))
-    config = pytest.importorskip("transformers").CompressedTensorsConfig(dequantize=True)
+    config = package_or_skip("transformers").CompressedTensorsConfig(dequantize=True)
     expected = logits(dense, torch.float32)
     assert torch.equal(logits(packed, torch.float32, quantization_config=config), expected)
     notes = plan_export(read_artifact(tmp_path / "artifact"), TO).notes

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from artifact.examples import gaussian, recipe, rule, run
+from conftest import package_or_skip
 from torch import Tensor
 
 from exporters import gguf_reader
@@ -19,7 +20,6 @@ from exporters.networks import LLAMA, compress_llama, llama_tensors, q4, save_ne
 from qcompress.artifact.reader import read_artifact
 from qcompress.compress.export import export, plan_export
 from qcompress.compress.load import load_state_dict
-from qcompress.data.user_code import import_package
 from qcompress.errors import InputError
 from qcompress.exporters.gguf_networks import rope_factors
 from qcompress.types.export import ExportOptions
@@ -29,7 +29,7 @@ GROUPED = {"granularity": "group", "group_size": 32}
 
 
 def test_ggufs_own_reader_gives_what_the_artifact_decodes_to(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    gguf = package_or_skip("gguf")
     artifact = compress_llama(
         tmp_path,
         q4("*.q_proj.weight", 5),
@@ -67,8 +67,8 @@ NETWORKS: dict[str, tuple[str, str, dict[str, Any], tuple[Rule, ...]]] = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_transformers_computes_what_the_dense_export_computes(name: str, tmp_path: Path) -> None:
     for needed in ("gguf", "accelerate"):
-        pytest.importorskip(needed, reason=f"{needed} is not installed")
-    transformers: Any = pytest.importorskip("transformers")
+        package_or_skip(needed)
+    transformers: Any = package_or_skip("transformers")
     kind, config, changes, rules = NETWORKS[name]
     common = {key: value for key, value in LLAMA.items() if key not in ("architectures", "model_type", "rms_norm_eps")}
     torch.manual_seed(0)
@@ -282,8 +282,8 @@ def test_frequencies_of_llama_3_are_divided_as_transformers_does(tmp_path: Path)
     config = {**LLAMA, "rope_parameters": {**rope, "rope_theta": 500.0}}
     factors = torch.tensor(rope_factors(config), dtype=torch.float64)
     assert len(factors) == 8
-    transformers: Any = import_package("transformers")
-    utils = import_package("transformers.modeling_rope_utils")
+    transformers: Any = package_or_skip("transformers")
+    utils = package_or_skip("transformers.modeling_rope_utils")
     parameters = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
     scaled, _ = utils.ROPE_INIT_FUNCTIONS["llama3"](transformers.LlamaConfig(**parameters), "cpu")
     plain = 500.0 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from artifact.examples import rule
+from conftest import package_or_skip
 
 from exporters.networks import compress_llama, q4
 from qcompress.artifact.reader import read_artifact
@@ -30,9 +31,9 @@ GROUPED = {"granularity": "group", "group_size": 32}
     ],
 )
 def test_mlx_lm_computes_what_the_dense_export_computes(rules: tuple[Rule, ...], tmp_path: Path) -> None:
-    mx = pytest.importorskip("mlx.core", reason="mlx is not installed, or its wheel does not load")
-    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
-    transformers = pytest.importorskip("transformers")
+    mx = package_or_skip("mlx.core")
+    utils = package_or_skip("mlx_lm.utils")
+    transformers = package_or_skip("transformers")
     mx.set_default_device(mx.cpu)
     artifact = read_artifact(compress_llama(tmp_path, *rules, tie_word_embeddings=True))
     export(artifact, tmp_path / "dense")

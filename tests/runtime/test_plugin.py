@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from artifact.examples import recipe, rtn, rule, run
+from conftest import package_or_skip
 from model.architectures import ARCHITECTURES, make_architecture
 
 from qcompress.artifact.reader import read_artifact
@@ -35,7 +36,7 @@ FORMS: dict[str, Recipe] = {
 @pytest.fixture
 def plugin() -> Iterator[Any]:
     """The plug-in, which is taken out again: other tests have transformers as it is without."""
-    auto = pytest.importorskip("transformers.quantizers.auto")
+    auto = package_or_skip("transformers.quantizers.auto")
     from qcompress.runtime import plugin
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["qcompress"] = plugin.QcompressConfig
