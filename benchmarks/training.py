@@ -42,7 +42,8 @@ def make_run(form: str, batch: int) -> Callable[[int], None]:
     from qcompress.training.loop import Data, train
     from qcompress.training.losses import make_loss
     from qcompress.training.penalties import Penalties
-    from qcompress.types.settings import Classification, Crop4, Flip, Sgd, Training
+    from qcompress.types.data_settings import Crop4, Flip
+    from qcompress.types.settings import Classification, Sgd, Training
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -27,8 +27,8 @@ from qcompress.registry.regularizers import REGULARIZERS, RegularizerConfig
 from qcompress.report.document_json import REPORT
 from qcompress.report.glossary import glossary_markdown, schema_text
 from qcompress.types.config import PenaltyConfig
+from qcompress.types.data_settings import AUGMENTATIONS
 from qcompress.types.plan import ROLE_NAMES
-from qcompress.types.settings import AUGMENTATIONS
 
 PAGES = (Path(__file__).with_name("recipes.md"), Path(__file__).with_name("training.md"))
 COMMANDS_PAGE = Path(__file__).with_name("cli.md")

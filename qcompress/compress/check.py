@@ -16,10 +16,10 @@ from qcompress.errors import BudgetError, DataError, InputError, QcompressError,
 from qcompress.plan.sensitivity import sensitivity_file
 from qcompress.recipe import refuse_missing, refuse_untrainable
 from qcompress.types.config import Section, Shape
+from qcompress.types.data_settings import Data, TrainData
 from qcompress.types.files import is_there
 from qcompress.types.plan import ModelFacts, Plan, Recipe
 from qcompress.types.run import ModelRun
-from qcompress.types.settings import Data, TrainData
 
 if TYPE_CHECKING:
     from qcompress.checkpoint.checkpoint import Checkpoint

@@ -20,8 +20,7 @@ from qcompress.data.batches import Batch, Batches
 from qcompress.data.foreign import first_line
 from qcompress.data.user_code import import_package
 from qcompress.errors import DataError
-from qcompress.types.run import forked_seed, seeded_generator
-from qcompress.types.settings import (
+from qcompress.types.data_settings import (
     Augmentation,
     ColorJitter,
     Crop4,
@@ -32,6 +31,7 @@ from qcompress.types.settings import (
     RandomResizedCrop,
     augmentation_name,
 )
+from qcompress.types.run import forked_seed, seeded_generator
 
 CROP = 4
 """Black around an image, from which `crop4` cuts."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qcompress.data.foreign import find_file
 from qcompress.errors import DataError, ModelError, QcompressError
-from qcompress.types.settings import Normalize
+from qcompress.types.data_settings import Normalize
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from qcompress.data.batches import Batch, Cut, CutReader, Reader, Source
 from qcompress.data.foreign import parse_label, reading, refuse_irregular
 from qcompress.data.user_code import import_package
 from qcompress.errors import DataError
-from qcompress.types.settings import ImagesData
+from qcompress.types.data_settings import ImagesData
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"}
 METADATA = "metadata.csv"

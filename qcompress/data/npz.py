@@ -18,7 +18,7 @@ from torch import Tensor
 from qcompress.data.batches import Batch, Reader, Source
 from qcompress.data.foreign import reading, refuse_immense
 from qcompress.errors import DataError
-from qcompress.types.settings import NpzData
+from qcompress.types.data_settings import NpzData
 
 Array: TypeAlias = NDArray[Any]
 

@@ -13,8 +13,8 @@ from qcompress.data.batches import Batch, Batches, Cut, CutReader, Reader, Sourc
 from qcompress.data.foreign import first_line
 from qcompress.data.user_code import find_callable
 from qcompress.errors import DataError, QcompressError, RecipeError
+from qcompress.types.data_settings import Data, FactoryData, HubData, ImagesData, NpzData, TextData
 from qcompress.types.run import ModelRun
-from qcompress.types.settings import Data, FactoryData, HubData, ImagesData, NpzData, TextData
 
 LABELS = ("labels", "label")
 

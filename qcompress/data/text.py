@@ -15,7 +15,7 @@ from qcompress.data.batches import Batch, Reader, Source
 from qcompress.data.foreign import parse_label, reading
 from qcompress.data.user_code import import_package
 from qcompress.errors import DataError
-from qcompress.types.settings import HubData, TextData
+from qcompress.types.data_settings import HubData, TextData
 
 Sentence: TypeAlias = str | tuple[str, ...]
 """One text, or two that belong together."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from qcompress.data.foreign import first_line
 from qcompress.errors import InputError, ModelError, UsageError
+from qcompress.types.data_settings import FactoryData
 from qcompress.types.plan import Recipe
-from qcompress.types.settings import FactoryData, FactoryTask
+from qcompress.types.settings import FactoryTask
 
 EXTRAS = {
     "torchvision": "vision",

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from qcompress.errors import InputError, RecipeError
 from qcompress.registry import METHODS, AdaroundConfig, ClusterConfig, DfqConfig, Tune
+from qcompress.types.data_settings import MIXING, augmentation_name
 from qcompress.types.plan import Recipe, Rule
-from qcompress.types.settings import MIXING, TASKS, Classification, Task, augmentation_name
+from qcompress.types.settings import TASKS, Classification, Task
 
 DATA_FREE_RANGES = ("batch-norm", "noise")
 LEARNED_INPUTS = ("lsq", "pact")

@@ -10,8 +10,9 @@ from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from qcompress.types.data_settings import AUGMENTATIONS, TrainData
 from qcompress.types.plan import Recipe, Rule, Sections, Widths
-from qcompress.types.settings import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TASKS, TrainData
+from qcompress.types.settings import OPTIMIZERS, SCHEDULES, TASKS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

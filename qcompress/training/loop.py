@@ -26,8 +26,9 @@ from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
 from qcompress.training.runaway import growth_words, refuse_runaway, sizes_of
 from qcompress.training.state import DamagedState, Progress, Trainee, load_state, save_state
+from qcompress.types.data_settings import Augmentation
 from qcompress.types.run import seeded_generator
-from qcompress.types.settings import Augmentation, Training
+from qcompress.types.settings import Training
 
 SAVED_SECONDS = 300.0
 """A state is saved at least so often, where the recipe does not count steps."""

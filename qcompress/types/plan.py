@@ -28,7 +28,8 @@ from qcompress.types.config import (
     Share,
     TableValues,
 )
-from qcompress.types.settings import ActivationSettings, Companion, DataSettings, ModelSettings, Task, Training
+from qcompress.types.data_settings import DataSettings
+from qcompress.types.settings import ActivationSettings, Companion, ModelSettings, Task, Training
 from qcompress.types.words import listed
 from qcompress.types.written import DISTINCT, Given, Refused, Size, shown_as
 

@@ -13,7 +13,7 @@ from conftest import Run, files_under, refused, small_tensors, write_checkpoint
 from qcompress.compress.check import named_files
 from qcompress.recipe import read_recipe
 from qcompress.types.config import Section
-from qcompress.types.settings import DATA_KINDS
+from qcompress.types.data_settings import DATA_KINDS
 
 RECIPE = """version: 1
 model: {factory: "net.py:make", args: {sizes: sizes.json}}

@@ -22,9 +22,9 @@ from qcompress.errors import RecipeError
 from qcompress.recipe import parse_recipe, read_recipe
 from qcompress.training.loop import norm_batches, refresh_norms
 from qcompress.training.parallel import ALONE, World
+from qcompress.types.data_settings import Crop4, Flip
 from qcompress.types.plan import Recipe
 from qcompress.types.run import ModelRun
-from qcompress.types.settings import Crop4, Flip
 
 TEXT = """
 version: 1

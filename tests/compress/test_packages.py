@@ -15,15 +15,8 @@ from test_house import PROJECT, normal
 
 from qcompress.compress.check_export import CONSUMERS
 from qcompress.data.user_code import EXTRAS
-from qcompress.types.settings import (
-    AUGMENTATIONS,
-    LIBRARIES,
-    TASKS,
-    HubData,
-    ImagesData,
-    ModelSettings,
-    TextData,
-)
+from qcompress.types.data_settings import AUGMENTATIONS, HubData, ImagesData, TextData
+from qcompress.types.settings import LIBRARIES, TASKS, ModelSettings
 
 AUGMENTED: dict[str, dict[str, Any]] = {
     "flip": {},

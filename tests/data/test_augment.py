@@ -18,8 +18,7 @@ from qcompress.data.batches import Batch, Batches, Source, unchanged
 from qcompress.data.sources import read_data
 from qcompress.data.user_code import import_package
 from qcompress.errors import DataError, UsageError
-from qcompress.types.run import forked_seed
-from qcompress.types.settings import (
+from qcompress.types.data_settings import (
     AUGMENTATIONS,
     Augmentation,
     ColorJitter,
@@ -33,6 +32,7 @@ from qcompress.types.settings import (
     RandAugment,
     RandomResizedCrop,
 )
+from qcompress.types.run import forked_seed
 
 NORMALIZE = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 ONE = Draw(0, "an epoch", "a batch")

@@ -17,21 +17,15 @@ from qcompress.data.measurement import Measurement
 from qcompress.data.sources import read_data
 from qcompress.data.tasks import measure
 from qcompress.errors import DataError
+from qcompress.types.data_settings import DATA_KINDS, Data, FactoryData, HubData, ImagesData, NpzData, TextData
 from qcompress.types.settings import (
-    DATA_KINDS,
     TASKS,
     CausalLm,
     Classification,
-    Data,
-    FactoryData,
     FactoryTask,
-    HubData,
-    ImagesData,
-    NpzData,
     Reconstruction,
     SequenceClassification,
     Task,
-    TextData,
     Translation,
 )
 

@@ -24,7 +24,7 @@ from qcompress.data.batches import Batches, Source
 from qcompress.data.foreign import parse_label, reading
 from qcompress.data.sources import read_data
 from qcompress.errors import DataError, QcompressError, ResourceError
-from qcompress.types.settings import Data, HubData, ImagesData, NpzData, TextData
+from qcompress.types.data_settings import Data, HubData, ImagesData, NpzData, TextData
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -12,7 +12,7 @@ import torch
 from qcompress.data.batches import Batch, Batches, Source
 from qcompress.data.sources import read_data
 from qcompress.errors import DataError, UsageError
-from qcompress.types.settings import FactoryData, ImagesData, Normalize, NpzData, TextData
+from qcompress.types.data_settings import FactoryData, ImagesData, Normalize, NpzData, TextData
 
 PIXELS = np.arange(6 * 4 * 5 * 3, dtype=np.uint8).reshape(6, 4, 5, 3)
 
@@ -195,7 +195,7 @@ def test_sentences_are_padded_and_masked(words: Path) -> None:
 
 def test_a_dataset_on_disk(tmp_path: Path, words: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    from qcompress.types.settings import HubData
+    from qcompress.types.data_settings import HubData
 
     made = datasets.Dataset.from_dict(
         {"text": ["a b", "c"], "more": ["d", "a"], "label": [1, 0], "ids": [[1, 2], [3, 4]]}

@@ -27,7 +27,8 @@ from qcompress.data.text import IGNORED, Sentences, read_tokenizer
 from qcompress.data.translation import search
 from qcompress.data.user_code import find_callable, import_package
 from qcompress.errors import DataError
-from qcompress.types.settings import TextData, Translation
+from qcompress.types.data_settings import TextData
+from qcompress.types.settings import Translation
 
 CPU = torch.device("cpu")
 SOURCE = ["a dog runs", "two men", "the girl in the park", "a man"]

@@ -22,7 +22,7 @@ from qcompress.checkpoint.checkpoint import INDEX_SUFFIX, read_checkpoint, tenso
 from qcompress.compress.load import load_state_dict
 from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.recipe import parse_recipe
-from qcompress.types.settings import NpzData, TextData
+from qcompress.types.data_settings import NpzData, TextData
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "folder"
 CONFIG = {

@@ -22,7 +22,8 @@ from qcompress.data.sources import read_data
 from qcompress.model.factories import without_network
 from qcompress.plan.sensitivity import SENSITIVITY, LayerCosts, Sensitivity, WidthCost
 from qcompress.training.state import save_state
-from qcompress.types.settings import Data, Sgd
+from qcompress.types.data_settings import Data
+from qcompress.types.settings import Sgd
 
 
 def import_all() -> None:

@@ -35,7 +35,7 @@ from qcompress.report.document_json import read_report
 from qcompress.report.gather import gather_report
 from qcompress.report.html.render_html import render_html
 from qcompress.report.render import Format, render
-from qcompress.types.settings import ImagesData, NpzData
+from qcompress.types.data_settings import ImagesData, NpzData
 
 
 def make_targets(scratch: Path) -> dict[str, Target]:

@@ -16,10 +16,11 @@ from qcompress.model.build import facts_of
 from qcompress.model.live import LiveModel, make_live_model
 from qcompress.plan.plan import make_plan
 from qcompress.registry import METHODS
+from qcompress.types.data_settings import DataSettings, NpzData
 from qcompress.types.encoded import Fitted
 from qcompress.types.plan import Plan, Recipe, Rule, TensorInfo
 from qcompress.types.run import FitContext
-from qcompress.types.settings import ActivationSettings, DataSettings, NpzData
+from qcompress.types.settings import ActivationSettings
 
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "rtn": {"bits": 3},

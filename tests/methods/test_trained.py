@@ -15,9 +15,7 @@ from qcompress.registry import METHODS, PactConfig
 from qcompress.training.fake_quantize import ActivationInit, activation_inits
 from qcompress.types.encoded import ActivationGrid, Affine
 from qcompress.types.run import FitContext
-from qcompress.types.settings import (
-    ActivationSettings,
-)
+from qcompress.types.settings import ActivationSettings
 
 
 def test_one_bit_below_zero_is_refused() -> None:

@@ -22,6 +22,7 @@ from qcompress.plan.files import make_shards
 from qcompress.plan.plan import make_plan
 from qcompress.plan.rules import find_deciders
 from qcompress.registry import METHODS, MseConfig
+from qcompress.types.data_settings import DataSettings, NpzData
 from qcompress.types.plan import (
     KEPT,
     Axis,
@@ -36,7 +37,6 @@ from qcompress.types.plan import (
     Widths,
 )
 from qcompress.types.run import Options
-from qcompress.types.settings import DataSettings, NpzData
 
 INFOS = (
     TensorInfo("a.weight", (8, 4), "F32"),

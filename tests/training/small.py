@@ -18,8 +18,9 @@ from qcompress.training.loop import Data, Trained, Watch, train
 from qcompress.training.losses import make_loss
 from qcompress.training.penalties import attach_penalties
 from qcompress.training.trainer import Trainer
+from qcompress.types.data_settings import Crop4, Flip
 from qcompress.types.plan import Decision, Rule, TensorInfo
-from qcompress.types.settings import Classification, Cosine, Crop4, Flip, Sgd, Training
+from qcompress.types.settings import Classification, Cosine, Sgd, Training
 
 
 def points(count: int = 96) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,7 @@ from model.networks import Residual, Untraceable, live
 from qcompress.errors import DataError
 from qcompress.methods.lsq import InputStep
 from qcompress.training.fake_quantize import activation_inits
-from qcompress.types.settings import (
-    ActivationSettings,
-)
+from qcompress.types.settings import ActivationSettings
 
 from .small import make_trainer
 

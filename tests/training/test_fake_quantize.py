@@ -27,9 +27,7 @@ from qcompress.training.loop import Trained
 from qcompress.training.optimizers import make_optimizer
 from qcompress.training.penalties import Penalties
 from qcompress.types.encoded import ActivationGrid
-from qcompress.types.settings import (
-    Sgd,
-)
+from qcompress.types.settings import Sgd
 
 from .small import tied
 

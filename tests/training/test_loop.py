@@ -22,8 +22,9 @@ from qcompress.registry.regularizers import DsmmConfig, L2Config
 from qcompress.training.loop import Data, Watch, norm_batches, refresh_norms
 from qcompress.training.optimizers import rate_at
 from qcompress.training.penalties import Penalties, attach_penalties
+from qcompress.types.data_settings import Crop4, Flip
 from qcompress.types.plan import Rule
-from qcompress.types.settings import AdamW, Classification, Cosine, Crop4, Flip, Sgd, Training
+from qcompress.types.settings import AdamW, Classification, Cosine, Sgd, Training
 
 from .small import assert_same, batches, net, points, rules, run, settings, weights
 

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from qcompress.data.batches import Batch
 from qcompress.errors import DataError, ModelError
 from qcompress.training.losses import distilled, make_loss
-from qcompress.types.settings import (
-    TASKS,
-    CausalLm,
-    Classification,
-    Distil,
-    FactoryTask,
-    Reconstruction,
-    Translation,
-)
+from qcompress.types.settings import TASKS, CausalLm, Classification, Distil, FactoryTask, Reconstruction, Translation
 
 
 def drawn(seed: int = 0) -> torch.Generator:

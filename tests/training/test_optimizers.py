@@ -9,13 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qcompress.training.optimizers import make_optimizer, rate_at, refuse_decay
-from qcompress.types.settings import (
-    AdamW,
-    Constant,
-    Cosine,
-    Sgd,
-    Step,
-)
+from qcompress.types.settings import AdamW, Constant, Cosine, Sgd, Step
 
 
 @given(st.floats(0, 0.9), st.floats(0, 1), st.floats(0, 1))

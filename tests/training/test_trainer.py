@@ -10,7 +10,7 @@ from model.networks import Residual
 
 from qcompress.errors import DataError
 from qcompress.training.trainer import INIT_SAMPLES
-from qcompress.types.settings import Crop4, Flip
+from qcompress.types.data_settings import Crop4, Flip
 
 from .small import assert_same, make_trainer, weights
 
