@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from qcompress.budget.exact import ExactWeights
 from qcompress.budget.scales import step_factors
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
-from qcompress.coding.payload import entropy_bits
 from qcompress.plan.allocate import has_steps
 from qcompress.registry import RdConfig
 from qcompress.report.figures import sample_stride
@@ -21,11 +21,16 @@ from qcompress.solvers.unbounded import bisect_rate, root_mean_square
 from qcompress.types.plan import Decision, Plan
 
 SAMPLED_WEIGHTS = 1 << 11
-"""Of each tensor, that steps are first chosen by."""
+"""Of each tensor, that steps are first chosen by: where there are no more than fill HELD_WEIGHTS."""
+HELD_WEIGHTS = 1 << 23
+"""Of all tensors together, which are held while steps are chosen."""
+LEAST_SAMPLED = 1 << 8
+"""Of each of very many tensors."""
 LOG_STEPS = (-110.0, 130.0)
 """Logarithms of steps between which they lie: wide enough for weights of any size that float32 has."""
-SAMPLED_RATE = 6.0
-"""Bits a weight that a sample can tell: beyond, half the step takes a bit more."""
+ROUNDED_AT_ONCE = 1 << 17
+WEIGHTS_A_CODE = 1 << 5
+"""That a sample has at the rate which it can still tell: beyond, half the step takes a bit more."""
 DISK_ERROR = 2.0**-10
 """The share of a step that rounding it to float16 changes at most."""
 BELOW_MEDIAN = 11.0
@@ -48,19 +53,30 @@ class Rounding:
     sqnr: float
 
 
-def rounded(sample: Tensor, step: float) -> Rounding:
-    """A sample rounded to multiples of a step."""
-    exact = sample.double()
-    codes = (exact / step).round()
-    error, energy = float((codes * step - exact).square().sum()), float(exact.square().sum())
-    sqnr = 10 * math.log10(energy / error) if error > 0 and energy > 0 else math.inf
-    return Rounding(step, entropy(codes), sqnr)
+def rounded(samples: Tensor, step: float) -> list[Rounding]:
+    """Samples [samples, weights], the weights of each in their order, rounded to multiples of a step."""
+    found = []
+    for part in torch.split(samples, max(1, ROUNDED_AT_ONCE // max(1, samples.shape[1]))):
+        exact = part.double()
+        codes = (exact / step).round_()
+        bits = _entropies(codes)
+        error, energy = (codes * step - exact).square_().sum(1), exact.square().sum(1)
+        silent = (error <= 0) | (energy <= 0)
+        sqnr = 10 * (energy / error).log10_().masked_fill_(silent, math.inf)
+        found += [Rounding(step, *both) for both in zip(bits.tolist(), sqnr.tolist(), strict=True)]
+    return found
 
 
-def entropy(codes: Tensor) -> float:
-    """Bits a code of integers of any size: of their order-0 distribution."""
-    _, counts = torch.unique(codes, return_counts=True)
-    return entropy_bits(counts.numpy())
+def _entropies(codes: Tensor) -> Tensor:
+    """Bits a code of each row [rows, columns] whose codes ascend, float64 [rows]: of their order-0 distribution."""
+    rows, columns = codes.shape
+    if not codes.numel():
+        return codes.new_zeros(rows)
+    starts = torch.ones_like(codes, dtype=torch.bool)
+    starts[:, 1:] = codes[:, 1:] != codes[:, :-1]
+    places = starts.reshape(-1).nonzero().reshape(-1)
+    shares = torch.diff(places, append=places.new_tensor([codes.numel()])).double() / columns
+    return -codes.new_zeros(rows).index_add_(0, places // columns, shares * shares.log2())
 
 
 def keeps_apart(sample: Tensor, step: float) -> bool:
@@ -74,13 +90,14 @@ class RoundedWeights:
     """Samples of all tensors whose steps are to be chosen, and what they take when they are rounded.
 
     decisions  of these tensors
-    samples    of each tensor, float32, in units of the square root of its deviation times its factor
+    stacks     samples of equal length, float32 [tensors, weights], the weights of each in ascending order and in units
+               of the square root of its deviation times its factor, and whose they are: places in `decisions`
     factors    of each tensor's step beside that root, see `step_factors`
     exact      what tensors take that are stored as they are
     """
 
     decisions: Sequence[Decision]
-    samples: Sequence[Tensor]
+    stacks: Sequence[tuple[Sequence[int], Tensor]]
     factors: Sequence[float]
     exact: ExactWeights
 
@@ -90,8 +107,19 @@ class RoundedWeights:
         decisions = [decision for decision in plan.decisions if has_steps(decision)]
         known = step_factors(checkpoint, plan, behind)
         factors = [known.get(decision.tensor.name, 1.0) for decision in decisions]
-        samples = [_sample(checkpoint, one, factor) for one, factor in zip(decisions, factors, strict=True)]
-        return cls(decisions, samples, factors, ExactWeights(checkpoint))
+        most = _sampled(decisions)
+        by_length: dict[int, dict[int, Tensor]] = {}
+        for place, (decision, factor) in enumerate(zip(decisions, factors, strict=True)):
+            sample = _sample(checkpoint, decision, factor, most)
+            by_length.setdefault(len(sample), {})[place] = sample
+        stacks = [([*samples], torch.stack([*samples.values()])) for samples in by_length.values()]
+        return cls(decisions, stacks, factors, ExactWeights(checkpoint))
+
+    @cached_property
+    def samples(self) -> list[Tensor]:
+        """Of each tensor, float32 [weights]: rows of the stacks."""
+        rows = {place: row for places, stack in self.stacks for place, row in zip(places, stack, strict=True)}
+        return [rows[place] for place in range(len(rows))]
 
     @property
     def counts(self) -> list[int]:
@@ -100,7 +128,10 @@ class RoundedWeights:
 
     def roundings(self, step: float) -> list[Rounding]:
         """Every sample rounded to a common step, but to a finer one where the others would leave too little of it."""
-        found = [rounded(sample, step) for sample in self.samples]
+        of: dict[int, Rounding] = {}
+        for places, stack in self.stacks:
+            of |= zip(places, rounded(stack, step), strict=True)
+        found = [of[place] for place in range(len(of))]
         decibels = [one.sqnr for one in found if math.isfinite(one.sqnr)]
         if not decibels:
             return found
@@ -117,7 +148,7 @@ class RoundedWeights:
 
     def step(self, rate: float) -> float:
         """The least common step under which weights take at most so many bits each."""
-        told = min(rate, SAMPLED_RATE)
+        told = min(rate, math.log2(_sampled(self.decisions) / WEIGHTS_A_CODE))
         log = bisect_rate(lambda log: self.rate(math.exp(log)), told, *LOG_STEPS)
         return math.exp(log - (rate - told) * math.log(2))
 
@@ -137,17 +168,22 @@ class RoundedWeights:
             yield replace(decision, config=decision.config.changed(step=one.step * factor))
 
 
+def _sampled(decisions: Sequence[Decision]) -> int:
+    """Weights of each tensor that are sampled."""
+    return min(SAMPLED_WEIGHTS, max(LEAST_SAMPLED, HELD_WEIGHTS // max(1, len(decisions))))
+
+
 def _held(sample: Tensor, least: float) -> Rounding:
     """A sample on the widest step, about, that leaves at least so many decibels of it."""
     step = root_mean_square(sample) * math.sqrt(12) * 10 ** (-least / 20)
-    while (found := rounded(sample, step)).sqnr < least:
+    while (found := rounded(sample.unsqueeze(0), step)[0]).sqnr < least:
         step *= 0.95
     return found
 
 
-def _sample(checkpoint: Checkpoint, decision: Decision, factor: float) -> Tensor:
+def _sample(checkpoint: Checkpoint, decision: Decision, factor: float, most: int) -> Tensor:
     tensor = decision.tensor
     flat = tensor_view(checkpoint.shard_of(tensor.name), tensor).reshape(-1)
-    taken = flat[:: sample_stride(flat.numel(), SAMPLED_WEIGHTS)].float()
+    taken = flat[:: sample_stride(flat.numel(), most)].float()
     deviation = root_mean_square(taken)
-    return taken / (deviation**0.5 * factor) if deviation > 0 else torch.zeros_like(taken)
+    return (taken / (deviation**0.5 * factor) if deviation > 0 else torch.zeros_like(taken)).sort().values

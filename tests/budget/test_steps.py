@@ -14,8 +14,9 @@ from artifact.examples import gaussian, plan_for, save
 from conftest import Run
 from torch import Tensor
 
+from qcompress.budget import steps
 from qcompress.budget.scales import step_factors
-from qcompress.budget.steps import RoundedWeights, entropy
+from qcompress.budget.steps import RoundedWeights, Rounding, rounded
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.compress.compress import compress_within
 from qcompress.compress.load import load_state_dict
@@ -24,6 +25,12 @@ from qcompress.registry import RdConfig
 from qcompress.report.document import Report
 from qcompress.types.plan import Plan
 from qcompress.types.run import Options
+
+
+def entropy(codes: Tensor) -> float:
+    """Bits a code, from frequencies."""
+    shares = torch.unique(codes, return_counts=True)[1].double() / codes.numel()
+    return -float((shares * shares.log2()).sum())
 
 
 def planned(source: Path, bpw: float) -> tuple[Any, Plan]:
@@ -47,18 +54,39 @@ def test_steps_are_first_chosen_where_rounding_has_the_entropy_of_the_budget(tmp
     checkpoint, plan = planned(save(tmp_path / "m.safetensors", made), bpw)
     weights = [value.double() for value in made.values()]
     decided = RoundedWeights.of(checkpoint, plan).plan_for(plan, bpw).decisions
-    steps = [decision.config.step for decision in decided if isinstance(decision.config, RdConfig)]
+    chosen = [decision.config.step for decision in decided if isinstance(decision.config, RdConfig)]
     spent = sum(
         entropy((weight / (step * weight.square().mean().sqrt().sqrt())).round()) * weight.numel()
-        for weight, step in zip(weights, steps, strict=True)
+        for weight, step in zip(weights, chosen, strict=True)
     )
     assert spent / sum(weight.numel() for weight in weights) == pytest.approx(bpw, rel=0.08)
 
 
-def test_entropy_is_that_of_the_frequencies() -> None:
-    assert entropy(torch.zeros(10)) == 0
-    assert entropy(torch.tensor([0, 0, 1, -1])) == pytest.approx(1.5)
-    assert entropy(torch.arange(256.0)) == pytest.approx(8)
+def test_rounding_a_stack_is_rounding_each_sample() -> None:
+    samples = torch.cat((gaussian(3, 500, seed=1), torch.zeros(1, 500), torch.arange(500.0).expand(1, 500)))
+    for step in (0.3, 1.0, 2000.0):
+        for sample, one in zip(samples.double(), rounded(samples.sort(1).values, step), strict=True):
+            codes = (sample / step).round()
+            error, energy = float((codes * step - sample).square().sum()), float(sample.square().sum())
+            assert one.bits == pytest.approx(entropy(codes), abs=1e-12)
+            assert one.sqnr == (pytest.approx(10 * math.log10(energy / error)) if error else math.inf)
+    assert rounded(torch.zeros(2, 0), 1.0) == [Rounding(1.0, 0.0, math.inf)] * 2
+
+
+def test_what_is_held_to_choose_steps_does_not_grow_with_the_number_of_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less is sampled of each of many tensors, and their steps are about the same."""
+    monkeypatch.setattr(steps, "HELD_WEIGHTS", 1 << 14)
+    made = {f"{place}.weight": gaussian(48, 100, seed=place) * (1 + place % 3) for place in range(60)}
+    checkpoint, plan = planned(save(tmp_path / "m.safetensors", made), 3.0)
+    few = RoundedWeights.of(checkpoint, plan)
+    assert sum(stack.numel() for _, stack in few.stacks) <= 1 << 14
+    monkeypatch.undo()
+    all_held = RoundedWeights.of(checkpoint, plan)
+    assert sum(stack.numel() for _, stack in all_held.stacks) > 1 << 15, "of few tensors as much as ever"
+    for bits in (2.5, 5.0):
+        assert abs(math.log2(few.step(bits) / all_held.step(bits))) < 0.15, "of a bit"
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-12])
