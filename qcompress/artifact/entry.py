@@ -213,12 +213,11 @@ def planned_entry(decision: Decision) -> Entry:
     config, tensor = decision.config, decision.tensor
     common = (tensor.shape, tensor.dtype, decision.axis)
     group: Group = config.unit if config.unit != "group" else config.group_size or 0
+    exponents = config.row_exponents or decision.row_exponents
     match config.form:
         case "symmetric" | "zero-point" | "offset":
             grid = config.stored_convention if config.form == "symmetric" else config.form
-            return Entry(
-                "affine", *common, bits=config.code_bits, grid=grid, group=group, row_exponents=config.row_exponents
-            )
+            return Entry("affine", *common, bits=config.code_bits, grid=grid, group=group, row_exponents=exponents)
         case "codebook":
             return Entry(
                 "codebook",
@@ -237,7 +236,7 @@ def planned_entry(decision: Decision) -> Entry:
                 bits=config.code_bits,
                 group=group,
                 values=STORED_VALUES.get(config.table, config.table),
-                row_exponents=config.row_exponents,
+                row_exponents=exponents,
                 entries=0 if config.table in GIVEN_BITS else 2**config.code_bits,
             )
         case "blocked":
@@ -249,7 +248,7 @@ def planned_entry(decision: Decision) -> Entry:
                 group=group,
                 sub_blocks=config.sub_blocks,
                 subzero=config.subzero,
-                row_exponents=config.row_exponents,
+                row_exponents=exponents,
             )
         case "unbounded" | "constant":
             return Entry(config.form, *common)

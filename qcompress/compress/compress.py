@@ -30,6 +30,7 @@ from qcompress.encode.preflight import (
     refuse_full_disk,
     refuse_nonfinite,
     refuse_untrue_ties,
+    spread_rows,
     too_wide_for_f16,
 )
 from qcompress.encode.write_file import Run, WrittenShard, write_shard
@@ -139,6 +140,7 @@ def _outcomes(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, sources: Conte
         too_wide=too_wide_for_f16(checkpoint, plan, fitted),
         adjusted=frozenset(name for name, value in fitted.encoded.items() if isinstance(value, Kept)),
         aimed=frozenset(fitted.references),
+        spread=spread_rows(checkpoint, plan, fitted),
     )
 
 

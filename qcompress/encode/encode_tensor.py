@@ -150,13 +150,20 @@ Rows: TypeAlias = "Tensor | StoredRows | StackedRows"
 """A weight [rows, ...], read row block by row block where it lies so that it can be."""
 
 
+def has_rows_of_grids(decision: Decision) -> bool:
+    """Whether a weight is encoded row block by row block, from itself alone, on grids that no two rows share."""
+    config, method = decision.config, METHODS[decision.method or ""]
+    by_rows = method.needs == "weights" and method.family == "quantize" and config.unit != "tensor"
+    return by_rows and config.form not in ("codebook", "constant", "unbounded")
+
+
 def stack_key(job: Job) -> object:
     """Equal for small weights whose rows one call may encode together; None for a weight that is encoded by itself."""
     decision, sources = job.decision, job.sources
-    tensor, config, method = decision.tensor, decision.config, METHODS[decision.method or ""]
-    by_rows = method.needs == "weights" and method.family == "quantize" and not method.rates and config.unit != "tensor"
+    tensor, config = decision.tensor, decision.config
     leads = len(tensor.shape) > 1 and decision.axis == tuple(range(len(decision.axis)))
     alone = job.ready is not None or job.reference is not None or job.pooled or sources.statistics is not None
+    by_rows = has_rows_of_grids(decision) and not decision.row_exponents
     if not by_rows or not leads or alone or not 0 < tensor.numel <= STACKED_WEIGHTS:
         return None
     return decision.method, config, row_shape(tensor.shape, decision.axis)[1:]
@@ -257,14 +264,19 @@ def _finish_blocks(
 
 def _rows_of(job: Job) -> Rows:
     """What the codes stand for as [rows, ...]: read row block by row block where the channels lead in the file."""
-    tensor, axis = job.decision.tensor, job.decision.axis
     if job.reference is not None:
-        return rows_from_weight(job.reference, axis)
+        return rows_from_weight(job.reference, job.decision.axis)
+    return stored_rows(job.source, job.decision)
+
+
+def stored_rows(source: Container, decision: Decision) -> Rows:
+    """The weight of a decision as [rows, ...], as it lies in its file."""
+    tensor, axis = decision.tensor, decision.axis
     if len(tensor.shape) > 1 and axis == tuple(range(len(axis))):
-        return StoredRows(job.source, tensor, row_shape(tensor.shape, axis))
+        return StoredRows(source, tensor, row_shape(tensor.shape, axis))
     if len(tensor.shape) == 3 and axis == (0, 2) and tensor.numel:
-        return StackedRows(job.source, tensor)
-    return rows_from_weight(tensor_view(job.source, tensor), axis)
+        return StackedRows(source, tensor)
+    return rows_from_weight(tensor_view(source, tensor), axis)
 
 
 def _whole_codes(job: Job, largest: float) -> Compressed | None:
@@ -273,8 +285,7 @@ def _whole_codes(job: Job, largest: float) -> Compressed | None:
     if job.ready is not None:
         assert not isinstance(job.ready, Kept)
         return coded_on_cpu(job.ready)
-    is_grid = decision.config.form not in ("codebook", "constant")
-    if method.needs == "weights" and method.family == "quantize" and decision.config.unit != "tensor" and is_grid:
+    if has_rows_of_grids(decision):
         return None
     # What stands in for a live model is on the CPU.
     device = job.device if method.needs == "weights" else "cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,7 +19,18 @@ from qcompress.clustering.kmeans_vectors import VectorSample
 from qcompress.coding.grids import exponent_for
 from qcompress.coding.rows import rows_from_weight
 from qcompress.registry import METHODS, ClusterConfig, KmeansConfig
-from qcompress.types.encoded import Codebook, Coded, Compressed, Constant, Encoded, Kept, for_tensor
+from qcompress.types.encoded import (
+    Affine,
+    Blocked,
+    Codebook,
+    Coded,
+    Compressed,
+    Constant,
+    Encoded,
+    Kept,
+    Table,
+    for_tensor,
+)
 from qcompress.types.plan import CodebookKey, Decision, Plan, codebook_key, row_shape, shared_groups
 from qcompress.types.run import EncodeContext, seeded_generator
 
@@ -104,9 +115,20 @@ def encode_weight(
 
 def encode_rows(rows: Tensor, decision: Decision, context: EncodeContext) -> Compressed:
     """The codes of rows [rows, ...] of a weight, all or some of them, by the decision's method."""
-    found = METHODS[decision.method or ""].load_encode()(rows, decision.config, context)
-    assert not isinstance(found, Kept)
-    return found
+    encode = METHODS[decision.method or ""].load_encode()
+    if not decision.row_exponents:
+        found = encode(rows, decision.config, context)
+        assert not isinstance(found, Kept)
+        return found
+    # The method sees rows of like size, times powers of two, and one exponent for all.
+    largest = rows.flatten(1).abs().amax(1).tolist()
+    exponents = torch.tensor([exponent_for(one) for one in largest], dtype=torch.int32, device=rows.device)
+    common = exponent_for(1.0)
+    shape = (-1, *[1] * (rows.ndim - 1))
+    like = torch.ldexp(rows.double(), (common - exponents).reshape(shape)).float()
+    found = encode(like, decision.config, replace(context, exponent=common))
+    assert isinstance(found, Affine | Table | Blocked)
+    return replace(found, exponent=0, row_exponents=exponents.to(torch.int8))
 
 
 def encode_codes(rows: Tensor, decision: Decision, context: EncodeContext) -> Coded:

@@ -7,11 +7,20 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
-from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, count_nonfinite, refuse_out_of_range, survey_bytes
+from qcompress.coding.rows import row_slices
+from qcompress.encode.encode_tensor import (
+    BLOCK_WEIGHTS,
+    count_nonfinite,
+    has_rows_of_grids,
+    refuse_out_of_range,
+    stored_rows,
+    survey_bytes,
+)
 from qcompress.errors import CheckpointError, InputError, ResourceError, Subject, raise_all
 from qcompress.plan.files import Shard
 from qcompress.types.config import CodingChoice
@@ -21,6 +30,8 @@ from qcompress.types.run import Options
 
 BLOCK_COPIES = 24
 """Float32 copies of a block that the most memory-hungry method holds at once."""
+SPREAD_BITS = 33
+"""Scales below 2**-33 of the largest weight have less than 4 of float16's 11 bits under the exponent of that weight."""
 HALF_ERROR = 2.0**-9
 """The most that a tensor may change, relative to its size, to be stored as float16 on request."""
 
@@ -45,6 +56,31 @@ def _bears_half(value: Tensor) -> bool:
     exact = value.detach().double()
     error = exact.half().double() - exact
     return bool(error.isfinite().all()) and float(error.norm()) <= HALF_ERROR * float(exact.norm())
+
+
+def spread_rows(checkpoint: Checkpoint, plan: Plan, fitted: Fitted) -> frozenset[str]:
+    """The weights with grids by row where one exponent does not hold the scales of all rows. Reads them once.
+
+    fitted  weights that have their codes already are left out
+    """
+    return frozenset(
+        decision.tensor.name
+        for decision in plan.decisions
+        if decision.compresses and decision.tensor.name not in fitted.encoded and _is_spread(checkpoint, decision)
+    )
+
+
+def _is_spread(checkpoint: Checkpoint, decision: Decision) -> bool:
+    """Whether a scale of some row would be a float16 of few bits, or none, under the exponent of the largest one."""
+    tensor, config = decision.tensor, decision.config
+    if not has_rows_of_grids(decision) or config.row_exponents or not tensor.numel:
+        return False
+    rows = stored_rows(checkpoint.shard_of(tensor.name), decision)
+    columns = tensor.numel // rows.shape[0]
+    spans = row_slices(rows.shape[0], columns, BLOCK_WEIGHTS)
+    largest = torch.cat([rows[span].flatten(1).abs().amax(1).double() for span in spans])
+    some = largest[largest > 0]
+    return len(some) > 0 and float(some.min()) < 2.0 ** (config.code_bits - SPREAD_BITS) * float(some.max())
 
 
 def count_nonfinite_values(checkpoint: Checkpoint, tensor: TensorInfo) -> int:

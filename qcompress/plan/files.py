@@ -88,6 +88,10 @@ def carried_out(decision: Decision, outcomes: Outcomes) -> Decision:
         return replace(decision, codebook=replace(decision.codebook, entries=outcomes.entries[name]))
     if name in outcomes.aimed:
         return replace(decision, reason=f"{reason}; errors are those against the weights that its codes stand for")
+    if name in outcomes.spread:
+        return replace(
+            decision, row_exponents=True, reason=f"{reason}; an exponent a row, which differ too much for one"
+        )
     if name in outcomes.too_wide:
         reason = f"{reason.removesuffix(STORED_AS_F16)}; float16 cannot hold its values"
         decision = replace(decision, stored=None, reason=reason)

@@ -418,7 +418,8 @@ class Decision(Generic[ConfigT]):
     holds the channel axes: the weight is seen as rows, one a channel. `tied_to` names the tensor that is stored in
     place of this one. `stored` is the dtype in which a kept tensor is stored where its values bear it, and that is not
     its own. `sensitivity` is what the chosen width of this tensor alone costs, where that was measured. `codebook` says
-    more of a codebook. `role` is what the tensor is in its network.
+    more of a codebook. `role` is what the tensor is in its network. `row_exponents` says that each row has an exponent
+    of its own though the config does not ask for it.
     """
 
     tensor: TensorInfo
@@ -431,6 +432,7 @@ class Decision(Generic[ConfigT]):
     sensitivity: float | None = None
     codebook: CodebookSpec = field(default_factory=CodebookSpec)
     role: Role = "matrix"
+    row_exponents: bool = False
 
     @property
     def compresses(self) -> bool:
@@ -479,12 +481,14 @@ class Outcomes:
     too_wide  kept tensors whose values float16 cannot hold
     adjusted  kept tensors that a method has changed
     aimed     tensors whose codes stand for other weights than the checkpoint's
+    spread    tensors whose rows lie too far apart for one exponent
     """
 
     entries: Mapping[str, int] = field(default_factory=dict)
     too_wide: frozenset[str] = frozenset()
     adjusted: frozenset[str] = frozenset()
     aimed: frozenset[str] = frozenset()
+    spread: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
