@@ -65,6 +65,7 @@ def cluster(
             rich_help_panel=METHOD,
         ),
     ] = None,
+    target: opt.TargetOption = None,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,
     writing: OutputFlags,
@@ -90,7 +91,7 @@ def cluster(
     run(
         Request(
             checkpoint=checkpoint,
-            recipe=make_recipe(recipe, method, flags, overrides, running.seed, "cluster"),
+            recipe=make_recipe(recipe, method, flags, overrides, running.seed, "cluster", target=target),
             recipe_file=recipe,
             table_rules=make_table_rules(recipe, method, flags, "cluster", bits_embedding),
             bits_embedding=bits_embedding,

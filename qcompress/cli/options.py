@@ -16,6 +16,7 @@ import typer
 from qcompress.cli.panels import BUDGET, GATES, INPUT, METHOD, MODEL, OUTPUT, RUNNING
 from qcompress.errors import UnmeasuredError, UsageError
 from qcompress.registry import METHODS
+from qcompress.registry.targets import TARGETS
 from qcompress.types.plan import Family, Gates
 
 if TYPE_CHECKING:
@@ -102,6 +103,16 @@ RecipeFile = Annotated[
         metavar="FILE",
         help="The recipe, a YAML file; - reads it from standard input.",
         rich_help_panel=INPUT,
+    ),
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="TARGET",
+        help="Quantize to grids that this format of another tool holds exactly, for `qcompress export`: "
+        f"{', '.join(TARGETS)}. It decides what other options leave open, and tensors that it cannot hold are kept.",
+        rich_help_panel=METHOD,
     ),
 ]
 Overrides = Annotated[

@@ -56,6 +56,7 @@ def quantize(
             rich_help_panel=METHOD,
         ),
     ] = None,
+    target: opt.TargetOption = None,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,
     bpw: opt.Bpw = None,
@@ -86,8 +87,8 @@ def quantize(
     refuse_no_checkpoint("qcompress quantize", checkpoint, recipe)
     budget = opt.make_budget_flag(bpw, target_size, minimize)
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
-    asked = make_recipe(recipe, method, flags, overrides, running.seed, "quantize", budget)
-    tables = make_table_rules(recipe, method, flags, "quantize", bits_embedding, budget)
+    asked = make_recipe(recipe, method, flags, overrides, running.seed, "quantize", budget, target)
+    tables = make_table_rules(recipe, method, flags, "quantize", bits_embedding, budget, target)
     if tables and effort is not None:
         tables = _with_flags(replace(asked, rules=tables), effort, None).rules
     run(
@@ -97,7 +98,7 @@ def quantize(
             recipe_file=recipe,
             table_rules=tables,
             bits_embedding=bits_embedding,
-            suffix=f"w{bits}" if budget is None else opt.budget_suffix(budget),
+            suffix=_suffix(bits, target, None if budget is None else opt.budget_suffix(budget)),
             writing=writing,
             running=running,
             gates=gates,
@@ -108,6 +109,11 @@ def quantize(
         ),
         streams,
     )
+
+
+def _suffix(bits: int | None, target: str | None, budget: str | None) -> str:
+    width = None if bits is None else f"w{bits}"
+    return "-".join(part for part in (budget or width, target) if part)
 
 
 def _with_flags(recipe: Recipe, effort: opt.Effort | None, keep_dtype: str | None) -> Recipe:

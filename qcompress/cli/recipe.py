@@ -111,16 +111,18 @@ def read_given(
     seed: int | None = None,
     family: Family = "quantize",
     budget: BudgetFlag | None = None,
+    target: str | None = None,
 ) -> Recipe:
     """The recipe in a file, or in standard input for "-". Raises RecipeError.
 
-    seed, budget  in place of the recipe's
-    family        of a recipe whose rules do not tell
+    seed, budget, target  in place of the recipe's
+    family                of a recipe whose rules do not tell
     """
     from qcompress.recipe import read_recipe
 
     text = read_stdin() if str(path) == "-" else None
-    found = read_recipe(path if text is None else None, overrides or [], text=text, family=family, budget=budget)
+    file = path if text is None else None
+    found = read_recipe(file, overrides or [], text=text, family=family, budget=budget, target=target)
     return found if seed is None else replace(found, seed=seed)
 
 
@@ -132,12 +134,13 @@ def make_recipe(
     seed: int | None,
     family: Family,
     budget: BudgetFlag | None = None,
+    target: str | None = None,
 ) -> Recipe:
     """The one visible recipe: from the file, or of one rule from the flags. Raises UsageError, RecipeError.
 
     flags   option of a rule -> its value
     family  that its methods must be of
-    budget  in place of the recipe's
+    budget, target  in place of the recipe's
     """
     from qcompress.recipe import recipe_from_flags
 
@@ -145,15 +148,15 @@ def make_recipe(
     if path is None:
         if overrides:
             raise UsageError(f"--set {overrides[0]}", "there is no recipe to change", "add -r RECIPE")
-        if not given and budget is None:
+        if not given and budget is None and target is None:
             raise UsageError(f"qcompress {family}", "no bit width or recipe is given", "add --bits N, or -r RECIPE")
-        made = recipe_from_flags(method, flags, family, budget)
+        made = recipe_from_flags(method, flags, family, budget, target)
         return made if seed is None else replace(made, seed=seed)
     if given:
         key = given[0].removeprefix("--").replace("-", "_")
         hint = f"say it in the recipe, or with --set rules.0.METHOD.{key}=VALUE"
         raise UsageError(f"-r {path} {given[0]}", "the recipe decides this", hint)
-    made = read_given(path, overrides, seed=seed, family=family, budget=budget)
+    made = read_given(path, overrides, seed=seed, family=family, budget=budget, target=target)
     if made.family != family:
         raise UsageError(f"-r {path}", f"its methods are of family {made.family}", f"use `qcompress {made.family}`")
     return made
@@ -166,6 +169,7 @@ def make_table_rules(
     family: Family,
     bits_embedding: int | None,
     budget: BudgetFlag | None = None,
+    target: str | None = None,
 ) -> tuple[Rule, ...]:
     """The rules for embeddings and heads that the flags of `make_recipe` stand for too. Raises UsageError."""
     from qcompress.recipe import table_rules
@@ -179,7 +183,7 @@ def make_table_rules(
             raise UsageError(f"-r {path} {where}", "the recipe decides this", hint)
         assert budget is not None
         raise UsageError(f"{where} {budget.text}", "the budget decides the bits", "leave one of them out")
-    return table_rules(method, flags, family, bits_embedding)
+    return table_rules(method, flags, family, bits_embedding, target)
 
 
 def find_representatives(recipe: Recipe, checkpoint: Path | None, named: Path | None) -> Path | None:

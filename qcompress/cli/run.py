@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.errors import ResourceError, UsageError, printable, raise_all
 from qcompress.plan.allocate import allocate, read_costs
 from qcompress.plan.axes import stored_roles
-from qcompress.plan.plan_json import PlanJson, TensorJson, plan_json
+from qcompress.plan.plan_json import PlanJson, TargetJson, TensorJson, plan_json
 from qcompress.plan.sensitivity import sensitivity_file
+from qcompress.plan.targets import target_figures
 from qcompress.recipe import recipe_hash, refuse_from_scratch, refuse_missing, trains
 from qcompress.report.document import Report
 from qcompress.report.document_json import report_path, write_report
@@ -37,7 +39,7 @@ from qcompress.report.gates import check_gates, raise_failed
 from qcompress.report.pipeline import join_reports
 from qcompress.report.table import Column, Table, View
 from qcompress.report.training_report import training_path
-from qcompress.report.words import shape_words, size_words
+from qcompress.report.words import count_words, shape_words, size_words
 from qcompress.types.config import CodingChoice
 from qcompress.types.plan import ROLE_MARK, Gates, Plan, Recipe, Rule
 from qcompress.types.run import ModelRun, Options, start_clock
@@ -183,6 +185,9 @@ def _run(request: Request, source: Checkpoint, streams: Streams) -> None:
         model_run = make_model_run(recipe, request.running.device, request.allow_code, streams, threads)
     plan, learned = _make_plan(source, request, model_run)
     options = replace(options, representatives=learned)
+    figures = target_figures(plan)
+    for line in [] if figures is None else target_notes(figures.kept):
+        streams.say(line)
     if model_run is None:
         report: Report | None = _compress(source, plan, options, request, streams)
     else:
@@ -390,9 +395,28 @@ def _view(document: PlanJson) -> View:
     facts = [("size", f"{size_words(baseline)} -> {bound}{size_words(size)}, {size:,} bytes")]
     if "budget" in document:
         facts.append(("budget", _budget_words(document)))
+    notes: tuple[str, ...] = ()
+    if "target" in document:
+        facts.append(("for", _target_words(document["target"], least=document["artifact_bytes"] is None)))
+        notes = tuple(target_notes(document["target"]["kept"]))
     rows = tuple(map(_cells, document["tensors"]))
     kept = frozenset(index for index, row in enumerate(document["tensors"]) if row["method"] == "kept")
-    return View(f"plan of {document['output']}", tuple(facts), (Table(COLUMNS, rows, kept),), ())
+    return View(f"plan of {document['output']}", tuple(facts), (Table(COLUMNS, rows, kept),), notes)
+
+
+def _target_words(target: TargetJson, *, least: bool) -> str:
+    weights, tensors = f"{target['weights']:,} weights", count_words(target["tensors"], "tensor")
+    bits = f"{'at least ' if least else ''}{target['bits_per_weight']:.4g}"
+    return (
+        f"{target['name']}: {bits} bits a weight in its own file, {weights} of {tensors} in {target['bytes']:,} bytes"
+    )
+
+
+def target_notes(kept: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Why tensors are kept for a target, a line for each reason."""
+    for reason, names in kept.items():
+        first = f"first {printable(names[0])}" if len(names) > 1 else printable(names[0])
+        yield f"{count_words(len(names), 'tensor')} kept for {reason} ({first})"
 
 
 def _budget_words(document: PlanJson) -> str:

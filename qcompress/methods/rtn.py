@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qcompress.registry import RtnConfig
 from qcompress.solvers.blocks import extremes
-from qcompress.solvers.grids import Grid, affine_from_grid, grid_of_rows, symmetric_grid, zero_point_grid
+from qcompress.solvers.grids import Grid, affine_from_grid, grid_of_rows, offset_grid, symmetric_grid, zero_point_grid
 from qcompress.types.encoded import Affine
 from qcompress.types.run import EncodeContext
 
@@ -17,7 +17,7 @@ def encode(weight: Tensor, config: RtnConfig, context: EncodeContext) -> Affine:
     """The weight in the nearest codes of its min-max grids.
 
     weight    float32 [rows, ...]
-    returns   with an integer zero point, no value is off by more than half a scale; likewise where symmetric, but with
+    returns   with a zero point, no value is off by more than half a scale; likewise where symmetric, but with
               `full-range`, where the end nearer to zero may be off by a whole one. Scales are rounded up to float16
     """
 
@@ -25,6 +25,8 @@ def encode(weight: Tensor, config: RtnConfig, context: EncodeContext) -> Affine:
         low, high = extremes(blocks)
         if config.symmetric:
             return _symmetric(low, high, config, context.exponent)
+        if config.zero_point == "real":
+            return offset_grid(low, high, config.bits, context.exponent)
         return zero_point_grid(low, high, config.bits, context.exponent)
 
     return affine_from_grid(weight, grid_of_rows(weight, config, make), config, context.exponent)

@@ -13,7 +13,15 @@ from qcompress.coding.grids import from_half, middle, round_offset, round_scale
 from qcompress.coding.rows import blocks_from_rows, column_parts, spans
 from qcompress.registry import SquantConfig
 from qcompress.solvers.blocks import extremes, fold
-from qcompress.solvers.grids import Grid, affine_from_codes, beside, minmax_grid, symmetric_grid, zero_point_grid
+from qcompress.solvers.grids import (
+    Grid,
+    affine_from_codes,
+    beside,
+    held_grid,
+    minmax_grid,
+    symmetric_grid,
+    zero_point_grid,
+)
 from qcompress.solvers.ranges import least_squares_grid
 from qcompress.types.encoded import Affine
 from qcompress.types.run import EncodeContext
@@ -129,9 +137,9 @@ def _make_part(values: Tensor, kernel: int, config: SquantConfig, exponent: int,
     columns = values.shape[1]
     cut = Cut(len(values), columns, kernel, columns if shared else blocks.shape[1], shared)
     if not (stretch and values.numel()):
-        return _Part(values, cut, grid, None)
+        return _Part(values, cut, held_grid(grid, config, exponent), None)
     gains, centre = _gains(values, cut, grid, config.bits, exponent)
-    return _Part(values, cut, _stretched(grid, gains, centre), gains)
+    return _Part(values, cut, held_grid(_stretched(grid, gains, centre), config, exponent), gains)
 
 
 def _make_grid(blocks: Tensor, config: SquantConfig, exponent: int) -> Grid:

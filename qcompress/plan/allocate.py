@@ -15,6 +15,7 @@ from qcompress.errors import BudgetError, InputError, raise_all
 from qcompress.plan.files import make_shards, planned_files
 from qcompress.plan.knapsack import Curve, choose, raised, slope, sum_bytes
 from qcompress.plan.sensitivity import LayerCosts, grid_words, read_sensitivity, refuse_foreign
+from qcompress.plan.siblings import linked_names
 from qcompress.registry import METHODS
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import ActivationGrid
@@ -25,18 +26,6 @@ LEAST_BPW = 0.1
 
 LEFT = 0.01
 """The share of a budget that is left as it is."""
-
-LINKED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("wq", "wk", "wv"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("q", "k", "v"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-)
-"""Modules that other tools store or run as one, so that their widths must be equal, wherever all of them are there."""
 
 
 def budget_place(plan: Plan) -> str:
@@ -381,22 +370,10 @@ def _linked(decisions: Sequence[Decision]) -> list[list[Decision]]:
         name = decision.tensor.name
         if name in group_of:
             continue
-        partners = [by_name[partner] for partner in _partners(name, by_name)]
+        partners = [by_name[partner] for partner in linked_names(name, by_name)]
         for partner in partners:
             group_of[partner.tensor.name] = partners
     return list({id(group): group for group in group_of.values()}.values())
-
-
-def _partners(name: str, known: Mapping[str, Decision]) -> list[str]:
-    """The names that get the same width as `name`, itself included, in the order of the links."""
-    parts = name.split(".")
-    for links in LINKED:
-        for place, part in enumerate(parts):
-            if part in links:
-                names = [".".join([*parts[:place], link, *parts[place + 1 :]]) for link in links]
-                if all(partner in known for partner in names):
-                    return names
-    return [name]
 
 
 def _size_bytes(decision: Decision, bits: int, choice: CodingChoice) -> int:

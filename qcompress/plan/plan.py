@@ -19,7 +19,9 @@ from qcompress.plan.axes import find_axes, find_tied
 from qcompress.plan.network import Network
 from qcompress.plan.roles import ROLES, find_roles
 from qcompress.plan.rules import RuleUse, find_deciders, rule_uses
-from qcompress.registry import METHODS, ClusterConfig, KmeansConfig, MseConfig, RdConfig, refuse_cost
+from qcompress.plan.targets import hold, refuse_unlinked, target_of
+from qcompress.registry import METHODS, ClusterConfig, RdConfig, refuse_cost
+from qcompress.registry.targets import Target
 from qcompress.types.config import MethodConfig, Shape
 from qcompress.types.plan import (
     COMMAND_LINE,
@@ -80,6 +82,7 @@ def make_plan(
     calibrated = recipe.data is not None and recipe.data.calibration is not None
     deciders = find_deciders(recipe.rules, roles)
     twins = _stored_twins(deciders, tied)
+    target = target_of(recipe.target)
     decisions: list[Decision] = []
     errors: list[InputError] = []
     for tensor in tensors:
@@ -87,10 +90,13 @@ def make_plan(
         try:
             because = _not_taken(rule, facts.get(tensor.name), calibrated)
             known = _Known(roles[tensor.name], axes.get(tensor.name), twins.get(tensor.name), because)
-            decision = replace(_decide(tensor, rule, known), role=known.role)
+            decision = replace(_decide(tensor, rule, known, target), role=known.role)
+            decision = decision if target is None else hold(decision, rule, target)
             decisions.append(_stored(decision, rule, recipe.keep_dtype))
         except RecipeError as error:
             errors.append(error)
+    if not errors and target is not None and target.linked:
+        errors = [*refuse_unlinked(decisions, deciders)]
     if not errors:
         errors = [*_idle_rules(recipe, deciders, roles, decisions), *_stepless(recipe), *_unshareable(decisions)]
     raise_all(errors)
@@ -172,8 +178,8 @@ class _Known:
     foreign: str | None = None
 
 
-def _decide(tensor: TensorInfo, rule: Rule | None, known: _Known) -> Decision:
-    """What happens to a tensor. Raises RecipeError."""
+def _decide(tensor: TensorInfo, rule: Rule | None, known: _Known, target: Target | None = None) -> Decision:
+    """What happens to a tensor, before it is asked whether the target holds it. Raises RecipeError."""
     if known.twin is not None:
         return Decision(tensor, None, KEPT, f"tied to {known.twin}, stored once", tied_to=known.twin)
     if rule is None:
@@ -192,7 +198,7 @@ def _decide(tensor: TensorInfo, rule: Rule | None, known: _Known) -> Decision:
         return Decision(tensor, None, KEPT, because)
     stands_in = ""
     if known.foreign is not None:
-        instead = _rule_instead(tensor, rule, known.foreign, known.role)
+        instead = _rule_instead(tensor, rule, known, target)
         if instead is None:
             return Decision(tensor, None, KEPT, f"{rule.method} cannot take it: {known.foreign}")
         stands_in = f"; {instead.method}, for {rule.method} cannot take it: {known.foreign}"
@@ -266,7 +272,7 @@ def _not_taken(rule: Rule | None, fact: TensorFacts | None, calibrated: bool) ->
     return None
 
 
-def _rule_instead(tensor: TensorInfo, rule: Rule, because: str, role: Role) -> Rule | None:
+def _rule_instead(tensor: TensorInfo, rule: Rule, known: _Known, target: Target | None) -> Rule | None:
     """The rule of mse, or of kmeans, at the same bits for a weight that the method cannot take; None where it is kept.
 
     raises  RecipeError where the rule names the tensor, and where it is one of many of a layer that the network holds
@@ -274,17 +280,22 @@ def _rule_instead(tensor: TensorInfo, rule: Rule, because: str, role: Role) -> R
     """
     method = METHODS[rule.method or ""]
     other = "kmeans" if method.family == "cluster" else "mse"
-    if rule.names(tensor.name) or (method.rates and role == "expert"):
+    if rule.names(tensor.name) or (method.rates and known.role == "expert"):
         hint = f"give it a rule of its own with {other}, which needs weights alone, or keep: {{}}"
-        what = f"{method.name} cannot take it: {because}"
+        what = f"{method.name} cannot take it: {known.foreign}"
         raise RecipeError(rule.where, what, hint, Subject(tensor.name, tensor.shape))
-    if method.rates or role not in WEIGHT_ROLES:
+    if method.rates or known.role not in WEIGHT_ROLES:
         return None
-    make: Callable[..., MethodConfig] = KmeansConfig if other == "kmeans" else MseConfig
+
+    def make(bits: int | None) -> MethodConfig:
+        make_config: Callable[..., MethodConfig] = METHODS[other].config
+        options = {"bits": bits}
+        return make_config(**(options if target is None else target.filled(METHODS[other], options)))
+
     config = rule.options
     if isinstance(config, Widths):
-        return replace(rule, method=other, config=Widths({width: make(bits=width) for width in config.configs}))
-    return replace(rule, method=other, config=make(bits=config.bits))
+        return replace(rule, method=other, config=Widths({width: make(width) for width in config.configs}))
+    return replace(rule, method=other, config=make(config.bits))
 
 
 def _accepted(tensor: TensorInfo, rule: Rule, axis: tuple[int, ...]) -> MethodConfig:

@@ -13,6 +13,7 @@ from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.plan.allocate import is_open, limits_steps, most_bytes, narrowest, refuse_infeasible
 from qcompress.plan.files import planned_files
+from qcompress.plan.targets import target_figures
 from qcompress.recipe import recipe_hash
 from qcompress.types.config import CodingChoice
 from qcompress.types.plan import Decision, Plan
@@ -38,6 +39,17 @@ class TensorJson(TypedDict):
     widths: NotRequired[list[int]]
 
 
+class TargetJson(TypedDict):
+    """What the target's file will hold in codes, so many weights of so many tensors; `kept` is reason -> tensors."""
+
+    name: str
+    tensors: int
+    weights: int
+    bytes: int
+    bits_per_weight: float
+    kept: dict[str, list[str]]
+
+
 class PlanJson(TypedDict):
     """A plan. `exact` false: sizes are the most that entropy coding can need.
 
@@ -55,6 +67,7 @@ class PlanJson(TypedDict):
     files: dict[str, int]
     recipe_hash: str
     tensors: list[TensorJson]
+    target: NotRequired[TargetJson]
     budget: NotRequired[dict[str, float | int | str]]
     least_bytes: NotRequired[int | None]
 
@@ -81,6 +94,16 @@ def plan_json(source: Checkpoint, plan: Plan, output: Path, choice: CodingChoice
         recipe_hash=recipe_hash(plan.recipe),
         tensors=[_tensor_json(decision, sizes[decision.tensor.name]) for decision in plan.decisions],
     )
+    figures = target_figures(plan)
+    if figures is not None:
+        document["target"] = TargetJson(
+            name=figures.name,
+            tensors=figures.tensors,
+            weights=figures.weights,
+            bytes=figures.n_bytes,
+            bits_per_weight=figures.bits_per_weight,
+            kept={reason: [*names] for reason, names in figures.kept.items()},
+        )
     if budget is not None:
         document["budget"] = {name: limit for name, limit in asdict(budget).items() if limit is not None}
         document["least_bytes"] = total if is_open(plan) else None

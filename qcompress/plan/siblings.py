@@ -1,4 +1,4 @@
-"""Names of tensors that belong together tell which norm stands behind a weight, and which before it. No torch.
+"""Names of tensors that belong together tell what is run as one, and which norm stands around a weight. No torch.
 
 A norm takes the scale of a weight out again: w and s * w are the same network where the statistics behind, or the gain
 before, have the factor too. Only pairs that names, shapes and the norm's own tensors make certain are told.
@@ -6,7 +6,7 @@ before, have the factor too. Only pairs that names, shapes and the norm's own te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from qcompress.types.plan import TensorInfo
 
@@ -27,6 +27,29 @@ BEFORE: Mapping[str, tuple[str, ...]] = {
 """Norm -> the weights beside it that read what it gives, and nothing else does in networks of these names."""
 ELSEWHERE = ("pre_feedforward_layernorm", "post_feedforward_layernorm", "post_mlp_layernorm")
 """Norms beside which those of the same names stand at other places."""
+LINKED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+"""Modules that other tools store or run as one, so that their widths must be equal, wherever all of them are there."""
+
+
+def linked_names(name: str, known: Collection[str]) -> list[str]:
+    """The tensors that are stored or run as one with a tensor, itself included, in the order of the links."""
+    parts = name.split(".")
+    for links in LINKED:
+        for place, part in enumerate(parts):
+            if part in links:
+                names = [".".join([*parts[:place], link, *parts[place + 1 :]]) for link in links]
+                if all(partner in known for partner in names):
+                    return names
+    return [name]
 
 
 def batch_norms_behind(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:

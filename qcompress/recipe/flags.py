@@ -11,11 +11,12 @@ from pydantic import ValidationError
 from qcompress import registry
 from qcompress.errors import UsageError
 from qcompress.recipe.explain import expected, explain
-from qcompress.recipe.model import method_part
+from qcompress.recipe.model import Asked, method_part
 from qcompress.recipe.parse import BudgetFlag
 from qcompress.recipe.schema import fragment
 from qcompress.recipe.yaml_tree import Document, Path, Place
 from qcompress.registry import BUDGET_METHOD
+from qcompress.registry.targets import TARGETS, Target
 from qcompress.types.plan import COMMAND_LINE, ROLE_MARK, Budget, Family, Recipe, Role, Rule, Widths
 from qcompress.types.words import listed, quoted, suggest
 from qcompress.types.written import read
@@ -29,11 +30,13 @@ def recipe_from_flags(
     options: Mapping[str, object],
     family: Family = "quantize",
     budget: BudgetFlag | None = None,
+    target: str | None = None,
 ) -> Recipe:
     """The recipe whose one rule gives every tensor `method`, where None the family's default, or what a budget means.
 
     options  by the config's field names ("group_size" for --group-size); None means that the flag was not given
     budget   decides the bits, which are then not among the options
+    target   decides what the options leave open
 
     Raises UsageError for the first flag that cannot be.
     """
@@ -41,35 +44,51 @@ def recipe_from_flags(
     if budget is not None and "bits" in given:
         where = f"{_flag('bits', given['bits'])} {budget.text}"
         raise UsageError(where, "the budget decides the bits", "leave one of them out")
-    chosen = _method(method, family) if budget is None or method is not None else registry.METHODS[BUDGET_METHOD]
+    asked = Asked(budget is not None, _target(target))
+    by_rate = budget is not None and method is None and asked.target is None
+    chosen = registry.METHODS[BUDGET_METHOD] if by_rate else _method(method, family)
     words = [f"--method {chosen.name}"] * (method is not None) + [_flag(name, value) for name, value in given.items()]
+    words += [] if target is None else [f"--for {target}"]
     place = Place(" ".join(words) or COMMAND_LINE, (len(given), 0), bare=True)
     typed = Document(COMMAND_LINE, {chosen.name: {}}, {(): place})
     for index, (name, value) in enumerate(given.items()):
         typed.put((chosen.name, name), _value(value), Place(_flag(name, value), (index, 0), bare=True))
     _refuse_foreign(chosen, typed)
-    _refuse_missing(chosen, typed, None if budget is None else "bits")
-    config = _read(method_part(chosen), typed, (chosen.name,), budget is not None)
+    # A target that refuses the method, or has one width, decides before a width can be missing.
+    decided = asked.budget or (asked.target is not None and asked.target.decides_bits(chosen))
+    _refuse_missing(chosen, typed, "bits" if decided else None)
+    config = _read(method_part(chosen), typed, (chosen.name,), asked)
     rule = Rule("*", chosen.name, config, COMMAND_LINE)
     if budget is None:
-        return Recipe(family, (rule,))
-    return Recipe(family, (rule,), budget=_read(Budget, budget.document()), places={"budget": budget.text})
+        return Recipe(family, (rule,), target=target)
+    spent = _read(Budget, budget.document())
+    return Recipe(family, (rule,), target=target, budget=spent, places={"budget": budget.text})
+
+
+def _target(name: str | None) -> Target | None:
+    """The target of this name. Raises UsageError for one that is not known."""
+    if name is not None and name not in TARGETS:
+        raise UsageError(f"--for {name}", f"unknown target {quoted(name)}", suggest(name, TARGETS))
+    return TARGETS[name] if name is not None else None
 
 
 TABLE_ROLES: tuple[Role, ...] = ("embedding", "head")
 """The roles to which `--bits` gives more bits than to the others."""
 TABLE_BITS = 8
+TABLE_METHOD = "mse"
+"""Of embeddings and heads, where a target takes none of a method's grids at so many bits."""
 
 
 def table_rules(
-    method: str | None, options: Mapping[str, object], family: Family, bits: int | None
+    method: str | None, options: Mapping[str, object], family: Family, bits: int | None, target: str | None = None
 ) -> tuple[Rule, ...]:
     """The rules for embeddings and heads, which go before the one of `recipe_from_flags` with the same flags.
 
     bits    of these rules; None: as many as the flags say, and at least 8; none where the method has not that many
     raises  UsageError for bits that the method cannot have
     """
-    own = options.get("bits")
+    known = _target(target)
+    own = options.get("bits") or (known.only_bits if known is not None else None)
     if not isinstance(own, int):
         if bits is not None:
             raise UsageError(f"--bits-embedding {bits}", "no --bits is given beside it", "add --bits N")
@@ -81,12 +100,16 @@ def table_rules(
         return ()
     scalars = {name: value for name, value in options.items() if name != "dim"}
     try:
-        (rule,) = recipe_from_flags(method, {**scalars, "bits": wanted}, family).rules
+        (rule,) = recipe_from_flags(method, {**scalars, "bits": wanted}, family, target=target).rules
     except UsageError as error:
+        if bits is None and known is not None and method != TABLE_METHOD:
+            # A target may hold so many bits in another form alone than that which the method gives.
+            return table_rules(TABLE_METHOD, options, family, bits, target)
         if bits is None:
             return ()
         raise UsageError(f"--bits-embedding {bits}", error.what, error.hint) from None
-    return tuple(replace(rule, match=f"{ROLE_MARK}{role}") for role in TABLE_ROLES)
+    roles = [role for role in TABLE_ROLES if known is None or bits is not None or role in known.roles]
+    return tuple(replace(rule, match=f"{ROLE_MARK}{role}") for role in roles)
 
 
 def _refuse_foreign(method: registry.Method, typed: Document) -> None:
@@ -108,7 +131,7 @@ def _refuse_missing(method: registry.Method, typed: Document, decided: str | Non
             raise UsageError(typed.where(()), f"{_flag_name(name)} is missing", hint)
 
 
-def _read(part: Any, typed: Document, path: Path = (), known: bool = False) -> Any:
+def _read(part: Any, typed: Document, path: Path = (), known: Asked | None = None) -> Any:
     """The value of what was typed. Raises UsageError for the first that is wrong."""
     try:
         return read(part, typed.at(path), known)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from annotated_types import MinLen
-from pydantic import GetCoreSchemaHandler, ValidationError
+from pydantic import Field, GetCoreSchemaHandler
 
 from qcompress.registry import DEFAULT_METHOD, METHODS, Method
 from qcompress.registry.regularizers import REGULARIZERS
+from qcompress.registry.targets import TARGETS, Target
 from qcompress.types.config import MethodConfig
 from qcompress.types.plan import ROLE_MARK, ROLE_NAMES, Exempt, Keep, Sections, Widths
 from qcompress.types.settings import Training
@@ -26,37 +27,64 @@ def takes_budget(method: Method) -> bool:
     return method.family == "quantize" and not method.rates
 
 
-@dataclass(frozen=True, eq=False)
-class OpenBits:
-    """The options of a method whose bits a budget decides, where the recipe has one: `known` is whether it does."""
+@dataclass(frozen=True)
+class Asked:
+    """What a recipe says beside its rules that decides options of theirs.
 
-    config: Any
+    budget  whether it has one
+    """
+
+    budget: bool = False
+    target: Target | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MethodOptions:
+    """The options of a method, some of which a budget or a target decides: `known` is what is Asked of all rules."""
+
+    method: Method
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return later(self.read, lambda: (self.config,))
+        return later(self.read, lambda: (self.method.config,))
 
     def read(self, options: object, known: Any) -> Any:
         """The config, or under a budget the one at each width that takes the options. Raises Refused."""
-        if not known or not isinstance(options, dict):
-            return read(self.config, options)
+        asked = known if isinstance(known, Asked) else Asked()
+        if not isinstance(options, dict):
+            return read(self.method.config, options)
+        if asked.target is not None and (why := asked.target.refuse_method(self.method)) is not None:
+            raise Refused(why)
+        if not (asked.budget and takes_budget(self.method)):
+            return self._config(options, asked.target)
         if "bits" in options:
             raise Refused("the budget decides the bits; take `bits` out, or the budget", "bits")
-        bits = reader(self.config).json_schema()["properties"]["bits"]
+        part: Any = self.method.config
+        bits = reader(part).json_schema()["properties"]["bits"]
         configs: dict[int, MethodConfig] = {}
-        refused: list[ValidationError] = []
+        refused: list[ValueError] = []
         for width in range(bits["minimum"], bits["maximum"] + 1):
-            try:
-                configs[width] = read(self.config, {"bits": width, **options})
-            except ValidationError as error:
-                refused.append(error)
+            if asked.target is None or width in asked.target.widths():
+                try:
+                    configs[width] = self._config({"bits": width, **options}, asked.target)
+                except ValueError as error:
+                    refused.append(error)
         if not configs:
             raise refused[-1]
         return Widths(configs)
 
+    def _config(self, options: Mapping[str, object], target: Target | None) -> Any:
+        """The config, for a target where there is one. Raises ValidationError, Refused."""
+        if target is None:
+            return read(self.method.config, options)
+        config = read(self.method.config, target.filled(self.method, options))
+        if (why := target.refuse(config)) is not None:
+            raise Refused(why)
+        return config
+
 
 def method_part(method: Method) -> Any:
     """What pydantic reads as the options of a method."""
-    return Annotated[method.config, OpenBits(method.config)] if takes_budget(method) else method.config
+    return Annotated[method.config, MethodOptions(method)]
 
 
 def _refuse_unknown_role(match: str) -> str:
@@ -100,6 +128,9 @@ class WrittenFinetune(Training):
     regularize: tuple[PenaltyRule, ...] = field(default_factory=tuple)
 
 
+TargetName: TypeAlias = Literal[tuple(TARGETS)]  # type: ignore[valid-type]
+
+
 @dataclass(frozen=True, kw_only=True)
 class WrittenRecipe(Sections):
     """A recipe as it is written.
@@ -111,5 +142,6 @@ class WrittenRecipe(Sections):
     example: ClassVar = {"version": 1}
 
     version: Literal[1] = field()
+    target: Annotated[Given[TargetName], Field(alias="for")] = None
     rules: Annotated[tuple[MethodRule, ...], MinLen(1)] = field(default_factory=tuple)
     finetune: Given[WrittenFinetune] = None

@@ -10,12 +10,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from qcompress.errors import RecipeError, UsageError
-from qcompress.recipe.model import WrittenRecipe
+from qcompress.recipe.model import Asked, WrittenRecipe, method_part
 from qcompress.recipe.yaml_tree import Broken, Document, Place, compose, path_text
 from qcompress.recipe.yaml_tree import Path as Keys
-from qcompress.registry import BUDGET_METHOD, METHODS
+from qcompress.registry import BUDGET_METHOD, DEFAULT_METHOD, METHODS
+from qcompress.registry.targets import TARGETS, Target
 from qcompress.types.files import read_start
-from qcompress.types.plan import VERSION, Exempt, Family, Finetune, Keep, Recipe, Rule, Sections
+from qcompress.types.plan import KEYS, VERSION, Exempt, Family, Finetune, Keep, Recipe, Rule, Sections
 from qcompress.types.settings import Training
 from qcompress.types.words import nearest, plain, quoted, shown
 from qcompress.types.written import read
@@ -109,12 +110,13 @@ def read_recipe(
     text: str | None = None,
     family: Family = "quantize",
     budget: BudgetFlag | None = None,
+    target: str | None = None,
 ) -> Recipe:
     """The recipe in the file at `path`, or in `text`, which then came from `path` or, without one, from stdin.
 
     overrides  "key.path=value", applied before validation (see `parse_recipe`)
     family     of a recipe whose rules all keep
-    budget     in place of the recipe's
+    budget, target  in place of the recipe's
 
     Raises RecipeError, or Refusals of several, and UsageError for an override that is none.
     """
@@ -123,7 +125,7 @@ def read_recipe(
         if path is None:
             raise ValueError("read_recipe needs a path or a text")
         text = _read_text(path)
-    return parse_recipe(text, source, overrides, family=family, budget=budget)
+    return parse_recipe(text, source, overrides, family=family, budget=budget, target=target)
 
 
 def parse_recipe(
@@ -133,6 +135,7 @@ def parse_recipe(
     *,
     family: Family = "quantize",
     budget: BudgetFlag | None = None,
+    target: str | None = None,
 ) -> Recipe:
     """The recipe in a YAML text; `source` names it in errors. All else as in `read_recipe`."""
     if len(text) > LARGEST_BYTES:
@@ -142,6 +145,9 @@ def parse_recipe(
         apply_overrides(document, overrides)
     if budget is not None and isinstance(document.data, dict):
         budget.replace_in(document)
+    if target is not None and isinstance(document.data, dict):
+        place = Place(f"--for {plain(target)}", (AFTER_ALL_LINES, 0), bare=True)
+        document.put((KEYS["target"],), target, place)
     recipe = _make_recipe(document, family)
     document.raise_all()
     return recipe
@@ -195,7 +201,8 @@ def _make_recipe(document: Document, family: Family) -> Recipe:
         _refuse_undecided(document)
     try:
         # The version is judged above.
-        written = read(WrittenRecipe, {**data, **({"version": VERSION} if "version" in data else {})}, "budget" in data)
+        asked = Asked("budget" in data, _target(data.get(KEYS["target"])))
+        written = read(WrittenRecipe, {**data, **({"version": VERSION} if "version" in data else {})}, asked)
     except ValidationError as error:
         # It imports what makes JSON Schemas, which a sound recipe does not need.
         from qcompress.recipe.explain import explain
@@ -205,11 +212,19 @@ def _make_recipe(document: Document, family: Family) -> Recipe:
     return _resolved(document, written, family)
 
 
+def _target(name: object) -> Target | None:
+    """The target of this name; what is none is refused when it is read."""
+    return TARGETS.get(name) if isinstance(name, str) else None
+
+
 def _resolved(document: Document, written: WrittenRecipe, family: Family) -> Recipe:
     """The recipe that was read, its rules and sections with their places."""
     rules = _make_rules(document, ("rules",), written.rules)
     if not rules and written.budget is not None:
-        rules = (Rule("*", BUDGET_METHOD, METHODS[BUDGET_METHOD].config(), document.where(("budget",))),)
+        target = _target(written.target)
+        method = METHODS[BUDGET_METHOD if target is None else DEFAULT_METHOD]
+        config = read(method_part(method), {}, Asked(True, target))
+        rules = (Rule("*", method.name, config, document.where(("budget",))),)
     finetune = None
     if written.finetune is not None:
         training = {one.name: getattr(written.finetune, one.name) for one in fields(Training)}

@@ -19,7 +19,7 @@ from qcompress.recipe.model import WrittenRecipe, takes_budget
 from qcompress.recipe.yaml_tree import Path
 from qcompress.registry import METHODS
 from qcompress.types.config import MethodConfig
-from qcompress.types.plan import Budget
+from qcompress.types.plan import KEYS, Budget
 from qcompress.types.written import Schema, reader
 
 _OPTION_LINE = re.compile(r"([a-z_][a-z0-9_]*) {2,}(\S.*)")
@@ -146,6 +146,7 @@ def describe(schema: Schema, cls: type) -> Schema:
     schema.pop("title", None)
     if example := getattr(cls, "example", None):
         schema["examples"] = [copy.deepcopy(example)]
+    described = {KEYS.get(name, name) if cls is WrittenRecipe else name: text for name, text in described.items()}
     for name, option in schema["properties"].items():
         if option.get("default", 0) is None:
             del option["default"]

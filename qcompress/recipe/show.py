@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from qcompress.types.data_settings import AUGMENTATIONS, TrainData
-from qcompress.types.plan import Recipe, Rule, Sections, Widths
+from qcompress.types.plan import KEYS, Recipe, Rule, Sections, Widths
 from qcompress.types.settings import OPTIMIZERS, SCHEDULES, TASKS
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _lines(data: Mapping[str, object], indent: str) -> Iterator[str]:
 
 def _resolved(recipe: Recipe) -> dict[str, object]:
     """The recipe as data, in the order in which people write it."""
-    found = {one.name: _written(getattr(recipe, one.name)) for one in fields(Sections)}
+    found = {KEYS.get(one.name, one.name): _written(getattr(recipe, one.name)) for one in fields(Sections)}
     gates = found.pop("gates")
     if recipe.rules or recipe.finetune is None:
         found["rules"] = _rules(recipe.rules)

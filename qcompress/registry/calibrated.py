@@ -294,6 +294,8 @@ class TrainedConfig(GridConfig):
     def __post_init__(self) -> None:
         if self.symmetric is False:
             raise ValueError("the grid of trained weights is symmetric; leave symmetric out")
+        if self.scales is not None:
+            raise ValueError("steps are trained, and not rounded to another dtype; leave scales out")
         object.__setattr__(self, "symmetric", True)
         super().__post_init__()
 

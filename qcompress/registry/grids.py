@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Gt, Interval
 
 from qcompress.registry.contract import Method
-from qcompress.types.config import Convention, Form, Granularity, MethodConfig
+from qcompress.types.config import Convention, Form, Granularity, MethodConfig, ScaleDtype
 from qcompress.types.plan import searched_convention
 
 DEFAULT_GROUP_SIZE = 64
@@ -28,6 +28,8 @@ class GridConfig(MethodConfig):
                  `channel`, or `group` where `group_size` is given
     group_size   values of a group; the last group of a channel has what is left; where absent 64
     symmetric    a grid around zero, which stores a scale alone
+    scales       the dtype that holds scales and offsets exactly, as other tools store them; `for` a target decides it;
+                 where absent they are float16 numbers times a power of two, which no range of float16 bounds
     axis         the channel axis, or the pair of them in stacked experts; where absent the checkpoint's, else 0
     """
 
@@ -37,6 +39,7 @@ class GridConfig(MethodConfig):
     granularity: Granularity | None = None
     group_size: Annotated[int, Ge(2)] | None = None
     symmetric: bool | None = None
+    scales: ScaleDtype | None = None
     axis: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -66,12 +69,17 @@ class RtnConfig(GridConfig):
                 docs/methods.md): `full-range` lets the larger end lie on the extra code (AutoRound), `narrow` drops
                 that code, `aimet` and `gptq` follow those tools, `mid-rise` has no zero; where absent `full-range`, at
                 1 bit `mid-rise`
+    zero_point  of a grid that is not symmetric: an `integer`, so that zero lies on the grid; or `real`, so that the
+                lowest level is the least weight (Q4_1 of GGUF); where absent `integer`
     """
 
     convention: Literal["full-range", "narrow", "aimet", "gptq", "mid-rise"] | None = None
+    zero_point: Literal["integer", "real"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.zero_point and self.symmetric:
+            raise ValueError("zero_point is of grids that are not symmetric; leave it out, or symmetric: true")
         if self.convention and not self.symmetric:
             raise ValueError("convention needs symmetric: true")
         if self.symmetric and self.convention is None:
@@ -81,7 +89,9 @@ class RtnConfig(GridConfig):
 
     @property
     def form(self) -> Form:
-        return "symmetric" if self.symmetric else "zero-point"
+        if self.symmetric:
+            return "symmetric"
+        return "offset" if self.zero_point == "real" else "zero-point"
 
     @property
     def stored_convention(self) -> Convention:

@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qcompress.coding.grids import HALF_TINY, LARGE_EXPONENT, from_half, middle, round_offset, round_scale
+from qcompress.coding.grids import HALF_MAX, HALF_TINY, LARGE_EXPONENT, from_half, middle, round_offset, round_scale
 from qcompress.coding.rows import blocks_from_rows, column_parts, grid_shape, tiles
 from qcompress.solvers.blocks import CHUNK_VALUES, extremes
-from qcompress.types.config import Convention, Granularity
+from qcompress.types.config import Convention, Granularity, ScaleDtype
 from qcompress.types.encoded import Affine
 
 ROUND_TO_INTEGER = 1.5 * 2.0**23
@@ -149,6 +149,35 @@ class Layout(Protocol):
     def unit(self) -> Granularity: ...
     @property
     def group_size(self) -> int | None: ...
+    @property
+    def scales(self) -> ScaleDtype | None: ...
+
+
+def held_grid(grid: Grid, layout: Layout, exponent: int) -> Grid:
+    """The grid whose scales and offsets are numbers of the layout's dtype: each the nearest, the middle level in place.
+
+    Nothing changes where the layout names no dtype, nor of a grid that is so already. float16 rounds scales to no
+    less than 2**-24 and no more than 65504; what a weight of `exponent` cannot have is as near to it as it can.
+    """
+    if layout.scales is None:
+        return grid
+    scale = _held(grid.scale, layout.scales, exponent)
+    least = max(HALF_TINY, 2.0**-24 * 2.0**-exponent) if layout.scales == "f16" else HALF_TINY
+    scale = torch.where(scale == 0, torch.full_like(scale, min(least, HALF_MAX)), scale)
+    if grid.offset is None:
+        return replace(grid, scale=scale)
+    moved = (grid.scale.double() - scale.double()) * ((2**layout.bits - 1) / 2)
+    offset = round_offset(grid.offset.double() + moved, 0)
+    return replace(grid, scale=scale, offset=_held(offset, layout.scales, exponent))
+
+
+def _held(half: Tensor, dtype: ScaleDtype, exponent: int) -> Tensor:
+    """float16 whose values times 2**exponent are the nearest numbers of `dtype`."""
+    if dtype == "bf16":
+        # A power of two changes no mantissa.
+        return half.float().to(torch.bfloat16).float().clamp_(-HALF_MAX, HALF_MAX).half()
+    value = (half.double() * 2.0**exponent).clamp_(-HALF_MAX, HALF_MAX).half()
+    return (value.double() * 2.0**-exponent).clamp_(-HALF_MAX, HALF_MAX).half()
 
 
 def grid_of_rows(rows: Tensor, layout: Layout, make: Callable[[Tensor], Grid]) -> Grid:
@@ -194,8 +223,8 @@ def grid_parts(grid: Grid, rows: int, columns: int, layout: Layout) -> Iterator[
 
 
 def affine_from_grid(weight: Tensor, grid: Grid, layout: Layout, exponent: int) -> Affine:
-    """The weight float32 [rows, ...] in the nearest codes of its grids, one for each block."""
-    rows = weight.flatten(1)
+    """The weight float32 [rows, ...] in the nearest codes of its grids, one for each block, once they are held."""
+    rows, grid = weight.flatten(1), held_grid(grid, layout, exponent)
     codes = []
     for part, own in grid_parts(grid, len(rows), rows.shape[1], layout):
         blocks = blocks_from_rows(rows[:, part], layout.unit, layout.group_size)

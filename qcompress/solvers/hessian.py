@@ -28,6 +28,7 @@ from qcompress.solvers.grids import (
     affine_from_codes,
     beside,
     grid_of_rows,
+    held_grid,
     minmax_grid,
     symmetric_grid,
     zero_point_grid,
@@ -143,7 +144,7 @@ def least_squares_target(
 def choose_grid(
     rows: Tensor, options: GridOptions, range: str, exponent: int, hessian: Tensor | None, generator: torch.Generator
 ) -> Grid:
-    """The grid of rows float32 [rows, columns] whose range is chosen as `range` says; one for each block in order.
+    """The grid of rows float32 [rows, columns] whose range is chosen as `range` says, and held; one for each block.
 
     range  minmax; mse, with an integer zero point by a search over shrunken ranges (in the norm 2.4 of BRECQ and its
            successors), else by least squares; tf-enhanced; or hessian
@@ -151,7 +152,7 @@ def choose_grid(
     bits, symmetric = options.bits, bool(options.symmetric)
     if range == "hessian":
         assert hessian is not None
-        return hessian_grid(rows, hessian, options, exponent, generator)
+        return held_grid(hessian_grid(rows, hessian, options, exponent, generator), options, exponent)
 
     def make(blocks: Tensor) -> Grid:
         if range == "tf-enhanced":
@@ -164,7 +165,7 @@ def choose_grid(
             return symmetric_grid(*extremes(blocks), bits, options.stored_convention, exponent)
         return zero_point_grid(*extremes(blocks), bits, exponent)
 
-    return grid_of_rows(rows, options, make)
+    return held_grid(grid_of_rows(rows, options, make), options, exponent)
 
 
 def encoded_rows(codes: Tensor, grid: Grid, options: GridOptions, exponent: int) -> Affine:

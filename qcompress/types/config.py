@@ -19,6 +19,9 @@ without ends; or one value without any codes."""
 Convention: TypeAlias = Literal["narrow", "full", "mid-rise"]
 """Where zero lies on a symmetric grid of b bits: at code 2**(b-1) - 1, at 2**(b-1), or at (2**b - 1) / 2."""
 
+ScaleDtype: TypeAlias = Literal["f16", "bf16"]
+"""Of which dtype scales and offsets are numbers; without one they are float16 times a power of two."""
+
 CodebookDtype: TypeAlias = Literal["f16", "f32", "int8"]
 
 TableName: TypeAlias = Literal["nf4", "iq4_nl", "e2m1", "e4m3", "e5m2"]
@@ -76,6 +79,7 @@ class MethodConfig(Options):
     subzero      what is taken from the scale of a sub-block
     offsets      whether sub-blocks have offsets, where the form is blocked
     row_exponents  whether each row has an exponent of its own
+    scales       the dtype that holds scales and offsets exactly
 
     A dataclass field of the same name takes the place of what is read-only here.
     """
@@ -149,6 +153,10 @@ class MethodConfig(Options):
     @property
     def row_exponents(self) -> bool:
         return False
+
+    @property
+    def scales(self) -> ScaleDtype | None:
+        return None
 
     def changed(self, **options: object) -> Self:
         """The same config but for these options."""

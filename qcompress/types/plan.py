@@ -23,6 +23,7 @@ from qcompress.types.config import (
     Granularity,
     MethodConfig,
     PenaltyConfig,
+    ScaleDtype,
     Section,
     Shape,
     Share,
@@ -260,6 +261,10 @@ class Widths(MethodConfig):
     def row_exponents(self) -> bool:
         return self.widest.row_exponents
 
+    @property
+    def scales(self) -> ScaleDtype | None:
+        return self.widest.scales
+
 
 Metrics: TypeAlias = Annotated[Mapping[str, float], shown_as({"top1": 0.1})]
 
@@ -294,6 +299,10 @@ class Finetune(Training):
     regularize: tuple[Rule, ...] = ()
 
 
+KEYS: Final[Mapping[str, str]] = {"target": "for"}
+"""The keys of a recipe's sections that are words of Python."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sections(Section):
     """What a recipe says beside its rules and how it trains.
@@ -306,6 +315,7 @@ class Sections(Section):
     task         what the network is measured by
     activations  quantizers at the inputs of the compressed layers
     companions   corrections that go with any method, after it
+    target       the format of another tool whose grids the weights get, so that it holds them exactly
     budget       what the compressed weights may take
     gates        limits that turn a finished run into exit code 4
     """
@@ -318,6 +328,7 @@ class Sections(Section):
     task: Given[Task] = None
     activations: Given[ActivationSettings] = None
     companions: Annotated[tuple[Companion, ...], DISTINCT] = ()
+    target: str | None = None
     budget: Given[Budget] = None
     gates: Gates = field(default_factory=Gates)
 

@@ -46,6 +46,7 @@ def made(config: type, **options: st.SearchStrategy[object]) -> st.SearchStrateg
         "granularity": st.sampled_from([None, "tensor", "channel", "group"]),
         "group_size": st.none() | st.integers(2, 10**6),
         "symmetric": st.booleans(),
+        "scales": st.sampled_from([None, "f16", "bf16"]),
         "axis": st.none() | st.integers(-3, 3) | st.lists(st.integers(-3, 3), max_size=3).map(tuple),
     }
     known = {option.name for option in dataclasses.fields(config)}
@@ -59,7 +60,11 @@ POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
 PRESET = st.sampled_from([None, "paper"])
 RANGE = st.sampled_from([None, "minmax", "mse", "tf-enhanced", "hessian"])
 CONFIGS = {
-    "rtn": made(RtnConfig, convention=st.sampled_from(["full-range", "narrow", "aimet", "gptq", "mid-rise"])),
+    "rtn": made(
+        RtnConfig,
+        convention=st.sampled_from(["full-range", "narrow", "aimet", "gptq", "mid-rise"]),
+        zero_point=st.sampled_from(["integer", "real"]),
+    ),
     "mse": made(MseConfig, search=st.sampled_from(["als", "grid"]), norm=POSITIVE),
     "squant": made(
         SquantConfig,
@@ -88,7 +93,10 @@ METRICS = st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False)
 
 def rules_of(configs: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[tuple[Rule, ...]]:
     """Rules of the methods of one family."""
-    patterns = TEXT | st.sampled_from(["*", "null", "4e5", "1:30", "- a", "a: b", "yes"])
+    # What begins with @ names a role.
+    patterns = TEXT.filter(lambda text: not text.startswith("@")) | st.sampled_from(
+        ["*", "null", "4e5", "1:30", "- a", "a: b", "yes"]
+    )
     methods = st.sampled_from(sorted(configs)).flatmap(lambda name: st.tuples(st.just(name), configs[name]))
     rules = st.tuples(st.lists(patterns, min_size=1, max_size=3), st.just((None, None)) | methods)
     return st.lists(rules, min_size=1, max_size=4).map(

@@ -19,7 +19,7 @@ def rtn(options: str) -> str:
 ANY_METHOD = ", ".join(f"`{name}`" for name in ("match", "keep", *registry.METHODS))
 ANY_ACTION = ", ".join(f"`{name}`" for name in ("keep", *registry.METHODS))
 ANY_KEY = (
-    "`version`, `seed`, `keep_dtype`, `model`, `data`, `task`, `activations`, `companions`, `budget`, "
+    "`version`, `seed`, `keep_dtype`, `model`, `data`, `task`, `activations`, `companions`, `for`, `budget`, "
     "`gates`, `rules`, `finetune`"
 )
 ADD_MATCH = 'add `match: "*.weight"`, a glob over tensor names or a list of them'

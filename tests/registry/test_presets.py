@@ -78,7 +78,9 @@ REFUSED = {("squant", "range"): "clip", ("adaround", "objective"): "gram"}
 
 def resolved(config: PresetConfig) -> dict[str, Any]:
     found = dataclasses.asdict(config)
-    return {name: value for name, value in found.items() if name not in ("bits", "preset", "group_size", "axis")}
+    return {
+        name: value for name, value in found.items() if name not in ("bits", "preset", "group_size", "scales", "axis")
+    }
 
 
 def other(option: str, value: Any) -> Any:

@@ -20,6 +20,7 @@ class Options:
     granularity: str = "channel"
     group_size: int | None = None
     symmetric: bool = False
+    scales: str | None = None
 
     @property
     def unit(self) -> str:
