@@ -127,7 +127,7 @@ def perplexity(library: ctypes.CDLL, path: Path, rows: Sequence[Sequence[int]]) 
 
 
 def quantize(library: ctypes.CDLL, source: Path, target: Path, kind: str, embedding: str | None = None) -> None:
-    """llama.cpp's own quantizer: every matrix of a dense GGUF file as `kind`, embeddings as `embedding` if that is given.
+    """llama.cpp's own quantizer: matrices of a dense GGUF file as `kind`, embeddings as `embedding`.
 
     raises  OSError where it fails
     """

@@ -6,6 +6,11 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("llama-w4")
 """
 
-from qcompress.runtime.plugin import QcompressConfig
+from qcompress.data.user_code import import_package
+
+# First, so that a missing extra is named, and that networks import beside a torchvision that lacks operators.
+import_package("transformers")
+
+from qcompress.runtime.plugin import QcompressConfig  # noqa: E402
 
 __all__ = ["QcompressConfig"]

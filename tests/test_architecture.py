@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("solvers", "calibration", "training", "methods", "exporters", "runtime", "report", "encode", "budget"),
     },
     "__init__": {"types", "compress"},
-    "transformers": {"runtime"},
+    "transformers": {"data", "runtime"},
     "demo": {"errors", "checkpoint", "report", "compress"},
     "cli": {
         *("errors", "types", "registry", "recipe", "checkpoint", "artifact", "plan", "data", "training"),

@@ -8,6 +8,8 @@ import os
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, Ran, Run, Tensors, write_checkpoint
+from conftest import ROOT, Ran, Run, Tensors, package_or_skip, process_environment, write_checkpoint
+from exporters.networks import LLAMA, llama_tensors, save_network
 from typer.main import get_command
 
 from qcompress.cli.app import app
+from qcompress.compress.check_export import CONSUMERS
 from qcompress.recipe import parse_recipe
 from qcompress.registry import EXPORTERS, METHODS
 from qcompress.registry.regularizers import REGULARIZERS
@@ -86,6 +90,15 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("network") / "model.safetensors", resnet20())
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shapes of the Llama of deploy.md's sessions; weights by chance."""
+    sizes = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    config = {**LLAMA, **sizes, **heads, "tie_word_embeddings": True, "dtype": "float32"}
+    return save_network(tmp_path_factory.mktemp("llama") / "llama", config, llama_tensors(config))
+
+
 def shape_of(line: str) -> str:
     """A line without its figures, units and spacing."""
     return re.sub(r"\s+", " ", re.sub(r" (?:[KM]?B)\b|%", "", NUMBER.sub("#", line))).strip(" .")
@@ -111,6 +124,13 @@ def assert_shown(step: Step, ran: Ran, figures: bool) -> None:
         assert any(alike(shown, line, figures) for line in printed), f"{step.command}: not printed: {shown}"
 
 
+def skip_without_consumer(words: list[str]) -> None:
+    """Skip a session whose exports nothing that is installed here can check."""
+    if "--check" in words:
+        for package in CONSUMERS[words[words.index("--to") + 1]][0]:
+            package_or_skip("mlx.core" if package == "mlx" else package)
+
+
 def run_session(text: str, folder: Path, run: Run, shell: Callable[..., Ran], figures: bool) -> None:
     """Run the sessions of a document. Every command succeeds, unless what it shows or `echo $?` says otherwise."""
     recipes = [block for block in blocks(text, "yaml") if block.startswith("version: 1")]
@@ -126,27 +146,51 @@ def run_session(text: str, folder: Path, run: Run, shell: Callable[..., Ran], fi
         else:
             words = shlex.split(step.command)
             assert words[0] == "qcompress"
+            skip_without_consumer(words)
             ran = run(*words[1:])
         code = ran.code
         assert (code != 0) == any(line.startswith("error: ") for line in step.shown), (step.command, ran.err)
         assert_shown(step, ran, figures)
 
 
-SESSIONS = [path for path in DOCUMENTS if steps_of(path.read_text())]
+def run_python(text: str, folder: Path) -> None:
+    """Run the blocks of Python of a document, each in a process of its own, in the folder of its sessions."""
+    for block in blocks(text, "python"):
+        if "from transformers" in block:
+            package_or_skip("transformers")
+        words = [sys.executable, "-c", block]
+        done = subprocess.run(words, cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", SESSIONS, ids=lambda path: path.name)
+SESSIONS = {path.name: path.read_text() for path in DOCUMENTS if steps_of(path.read_text())}
+"""What is run in one folder, by its name: a document, or one section of the page whose sections are of many tools."""
+for section in re.split(r"^## ", SESSIONS.pop("deploy.md"), flags=re.MULTILINE)[1:]:
+    if steps_of(section):
+        SESSIONS[f"deploy.md, {section.splitlines()[0]}"] = section
+
+
+@pytest.mark.parametrize("name", SESSIONS)
 def test_sessions_run_as_shown(
-    path: Path, network: Path, tmp_path: Path, run: Run, shell: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    network: Path,
+    llama: Path,
+    tmp_path: Path,
+    run: Run,
+    shell: Callable[..., Ran],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "session"
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(network)
+    (folder / "llama").symlink_to(llama)
     (folder / "recipes").symlink_to(ROOT / "recipes")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
     np.savez(folder / "images.npz", x=pixels, y=np.arange(20) % 10)
     monkeypatch.chdir(folder)
-    run_session(path.read_text(), folder, run, shell, figures=False)
+    run_session(SESSIONS[name], folder, run, shell, figures=False)
+    if name.startswith("deploy.md"):
+        run_python(SESSIONS[name], folder)
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,9 @@ def check_export(
     refuse_check(to)
     packages, load = CONSUMERS[to]
     try:
-        loaded = load(artifact, output)
+        # Bars of the consumer's own progress are none of ours; what fails is told by the error.
+        with redirect_stderr(StringIO()):
+            loaded = load(artifact, output)
     except Exception as error:
         what = f"does not load the export: {type(error).__name__}: {error}"
         raise ModelError(str(output), f"{packages[0]} {version(packages[0])} {what}", "do not use this file") from error
