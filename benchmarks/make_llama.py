@@ -1,10 +1,11 @@
 """Write a Llama as a Hugging Face folder: config.json, model.safetensors, and a tokenizer where there is one.
 
-    python benchmarks/make_llama.py stories FOLDER stories260K.safetensors
+    python benchmarks/make_llama.py stories FOLDER stories260K.safetensors [--hidden 192]
     python benchmarks/make_llama.py recipe FOLDER CHECKPOINT RECIPE tokenizer.json
     python benchmarks/make_llama.py random FOLDER [--dtype F32|BF16]
 
-`stories` gives Meta's names and order of rows those of transformers, `recipe` takes the config from a recipe whose
+`stories` gives Meta's names and order of rows those of transformers (and room to groups
+that do not divide 172), `recipe` takes the config from a recipe whose
 network is transformers' own, and `random` makes 98 M weights of no meaning, for measures of time and memory.
 """
 
@@ -77,6 +78,18 @@ def stories(checkpoint: Path) -> dict[str, Tensor]:
     return found
 
 
+def padded(tensors: Mapping[str, Tensor], hidden: int) -> dict[str, Tensor]:
+    """Feed-forward layers filled up with zeros to a hidden size, which changes nothing that is computed."""
+    found = dict(tensors)
+    for name, weight in tensors.items():
+        rows, columns = weight.shape if weight.ndim == 2 else (0, 0)
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            found[name] = torch.cat([weight, weight.new_zeros(hidden - rows, columns)])
+        elif name.endswith("down_proj.weight"):
+            found[name] = torch.cat([weight, weight.new_zeros(rows, hidden - columns)], dim=1)
+    return found
+
+
 def random(dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights by chance, norms of one."""
     width, inner = RANDOM["hidden_size"], RANDOM["intermediate_size"]
@@ -112,11 +125,13 @@ def main() -> None:
         of_verb = verbs.add_parser(verb)
         for name in names:
             of_verb.add_argument(name, type=Path)
+    verbs.choices["stories"].add_argument("--hidden", type=int, default=172, help="filled up to that with zeros")
     verbs.choices["random"].add_argument("--dtype", choices=("F32", "BF16"), default="F32")
     options = parser.parse_args()
     match options.verb:
         case "stories":
-            write(options.folder, STORIES, stories(options.checkpoint))
+            tensors = padded(stories(options.checkpoint), options.hidden)
+            write(options.folder, STORIES | {"intermediate_size": options.hidden}, tensors)
         case "recipe":
             args = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))["model"]["args"]
             write(options.folder, COMMON | {"dtype": "float32"} | args, load_file(options.checkpoint))
