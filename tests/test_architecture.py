@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"errors", "types", "registry", "coding", "model", "solvers", "clustering", "calibration", "training"},
     "methods.rd": {"types", "registry", "coding", "coding.unbounded", "data", "model", "solvers", "calibration"},
     "methods.pdquant": {"errors", "types", "registry", "coding", "model", "solvers", "calibration"},
-    "exporters": {"errors", "types", "coding", "checkpoint", "artifact"},
+    "exporters": {"errors", "types", "coding", "checkpoint", "artifact", "plan"},
     "runtime": {"types", "coding", "artifact", "model"},
     "report": {"errors", "types", "coding", "checkpoint", "artifact", "plan"},
     "report.html": {"errors", "types", "plan", "report"},

@@ -73,7 +73,8 @@ def spread_rows(checkpoint: Checkpoint, plan: Plan, fitted: Fitted) -> frozenset
 def _is_spread(checkpoint: Checkpoint, decision: Decision) -> bool:
     """Whether a scale of some row would be a float16 of few bits, or none, under the exponent of the largest one."""
     tensor, config = decision.tensor, decision.config
-    if not has_rows_of_grids(decision) or config.row_exponents or not tensor.numel:
+    # Scales that are to be float16 numbers have one exponent, whatever the rows.
+    if not has_rows_of_grids(decision) or config.row_exponents or config.scales == "f16" or not tensor.numel:
         return False
     rows = stored_rows(checkpoint.shard_of(tensor.name), decision)
     columns = tensor.numel // rows.shape[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ from qcompress.errors import ArtifactError, Subject, raise_all
 from qcompress.exporters.matrices import (
     WEIGHT,
     config_text,
+    find_tables,
     float_bytes,
-    is_embedding,
     largest_change,
     packed_words,
     read_config,
@@ -38,13 +38,12 @@ from qcompress.exporters.sources import (
     safetensors_file,
     safetensors_index,
 )
+from qcompress.plan.siblings import linked_names
 from qcompress.types.export import ExportOptions, ExportPlan, Target
 from qcompress.types.plan import DTYPE_BITS
 
 FORMAT, VERSION = "pack-quantized", "0.20.0"
-FOR = "quantize with rtn, symmetric: true, group_size: 32, 64 or 128, or write it dense with --keep-unfit"
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Modules of one block that vLLM computes as one."""
+FOR = "quantize --for compressed-tensors, or write it dense with --keep-unfit"
 
 
 @dataclass(frozen=True, order=True)
@@ -78,6 +77,9 @@ def export(artifact: Artifact, options: ExportOptions) -> ExportPlan:
     found = find_sources(artifact)
     config = read_config(artifact, "compressed-tensors")
     tied = set(artifact.tied.values())
+    every = [source for _, sources in found for source in sources]
+    tables = find_tables(every, config)
+    linear = {source.name for source in every if len(source.info.shape) == 2 and source.name.endswith(WEIGHT)} - tables
     schemes: dict[str, Scheme] = {}
     notes, errors = activation_notes(artifact), list[ArtifactError]()
     dense: list[str] = []
@@ -86,14 +88,14 @@ def export(artifact: Artifact, options: ExportOptions) -> ExportPlan:
             if source.entry is None or source.is_copy:
                 continue
             why = _refuse(source, tied)
-            if is_embedding(source.name) or (why is not None and options.keep_unfit):
+            if source.name in tables or (why is not None and options.keep_unfit):
                 dense.append(source.name)
             elif why is not None:
                 errors.append(source.refused(*why))
             else:
                 schemes[source.name] = _scheme(source)
     if not options.mixed:
-        errors += _refuse_mixed(artifact, found, schemes)
+        errors += _refuse_mixed(artifact, linear, schemes)
     raise_all(errors)
     files = [
         safetensors_file(
@@ -103,7 +105,7 @@ def export(artifact: Artifact, options: ExportOptions) -> ExportPlan:
         )
         for file, sources in found
     ]
-    modules = [s.name.removesuffix(WEIGHT) for _, sources in found for s in sources if _may_be_linear(s)]
+    modules = [name.removesuffix(WEIGHT) for name in linear]
     config[QUANTIZATION] = _quantization(schemes, modules)
     return ExportPlan(
         True,
@@ -139,25 +141,21 @@ def _scheme(source: Source) -> Scheme:
     return Scheme(entry.bits, (entry.group_size or 0) if grouped else 0, entry.grid != "zero-point")
 
 
-def _may_be_linear(source: Source) -> bool:
-    return len(source.info.shape) == 2 and source.name.endswith(WEIGHT) and not is_embedding(source.name)
-
-
-def _refuse_mixed(artifact: Artifact, found: Any, schemes: Mapping[str, Scheme]) -> Iterator[ArtifactError]:
-    """Weights that vLLM fuses into one and that have different grids."""
-    names = {source.name for _, sources in found for source in sources if _may_be_linear(source)}
-    for name in sorted(names):
-        module = name.removesuffix(WEIGHT)
-        prefix, _, last = module.rpartition(".")
-        others = next((set_ for set_ in FUSED if last == set_[0]), ())
-        for other in others[1:]:
-            beside = f"{prefix}.{other}{WEIGHT}".removeprefix(".")
+def _refuse_mixed(
+    artifact: Artifact, linear: Collection[str], schemes: Mapping[str, Scheme]
+) -> Iterator[ArtifactError]:
+    """Weights that vLLM computes as one and that have different grids."""
+    for name in sorted(linear):
+        linked = linked_names(name, linear)
+        for beside in linked[1:] if linked[0] == name else ():
             one, two = schemes.get(name), schemes.get(beside)
-            if beside in names and one != two:
+            if one != two:
+                other = next(
+                    mine for mine, first in zip(beside.split("."), name.split("."), strict=True) if mine != first
+                )
                 what = f"has {one or 'no codes'} and {other} beside it {two or 'none'}: vLLM makes one weight of them"
-                hint = "give them one width and grid, or pass --mixed for transformers alone"
-                cause = f"has {one or 'no codes'} and {other} beside it {two or 'none'}: vLLM makes one weight of them"
-                yield ArtifactError(str(artifact.path), what, hint, Subject(name), cause)
+                hint = "quantize --for compressed-tensors gives them one grid; --mixed is for transformers alone"
+                yield ArtifactError(str(artifact.path), what, hint, Subject(name), what)
 
 
 def _targets(source: Source, scheme: Scheme | None) -> list[Target]:

@@ -25,7 +25,7 @@ from qcompress.exporters.sources import Source, activation_notes, find_sources
 from qcompress.types.export import ExportOptions, ExportPlan, Target
 from qcompress.types.plan import DTYPE_BITS
 
-FIT = "quantize with rtn, bits: 4, symmetric: true, group_size: 32, or write it dense with --keep-unfit"
+FIT = "quantize --for gguf-q4_0, or write it dense with --keep-unfit"
 
 
 @dataclass(frozen=True)

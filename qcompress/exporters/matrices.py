@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,12 +14,13 @@ from qcompress.artifact.writer import plain_config
 from qcompress.coding.packing import pack, row_bytes
 from qcompress.errors import ArtifactError
 from qcompress.exporters.sources import Source
+from qcompress.plan.network import Network
+from qcompress.plan.roles import find_roles
+from qcompress.types.plan import Role
 
 WEIGHT = ".weight"
-HINT = "write it dense with --keep-unfit, or keep it in the recipe"
 FloatDtype = Literal["F32", "F16", "BF16"]
-
-_EMBEDDING = re.compile(r"(^|\.)(w[tp]e|\w*embed\w*|shared)$")
+TABLES: tuple[Role, ...] = ("embedding", "position")
 
 
 def read_config(artifact: Artifact, to: str) -> dict[str, Any]:
@@ -40,9 +40,10 @@ def config_text(config: dict[str, Any]) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def is_embedding(name: str) -> bool:
-    """Whether a weight's name says that rows of it are looked up."""
-    return _EMBEDDING.search(name.removesuffix(WEIGHT)) is not None
+def find_tables(sources: Sequence[Source], config: Mapping[str, Any]) -> frozenset[str]:
+    """The names of those whose rows are looked up, by their roles."""
+    roles = find_roles(Network([source.info for source in sources], config))
+    return frozenset(name for name, role in roles.items() if role in TABLES)
 
 
 def refuse_matrix(source: Source) -> tuple[str, str] | None:

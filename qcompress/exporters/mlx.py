@@ -92,7 +92,7 @@ def _refuse(source: Source) -> tuple[str, str] | None:
     why = refuse_matrix(source)
     if why is None and not _groups(source):
         what = f"has rows of {source.info.shape[1]} in groups of {source.group}, and MLX has groups of 32, 64 and 128"
-        return what, "quantize with --granularity group --group-size 32, 64 or 128"
+        return what, "quantize --for mlx, or write it dense with --keep-unfit"
     return why
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from qcompress.registry.calibrated import TrainedConfig
+from qcompress.registry.calibrated import DfqConfig, TrainedConfig
 from qcompress.registry.contract import Method
 from qcompress.registry.grids import GridConfig, HqqConfig
 from qcompress.types.config import Form, MethodConfig, ScaleDtype
@@ -95,6 +95,9 @@ class Target:
             wanted |= {"granularity": "group", "group_size": self.groups[0]}
         if kind.form == "offset" and not options.get("symmetric"):
             wanted["zero_point"] = "real"
+            if issubclass(method.config, DfqConfig):
+                # The others' usual range has an offset already.
+                wanted["range"] = "mse"
         return {name: value for name, value in wanted.items() if name in known} | options
 
     def refuse_method(self, method: Method) -> str | None:
