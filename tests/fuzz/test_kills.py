@@ -9,7 +9,7 @@ import pytest
 from fuzz import kills
 from fuzz.kills import kill, prepare, scenarios
 
-SAMPLED = 20
+SAMPLED = 40
 """Of so many calls that change a file one is looked at here; `python -m fuzz.kills` looks at all."""
 
 
