@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,13 +14,16 @@ from qcompress.artifact.writer import copy_companions, find_companions
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from qcompress.checkpoint.pipeline import other_folders, read_pipeline
 from qcompress.checkpoint.staging import staged_output
-from qcompress.errors import RecipeError, UsageError, raise_all
+from qcompress.errors import BudgetError, RecipeError, UsageError, raise_all
+from qcompress.plan.allocate import LEAST_BPW, budget_place, coded_weights, is_open, narrowest, other_bytes
 from qcompress.plan.axes import stored_roles
+from qcompress.plan.files import planned_files
 from qcompress.plan.network import Network
 from qcompress.plan.plan_json import PlanJson
 from qcompress.plan.roles import find_roles
 from qcompress.plan.rules import find_deciders
-from qcompress.types.plan import ROLE_MARK, Recipe, Rule
+from qcompress.types.config import CodingChoice
+from qcompress.types.plan import ROLE_MARK, Plan, Recipe, Rule
 
 Made = TypeVar("Made")
 
@@ -33,7 +38,6 @@ def refuse_for_pipeline(recipe: Recipe, given: Mapping[str, object]) -> None:
     budget = recipe.budget
     wrong = {
         "-r": recipe.model is not None,
-        "--target-size": budget is not None and budget.size is not None,
         "--minimize": budget is not None and budget.minimize is not None,
         **{flag: bool(value) for flag, value in given.items()},
     }
@@ -76,6 +80,51 @@ def component_recipes(
         [RecipeError(where, f"match {glob!r} decides no tensor of the pipeline", hint) for where, glob in idle.items()]
     )
     return found
+
+
+def with_shares(
+    recipes: Mapping[str, Recipe], parts: Mapping[str, Checkpoint], plans: Mapping[str, Plan], choice: CodingChoice
+) -> dict[str, Recipe]:
+    """The recipes with the bytes of the budget dealt out, so that all components have the same bits a weight.
+
+    plans   of each component, under a budget of all the bytes
+    raises  BudgetError where they are less than next to nothing takes
+    """
+    weights = {part: coded_weights(plan) for part, plan in plans.items() if plan.recipe.budget is not None}
+    others = {
+        part: other_bytes(parts[part], narrowest(plan, choice) if is_open(plan) else plan, choice)
+        if part in weights
+        else sum(planned_files(parts[part], plan, choice).values())
+        for part, plan in plans.items()
+    }
+    budget = next(plan.recipe.budget for plan in plans.values() if plan.recipe.budget is not None)
+    assert budget.size is not None
+    other = sum(others.values())
+    room, least = budget.size - other, math.ceil(LEAST_BPW * sum(weights.values()) / 8) + len(weights)
+    if room < least:
+        least += other
+        what = (
+            f"{budget.size:,} bytes are too few: what all components keep, names and a little for codes take {least:,}"
+        )
+        place = budget_place(next(iter(plans.values())))
+        raise BudgetError(place, what, "ask for more, or compress more tensors")
+    shares = {part: others[part] + room * count // sum(weights.values()) for part, count in weights.items()}
+    return {
+        part: replace(recipe, budget=replace(budget, size=shares[part])) if part in shares else recipe
+        for part, recipe in recipes.items()
+    }
+
+
+@contextmanager
+def telling_share(part: str, recipe: Recipe) -> Iterator[None]:
+    """Errors of a component's budget say that it is a share of the pipeline's."""
+    try:
+        yield
+    except BudgetError as error:
+        if recipe.budget is None or recipe.budget.size is None:
+            raise
+        what = f"the share of {part}, {recipe.budget.size:,} bytes, does not suffice: {error.what}"
+        raise BudgetError(error.where, what, "ask for more in all, or compress that component by itself") from error
 
 
 def _own_rule(rule: Rule, part: str) -> Rule:

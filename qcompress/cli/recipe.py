@@ -41,6 +41,7 @@ def check(
     ] = None,
     overrides: opt.Overrides = None,
     allow_code: opt.AllowCode = False,
+    strip_prefix: opt.StripPrefix = None,
     statistics: opt.Statistics = None,
     representatives: opt.Representatives = None,
     quiet: Annotated[
@@ -59,7 +60,7 @@ def check(
     if checkpoint is not None:
         from qcompress.checkpoint.checkpoint import read_checkpoint
 
-        source = read_checkpoint(checkpoint)
+        source = read_checkpoint(checkpoint, strip_prefix)
     found = check_recipe(checked, source, allow_code=allow_code, statistics=statistics is not None)
     if checked.model is None:
         found.errors += opt.unmeasurable(checked.gates)

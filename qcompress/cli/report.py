@@ -26,6 +26,7 @@ from qcompress.errors import Refusals, ReportError, Subject, UnmeasuredError, Us
 from qcompress.types.plan import Gates
 
 if TYPE_CHECKING:
+    from qcompress.checkpoint.checkpoint import Checkpoint
     from qcompress.checkpoint.outputs import Write
     from qcompress.report.document import Report
     from qcompress.report.gates import BaselineGates
@@ -131,6 +132,7 @@ def report(
         ),
     ] = None,
     measuring: SensitivityFlags,
+    strip_prefix: opt.StripPrefix = None,
     max_memory: opt.MaxMemory = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -148,6 +150,7 @@ def report(
 
     qcompress report model.safetensors --sensitivity -r recipe.yaml
     """
+    from qcompress.checkpoint.checkpoint import read_checkpoint
     from qcompress.report.document_json import report_path
 
     inputs = [*artifacts, baseline, since.baseline_report, measuring.recipe]
@@ -157,7 +160,10 @@ def report(
     streams = Streams(files.json_to, quiet, verbose, no_color)
     if not measuring.sensitivity:
         _refuse_given(measuring.only_with_it, "takes --sensitivity", "add it, or leave this out")
-        _report_artifacts(artifacts, baseline, files, gates, since, streams, opt.max_memory_bytes(max_memory))
+        if baseline is None:
+            _refuse_given({"--strip-prefix": strip_prefix}, "takes --baseline or --sensitivity", "leave it out")
+        original = None if baseline is None else read_checkpoint(baseline, strip_prefix)
+        _report_artifacts(artifacts, original, files, gates, since, streams, opt.max_memory_bytes(max_memory))
         return
     others: dict[str, object] = {
         "--baseline": baseline,
@@ -169,7 +175,7 @@ def report(
     _refuse_given(others, "goes with artifacts, not with --sensitivity", "leave it out")
     if len(artifacts) != 1:
         raise UsageError("--sensitivity", f"takes one checkpoint, not {len(artifacts)}", "name one")
-    found = find_sensitivity(artifacts[0], measuring, writes, files.force, streams)
+    found = find_sensitivity(artifacts[0], measuring, writes, files.force, streams, strip_prefix)
     print_sensitivity(found, files.form, files.output, streams)
 
 
@@ -213,15 +219,17 @@ def _refuse_given(flags: Mapping[str, object], what: str, hint: str) -> None:
 
 def _report_artifacts(
     artifacts: Sequence[Path],
-    baseline: Path | None,
+    original: Checkpoint | None,
     files: ReportFlags,
     gates: GateFlags,
     baseline_flags: BaselineFlags,
     streams: Streams,
     max_memory: int | None,
 ) -> None:
-    """Gather the reports, hold the gates, write everything that was asked for. Raises GateFailed."""
-    from qcompress.checkpoint.checkpoint import read_checkpoint
+    """Gather the reports, hold the gates, write everything that was asked for. Raises GateFailed.
+
+    original  the checkpoint that errors are measured against
+    """
     from qcompress.report.gates import gate_errors
     from qcompress.report.gather import gather_report
     from qcompress.report.html.render_html import render_html
@@ -229,7 +237,6 @@ def _report_artifacts(
 
     against_checkpoint = gates if baseline_flags.baseline_report is None else replace(gates, max_drop=None)
     limits, since = make_gates(Gates(), against_checkpoint), _baseline_gates(baseline_flags, gates.max_drop)
-    original = read_checkpoint(baseline) if baseline is not None else None
     reports = [gather_report(path, original, max_memory) for path in artifacts]
     # Of several artifacts errors name each.
     names = [str(path) if len(artifacts) > 1 else None for path in artifacts]

@@ -23,7 +23,15 @@ from qcompress.cli.output import (
     refuse_harm,
     sample_progress,
 )
-from qcompress.cli.pipeline import component_recipes, join_plans, read_components, refuse_for_pipeline, write_pipeline
+from qcompress.cli.pipeline import (
+    component_recipes,
+    join_plans,
+    read_components,
+    refuse_for_pipeline,
+    telling_share,
+    with_shares,
+    write_pipeline,
+)
 from qcompress.cli.recipe import find_representatives
 from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.errors import ResourceError, UsageError, printable, raise_all
@@ -138,23 +146,29 @@ def _run_pipeline(request: Request, folder: Path, streams: Streams) -> None:
     coding: CodingChoice = request.writing.coding.value
     parts = read_components(folder, request.running.strip_prefix)
     recipes = component_recipes(request.recipe, request.table_rules, request.bits_embedding, parts)
+
+    def planned(part: str) -> Plan:
+        return _make_plan(parts[part], replace(request, recipe=recipes[part]), None)[0]
+
+    if request.recipe.budget is not None and request.recipe.budget.size is not None:
+        recipes = with_shares(recipes, parts, {part: planned(part) for part in parts}, coding)
     if request.writing.dry_run:
         found = {}
         for part, source in parts.items():
-            plan = _dry_plan(source, replace(request, recipe=recipes[part]), streams)
+            with telling_share(part, recipes[part]):
+                plan = _dry_plan(source, replace(request, recipe=recipes[part]), streams)
             found[part] = plan_json(source, plan, target / part, coding)
         document = join_plans(folder, target, found, recipe_hash(request.recipe))
         print_output(target, json_document(document), _view(document), streams)
         return
     _refuse_harm(request, target, streams.json_to)
-    plans = {
-        part: _make_plan(source, replace(request, recipe=recipes[part]), None)[0] for part, source in parts.items()
-    }
+    plans = {part: planned(part) for part in parts}
     options = _make_options(request, target, coding, streams)
 
     def make(part: str, place: Path) -> Report:
         streams.say(part)
-        return _compress(parts[part], plans[part], replace(options, output=place, force=False), request, streams)
+        with telling_share(part, recipes[part]):
+            return _compress(parts[part], plans[part], replace(options, output=place, force=False), request, streams)
 
     from qcompress.report.figures import run_figures
 

@@ -107,12 +107,18 @@ class SensitivityFlags:
 
 
 def find_sensitivity(
-    checkpoint: Path, flags: SensitivityFlags, writes: Sequence[Write], force: bool, streams: Streams
+    checkpoint: Path,
+    flags: SensitivityFlags,
+    writes: Sequence[Write],
+    force: bool,
+    streams: Streams,
+    strip_prefix: str | None = None,
 ) -> Sensitivity:
     """What the cache holds of just this, else what is measured now, and cached. Raises UsageError, InputError.
 
-    writes  what the command writes, but --json and the cache
-    force   replaces a cache of something else
+    writes        what the command writes, but --json and the cache
+    force         replaces a cache of something else
+    strip_prefix  see read_checkpoint
     """
     from qcompress.budget.sensitivity import SAMPLES
     from qcompress.checkpoint.checkpoint import read_checkpoint
@@ -134,7 +140,7 @@ def find_sensitivity(
     writes = [Write(cache, "--cache", is_own=lambda _: True), *writes]
     reads = {"the checkpoint": checkpoint, "the recipe": flags.recipe}
     refuse_harm(reads, writes, streams.json_to, recipe=recipe, force=force)
-    source = read_checkpoint(checkpoint)
+    source = read_checkpoint(checkpoint, strip_prefix)
     widths = None if flags.widths is None else parse_widths(flags.widths)
     model_run = make_model_run(recipe, flags.device, flags.allow_code, streams)
     samples = flags.samples or SAMPLES

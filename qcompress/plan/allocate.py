@@ -70,7 +70,7 @@ def most_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> int:
     limit = limit_of(checkpoint, plan, choice)
     if limit.whole:
         return int(limit.bits // 8)
-    other = _other_bytes(checkpoint, plan, choice) + len(checkpoint.shards) * _most_header_growth(plan)
+    other = other_bytes(checkpoint, plan, choice) + len(checkpoint.shards) * _most_header_growth(plan)
     return other + int(limit.bits // 8)
 
 
@@ -96,10 +96,10 @@ def limit_of(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> Limit:
             raise BudgetError(budget_place(plan), what, f"ask for at least {LEAST_BPW}")
         return Limit(budget.bpw * weights, 0.0, whole=False)
     assert budget.size is not None
-    other = _other_bytes(checkpoint, plan, choice)
+    other = other_bytes(checkpoint, plan, choice)
     rest = math.ceil(LEAST_BPW * weights / 8)
     if budget.size < other + rest:
-        least = _least_size(plan, other + rest, lambda asked: _other_bytes(checkpoint, asked, choice) + rest)
+        least = _least_size(plan, other + rest, lambda asked: other_bytes(checkpoint, asked, choice) + rest)
         what = (
             f"{budget.size:,} bytes are too few: what is kept, names and next to nothing for the codes take {least:,}"
         )
@@ -109,7 +109,7 @@ def limit_of(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> Limit:
     return Limit(budget.size * 8.0, other * 8.0, whole=True)
 
 
-def _other_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> int:
+def other_bytes(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> int:
     """The bytes of all files but for codes and side information, at most."""
     compressed = {decision.tensor.name for decision in plan.decisions if decision.compresses}
     layouts = [shard.layout for shard in make_shards(checkpoint, plan, choice)]

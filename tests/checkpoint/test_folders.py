@@ -163,6 +163,14 @@ def test_a_wrappers_prefix_is_proposed_and_stripped(prefix: str, run: Run, tmp_p
     qcompress.load_into(other, tmp_path / "a.safetensors")
     assert torch.allclose(other.body.weight, net.body.weight, atol=0.01)
     assert run("eval", tmp_path / "m.safetensors", *asked, *stripped).code == 0
+    assert run("recipe", "check", recipe, tmp_path / "m.safetensors", "--allow-code", *stripped).code == 0
+    measured = ("--sensitivity", *asked, "--cache", tmp_path / "c.json", "--samples", 4, "--widths", 4)
+    assert run("report", tmp_path / "m.safetensors", *measured, *stripped).code == 0
+    against = ("report", tmp_path / "a.safetensors", "--baseline", tmp_path / "m.safetensors")
+    assert run(*against).code == 3
+    assert run(*against, *stripped).code == 0
+    line = refused(run, tmp_path, "report", tmp_path / "a.safetensors", *stripped, code=2)
+    assert "--strip-prefix: takes --baseline or --sensitivity" in line
     assert run("cluster", tmp_path / "m.safetensors", "--bits", 2, *stripped, "-q").code == 0
     assert qcompress.load_state_dict(tmp_path / "m-c2.safetensors").keys() == net.state_dict().keys()
 

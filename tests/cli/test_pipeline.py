@@ -150,10 +150,40 @@ def test_bits_per_weight_are_kept_in_each(run: Run, pipeline: Path) -> None:
     assert json.loads(done.out)["size"]["bits_per_weight"] <= 4
 
 
+def test_bytes_are_dealt_out_so_that_all_components_have_the_same_bits(
+    run: Run, pipeline: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    save_file({"a.weight": torch.randn(96, 128)}, pipeline / "text_encoder" / "model.safetensors")
+    save_file({"b.weight": torch.randn(64, 128)}, pipeline / "vae" / "diffusion_pytorch_model.safetensors")
+    done = run("quantize", pipeline, "--target-size", "16KB", "--json", "-", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    files = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors*"))
+    assert 0.97 * 16000 < report["size"]["artifact_bytes"] <= 16000
+    assert files == report["size"]["artifact_bytes"]
+    bits = {layer["name"]: layer["bytes"] / layer["baseline_bytes"] for layer in report["layers"]}
+    # Side information of the small network takes its part of the same bits.
+    assert bits["text_encoder/a.weight"] == pytest.approx(bits["vae/b.weight"], rel=0.03)
+    planned = run("quantize", pipeline, "--target-size", "16KB", "--dry-run", "--json", "-")
+    assert planned.code == 0, planned.err
+    line = refused(run, tmp_path, "quantize", pipeline, "--target-size", "3KB")
+    assert "3,000 bytes are too few: what all components keep, names and a little for codes take" in line
+
+
+def test_widths_that_do_not_fit_a_share_name_the_component(run: Run, pipeline: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("version: 1\nrules: [{match: '*.weight', mse: {granularity: group, group_size: 3}}]\n")
+    done = run("quantize", pipeline, "-r", recipe, "--target-size", "8KB", "-q")
+    assert (done.code, (tmp_path / "sd-r").exists()) == (3, False)
+    line = done.err.splitlines()[-1]
+    assert "the share of unet, " in line and line.endswith("ask for more in all, or compress that component by itself")
+
+
 def test_what_is_of_one_network_is_refused(run: Run, pipeline: Path, tmp_path: Path) -> None:
     command = ("quantize", pipeline, "-o", tmp_path / "out")
-    line = refused(run, tmp_path, *command, "--target-size", "10KB", code=2)
-    assert "--target-size: is for one network and one artifact, and a pipeline has several" in line
+    line = refused(run, tmp_path, *command, "--minimize", "size", "--min-sqnr", 10, code=2)
+    assert "--minimize: is for one network and one artifact, and a pipeline has several" in line
     assert "--resume: is for one network" in refused(run, tmp_path, *command, "--bits", 4, "--resume", code=2)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
