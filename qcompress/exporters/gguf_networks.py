@@ -70,6 +70,9 @@ class Network:
     permuted      whether rows of q and k go in pairs, as llama.cpp rotates them, in place of halves
     turned        modules whose weights are stored [in, out]
     plus_one      whether norms are stored less one
+    gelu          whether its activation is a GELU, in place of SiLU
+    layers_27b    of its largest network, whose attention llama.cpp scales by the width of a head as if there were no
+                  `head_dim`; 0 where config.json has no scale
     hidden        modules whose rows, and modules whose columns, are the hidden values of a feed-forward layer
     pre           the pre-tokenizer of its byte-level tokenizers, and a part of its pattern
     """
@@ -81,20 +84,24 @@ class Network:
     permuted: bool = False
     turned: bool = False
     plus_one: bool = False
+    gelu: bool = False
+    layers_27b: int = 0
     hidden: tuple[tuple[str, ...], tuple[str, ...]] = (("ffn_gate", "ffn_up"), ("ffn_down",))
     pre: tuple[str, str] = ("", "")
 
 
+_ACTIVATIONS = {False: ("silu", "swish"), True: ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")}
+"""What llama.cpp computes as SiLU, and as GELU."""
 _DIGITS = ("llama-bpe", r"\p{N}{1,3}")
 NETWORKS: Mapping[str, Network] = {
     "llama": Network("llama", _LLAMA, permuted=True, pre=_DIGITS),
     "mistral": Network("llama", _LLAMA, permuted=True, pre=("tekken", r"\p{Lu}")),
     "qwen2": Network("qwen2", _LLAMA, pre=("qwen2", r"|\p{N}|")),
     "qwen3": Network("qwen3", {**_LLAMA, **_NORMED}, pre=("qwen2", r"|\p{N}|")),
-    "gemma": Network("gemma", _LLAMA, plus_one=True),
-    "gemma2": Network("gemma2", _GEMMA2, plus_one=True),
-    "gemma3_text": Network("gemma3", {**_GEMMA2, **_NORMED}, plus_one=True),
-    "phi": Network("phi2", _PHI, {**_OUTER, "model.final_layernorm": "output_norm"}, pre=("phi-2", "")),
+    "gemma": Network("gemma", _LLAMA, plus_one=True, gelu=True),
+    "gemma2": Network("gemma2", _GEMMA2, plus_one=True, gelu=True, layers_27b=46),
+    "gemma3_text": Network("gemma3", {**_GEMMA2, **_NORMED}, plus_one=True, gelu=True, layers_27b=62),
+    "phi": Network("phi2", _PHI, {**_OUTER, "model.final_layernorm": "output_norm"}, gelu=True, pre=("phi-2", "")),
     "phi3": Network("phi3", _PHI3, hidden=((), ())),
     "gpt2": Network(
         "gpt2",
@@ -102,6 +109,7 @@ NETWORKS: Mapping[str, Network] = {
         {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"},
         "h.",
         turned=True,
+        gelu=True,
         pre=("gpt-2", ""),
     ),
 }
@@ -129,6 +137,7 @@ def describe(network: Network, config: Mapping[str, Any], hidden: int) -> dict[s
 
     raises  KeyError for what config.json lacks, ValueError for what llama.cpp does not compute
     """
+    _refuse(network, config)
     one = _Config(config)
     heads, width = one.integer("num_attention_heads", "n_head"), one.integer("hidden_size", "n_embd")
     found: dict[str, Value] = {
@@ -160,6 +169,21 @@ def describe(network: Network, config: Mapping[str, Any], hidden: int) -> dict[s
         if config.get(key) and network.architecture in ("gemma2", "gemma3", "phi3"):
             found[name] = int(config[key]) if key == "sliding_window" else float(config[key])
     return _with_prefix(network, found | one.rope_scaling())
+
+
+def _refuse(network: Network, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for what llama.cpp computes otherwise, and no file can tell it."""
+    given = [config[key] for key in ("hidden_activation", "hidden_act", "activation_function") if config.get(key)]
+    if given and given[0] not in _ACTIVATIONS[network.gelu]:
+        own = _ACTIVATIONS[network.gelu][0]
+        raise ValueError(f"its activation is {given[0]!r}, and llama.cpp computes {own} in a {network.architecture}")
+    scale = config.get("query_pre_attn_scalar")
+    if network.layers_27b and scale is not None:
+        heads = config["hidden_size"] // config["num_attention_heads"]
+        head = heads if config["num_hidden_layers"] == network.layers_27b else config.get("head_dim") or heads
+        if scale != head:
+            what = f"its query_pre_attn_scalar is {scale}, and llama.cpp takes {head}, the width of a head"
+            raise ValueError(what)
 
 
 def _with_prefix(network: Network, found: Mapping[str, Value]) -> dict[str, Value]:

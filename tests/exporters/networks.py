@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from artifact.examples import gaussian, recipe, rule, run, save
+from conftest import package_or_skip
 from torch import Tensor
 
 from qcompress.types.plan import Rule
@@ -56,6 +57,44 @@ def llama_tensors(config: Mapping[str, Any], dtype: torch.dtype = torch.float32)
     if not config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     return {name: gaussian(*shape, seed=seed).mul_(0.1).to(dtype) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+_GEMMA = {"head_dim": 256}
+NETWORKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"num_attention_heads": 2, "head_dim": 128}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", _GEMMA),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _GEMMA),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _GEMMA),
+    "phi": ("PhiForCausalLM", "PhiConfig", {"num_key_value_heads": HEADS, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {"pad_token_id": 0}),
+    # transformers takes it to have 1024 places, whatever the file says.
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"num_key_value_heads": HEADS, "max_position_embeddings": 1024}),
+}
+"""Name -> what transformers calls the network and its config, and what differs from LLAMA's sizes."""
+
+
+def make_network(name: str) -> Any:
+    """A small network of transformers by chance; the test is skipped where that is not installed."""
+    library = package_or_skip("transformers")
+    kind, config, changes = NETWORKS[name]
+    sizes = {key: value for key, value in LLAMA.items() if isinstance(value, int)}
+    torch.manual_seed(0)
+    network = getattr(library, kind)(getattr(library, config)(**{**sizes, **changes})).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.05)
+    return network
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer.json of byte pairs of which none are merged, with the tokens that llama.cpp seeks in a Phi 3."""
+    tokens = ["<unk>", "<s>", "</s>", "<|endoftext|>", *(chr(0x100 + number) for number in range(VOCABULARY - 4))]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": []}))
 
 
 def save_network(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:

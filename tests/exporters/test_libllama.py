@@ -10,9 +10,10 @@ import libllama
 import make_llama
 import numpy as np
 import pytest
+import torch
 from artifact.examples import recipe, rule, run
 
-from exporters.networks import q4, save_network
+from exporters.networks import NETWORKS, make_network, q4, save_network, write_tokenizer
 from qcompress.artifact.reader import read_artifact
 from qcompress.compress.export import export
 from qcompress.types.export import ExportOptions
@@ -44,6 +45,19 @@ def data() -> Path:
     if not named:
         pytest.skip("QCOMPRESS_DATA is not set: the network is not here")
     return Path(named).resolve() / "stories"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_llama_cpp_computes_what_transformers_does(name: str, library: ctypes.CDLL, tmp_path: Path) -> None:
+    network = make_network(name)
+    network.save_pretrained(tmp_path / "network")
+    write_tokenizer(tmp_path / "network")
+    ids = [number * 7 % 96 for number in range(40)]
+    found = libllama.logits_of(library, to_gguf(tmp_path / "network", tmp_path / "m.gguf"), [ids])[0]
+    with torch.no_grad():
+        expected = network(torch.tensor([ids])).logits[0].numpy()
+    # Keys and values are kept in float16.
+    assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected)
 
 
 def to_gguf(network: Path, target: Path, *rules: Rule) -> Path:
