@@ -40,6 +40,7 @@ from qcompress.types.plan import DTYPE_BITS
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUPS = (128, 64, 32)
+HEAD, TIED = "lm_head.weight", "tie_word_embeddings"
 
 
 def export(artifact: Artifact, options: ExportOptions) -> ExportPlan:
@@ -73,6 +74,9 @@ def export(artifact: Artifact, options: ExportOptions) -> ExportPlan:
         for file, sources in found
     ]
     config.pop(QUANTIZATION, None)
+    if any(source.name == HEAD and not source.is_copy for _, sources in found for source in sources):
+        # Where config.json does not say, transformers takes a head for its own, and mlx-lm for the embedding.
+        config.setdefault(TIED, False)
     if schemes:
         config["quantization"] = config[QUANTIZATION] = _quantization(schemes)
     notes = activation_notes(artifact)

@@ -72,3 +72,13 @@ def test_a_scale_a_row_is_repeated_for_the_largest_group_that_divides_it(tmp_pat
     assert (section["group_size"], section["bits"]) == (64, 4)
     # Rows of 96: neither 128 nor 64 divide them.
     assert section["model.layers.1.mlp.down_proj"] == {"group_size": 32, "bits": 4}
+
+
+def test_a_head_of_its_own_is_told_where_the_config_does_not(tmp_path: Path) -> None:
+    """mlx-lm takes heads for tied where config.json is silent, and transformers for their own."""
+    for tied, expected in ((None, False), (False, False), (True, True)):
+        folder = tmp_path / str(tied)
+        folder.mkdir()
+        changes = {} if tied is None else {"tie_word_embeddings": tied}
+        plan = plan_export(read_artifact(compress_llama(folder, **changes)), "mlx")
+        assert json.loads(plan.texts["config.json"])["tie_word_embeddings"] is expected
