@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ COLUMNS = (
     "from_pretrained",
     "load_into",
     "compressed folder",
+    "tensors by role",
 )
 
 
@@ -81,7 +83,15 @@ def measure(name: str, folder: Path) -> list[str]:
         "equal" if same else "DIFFERS",
         "equal" if exact else "DIFFERS",
         refused,
+        roles(folder),
     ]
+
+
+def roles(folder: Path) -> str:
+    """How many tensors have each role, most first."""
+    call("quantize", folder / "m", "--bits", 4, "--dry-run", "--json", folder / "plan.json")
+    counts = Counter(one["role"] for one in json.loads((folder / "plan.json").read_text())["tensors"])
+    return ", ".join(f"{count} {role}" for role, count in counts.most_common())
 
 
 def bits_per_weight(report: Path) -> str:
@@ -96,7 +106,7 @@ def main() -> None:
     logging = import_package("transformers.utils.logging")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    print(f"| {' | '.join(COLUMNS)} |\n|---|{'---:|' * 4}{'---|' * 3}")
+    print(f"| {' | '.join(COLUMNS)} |\n|---|{'---:|' * 4}{'---|' * 4}")
     start = time.process_time()
     for name in asked:
         with tempfile.TemporaryDirectory() as folder:
