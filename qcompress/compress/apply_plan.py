@@ -72,12 +72,12 @@ def fit(
 
 
 def encode_merged(checkpoint: Checkpoint, plan: Plan, live: LiveModel, sources: ContextSources) -> dict[str, Encoded]:
-    """The codes of the tensors that the network holds as parts of others only, by methods that need weights alone.
+    """The codes of those tensors that the network holds as parts of others only whose methods need weights alone.
 
     `live.quantized` then holds what they decode to. Raises RecipeError where one shares its codebook.
     """
     merged = [one for one in plan.decisions if one.tensor.name in live.names.merged and one.tied_to is None]
-    wanted = [one for one in merged if one.compresses]
+    wanted = [one for one in merged if one.compresses and one.stack is None]
     for one in wanted:
         if one.codebook.shared is not None:
             what = "is a part of another tensor in the network, and shares no codebook there"

@@ -75,7 +75,7 @@ def compress_live(
     before = measure_task(live.module, model_run, "before") if measures else []
     if how.save_statistics is not None and world.is_first:
         how.say("statistics of the layers' inputs")
-        found = live.names.tensors(measure_statistics(live), (HESSIAN, MEAN))
+        found = live.names.statistics(measure_statistics(live), (HESSIAN, MEAN))
         save_statistics(found, how.save_statistics)
 
     kept: dict[str, object] = {}

@@ -228,12 +228,17 @@ def facts_by(module: nn.Module, taken: Taken, tensors: Iterable[str], idle: froz
     own, names = facts_of(module, idle), taken.names(tensors)
     back = {place: name for name, place in taken.places.items()}
     merged = TensorFacts(type(module).__name__, called=False, merged=True)
+    stacks = {part: name for name, stack in names.stacks.items() for part in stack.parts}
 
     def fact(name: str) -> TensorFacts:
         one = own[names.place(name)]
         return replace(one, tied_to=None if one.tied_to is None else back.get(one.tied_to))
 
-    return {name: fact(name) for name in taken.places} | dict.fromkeys(sorted(names.merged), merged)
+    def part(name: str) -> TensorFacts:
+        stack = stacks.get(name)
+        return merged if stack is None else replace(own[stack], axis=None, merged=True, stack=stack)
+
+    return {name: fact(name) for name in taken.places} | {name: part(name) for name in sorted(names.merged)}
 
 
 def build_skeleton(model_run: ModelRun) -> nn.Module:

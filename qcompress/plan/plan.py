@@ -19,6 +19,7 @@ from qcompress.plan.axes import find_axes, find_tied
 from qcompress.plan.network import Network
 from qcompress.plan.roles import ROLES, find_roles
 from qcompress.plan.rules import RuleUse, find_deciders, rule_uses
+from qcompress.plan.stacks import whole_stacks, without_broken_stacks
 from qcompress.plan.targets import hold, refuse_unlinked, target_of
 from qcompress.registry import METHODS, ClusterConfig, RdConfig, refuse_cost
 from qcompress.registry.targets import Target
@@ -82,14 +83,17 @@ def make_plan(
     calibrated = recipe.data is not None and recipe.data.calibration is not None
     deciders = find_deciders(recipe.rules, roles)
     twins = _stored_twins(deciders, tied)
+    whole = whole_stacks(facts, deciders)
     target = target_of(recipe.target)
     decisions: list[Decision] = []
     errors: list[InputError] = []
     for tensor in tensors:
         rule = deciders[tensor.name]
         try:
-            because = _not_taken(rule, facts.get(tensor.name), calibrated)
-            known = _Known(roles[tensor.name], axes.get(tensor.name), twins.get(tensor.name), because)
+            fact = facts.get(tensor.name)
+            because = _not_taken(rule, fact, calibrated, whole)
+            stack = fact.stack if fact is not None and _is_watched(rule, calibrated) else None
+            known = _Known(roles[tensor.name], axes.get(tensor.name), twins.get(tensor.name), because, stack)
             decision = replace(_decide(tensor, rule, known, target), role=known.role)
             decision = decision if target is None else hold(decision, rule, target)
             decisions.append(_stored(decision, rule, recipe.keep_dtype))
@@ -102,6 +106,7 @@ def make_plan(
     raise_all(errors)
     if nonfinite is not None:
         decisions = [_without_nonfinite(d, nonfinite(d.tensor)) if d.compresses else d for d in decisions]
+    decisions = [*without_broken_stacks(decisions, facts)]
     return Plan(recipe, tuple(_learned(decisions, representatives)))
 
 
@@ -170,12 +175,14 @@ class _Known:
     axis     its channel axes, where they are not the first
     twin     the tensor that is stored for it
     foreign  why the rule's method cannot take its weight
+    stack    what the network holds it as rows of, where the rule's method would take that one whole
     """
 
     role: Role
     axis: Axis | None = None
     twin: str | None = None
     foreign: str | None = None
+    stack: str | None = None
 
 
 def _decide(tensor: TensorInfo, rule: Rule | None, known: _Known, target: Target | None = None) -> Decision:
@@ -196,20 +203,22 @@ def _decide(tensor: TensorInfo, rule: Rule | None, known: _Known, target: Target
     because = None if named else _kept_unnamed(tensor, known)
     if because is not None:
         return Decision(tensor, None, KEPT, because)
-    stands_in = ""
+    stands_in, stack = "", known.stack
     if known.foreign is not None:
         instead = _rule_instead(tensor, rule, known, target)
         if instead is None:
             return Decision(tensor, None, KEPT, f"{rule.method} cannot take it: {known.foreign}")
         stands_in = f"; {instead.method}, for {rule.method} cannot take it: {known.foreign}"
-        rule = instead
+        rule, stack = instead, None
+    elif stack is not None:
+        stands_in = f"; {rule.method} sees {stack}, whose rows it is"
     axis, reason = _channel_axis(tensor, rule, known.axis)
     reason += stands_in
     accepted = _accepted(tensor, rule, axis)
     shared = shared_by(tensor.name, accepted.share)
     if shared is not None:
         reason = f"{reason}; one codebook for the {shared}"
-    decision = Decision(tensor, rule.method, accepted, reason, axis, codebook=CodebookSpec(shared=shared))
+    decision = Decision(tensor, rule.method, accepted, reason, axis, codebook=CodebookSpec(shared=shared), stack=stack)
     return decision if named else _if_smaller(decision)
 
 
@@ -253,14 +262,25 @@ def _packed_bytes(shape: Shape, dtype: str, axis: tuple[int, ...], config: Metho
     return sum(slot.n_bytes for slot in make_slots(decision, "packed"))
 
 
-def _not_taken(rule: Rule | None, fact: TensorFacts | None, calibrated: bool) -> str | None:
-    """Why the rule's method cannot take a weight that a live model has, or None."""
-    if rule is None or rule.method is None or fact is None:
+def _is_watched(rule: Rule | None, calibrated: bool) -> bool:
+    """Whether the rule's method sees a weight in a live model, rather than alone."""
+    if rule is None or rule.method is None:
+        return False
+    method = METHODS[rule.method]
+    return method.needs != "weights" or (method.rates and calibrated)
+
+
+def _not_taken(
+    rule: Rule | None, fact: TensorFacts | None, calibrated: bool, whole: frozenset[str] = frozenset()
+) -> str | None:
+    """Why the rule's method cannot take a weight that a live model has, or None.
+
+    whole  the stacks that a method may take whole, where it takes what a module multiplies by inside itself
+    """
+    if rule is None or rule.method is None or fact is None or not _is_watched(rule, calibrated):
         return None
     method = METHODS[rule.method]
-    if method.needs == "weights" and not (method.rates and calibrated):
-        return None
-    if fact.merged:
+    if fact.merged and not (fact.stack in whole and "inner" in method.takes):
         return f"{fact.module} holds it as a part of another tensor"
     if fact.kind == "idle" and (method.called or method.takes):
         return f"no forward pass calls its module, {fact.module}"

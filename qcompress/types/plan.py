@@ -381,6 +381,7 @@ class TensorFacts:
              layers, attention and stacked experts, a `table` that it looks rows up in, nothing as no forward pass calls
              it (`idle`), or something `else`
     merged   whether the network holds it as a part of another tensor only, as it does the experts of a layer
+    stack    that tensor, where its rows are whole matrices of the checkpoint; the facts are then those of the stack
     """
 
     module: str
@@ -389,6 +390,7 @@ class TensorFacts:
     called: bool = True
     kind: WeightKind = "else"
     merged: bool = False
+    stack: str | None = None
 
 
 ModelFacts: TypeAlias = Mapping[str, TensorFacts]
@@ -430,7 +432,8 @@ class Decision(Generic[ConfigT]):
     place of this one. `stored` is the dtype in which a kept tensor is stored where its values bear it, and that is not
     its own. `sensitivity` is what the chosen width of this tensor alone costs, where that was measured. `codebook` says
     more of a codebook. `role` is what the tensor is in its network. `row_exponents` says that each row has an exponent
-    of its own though the config does not ask for it.
+    of its own though the config does not ask for it. `stack` names the tensor of the network that this one is rows of,
+    where the method compresses that one whole.
     """
 
     tensor: TensorInfo
@@ -444,6 +447,7 @@ class Decision(Generic[ConfigT]):
     codebook: CodebookSpec = field(default_factory=CodebookSpec)
     role: Role = "matrix"
     row_exponents: bool = False
+    stack: str | None = None
 
     @property
     def compresses(self) -> bool:

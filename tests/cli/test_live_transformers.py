@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Run, refused
 from model.architectures import ARCHITECTURES, make_architecture
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qcompress
 from qcompress.artifact.reader import read_artifact
@@ -75,21 +75,62 @@ def test_a_live_recipe_works_on_what_save_pretrained_wrote(run: Run, name: str, 
     assert read_artifact(tmp_path / "a").activations
 
 
-def test_parts_of_a_stack_are_rounded_before_what_follows_is_fitted(run: Run, tmp_path: Path) -> None:
-    """The plan says that no calibrated method reaches them; a rule that names one is refused."""
+def planned_experts(run: Run, folder: Path, recipe: Path) -> list[dict[str, str]]:
+    planned = run("quantize", folder, "-r", recipe, "--dry-run", "--json", "-")
+    assert planned.code == 0, planned.err
+    return [one for one in json.loads(planned.out)["tensors"] if ".experts." in one["name"]]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "deepseek-v3"])
+@pytest.mark.parametrize("method", ["gptq: {bits: 3}", "adaround: {bits: 3, iterations: 2}"])
+def test_parts_of_a_stack_get_the_codes_of_the_stack(run: Run, name: str, method: str, tmp_path: Path) -> None:
+    """Experts one by one on the disk, and the same network under its own names, whose experts are stacked there."""
+    module = make_architecture(name)
+    module.save_pretrained(tmp_path / "parts")
+    (tmp_path / "stacks").mkdir()
+    own = {key: value.contiguous() for key, value in module.state_dict().items()}
+    save_file(own, tmp_path / "stacks" / "model.safetensors")
+    module.config.save_pretrained(tmp_path / "stacks")
+    recipe = write_recipe(tmp_path, name, f"rules: [{{match: '*', {method}}}]\n", None)
+    found = []
+    for folder in ("parts", "stacks"):
+        done = run("quantize", tmp_path / folder, "-r", recipe, "--json", "-", "-o", tmp_path / f"{folder}-codes")
+        assert done.code == 0, done.err
+        experts = [one for one in json.loads(done.out)["layers"] if ".experts." in one["name"]]
+        assert {one["method"] for one in experts} == {method.partition(":")[0]}
+        again = make_architecture(name, seed=1)
+        qcompress.load_into(again, tmp_path / f"{folder}-codes")
+        found.append(again.state_dict())
+    assert len({".gate_up_proj" in key for key in found[0]}) == 2
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_parts_of_a_stack_that_has_several_rules_are_rounded_alone(run: Run, tmp_path: Path) -> None:
+    """Then the plan says that no calibrated method reaches them; a rule that names one is refused."""
     make_architecture("mixtral").save_pretrained(tmp_path / "m")
-    recipe = write_recipe(tmp_path, "mixtral", "rules: [{match: '*_*.weight', gptq: {bits: 4}}]\n", None)
-    planned = run("quantize", tmp_path / "m", "-r", recipe, "--dry-run", "--json", "-")
-    experts = [one for one in json.loads(planned.out)["tensors"] if ".experts." in one["name"]]
-    assert len(experts) == 24 and {one["method"] for one in experts} == {"mse"}
-    assert {one["reason"].partition("; ")[2] for one in experts} == {
-        "mse, for gptq cannot take it: MixtralForCausalLM holds it as a part of another tensor"
-    }
-    named = f"rules: [{{match: {experts[0]['name']}, gptq: {{bits: 4}}}}]\n"
-    recipe = write_recipe(tmp_path, "mixtral", named, None)
-    assert "MixtralForCausalLM holds it as a part of another tensor" in refused(
+    rules = "rules: [{match: '*.w3.weight', gptq: {bits: 5}}, {match: '*_*.weight', gptq: {bits: 4}}]\n"
+    experts = planned_experts(run, tmp_path / "m", write_recipe(tmp_path, "mixtral", rules, None))
+    reason = "mse, for gptq cannot take it: MixtralExperts holds it as a part of another tensor"
+    found = {(one["name"].split(".")[-2], one["method"], one["reason"].endswith(reason)) for one in experts}
+    assert len(experts) == 24 and found == {("w1", "mse", True), ("w3", "mse", True), ("w2", "gptq", False)}
+    rules = f"rules: [{{match: {experts[0]['name']}, gptq: {{bits: 4}}}}]\n"
+    recipe = write_recipe(tmp_path, "mixtral", rules, None)
+    assert "MixtralExperts holds it as a part of another tensor" in refused(
         run, tmp_path, "quantize", tmp_path / "m", "-r", recipe
     )
+
+
+def test_rd_takes_the_parts_of_a_stack(run: Run, tmp_path: Path) -> None:
+    make_architecture("mixtral").save_pretrained(tmp_path / "m")
+    rules = "rules: [{match: '*.weight', rd: {effort: fast}}]\nbudget: {bpw: 4}\n"
+    recipe = write_recipe(tmp_path, "mixtral", rules, None)
+    done = run("quantize", tmp_path / "m", "-r", recipe, "--json", "-", "-o", tmp_path / "a")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    experts = [one for one in report["layers"] if ".experts." in one["name"]]
+    assert len(experts) == 24 and {one["method"] for one in experts} == {"rd"}
+    assert 3.9 < report["size"]["bits_per_weight"] <= 4
+    assert min(one["figures"]["sqnr_db"] for one in experts) > 10
 
 
 @pytest.mark.parametrize("name", ["vit", "mixtral"])
