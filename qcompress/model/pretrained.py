@@ -67,9 +67,9 @@ class Stack:
         return {name: rows[start:stop] for name, (start, stop) in self.parts.items()}
 
     def groups_apart(self, values: Tensor) -> dict[str, Tensor]:
-        """What each part has of [groups, ...], a group the rows that have the same inputs."""
+        """What each part has of [groups, ...], a group the rows that have the same inputs; copies."""
         rows = row_shape(self.shape, self.axis)[0] // max(len(values), 1)
-        return {name: values[start // rows : -(-stop // rows)] for name, (start, stop) in self.parts.items()}
+        return {name: values[start // rows : -(-stop // rows)].clone() for name, (start, stop) in self.parts.items()}
 
 
 @dataclass(frozen=True)

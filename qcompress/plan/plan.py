@@ -91,7 +91,7 @@ def make_plan(
         rule = deciders[tensor.name]
         try:
             fact = facts.get(tensor.name)
-            because = _not_taken(rule, fact, calibrated, whole)
+            because = _not_taken(rule, fact, calibrated, whole, roles[tensor.name])
             stack = fact.stack if fact is not None and _is_watched(rule, calibrated) else None
             known = _Known(roles[tensor.name], axes.get(tensor.name), twins.get(tensor.name), because, stack)
             decision = replace(_decide(tensor, rule, known, target), role=known.role)
@@ -271,15 +271,18 @@ def _is_watched(rule: Rule | None, calibrated: bool) -> bool:
 
 
 def _not_taken(
-    rule: Rule | None, fact: TensorFacts | None, calibrated: bool, whole: frozenset[str] = frozenset()
+    rule: Rule | None, fact: TensorFacts | None, calibrated: bool, whole: frozenset[str], role: Role
 ) -> str | None:
-    """Why the rule's method cannot take a weight that a live model has, or None.
+    """Why the rule's method, which needs more than weights, cannot take a weight, or None.
 
+    fact   what a live model says of it; without one its role alone tells what has no inputs
     whole  the stacks that a method may take whole, where it takes what a module multiplies by inside itself
     """
-    if rule is None or rule.method is None or fact is None or not _is_watched(rule, calibrated):
+    if rule is None or rule.method is None or not _is_watched(rule, calibrated):
         return None
     method = METHODS[rule.method]
+    if fact is None:
+        return "an embedding has no inputs" if role == "embedding" and method.statistics else None
     if fact.merged and not (fact.stack in whole and "inner" in method.takes):
         return f"{fact.module} holds it as a part of another tensor"
     if fact.kind == "idle" and (method.called or method.takes):

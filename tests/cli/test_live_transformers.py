@@ -120,6 +120,24 @@ def test_parts_of_a_stack_that_has_several_rules_are_rounded_alone(run: Run, tmp
     )
 
 
+def test_statistics_of_a_stack_are_those_of_its_parts(run: Run, tmp_path: Path) -> None:
+    """What flows into the two matrices of an expert is the same, and no other expert's; weights alone can use it."""
+    make_architecture("mixtral").save_pretrained(tmp_path / "m")
+    recipe = write_recipe(tmp_path, "mixtral", "rules: [{match: '*.weight', gptq: {bits: 4}}]\n", None)
+    saved = ("--save-statistics", tmp_path / "s.safetensors")
+    done = run("quantize", tmp_path / "m", "-r", recipe, *saved, "-o", tmp_path / "a", "-q")
+    assert done.code == 0, done.err
+    every = load_file(tmp_path / "s.safetensors")
+    found = {name: value for name, value in every.items() if ".experts." in name and name.endswith(".hessian")}
+    assert len(found) == 24 and {value.shape[0] for value in found.values()} == {1}
+    first = {name: value for name, value in found.items() if ".w1." in name}
+    assert all(torch.equal(value, found[name.replace(".w1.", ".w3.")]) for name, value in first.items())
+    assert len({value.sum().item() for value in first.values()}) == len(first) == 8
+    alone = ("--method", "gptq", "--bits", "4", "--statistics", tmp_path / "s.safetensors")
+    again = run("quantize", tmp_path / "m", *alone, "-o", tmp_path / "b", "-q")
+    assert again.code == 0, again.err
+
+
 def test_rd_takes_the_parts_of_a_stack(run: Run, tmp_path: Path) -> None:
     make_architecture("mixtral").save_pretrained(tmp_path / "m")
     rules = "rules: [{match: '*.weight', rd: {effort: fast}}]\nbudget: {bpw: 4}\n"
