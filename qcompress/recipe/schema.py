@@ -18,6 +18,7 @@ from pydantic_core import CoreSchema, core_schema
 from qcompress.recipe.model import WrittenRecipe, takes_budget
 from qcompress.recipe.yaml_tree import Path
 from qcompress.registry import METHODS
+from qcompress.registry.targets import TARGETS
 from qcompress.types.config import MethodConfig
 from qcompress.types.plan import KEYS, Budget
 from qcompress.types.written import Schema, reader
@@ -31,6 +32,7 @@ def recipe_schema() -> Schema:
     open_to_budgets = [name for name, method in METHODS.items() if takes_budget(method)]
     for name in open_to_budgets:
         schema["$defs"][METHODS[name].config.__name__]["required"].remove("bits")
+    deciding = [name for name, target in TARGETS.items() if target.only_bits is not None]
     schema["$defs"]["Budget"]["oneOf"] = [{"required": [limit]} for limit in Budget.limits]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -39,7 +41,10 @@ def recipe_schema() -> Schema:
         "anyOf": [{"required": [section]} for section in ("rules", "finetune", "budget", "task")],
         "if": {"required": ["budget"]},
         "then": _of_rules({name: {"properties": {"bits": False}} for name in open_to_budgets}),
-        "else": _of_rules({name: {"required": ["bits"]} for name in open_to_budgets}),
+        "else": {
+            "if": {"required": ["for"], "properties": {"for": {"enum": deciding}}},
+            "else": _of_rules({name: {"required": ["bits"]} for name in open_to_budgets}),
+        },
     }
 
 

@@ -277,9 +277,8 @@ def test_caps_are_stored_applied_and_not_exported(run: Run, trained: Path, tmp_p
 
 LIBRARIES = {
     "mobilenet_v2": ("torchvision.models", "mobilenet_v2", "adaround"),
-    "resnet18": ("torchvision.models", "resnet18", "gptq"),
+    "resnet18": ("torchvision.models", "resnet18", "squant"),
     "resnet50": ("torchvision.models", "resnet50", "squant"),
-    "resnet101": ("torchvision.models", "resnet101", "squant"),
     "timm_mobilenet_v1": ("timm", "mobilenetv1_100", "adaround"),
 }
 

@@ -21,7 +21,7 @@ from qcompress.cli.output import print_note
 from qcompress.errors import DataError, QcompressError
 
 CASES = 2000
-COMMANDS, ANEW = 10, 2
+COMMANDS, ANEW = 20, 2
 """Cases of each kind in a process of its own, and of those that start Python anew."""
 IN_PROCESS = [
     *("artifact", "sealed artifact"),

@@ -26,7 +26,7 @@ from qcompress.types.plan import KEPT, Widths
 
 READ = (
     *("form", "granularity", "unit", "group_size", "dim", "axis", "stored_convention", "codebook", "share"),
-    *("table", "sub_blocks", "subzero", "offsets", "row_exponents"),
+    *("table", "sub_blocks", "subzero", "offsets", "row_exponents", "scales"),
 )
 """All that the plan and the layout read of a config beside its bits."""
 
@@ -65,6 +65,7 @@ def test_a_kept_tensor_has_a_config_too() -> None:
         "subzero": 0,
         "offsets": False,
         "row_exponents": False,
+        "scales": None,
     }
     assert KEPT.refuse((3, 5)) is None
 
