@@ -33,6 +33,9 @@ from qcompress.types.encoded import ClassUse, Fitted, Kept
 from qcompress.types.plan import Decision, TensorInfo
 from qcompress.types.run import Options, Say
 
+SMALL_WEIGHTS = 1 << 14
+"""Tensors of fewer weights on average take mostly Python's own time, which a second thread makes longer."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -292,16 +295,18 @@ def _report_progress(options: Options, tensor: TensorInfo) -> None:
 def _encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: Run) -> Iterator[Finished]:
     """Encode on worker threads, a few tensors ahead; write and yield in the order of the slots."""
     options = run.options
-    waiting = (decision for decision in _in_order(shard) if decision.tensor.name not in already)
+    waiting = [decision for decision in _in_order(shard) if decision.tensor.name not in already]
+    small = sum(decision.tensor.numel for decision in waiting) < SMALL_WEIGHTS * len(waiting)
+    workers = 1 if small else options.threads
     sharing = set(pool_names(shard.manifest.tensors))
     windows = _windows(_make_job(decision, shard, writer, run, sharing) for decision in waiting)
     pooled: list[Finished] = []
     stop = threading.Event()
     running: list[Future[list[Finished]]] = []
-    with ThreadPoolExecutor(options.threads) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
-                ahead = islice(windows, options.threads + 1 - len(running))
+                ahead = islice(windows, workers + 1 - len(running))
                 running += [pool.submit(encode_tensors, jobs, stop) for jobs in ahead]
                 if not running:
                     break
