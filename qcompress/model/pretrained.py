@@ -221,7 +221,7 @@ def _find_stacks(module: nn.Module, made: Mapping[str, Shape], merged: Mapping[s
     for name, axis in axes.items():
         rows = row_shape(made[name], axis)[0]
         narrow = tuple(size if index in axis else 2 for index, size in enumerate(made[name]))
-        numbers[name] = weight_from_rows(torch.arange(2 * count, 2 * (count + rows)).reshape(rows, 2), narrow, axis)
+        numbers[name] = weight_from_rows(_numbered(count, rows), narrow, axis)
         count += rows
         ends.append((count, name))
     apart = revert(module, numbers) if numbers else {}
@@ -229,7 +229,7 @@ def _find_stacks(module: nn.Module, made: Mapping[str, Shape], merged: Mapping[s
     for part in merged.keys() & apart.keys():
         height = merged[part][0]
         first = int(apart[part].flatten()[0]) // 2
-        if not torch.equal(apart[part], torch.arange(2 * first, 2 * (first + height)).reshape(height, 2)):
+        if not torch.equal(apart[part], _numbered(first, height)):
             continue
         end, name = next(one for one in ends if one[0] > first)
         rows, columns = row_shape(made[name], axes[name])
@@ -237,6 +237,11 @@ def _find_stacks(module: nn.Module, made: Mapping[str, Shape], merged: Mapping[s
             parts[name][part] = (first - end + rows, first - end + rows + height)
     found = {name: Stack(made[name], axes[name], spans) for name, spans in parts.items()}
     return {name: stack for name, stack in found.items() if stack.is_whole}
+
+
+def _numbered(first: int, rows: int) -> Tensor:
+    """[rows, 2], counted from that of row `first`; on the CPU also where transformers makes networks without data."""
+    return torch.arange(2 * first, 2 * (first + rows), device="cpu").reshape(rows, 2)
 
 
 def _stack_axis(module: nn.Module, name: str, shape: Shape) -> tuple[int, int] | None:
