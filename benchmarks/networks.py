@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,3 +170,18 @@ CASES = {
 def compressible(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Every weight of two or more dimensions: all convolutions, linear layers and embeddings."""
     return ((name, weight) for name, weight in state.items() if weight.ndim >= 2)
+
+
+def measure_networks(
+    parser: argparse.ArgumentParser, known: list[str], measure: Callable[[str, argparse.Namespace, Path], Any]
+) -> None:
+    """Print as JSON what `measure` finds of the networks that --networks names, given the options and the data."""
+    parser.add_argument("--networks", type=lambda text: text.split(","), default=known, help=", ".join(known))
+    options = parser.parse_args()
+    if unknown := sorted(set(options.networks) - set(known)):
+        parser.error(f"no network {', '.join(unknown)}; choose from {', '.join(known)}")
+    folder = os.environ.get("QCOMPRESS_DATA")
+    if not folder:
+        sys.exit(f"{Path(sys.argv[0]).name}: QCOMPRESS_DATA is not set")
+    torch.set_num_threads(1)
+    print(json.dumps({name: measure(name, options, Path(folder)) for name in options.networks}))

@@ -13,8 +13,6 @@ are its own, bits a weight.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +23,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from networks import CASES, IMAGE_MEAN, IMAGE_STD, Batches, image_batches
+from networks import CASES, IMAGE_MEAN, IMAGE_STD, Batches, image_batches, measure_networks
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -150,16 +148,8 @@ def measure(name: str, rates: list[float], folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=lambda text: text.split(","), default=[*CASES], help=", ".join(CASES))
     parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[1.5, 2.0])
-    arguments = parser.parse_args()
-    if unknown := sorted(set(arguments.networks) - set(CASES)):
-        parser.error(f"no network {', '.join(unknown)}; choose from {', '.join(CASES)}")
-    folder = os.environ.get("QCOMPRESS_DATA")
-    if not folder:
-        sys.exit("rescaled.py: QCOMPRESS_DATA is not set")
-    torch.set_num_threads(1)
-    print(json.dumps({name: measure(name, arguments.rates, Path(folder)) for name in arguments.networks}))
+    measure_networks(parser, [*CASES], lambda name, options, folder: measure(name, options.rates, folder))
 
 
 if __name__ == "__main__":

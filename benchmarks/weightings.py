@@ -10,16 +10,13 @@ that are no test's: what is chosen here is a default. Prints JSON: network -> wi
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from networks import CASES, Batches
+from networks import CASES, Batches, measure_networks
 from torch import Tensor, nn
 
 from qcompress.artifact.layout import make_slots
@@ -91,16 +88,8 @@ def measure(name: str, widths: list[int], folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [name for name, case in CASES.items() if case.held_out is not None]
-    parser.add_argument("--networks", type=lambda text: text.split(","), default=known, help=", ".join(known))
     parser.add_argument("--bits", type=lambda text: [int(bits) for bits in text.split(",")], default=[2, 3, 4])
-    arguments = parser.parse_args()
-    if unknown := sorted(set(arguments.networks) - set(known)):
-        parser.error(f"no training data of {', '.join(unknown)}; choose from {', '.join(known)}")
-    folder = os.environ.get("QCOMPRESS_DATA")
-    if not folder:
-        sys.exit("weightings.py: QCOMPRESS_DATA is not set")
-    torch.set_num_threads(1)
-    print(json.dumps({name: measure(name, arguments.bits, Path(folder)) for name in arguments.networks}))
+    measure_networks(parser, known, lambda name, options, folder: measure(name, options.bits, folder))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
+from qcompress.cli.gate_options import GateFlags
+from qcompress.cli.options import OutputFlags, RunFlags
 from qcompress.cli.output import Streams, refuse_mixed
 from qcompress.cli.panels import METHOD
 from qcompress.cli.recipe import make_recipe, make_table_rules

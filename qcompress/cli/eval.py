@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.options import GateFlags, make_gates
+from qcompress.cli.gate_options import GateFlags, MinMetric, make_gates
 from qcompress.cli.output import Streams, json_document, print_result, refuse_harm, refuse_mixed, write_text
 from qcompress.cli.panels import INPUT, RUNNING
 from qcompress.cli.recipe import read_given
@@ -53,7 +53,7 @@ def evaluate(
             rich_help_panel=RUNNING,
         ),
     ] = False,
-    min_metric: opt.MinMetric = None,
+    min_metric: MinMetric = None,
 ) -> None:
     """Measure a checkpoint or an artifact on a recipe's task.
 

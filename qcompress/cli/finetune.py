@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.options import GateFlags, make_gates
+from qcompress.cli.gate_options import GateFlags, MaxDrop, MinMetric, make_gates
 from qcompress.cli.output import (
     Streams,
     json_document,
@@ -59,8 +59,8 @@ def finetune_reg(
     resume: opt.Resume = False,
     allow_code: opt.AllowCode = False,
     strip_prefix: opt.StripPrefix = None,
-    min_metric: opt.MinMetric = None,
-    max_drop: opt.MaxDrop = None,
+    min_metric: MinMetric = None,
+    max_drop: MaxDrop = None,
 ) -> None:
     """Train a checkpoint with regularizers, so that quantization loses less.
 

@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from qcompress.cli.panels import BUDGET, GATES, INPUT, METHOD, MODEL, OUTPUT, RUNNING
-from qcompress.errors import UnmeasuredError, UsageError
+from qcompress.cli.panels import BUDGET, INPUT, METHOD, MODEL, OUTPUT, RUNNING
+from qcompress.errors import UsageError
 from qcompress.registry import METHODS
 from qcompress.registry.targets import TARGETS
-from qcompress.types.plan import Family, Gates
+from qcompress.types.plan import Family
 
 if TYPE_CHECKING:
-    from qcompress.recipe import BudgetFlag
+    pass
 
 MOST_THREADS = 8
 """Worker threads where nobody says how many."""
-
-NO_METRIC_HINT = "use --max-size, --max-bpw or --min-sqnr"
 
 
 class Device(StrEnum):
@@ -62,10 +60,6 @@ class Effort(StrEnum):
     fast = "fast"
     normal = "normal"
     high = "high"
-
-
-class Minimize(StrEnum):
-    size = "size"
 
 
 Checkpoint = Annotated[
@@ -324,85 +318,12 @@ SaveStatistics = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-Bpw = Annotated[
-    float | None,
-    typer.Option(
-        "--bpw",
-        metavar="X",
-        help="Use X bits per compressed weight on average, side information counted. Each tensor gets its own width, "
-        "with rd its own step.",
-        rich_help_panel=BUDGET,
-    ),
-]
-TargetSize = Annotated[
-    str | None,
-    typer.Option(
-        "--target-size",
-        metavar="SIZE",
-        help="Make an artifact of at most SIZE bytes in all, as 1.2MB.",
-        rich_help_panel=BUDGET,
-    ),
-]
-MinimizeOption = Annotated[
-    Minimize | None,
-    typer.Option(
-        "--minimize",
-        help="Find the smallest artifact that stays within the gates: --max-drop top1=0.005 with a recipe that has "
-        "model, data and task, --min-sqnr 12 without.",
-        rich_help_panel=BUDGET,
-    ),
-]
 FormatOption = Annotated[
     Format,
     typer.Option(
         "--format",
         help="Format of the report; html is one page that needs no other file and no network.",
         rich_help_panel=OUTPUT,
-    ),
-]
-MaxSize = Annotated[
-    str | None,
-    typer.Option(
-        "--max-size",
-        metavar="SIZE",
-        help="Fail (exit code 4) if the artifact is larger than SIZE, as 2MB.",
-        rich_help_panel=GATES,
-    ),
-]
-MaxBpw = Annotated[
-    float | None,
-    typer.Option(
-        "--max-bpw",
-        metavar="X",
-        help="Fail if compressed weights take more than X bits each, side information counted.",
-        rich_help_panel=GATES,
-    ),
-]
-MinSqnr = Annotated[
-    float | None,
-    typer.Option(
-        "--min-sqnr",
-        metavar="DB",
-        help="Fail if the worst tensor's signal-to-quantization-noise ratio is below DB decibels.",
-        rich_help_panel=GATES,
-    ),
-]
-MinMetric = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--min-metric",
-        metavar="NAME=X",
-        help="Fail if a metric of the recipe's task is below X, as top1=0.70.",
-        rich_help_panel=GATES,
-    ),
-]
-MaxDrop = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--max-drop",
-        metavar="NAME=X",
-        help="Fail if a metric falls by more than X from the checkpoint's, as top1=0.01.",
-        rich_help_panel=GATES,
     ),
 ]
 
@@ -429,17 +350,6 @@ class RunFlags:
     skip_nonfinite: SkipNonfinite = False
     strip_prefix: StripPrefix = None
     resume: Resume = False
-
-
-@dataclass(frozen=True)
-class GateFlags:
-    """The gates of the command line."""
-
-    max_size: MaxSize = None
-    max_bpw: MaxBpw = None
-    min_sqnr: MinSqnr = None
-    min_metric: MinMetric = None
-    max_drop: MaxDrop = None
 
 
 def method_option(family: Family) -> Any:
@@ -518,28 +428,6 @@ def default_threads() -> int:
     return min(usable, MOST_THREADS)
 
 
-def make_gates(base: Gates, flags: GateFlags) -> Gates:
-    """The recipe's gates with those of the command line in their place. Raises UsageError."""
-    return Gates(
-        max_size=base.max_size if flags.max_size is None else parse_size_flag("--max-size", flags.max_size),
-        max_bpw=base.max_bpw if flags.max_bpw is None else flags.max_bpw,
-        min_sqnr=base.min_sqnr if flags.min_sqnr is None else flags.min_sqnr,
-        min_metric={**base.min_metric, **dict(_named("--min-metric", text) for text in flags.min_metric or [])},
-        max_drop={**base.max_drop, **dict(_named("--max-drop", text) for text in flags.max_drop or [])},
-    )
-
-
-def _named(flag: str, text: str) -> tuple[str, float]:
-    name, equals, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        number = float("nan")
-    if not (name and equals) or number != number:
-        raise UsageError(f"{flag} {text}", "is not NAME=NUMBER", f"write it like {flag} top1=0.7")
-    return name, number
-
-
 def parse_size_flag(flag: str, text: str, example: str = "2MB") -> int:
     """Bytes from "2MB" or "4GiB". Raises UsageError."""
     from qcompress.types.words import parse_size
@@ -553,42 +441,3 @@ def parse_size_flag(flag: str, text: str, example: str = "2MB") -> int:
 def max_memory_bytes(text: str | None) -> int | None:
     """What --max-memory allows. Raises UsageError."""
     return None if text is None else parse_size_flag("--max-memory", text)
-
-
-def unmeasurable(gates: Gates) -> list[UnmeasuredError]:
-    """An error for each gate on a metric, which a run from weights alone never has."""
-    what = "this run measures no metric: it has weights, but no data"
-    return [
-        UnmeasuredError(f"gate {kind} {metric}", what, NO_METRIC_HINT)
-        for kind, limits in (("min-metric", gates.min_metric), ("max-drop", gates.max_drop))
-        for metric in limits
-    ]
-
-
-def make_budget_flag(bpw: float | None, target_size: str | None, minimize: Minimize | None) -> BudgetFlag | None:
-    """The one budget that was given, or None. Raises UsageError for two, and for one that no file can have."""
-    from qcompress.recipe import BudgetFlag
-
-    found = []
-    if bpw is not None:
-        found.append(BudgetFlag(f"--bpw {bpw}", "bpw", bpw))
-        if not 0 < bpw < float("inf"):
-            raise UsageError(f"--bpw {bpw}", "is no number of bits", "give one above 0, as 2.5")
-    if target_size is not None:
-        found.append(BudgetFlag(f"--target-size {target_size}", "size", target_size))
-        parse_size_flag("--target-size", target_size, "1.2MB")
-    if minimize is not None:
-        found.append(BudgetFlag(f"--minimize {minimize.value}", "minimize", minimize.value))
-    if len(found) > 1:
-        raise UsageError(" ".join(flag.text for flag in found), "are several budgets", "keep one of them")
-    return found[0] if found else None
-
-
-def budget_suffix(flag: BudgetFlag) -> str:
-    """What a budget adds to the output's name: "2.0bpw", "1.2MB", "smallest"."""
-    if flag.key == "bpw":
-        return f"{flag.value}bpw"
-    if flag.key == "minimize":
-        return "smallest"
-    size = "".join(str(flag.value).split())
-    return f"{size}B" if size[-1].isdigit() else size

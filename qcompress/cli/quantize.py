@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
+from qcompress.cli.budget_options import Bpw, MinimizeOption, TargetSize, budget_suffix, make_budget_flag
+from qcompress.cli.gate_options import GateFlags
+from qcompress.cli.options import OutputFlags, RunFlags
 from qcompress.cli.output import Streams, refuse_mixed
 from qcompress.cli.panels import METHOD
 from qcompress.cli.recipe import make_recipe, make_table_rules
@@ -59,9 +61,9 @@ def quantize(
     target: opt.TargetOption = None,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,
-    bpw: opt.Bpw = None,
-    target_size: opt.TargetSize = None,
-    minimize: opt.MinimizeOption = None,
+    bpw: Bpw = None,
+    target_size: TargetSize = None,
+    minimize: MinimizeOption = None,
     effort: opt.EffortOption = None,
     writing: OutputFlags,
     streams: Streams,
@@ -85,7 +87,7 @@ def quantize(
 
     refuse_mixed(streams.json_to, streams.quiet)
     refuse_no_checkpoint("qcompress quantize", checkpoint, recipe)
-    budget = opt.make_budget_flag(bpw, target_size, minimize)
+    budget = make_budget_flag(bpw, target_size, minimize)
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
     asked = make_recipe(recipe, method, flags, overrides, running.seed, "quantize", budget, target)
     tables = make_table_rules(recipe, method, flags, "quantize", bits_embedding, budget, target)
@@ -98,7 +100,7 @@ def quantize(
             recipe_file=recipe,
             table_rules=tables,
             bits_embedding=bits_embedding,
-            suffix=_suffix(bits, target, None if budget is None else opt.budget_suffix(budget)),
+            suffix=_suffix(bits, target, None if budget is None else budget_suffix(budget)),
             writing=writing,
             running=running,
             gates=gates,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompress.cli import options as opt
+from qcompress.cli.gate_options import unmeasurable
 from qcompress.cli.output import (
     json_document,
     print_note,
@@ -63,7 +64,7 @@ def check(
         source = read_checkpoint(checkpoint, strip_prefix)
     found = check_recipe(checked, source, allow_code=allow_code, statistics=statistics is not None)
     if checked.model is None:
-        found.errors += opt.unmeasurable(checked.gates)
+        found.errors += unmeasurable(checked.gates)
     for line in found.unchecked:
         print_note(f"not checked: {line}")
     # A rule with a list of globs is one rule to its writer.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompress.cli import options as opt
-from qcompress.cli.options import GateFlags, make_gates
+from qcompress.cli.gate_options import GateFlags, make_gates
 from qcompress.cli.output import (
     Streams,
     print_note,

@@ -13,7 +13,8 @@ from qcompress.checkpoint.outputs import Write, is_own_json
 from qcompress.checkpoint.pipeline import is_pipeline
 from qcompress.checkpoint.side_files import representatives_path
 from qcompress.cli import options as opt
-from qcompress.cli.options import GateFlags, OutputFlags, RunFlags
+from qcompress.cli.gate_options import GateFlags, make_gates, unmeasurable
+from qcompress.cli.options import OutputFlags, RunFlags
 from qcompress.cli.output import (
     Streams,
     json_document,
@@ -221,12 +222,12 @@ def _checked(request: Request) -> Request:
         raise UsageError(
             "torchrun", "splitting tensors over ranks is not available in this version", "run qcompress by itself"
         )
-    recipe = replace(recipe, gates=opt.make_gates(recipe.gates, request.gates))
+    recipe = replace(recipe, gates=make_gates(recipe.gates, request.gates))
     if request.checkpoint is None:
         raise_all(refuse_from_scratch(recipe))
     raise_all(refuse_missing(recipe, statistics=request.statistics is not None))
     if recipe.model is None:
-        raise_all(opt.unmeasurable(recipe.gates))
+        raise_all(unmeasurable(recipe.gates))
         if request.save_statistics is not None:
             hint = "add -r RECIPE with model and data"
             raise UsageError("--save-statistics", "there is no model to gather from", hint)

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qcompress.cli.options import GateFlags
+from qcompress.cli.gate_options import GateFlags
 from qcompress.errors import UnmeasuredError
 from qcompress.report.document import AccuracyFigures, LayerFigures, Report
 from qcompress.report.document_json import REPORT, report_text
