@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal, TypeAlias, assert_never
+from typing import Literal, TypeAlias, TypeVar, assert_never
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ FACTORS: NDArray[np.float32] = np.array(
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 LARGE_EXPONENT = 104
 """Above it a code times its scale may leave float32 though its sum with the offset does not; part of the format."""
+SPREAD_BITS = 33
+"""Scales below 2**-33 of the largest weight have less than 4 of float16's 11 bits under the exponent of that weight."""
 ROW_PARTS = ("scale", "zero_point", "offset", "subscale", "suboffset", "row_exponents")
 """What a weight with groups has a row of for each of its rows, unless it has one for all."""
 
@@ -65,6 +67,39 @@ def exponent_for(largest: float) -> int:
         # The least scale that there is, for grids without a level at zero.
         return -126
     return max(-126, min(112, math.frexp(largest)[1] - 12))
+
+
+COMMON_EXPONENT = exponent_for(1.0)
+"""Of rows that `rows_alike` gives."""
+Exponent: TypeAlias = int | Tensor
+"""Of the scales of a weight: one, or int8 or int32 [rows], one a row."""
+GroupedT = TypeVar("GroupedT", bound=Affine | Table | Blocked)
+
+
+def spread_too_far(largest: Tensor, bits: int) -> bool:
+    """Whether a scale of some row would be a float16 of few bits, or none, under the exponent of the largest one.
+
+    largest  of the magnitudes of each row, float [rows]; rows of zeros do not count
+    """
+    some = largest[largest > 0]
+    return len(some) > 0 and float(some.min()) < 2.0 ** (bits - SPREAD_BITS) * float(some.max())
+
+
+def row_exponents(rows: Tensor) -> Tensor:
+    """The exponent of each of rows [rows, ...] by itself, int32 [rows]."""
+    largest = rows.flatten(1).abs().amax(1).tolist()
+    return torch.tensor([exponent_for(one) for one in largest], dtype=torch.int32, device=rows.device)
+
+
+def rows_alike(rows: Tensor, exponents: Tensor) -> Tensor:
+    """Rows [rows, ...] times powers of two: float32, the largest of each in [1, 2), as COMMON_EXPONENT wants them."""
+    powers = (COMMON_EXPONENT - exponents).reshape(-1, *[1] * (rows.ndim - 1))
+    return torch.ldexp(rows.double(), powers).float()
+
+
+def with_row_exponents(encoded: GroupedT, exponents: Tensor) -> GroupedT:
+    """What became of `rows_alike`, as the rows that they were made of."""
+    return replace(encoded, exponent=0, row_exponents=exponents.to(torch.int8))
 
 
 def round_scale(scale: Tensor, exponent: int, *, up: bool = False) -> Tensor:
@@ -89,11 +124,10 @@ def round_offset(offset: Tensor, exponent: int) -> Tensor:
     return (offset.double() * 2.0**-exponent).clamp(-HALF_MAX, HALF_MAX).half()
 
 
-def from_half(half: Tensor, exponent: int | Tensor) -> Tensor:
+def from_half(half: Tensor, exponent: Exponent) -> Tensor:
     """The float32 value of a stored scale or offset: exact unless below float32's smallest.
 
     half      float16 [rows, ...]
-    exponent  one for all, or int8 [rows], one a row
     """
     if isinstance(exponent, int):
         return half.float() * 2.0**exponent
@@ -102,7 +136,7 @@ def from_half(half: Tensor, exponent: int | Tensor) -> Tensor:
     return half.float() * powers.reshape(-1, *[1] * (half.ndim - 1))
 
 
-def exponent_of(encoded: Grouped) -> int | Tensor:
+def exponent_of(encoded: Grouped) -> Exponent:
     """The exponent of all scales of a weight, or one a row."""
     return encoded.exponent if encoded.row_exponents is None else encoded.row_exponents
 
@@ -290,7 +324,7 @@ def _decode_affine_rows(encoded: Affine) -> Tensor:
     return _out_of_groups(values, encoded.codes)
 
 
-def _scaled_and_moved(codes: Tensor, scale: Tensor, offset: Tensor, exponent: int | Tensor) -> Tensor:
+def _scaled_and_moved(codes: Tensor, scale: Tensor, offset: Tensor, exponent: Exponent) -> Tensor:
     """codes * scale + offset, in place; near the end of float32 2**8 times smaller on the way, which is exact."""
     if (exponent if isinstance(exponent, int) else int(exponent.max())) <= LARGE_EXPONENT:
         return codes.mul_(scale).add_(offset)

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qcompress.coding.grids import decode
+from qcompress.coding.grids import decode, exponent_for
 from qcompress.coding.rows import rows_from_weight
 from qcompress.data.measurement import Measurement
 from qcompress.methods import kmeans, rtn
@@ -20,7 +20,6 @@ from qcompress.registry import KmeansConfig, RtnConfig
 from qcompress.report.document import sqnr_db
 from qcompress.report.figures import LayerMeter
 from qcompress.report.training_report import WeightFigures
-from qcompress.solvers.hessian import grid_exponent
 from qcompress.types.run import EncodeContext
 
 Measure: TypeAlias = Callable[[nn.Module], Sequence[Measurement]]
@@ -106,7 +105,7 @@ def _clustered(weight: Tensor, bits: int) -> Tensor:
 
 
 def _context(rows: Tensor) -> EncodeContext:
-    return EncodeContext(grid_exponent(rows.flatten(1)), torch.Generator().manual_seed(0))
+    return EncodeContext(exponent_for(float(rows.abs().max())), torch.Generator().manual_seed(0))
 
 
 def _figures(weight: Tensor, ratios: Mapping[str, float | None]) -> WeightFigures:

@@ -151,10 +151,15 @@ Rows: TypeAlias = "Tensor | StoredRows | StackedRows"
 
 
 def has_rows_of_grids(decision: Decision) -> bool:
-    """Whether a weight is encoded row block by row block, from itself alone, on grids that no two rows share."""
-    config, method = decision.config, METHODS[decision.method or ""]
-    by_rows = method.needs == "weights" and method.family == "quantize" and config.unit != "tensor"
-    return by_rows and config.form not in ("codebook", "constant", "unbounded")
+    """Whether no two rows of a weight share a grid."""
+    config = decision.config
+    return config.unit != "tensor" and config.form not in ("codebook", "constant", "unbounded")
+
+
+def goes_by_rows(decision: Decision) -> bool:
+    """Whether a weight is encoded row block by row block, from itself alone."""
+    method = METHODS[decision.method or ""]
+    return method.needs == "weights" and method.family == "quantize" and has_rows_of_grids(decision)
 
 
 def stack_key(job: Job) -> object:
@@ -163,7 +168,7 @@ def stack_key(job: Job) -> object:
     tensor, config = decision.tensor, decision.config
     leads = len(tensor.shape) > 1 and decision.axis == tuple(range(len(decision.axis)))
     alone = job.ready is not None or job.reference is not None or job.pooled or sources.statistics is not None
-    by_rows = has_rows_of_grids(decision) and not decision.row_exponents
+    by_rows = goes_by_rows(decision) and not decision.row_exponents
     if not by_rows or not leads or alone or not 0 < tensor.numel <= STACKED_WEIGHTS:
         return None
     return decision.method, config, row_shape(tensor.shape, decision.axis)[1:]
@@ -285,7 +290,7 @@ def _whole_codes(job: Job, largest: float) -> Compressed | None:
     if job.ready is not None:
         assert not isinstance(job.ready, Kept)
         return coded_on_cpu(job.ready)
-    if has_rows_of_grids(decision):
+    if goes_by_rows(decision):
         return None
     # What stands in for a live model is on the CPU.
     device = job.device if method.needs == "weights" else "cpu"

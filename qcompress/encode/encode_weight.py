@@ -16,7 +16,7 @@ from qcompress.checkpoint.side_files import Statistics, read_representatives, re
 from qcompress.clustering.codebooks import count_entries, spread_sensitivity, vectors_from_rows
 from qcompress.clustering.kmeans import ScalarCounts
 from qcompress.clustering.kmeans_vectors import VectorSample
-from qcompress.coding.grids import exponent_for
+from qcompress.coding.grids import COMMON_EXPONENT, exponent_for, row_exponents, rows_alike, with_row_exponents
 from qcompress.coding.rows import rows_from_weight
 from qcompress.registry import METHODS, ClusterConfig, KmeansConfig
 from qcompress.types.encoded import (
@@ -120,15 +120,10 @@ def encode_rows(rows: Tensor, decision: Decision, context: EncodeContext) -> Com
         found = encode(rows, decision.config, context)
         assert not isinstance(found, Kept)
         return found
-    # The method sees rows of like size, times powers of two, and one exponent for all.
-    largest = rows.flatten(1).abs().amax(1).tolist()
-    exponents = torch.tensor([exponent_for(one) for one in largest], dtype=torch.int32, device=rows.device)
-    common = exponent_for(1.0)
-    shape = (-1, *[1] * (rows.ndim - 1))
-    like = torch.ldexp(rows.double(), (common - exponents).reshape(shape)).float()
-    found = encode(like, decision.config, replace(context, exponent=common))
+    exponents = row_exponents(rows)
+    found = encode(rows_alike(rows, exponents), decision.config, replace(context, exponent=COMMON_EXPONENT))
     assert isinstance(found, Affine | Table | Blocked)
-    return replace(found, exponent=0, row_exponents=exponents.to(torch.int8))
+    return with_row_exponents(found, exponents)
 
 
 def encode_codes(rows: Tensor, decision: Decision, context: EncodeContext) -> Coded:

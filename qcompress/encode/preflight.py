@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
+from qcompress.coding.grids import spread_too_far
 from qcompress.coding.rows import row_slices
 from qcompress.encode.encode_tensor import (
     BLOCK_WEIGHTS,
@@ -24,14 +25,12 @@ from qcompress.encode.encode_tensor import (
 from qcompress.errors import CheckpointError, InputError, ResourceError, Subject, raise_all
 from qcompress.plan.files import Shard
 from qcompress.types.config import CodingChoice
-from qcompress.types.encoded import Fitted, Kept
+from qcompress.types.encoded import Affine, Blocked, Fitted, Kept, Table
 from qcompress.types.plan import Decision, Plan, TensorInfo
 from qcompress.types.run import Options
 
 BLOCK_COPIES = 24
 """Float32 copies of a block that the most memory-hungry method holds at once."""
-SPREAD_BITS = 33
-"""Scales below 2**-33 of the largest weight have less than 4 of float16's 11 bits under the exponent of that weight."""
 HALF_ERROR = 2.0**-9
 """The most that a tensor may change, relative to its size, to be stored as float16 on request."""
 
@@ -59,29 +58,36 @@ def _bears_half(value: Tensor) -> bool:
 
 
 def spread_rows(checkpoint: Checkpoint, plan: Plan, fitted: Fitted) -> frozenset[str]:
-    """The weights with grids by row where one exponent does not hold the scales of all rows. Reads them once.
+    """The weights with grids, or codebooks, by row where one exponent does not hold those of all rows. Reads them once.
 
-    fitted  weights that have their codes already are left out
+    fitted  weights that have their codes, and exponents, already are not read
     """
-    return frozenset(
-        decision.tensor.name
-        for decision in plan.decisions
-        if decision.compresses and decision.tensor.name not in fitted.encoded and _is_spread(checkpoint, decision)
-    )
+
+    def is_spread(decision: Decision) -> bool:
+        ready = fitted.encoded.get(decision.tensor.name)
+        if ready is not None:
+            return isinstance(ready, Affine | Table | Blocked) and ready.row_exponents is not None
+        return _is_spread(checkpoint, decision)
+
+    compressed = [decision for decision in plan.decisions if decision.compresses]
+    # Where a config has an exponent a row anyway the decision says nothing of it.
+    return frozenset(d.tensor.name for d in compressed if not d.config.row_exponents and is_spread(d))
 
 
 def _is_spread(checkpoint: Checkpoint, decision: Decision) -> bool:
     """Whether a scale of some row would be a float16 of few bits, or none, under the exponent of the largest one."""
     tensor, config = decision.tensor, decision.config
+    has_codebooks = config.form == "codebook" and config.unit != "tensor" and config.codebook != "f32"
+    own_codebooks = has_codebooks and decision.codebook.shared is None
     # Scales that are to be float16 numbers have one exponent, whatever the rows.
-    if not has_rows_of_grids(decision) or config.row_exponents or config.scales == "f16" or not tensor.numel:
+    one_exponent = config.scales == "f16" or not has_rows_of_grids(decision)
+    if not tensor.numel or (one_exponent and not own_codebooks):
         return False
     rows = stored_rows(checkpoint.shard_of(tensor.name), decision)
     columns = tensor.numel // rows.shape[0]
     spans = row_slices(rows.shape[0], columns, BLOCK_WEIGHTS)
     largest = torch.cat([rows[span].flatten(1).abs().amax(1).double() for span in spans])
-    some = largest[largest > 0]
-    return len(some) > 0 and float(some.min()) < 2.0 ** (config.code_bits - SPREAD_BITS) * float(some.max())
+    return spread_too_far(largest, config.code_bits)
 
 
 def count_nonfinite_values(checkpoint: Checkpoint, tensor: TensorInfo) -> int:

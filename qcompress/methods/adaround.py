@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from qcompress.coding.grids import exponent_for
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.model.fold import fold_batch_norms
 from qcompress.model.graph import activation_after, batch_norm_of
@@ -23,7 +24,7 @@ from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.operations import BatchNorm
 from qcompress.model.sweep import LayerStep, sweep
 from qcompress.registry import AdaroundConfig
-from qcompress.solvers.hessian import LEAST_EXPONENT, choose_grid, encoded_rows, grid_exponent, row_levels
+from qcompress.solvers.hessian import choose_grid, encoded_rows, grid_exponent, row_levels
 from qcompress.solvers.rounding import SoftRounding, make_neighbours, round_by_gram, round_by_samples
 from qcompress.types.encoded import Affine, Encoded, Fitted, for_tensor
 from qcompress.types.plan import Decision
@@ -51,7 +52,7 @@ def fit(live: LiveModel, decisions: Sequence[Decision[AdaroundConfig]], context:
             rows = rows_from_weight(weight, decision.axis)
             sampled = decision.config.objective == "sampled" and step.is_reached
             if not sampled or not isinstance(step.layer, MatrixLayer) or step.layer.joined:
-                own = EncodeContext(grid_exponent(rows), step.generator, step.gram())
+                own = EncodeContext(exponent_for(float(rows.abs().max())), step.generator, step.gram())
                 found = encode(rows, decision.config, own)
             else:
                 found = _encode_by_samples(live, step, weight, decision)
@@ -64,7 +65,8 @@ def encode(weight: Tensor, config: AdaroundConfig, context: EncodeContext) -> Af
     """The codes of one weight, float32 [rows, ...], from the second moments of its layer's inputs."""
     gram = context.gram
     assert gram is not None
-    rows, exponent = weight.flatten(1).contiguous(), max(context.exponent, LEAST_EXPONENT)
+    rows = weight.flatten(1).contiguous()
+    exponent = grid_exponent(rows, config)
     grid = choose_grid(rows, config, config.range or "minmax", exponent, gram.hessian, context.generator)
     scale, low = row_levels(grid, config, exponent, rows)
     codes = round_by_gram(
@@ -86,7 +88,7 @@ def _encode_by_samples(live: LiveModel, step: LayerStep, weight: Tensor, decisio
     """As published: Adam on random batches of stored inputs; nearest rounding where that leaves a smaller error."""
     config = decision.config
     rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
-    exponent = grid_exponent(rows)
+    exponent = grid_exponent(rows, config)
     hessian = step.gram().hessian if config.range == "hessian" else None
     grid = choose_grid(rows, config, config.range or "minmax", exponent, hessian, step.generator)
     scale, low = row_levels(grid, config, exponent, rows)

@@ -232,7 +232,7 @@ def _encode(live: LiveModel, weight: Tensor, decision: Decision[DfqConfig]) -> A
     config = decision.config
     assert config.range is not None
     rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
-    exponent = grid_exponent(rows)
+    exponent = grid_exponent(rows, config)
     grid = choose_grid(rows, config, config.range, exponent, None, live.generator(decision.tensor.name))
     return for_tensor(affine_from_grid(rows, grid, config, exponent), decision)
 

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from qcompress.coding.grids import exponent_for
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.sweep import sweep
 from qcompress.registry import GptqConfig
 from qcompress.solvers.feedback import descend, feedback_codes
 from qcompress.solvers.hessian import (
-    LEAST_EXPONENT,
     cholesky,
     choose_grid,
     encoded_rows,
@@ -48,7 +48,7 @@ def fit(live: LiveModel, decisions: Sequence[Decision[GptqConfig]], context: Fit
             decision = wanted[step.tensor]
             weight = find_tensor(live.module, decision.tensor.name).detach()
             rows = rows_from_weight(weight, decision.axis)
-            own = EncodeContext(grid_exponent(rows), step.generator, step.gram())
+            own = EncodeContext(exponent_for(float(rows.abs().max())), step.generator, step.gram())
             name, target = decision.tensor.name, _target(rows, decision.config, own)
             found = for_tensor(_rounded(rows, target, decision.config, own), decision)
             encoded[name] = found
@@ -79,8 +79,8 @@ def _rounded(weight: Tensor, target: Tensor | None, config: GptqConfig, context:
     """The codes of one weight, float32 [rows, ...], or of its target, on the weight's grid."""
     gram = context.gram
     assert gram is not None
-    rows, exponent = weight.flatten(1).contiguous(), max(context.exponent, LEAST_EXPONENT)
-    hessian = gram.hessian
+    rows, hessian = weight.flatten(1).contiguous(), gram.hessian
+    exponent = grid_exponent(rows, config)
     target = rows if target is None else target
     grid = choose_grid(rows, config, config.range or "minmax", exponent, hessian, context.generator)
     scale, low = row_levels(grid, config, exponent, rows)

@@ -13,6 +13,7 @@ from qcompress.artifact.manifest import Manifest, make_halved
 from qcompress.checkpoint.checkpoint import Checkpoint
 from qcompress.checkpoint.safetensors_file import Container
 from qcompress.recipe import recipe_hash, recipe_json
+from qcompress.registry import ClusterConfig
 from qcompress.types import VERSION
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import Fitted
@@ -85,7 +86,8 @@ def carried_out(decision: Decision, outcomes: Outcomes) -> Decision:
     """The decision with what came of its conditions."""
     name, reason = decision.tensor.name, decision.reason
     if name in outcomes.entries:
-        return replace(decision, codebook=replace(decision.codebook, entries=outcomes.entries[name]))
+        decision = replace(decision, codebook=replace(decision.codebook, entries=outcomes.entries[name]))
+        return _with_wide_codebooks(decision) if name in outcomes.spread else decision
     if name in outcomes.aimed:
         return replace(decision, reason=f"{reason}; errors are those against the weights that its codes stand for")
     if name in outcomes.spread:
@@ -96,6 +98,12 @@ def carried_out(decision: Decision, outcomes: Outcomes) -> Decision:
         reason = f"{reason.removesuffix(STORED_AS_F16)}; float16 cannot hold its values"
         decision = replace(decision, stored=None, reason=reason)
     return replace(decision, reason=f"{reason}; values adjusted") if name in outcomes.adjusted else decision
+
+
+def _with_wide_codebooks(decision: Decision) -> Decision:
+    assert isinstance(decision.config, ClusterConfig)
+    reason = f"{decision.reason}; codebooks as F32, since the rows differ too much for float16"
+    return replace(decision, config=replace(decision.config, codebook="f32"), reason=reason)
 
 
 def _with_owners(decisions: Iterable[Decision]) -> tuple[Decision, ...]:

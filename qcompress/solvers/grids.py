@@ -13,7 +13,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qcompress.coding.grids import HALF_MAX, HALF_TINY, LARGE_EXPONENT, from_half, middle, round_offset, round_scale
+from qcompress.coding.grids import (
+    COMMON_EXPONENT,
+    HALF_MAX,
+    HALF_TINY,
+    LARGE_EXPONENT,
+    Exponent,
+    from_half,
+    middle,
+    round_offset,
+    round_scale,
+    rows_alike,
+    with_row_exponents,
+)
 from qcompress.coding.rows import blocks_from_rows, column_parts, grid_shape, tiles
 from qcompress.solvers.blocks import CHUNK_VALUES, extremes
 from qcompress.types.config import Convention, Granularity, ScaleDtype
@@ -222,8 +234,11 @@ def grid_parts(grid: Grid, rows: int, columns: int, layout: Layout) -> Iterator[
         yield part, replace(grid, scale=scale, offset=taken(grid.offset), zero_point=taken(grid.zero_point))
 
 
-def affine_from_grid(weight: Tensor, grid: Grid, layout: Layout, exponent: int) -> Affine:
+def affine_from_grid(weight: Tensor, grid: Grid, layout: Layout, exponent: Exponent) -> Affine:
     """The weight float32 [rows, ...] in the nearest codes of its grids, one for each block, once they are held."""
+    if isinstance(exponent, Tensor):
+        alike = affine_from_grid(rows_alike(weight, exponent), grid, layout, COMMON_EXPONENT)
+        return with_row_exponents(alike, exponent)
     rows, grid = weight.flatten(1), held_grid(grid, layout, exponent)
     codes = []
     for part, own in grid_parts(grid, len(rows), rows.shape[1], layout):
@@ -233,8 +248,10 @@ def affine_from_grid(weight: Tensor, grid: Grid, layout: Layout, exponent: int) 
     return replace(affine, shape=tuple(weight.shape))
 
 
-def affine_from_codes(codes: Tensor, grid: Grid, layout: Layout, exponent: int) -> Affine:
+def affine_from_codes(codes: Tensor, grid: Grid, layout: Layout, exponent: Exponent) -> Affine:
     """Codes uint8 [rows, columns] on grids, one for each block, as a weight of that shape."""
+    if isinstance(exponent, Tensor):
+        return with_row_exponents(affine_from_codes(codes, grid, layout, COMMON_EXPONENT), exponent)
     shape = grid_shape(tuple(codes.shape), layout.unit, layout.group_size)
     return Affine(
         codes=codes,

@@ -19,7 +19,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qcompress.coding.grids import exponent_for, from_half, middle, round_offset, round_scale
+from qcompress.coding.grids import (
+    COMMON_EXPONENT,
+    Exponent,
+    exponent_for,
+    from_half,
+    middle,
+    round_offset,
+    round_scale,
+    row_exponents,
+    rows_alike,
+    spread_too_far,
+)
 from qcompress.coding.rows import column_parts, row_slices
 from qcompress.solvers.blocks import extremes
 from qcompress.solvers.grids import (
@@ -142,14 +153,22 @@ def least_squares_target(
 
 
 def choose_grid(
-    rows: Tensor, options: GridOptions, range: str, exponent: int, hessian: Tensor | None, generator: torch.Generator
+    rows: Tensor,
+    options: GridOptions,
+    range: str,
+    exponent: Exponent,
+    hessian: Tensor | None,
+    generator: torch.Generator,
 ) -> Grid:
     """The grid of rows float32 [rows, columns] whose range is chosen as `range` says, and held; one for each block.
 
+    exponent  see grid_exponent
     range  minmax; mse, with an integer zero point by a search over shrunken ranges (in the norm 2.4 of BRECQ and its
            successors), else by least squares; tf-enhanced; or hessian
     """
     bits, symmetric = options.bits, bool(options.symmetric)
+    if isinstance(exponent, Tensor):
+        rows, exponent = rows_alike(rows, exponent), COMMON_EXPONENT
     if range == "hessian":
         assert hessian is not None
         return held_grid(hessian_grid(rows, hessian, options, exponent, generator), options, exponent)
@@ -168,13 +187,20 @@ def choose_grid(
     return held_grid(grid_of_rows(rows, options, make), options, exponent)
 
 
-def encoded_rows(codes: Tensor, grid: Grid, options: GridOptions, exponent: int) -> Affine:
+def encoded_rows(codes: Tensor, grid: Grid, options: GridOptions, exponent: Exponent) -> Affine:
     """Codes [rows, columns] of any dtype, on a grid of these options."""
     return affine_from_codes(codes.to(torch.uint8), grid, options, exponent)
 
 
-def grid_exponent(rows: Tensor) -> int:
-    """The exponent of the rows' scales, no smaller than that the least of them is a normal float32."""
+def grid_exponent(rows: Tensor, options: Layout) -> Exponent:
+    """The exponent of the scales of rows float32 [rows, columns]: one, or one a row where they lie too far apart.
+
+    None is smaller than that the least scale is a normal float32. Scales that are to be float16 numbers, and grids that
+    rows share, have one in any case.
+    """
+    apart = options.unit != "tensor" and options.scales != "f16" and spread_too_far(rows.abs().amax(1), options.bits)
+    if apart:
+        return row_exponents(rows).clamp_min(LEAST_EXPONENT)
     return max(exponent_for(float(rows.abs().max())), LEAST_EXPONENT)
 
 
@@ -189,11 +215,13 @@ def levels(grid: Grid, bits: int, exponent: int) -> tuple[Tensor, Tensor]:
     return scale, -scale * middle(grid.convention, bits)
 
 
-def row_levels(grid: Grid, options: Layout, exponent: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+def row_levels(grid: Grid, options: Layout, exponent: Exponent, rows: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, lowest level) that broadcast over rows [rows, columns]: [1, 1], [rows, 1] or [rows, columns]; float64."""
     pair = []
-    for values in levels(grid, options.bits, exponent):
+    for values in levels(grid, options.bits, exponent if isinstance(exponent, int) else COMMON_EXPONENT):
         per_row = values.reshape(1, 1) if values.numel() == 1 else values.reshape(rows.shape[0], -1)
+        if isinstance(exponent, Tensor):
+            per_row = torch.ldexp(per_row, (exponent - COMMON_EXPONENT).unsqueeze(1))
         if per_row.shape[1] > 1:
             assert options.group_size is not None
             per_row = per_row.repeat_interleave(options.group_size, 1)[:, : rows.shape[1]]

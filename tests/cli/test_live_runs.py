@@ -195,6 +195,14 @@ def test_saved_statistics_serve_the_bare_checkpoint(run: Run, trained: Path, tmp
     bare = ["quantize", model, "--method", method, "--bits", "3"]
     done = run(*bare, "-o", str(tmp_path / "b.safetensors"), "--statistics", str(statistics))
     assert done.code == 0, done.err
+    spread = load_file(model)
+    spread["conv2.weight"][1] *= 2.0**-40
+    save_file(spread, tmp_path / "spread.safetensors")
+    words = ["quantize", str(tmp_path / "spread.safetensors"), *bare[2:], "--statistics", str(statistics)]
+    done = run(*words, "-o", str(tmp_path / "d.safetensors"))
+    assert done.code == 0, done.err
+    row = qcompress.load_state_dict(tmp_path / "d.safetensors")["conv2.weight"][1].double()
+    assert float((row - spread["conv2.weight"][1]).norm()) < 0.3 * float(spread["conv2.weight"][1].double().norm())
     recipe = str(trained / "rtn.yaml")
     done = run("eval", str(tmp_path / "b.safetensors"), "-r", recipe, "--allow-code", "--json", "-")
     assert json.loads(done.out)["metrics"][0]["value"] > 0.8

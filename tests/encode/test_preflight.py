@@ -84,3 +84,21 @@ def test_compact_files_and_stacked_experts_have_them_too(tmp_path: Path) -> None
     found = load_state_dict(tmp_path / "o.safetensors")
     for row, other in ((weight[3], found["w"][3]), (experts[1, :, 5], found["experts.down_proj"][1, :, 5])):
         assert float((row - other).double().norm()) < 0.15 * float(row.double().norm())
+
+
+@pytest.mark.parametrize("codebook", ["f16", "int8", "f32"])
+def test_codebooks_of_rows_that_one_exponent_does_not_hold_are_float32(tmp_path: Path, codebook: str) -> None:
+    """Each row keeps its bits; where one exponent holds all rows nothing changes."""
+    plain = gaussian(8, 64, seed=3)
+    spread = plain.clone()
+    spread[2] *= 2.0**-40
+    source = save(tmp_path / "m.safetensors", {"plain": plain, "spread": spread})
+    wanted = asked("kmeans", {"bits": 4, "granularity": "channel", "codebook": codebook})
+    report = run(source, tmp_path / "o.safetensors", wanted, "auto")
+    found = load_state_dict(tmp_path / "o.safetensors")
+    errors = (found["spread"] - spread).double().norm(dim=1) / spread.double().norm(dim=1)
+    assert float(errors[2]) < 1.5 * float(errors.median())
+    entries = read_artifact(tmp_path / "o.safetensors").files[0].manifest.tensors
+    assert (entries["spread"].values == "F32" and entries["plain"].values != "F32") or codebook == "f32"
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert ("codebooks as F32" in reasons["spread"]) is (codebook != "f32") and "as F32" not in reasons["plain"]

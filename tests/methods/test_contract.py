@@ -176,7 +176,7 @@ def test_tiny_weights_have_the_grids_that_a_live_run_gives_them(method: Method) 
     for weight in (torch.zeros(6, 12), 1e-36 * gaussian(6, 12)):
         for config in some_configs(method, (6, 12)):
             encoded = encode_with(method, weight, config)
-            assert isinstance(encoded, Affine) and encoded.exponent == grid_exponent(weight)
+            assert isinstance(encoded, Affine) and encoded.exponent == grid_exponent(weight, config)
 
 
 @pytest.mark.parametrize("method", CLUSTERING, ids=lambda method: method.name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from contexts import ALONE, context_at
 from methods.well_formed import assert_same, assert_well_formed
-from model.networks import Mlp, Residual, Separable, Untraceable, decisions, live
+from model.networks import Mlp, Residual, Separable, Untraceable, batches, decisions, live, trained
 from torch import nn
 from training.small import make_trainer as trainer
 
@@ -18,11 +18,11 @@ from qcompress.artifact.layout import make_slots
 from qcompress.coding.grids import decode
 from qcompress.coding.unbounded.lengths import coded_bits
 from qcompress.errors import ModelError
-from qcompress.model.live import LiveModel, find_tensor
+from qcompress.model.live import LiveModel, find_tensor, make_live_model
 from qcompress.registry import METHODS, ClusterConfig, GridConfig, RdConfig
 from qcompress.registry.calibrated import LiveConfig
 from qcompress.types.config import MethodConfig
-from qcompress.types.encoded import Affine, Coded, Fitted, Kept, Unbounded
+from qcompress.types.encoded import Affine, Coded, Encoded, Fitted, Kept, Unbounded
 from qcompress.types.plan import row_shape
 from qcompress.types.run import FitContext
 from qcompress.types.settings import ActivationSettings
@@ -167,6 +167,37 @@ def test_eight_bits_change_the_outputs_little(method: str, kind: type[nn.Module]
     x = found.calibration[0].args[0]
     plain, quantized = found.module(x), found.quantized(x)
     assert float((plain - quantized).square().mean() / plain.square().mean()) < 2e-3
+
+
+SPREAD = [
+    *(("gptq", {}), ("gptq", {"preset": "paper", "symmetric": True}), ("gptq", {"group_size": 24})),
+    *(("adaround", {}), ("adaround", {"preset": "paper", "granularity": "channel"})),
+    *(("pdquant", {}), ("dfq", {"granularity": "channel"}), ("dfq", {"granularity": "channel", "symmetric": True})),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), SPREAD, ids=str)
+def test_rows_that_lie_too_far_apart_for_one_exponent_keep_their_bits(method: str, options: dict[str, Any]) -> None:
+    """A channel 2**-40 as large as the others is rounded as finely as they are, and has an exponent of its own."""
+    options = {"bits": 6, **QUICK.get(method, {}), **options}
+    module = trained(Residual)
+    with torch.no_grad():
+        module.get_parameter("conv1.weight")[2] *= 2.0**-40
+    data = batches(Residual)
+    wanted = decisions(module, method, **options)
+    found = make_live_model(module, wanted, data, data[0].first(2), device=torch.device("cpu"), blocks=())
+    result = METHODS[method].load_fit()(found, wanted, ALONE)
+    encoded = result.encoded["conv1.weight"]
+    assert isinstance(encoded, Affine) and encoded.row_exponents is not None
+    reference = result.references.get("conv1.weight", find_tensor(module, "conv1.weight")).detach().double()
+    assert float(reference[2].abs().max()) < 2.0**-20 * float(reference.abs().max())
+    errors = (decode(encoded).double() - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
+    assert float(errors[2]) < 3 * float(errors.median())
+    assert not [name for name, one in result.encoded.items() if name != "conv1.weight" and _has_row_exponents(one)]
+
+
+def _has_row_exponents(encoded: Encoded) -> bool:
+    return isinstance(encoded, Affine) and encoded.row_exponents is not None
 
 
 @pytest.mark.parametrize("method", [name for name in UNTRAINED if METHODS[name].needs == "calibration"])

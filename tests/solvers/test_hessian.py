@@ -97,7 +97,7 @@ def test_wide_layers_are_searched_through_projections() -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_constant_rows_come_back_finite(value: float, symmetric: bool) -> None:
     rows, hessian = torch.full((3, 8), value), moments(correlated(8))
-    exponent = grid_exponent(rows)
+    exponent = grid_exponent(rows, Options(4, symmetric=symmetric))
     grid = hessian_grid(rows, hessian, Options(4, symmetric=symmetric), exponent, seeded(0))
     scale, low = levels(grid, 4, exponent)
     assert bool(scale.isfinite().all() and low.isfinite().all() and (grid.scale != 0).all())

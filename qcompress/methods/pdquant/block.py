@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from qcompress.calibration.activations import INPUT_BITS, grids_of_inputs
+from qcompress.coding.grids import Exponent
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.errors import ModelError
 from qcompress.methods.pdquant.inputs import Inputs, make_inputs
@@ -83,7 +84,7 @@ class Layer:
     decision: Decision[PdquantConfig]
     module: nn.Module
     grid: Grid
-    exponent: int
+    exponent: Exponent
     rounding: SoftRounding
     start: Tensor
     nearest: Tensor
@@ -105,7 +106,7 @@ def make_layer(
     """
     config = decision.config
     rows = rows_from_weight(weight, decision.axis).flatten(1).contiguous()
-    exponent = grid_exponent(rows)
+    exponent = grid_exponent(rows, config)
     grid = choose_grid(rows, config, config.range or "minmax", exponent, gram.hessian, generator)
     scale, low = row_levels(grid, config, exponent, rows)
     aim = rows
