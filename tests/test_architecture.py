@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "compress": {
         *("errors", "types", "registry", "recipe", "coding", "checkpoint", "artifact", "plan", "data", "model"),
-        *("solvers", "calibration", "training", "methods", "exporters", "runtime", "report", "encode", "budget"),
+        *("calibration", "training", "methods", "exporters", "runtime", "report", "encode", "budget"),
     },
     "__init__": {"types", "compress"},
     "transformers": {"data", "runtime"},
