@@ -1,13 +1,13 @@
 """What rescaled weights cost rd without data, where a norm takes the scale out again: each network and its twins.
 
-    QCOMPRESS_DATA=data python benchmarks/rescaled.py [--networks resnet20,stories] [--rates 1.5,2.0]
+    QCOMPRESS_DATA=data python benchmarks/rescaled.py [--networks resnet20,stories] [--rates 1.5,2.0] [--test]
 
 A twin is the same function: some weights are multiplied, and the batch norms behind them, or the gains of the norms
 before them, make up for it. Each is coded with the rule that finds strange scales (qcompress/budget/scales.py) and
 without it. On training images 10,000 to 11,999, which no calibration, choice or test sees, the texts that stories260K
-is not evaluated on, and photos like MobileNet's; DS-CNN has no data but those of its test. Prints JSON: network ->
-rate -> twin, with or without the rule -> divergence from the network as it was in nats, share of largest outputs that
-are its own, bits a weight.
+is not evaluated on, and photos like MobileNet's; DS-CNN has no data but those of its test. --test takes the test data
+of all, and adds the score there: not for choices. Prints JSON: network -> rate -> twin, with or without the rule ->
+divergence from the network as it was in nats, share of largest outputs that are its own, bits a weight.
 """
 
 from __future__ import annotations
@@ -117,9 +117,10 @@ def coded(state: Mapping[str, Tensor], folder: Path, rate: float) -> tuple[dict[
     return load_state_dict(options.output), report.size.bits_per_weight
 
 
-def measure(name: str, rates: list[float], folder: Path) -> dict[str, Any]:
-    network, state = CASES[name].network(folder)
-    batches = untouched(name, folder)
+def measure(name: str, rates: list[float], test: bool, folder: Path) -> dict[str, Any]:
+    case = CASES[name]
+    network, state = case.network(folder)
+    batches = case.batches(folder, case.samples) if test else untouched(name, folder)
     expected = log_probabilities(network, batches)
 
     def figures(values: Mapping[str, Tensor], bits: float) -> dict[str, float]:
@@ -127,7 +128,8 @@ def measure(name: str, rates: list[float], folder: Path) -> dict[str, Any]:
         found = log_probabilities(network, batches)
         divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
         agreement = float((found.argmax(-1) == expected.argmax(-1)).double().mean())
-        return {"divergence": divergence, "agreement": agreement, "bits": bits}
+        score = {case.score: case.measure(network, batches)} if test else {}
+        return {"divergence": divergence, "agreement": agreement, "bits": bits, **score}
 
     rows: dict[str, Any] = {f"{rate}": {} for rate in rates}
     for title, twin in twins(state, name):
@@ -149,7 +151,8 @@ def measure(name: str, rates: list[float], folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[1.5, 2.0])
-    measure_networks(parser, [*CASES], lambda name, options, folder: measure(name, options.rates, folder))
+    parser.add_argument("--test", action="store_true")
+    measure_networks(parser, [*CASES], lambda name, given, folder: measure(name, given.rates, given.test, folder))
 
 
 if __name__ == "__main__":
