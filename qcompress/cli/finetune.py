@@ -138,5 +138,5 @@ def _finish(report: TrainingReport, target: Path, streams: Streams) -> None:
     write_whole(text, training_path(target))
     for warning in report.warnings:
         print_note(f"warning: {warning}")
-    print_output(target, text, view_training(report), streams)
+    print_output(target, lambda: text, view_training(report), streams)
     raise_failed(report.gates)

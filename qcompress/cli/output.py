@@ -159,12 +159,12 @@ def refuse_harm(
     refuse_meeting(found, writes, force=force)
 
 
-def print_output(output: Path, text: str, view: View, streams: Streams) -> None:
-    """The result of a command that makes `output`: `text` where --json says, and the view, or with -q the path."""
+def print_output(output: Path, text: Callable[[], str], view: View, streams: Streams) -> None:
+    """The result of a command that makes `output`: `text()` where --json says, and the view, or with -q the path."""
     from qcompress.report.render import render_view
 
     if streams.json_to is not None:
-        write_text(text, streams.json_to)
+        write_text(text(), streams.json_to)
     if streams.json_to != "-":
         print_result(str(output) if streams.quiet else render_view(view, streams.terminal))
 
@@ -176,7 +176,7 @@ def print_report(report: Report, output: Path, streams: Streams) -> None:
 
     for warning in report.warnings:
         print_note(f"warning: {warning}")
-    print_output(output, report_text(report), view_report(report), streams)
+    print_output(output, lambda: report_text(report), view_report(report), streams)
 
 
 def print_rendered(rendered: Callable[[Terminal | None], str], output: Path | None, streams: Streams) -> None:

@@ -160,7 +160,7 @@ def _run_pipeline(request: Request, folder: Path, streams: Streams) -> None:
                 plan = _dry_plan(source, replace(request, recipe=recipes[part]), streams)
             found[part] = plan_json(source, plan, target / part, coding)
         document = join_plans(folder, target, found, recipe_hash(request.recipe))
-        print_output(target, json_document(document), _view(document), streams)
+        print_output(target, lambda: json_document(document), _view(document), streams)
         return
     _refuse_harm(request, target, streams.json_to)
     plans = {part: planned(part) for part in parts}
@@ -399,7 +399,7 @@ def _finish(report: Report, gates: Gates, target: Path, streams: Streams) -> Non
 def print_plan(source: Checkpoint, plan: Plan, target: Path, choice: CodingChoice, streams: Streams) -> None:
     """The plan as a table or as JSON; with -q the output's path."""
     document = plan_json(source, plan, target, choice)
-    print_output(target, json_document(document), _view(document), streams)
+    print_output(target, lambda: json_document(document), _view(document), streams)
 
 
 def _view(document: PlanJson) -> View:

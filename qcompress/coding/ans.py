@@ -72,6 +72,18 @@ class Table:
         return constriction.stream.model.Categorical(self.frequencies * 2.0**-self.precision, perfect=False)
 
 
+def least_ans(counts: NDArray[np.int64]) -> int:
+    """A bound below the bytes that table and streams together are expected to take; close to them."""
+    codes = np.flatnonzero(counts)
+    if len(codes) == 1:
+        return 0
+    used = counts[codes].astype(np.float64)
+    # No table gives fewer bits than the entropy, of which the sum may be off by a rounding, nor has fewer bytes than
+    # one a frequency.
+    entropy_bits = float((used * np.log2(used.sum() / used)).sum()) - 1e-3
+    return 1 + _run_bytes(codes) + len(codes) + int(max(entropy_bits, 0.0) / 8)
+
+
 def fit_table(counts: NDArray[np.int64]) -> Table:
     """The table under which table and streams together take the fewest bytes."""
     codes = np.flatnonzero(counts).astype(np.uint8)
@@ -79,10 +91,7 @@ def fit_table(counts: NDArray[np.int64]) -> Table:
     if len(codes) == 1:
         return Table(0, codes, np.ones(1, np.int64), 0)
     best: Table | None = None
-    # No table gives fewer bits than the entropy, of which the sum may be off by a rounding, nor has fewer bytes than
-    # one a frequency.
-    entropy_bits = float((used * np.log2(used.sum() / used)).sum()) - 1e-3
-    least = 1 + _run_bytes(codes) + len(codes) + int(max(entropy_bits, 0.0) / 8)
+    least = least_ans(counts)
     # Below 2**7 a frequency takes no fewer bytes.
     for precision in range(max(7, (len(codes) - 1).bit_length()), MAX_PRECISION + 1):
         frequencies = integer_frequencies(used, precision)
@@ -129,8 +138,10 @@ def _loss_of_one(used: NDArray[np.float64], frequencies: NDArray[np.float64]) ->
     return loss
 
 
-def _run_bytes(codes: Bytes) -> int:
-    """What the runs of absent codes take in a table."""
+def _run_bytes(codes: NDArray[Any]) -> int:
+    """What the runs of absent codes, ascending ones, take in a table."""
+    if not len(codes) or int(codes[-1]) == len(codes) - 1:
+        return 0
     runs = np.diff(codes.astype(np.int64), prepend=-1) - 1
     return int(2 * (runs > 0).sum() + (runs > 128).sum())
 

@@ -81,8 +81,11 @@ def spread_too_far(largest: Tensor, bits: int) -> bool:
 
     largest  of the magnitudes of each row, float [rows]; rows of zeros do not count
     """
-    some = largest[largest > 0]
-    return len(some) > 0 and float(some.min()) < 2.0 ** (bits - SPREAD_BITS) * float(some.max())
+    ends = largest.aminmax()
+    least, most = float(ends.min), float(ends.max)
+    if least == 0 < most:
+        least = float(largest[largest > 0].min())
+    return least < 2.0 ** (bits - SPREAD_BITS) * most
 
 
 def row_exponents(rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompress.coding.ans import CHUNK_CODES, Tile, ans_tiles, bound_ans, encode_ans, fill_up, fit_table
+from qcompress.coding.ans import CHUNK_CODES, Tile, ans_tiles, bound_ans, encode_ans, fill_up, fit_table, least_ans
 from qcompress.coding.frames import FrameReader, bound_frame, compress_frame
 from qcompress.coding.packing import Bytes, byte_span, count_codes, pack, row_bytes, unpack
 from qcompress.coding.rows import tiles
@@ -160,12 +160,15 @@ def _encode_smallest(packed: Bytes, bits: int, columns: int, least: int) -> tupl
             return best
         frame = _encode_zstd(packed, bits, columns, foretold)
         return ("zstd", frame) if least <= len(frame) <= limit else best
-    table = fit_table(count_codes(packed, bits, columns))
-    if min(foretold.values()) <= _SAMPLE_DOUBT * min(limit, table.expected_bytes):
+    counts = count_codes(packed, bits, columns)
+    # Fitting a table takes most of the time where codes are few.
+    may_pay = _ANS_DOUBT * least_ans(counts) - 4 <= limit
+    table = fit_table(counts) if may_pay else None
+    if min(foretold.values()) <= _SAMPLE_DOUBT * (min(limit, table.expected_bytes) if table is not None else limit):
         frame = _encode_zstd(packed, bits, columns, foretold)
         if least <= len(frame) <= limit:
             best, limit = ("zstd", frame), len(frame) - 1
-    if _ANS_DOUBT * table.expected_bytes - 4 <= limit:
+    if table is not None and _ANS_DOUBT * table.expected_bytes - 4 <= limit:
         streams = fill_up(encode_ans(packed, bits, columns, table), least)
         if len(streams) <= limit:
             best = ("ans", streams)

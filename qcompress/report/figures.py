@@ -12,6 +12,7 @@ import platform
 import resource
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -226,6 +227,8 @@ def _energy(flat: Tensor, largest: float) -> float:
     if not SQUARES[0] < largest < SQUARES[1]:
         return float(flat.double().square().sum())
     whole = len(flat) // RUN * RUN
+    if not whole:
+        return float(torch.linalg.vector_norm(flat).double().square())
     norms = torch.linalg.vector_norm(flat[:whole].reshape(-1, RUN), dim=1).double()
     rest = torch.linalg.vector_norm(flat[whole:]).double()
     return float(norms.square().sum() + rest.square())
@@ -303,15 +306,16 @@ def _kurtosis(ordered: Sample) -> float | None:
     if ordered[0] == ordered[-1]:
         return None
     # In float64 neither the mean of close values nor the fourth power of any float32 is lost.
-    centred = torch.from_numpy(ordered).double()
-    squares = centred.sub_(centred.mean()).square_()
-    return float(torch.dot(squares, squares)) * len(squares) / float(squares.sum()) ** 2
+    squares = ordered.astype(np.float64)
+    squares -= squares.mean()
+    squares *= squares
+    return float(np.dot(squares, squares)) * len(squares) / float(squares.sum()) ** 2
 
 
 def _histogram(ordered: Sample, inner_edges: Sample) -> tuple[int, ...]:
     """Counts between the inner edges; a value on an edge belongs to the bin above it."""
-    places = np.searchsorted(ordered, inner_edges, "left")
-    return tuple(np.diff(places, prepend=0, append=len(ordered)).tolist())
+    places = [0, *np.searchsorted(ordered, inner_edges, "left").tolist(), len(ordered)]
+    return tuple(after - before for before, after in pairwise(places))
 
 
 def kept_layer(decision: Decision, n_bytes: int) -> LayerReport:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Noun = TypeVar("Noun")
 
+_EXACT = frozenset({int, str, bool, type(None)})
+"""Types of values that no rounding changes."""
+_ENCODER = json.JSONEncoder(allow_nan=False)
 DIGITS = 6
 """Of floats that are written, where a document does not say otherwise."""
 
@@ -123,9 +126,9 @@ def json_text(document: Mapping[str, Json]) -> str:
 
 def _value_text(value: Json) -> str:
     if isinstance(value, list) and value:
-        items = (json.dumps(item, allow_nan=False) for item in value)
+        items = (_ENCODER.encode(item) for item in value)
         return "[\n  " + ",\n  ".join(items) + "\n ]"
-    return json.dumps(value, allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def rounded(value: Any, digits: int | None) -> Any:
@@ -136,9 +139,9 @@ def rounded(value: Any, digits: int | None) -> Any:
                 return None
             return value if digits is None else float(f"{value:.{digits}g}")
         case list():
-            return [rounded(item, digits) for item in value]
+            return [item if type(item) in _EXACT else rounded(item, digits) for item in value]
         case dict():
-            return {key: rounded(item, digits) for key, item in value.items()}
+            return {key: one if type(one) in _EXACT else rounded(one, digits) for key, one in value.items()}
     return value
 
 
