@@ -70,6 +70,7 @@ ONLY_IN = {
     "click": ("cli",),
     "safetensors": ("checkpoint", "artifact", "exporters"),
     "constriction": ("coding/ans.py",),
+    "numba": ("coding/compiled.py",),
     "zstandard": ("coding/frames.py",),
     "pickle": (),
     "marshal": (),

@@ -1,7 +1,8 @@
 """Codes become streams of an asymmetric numeral system and back, under a static table of integer frequencies.
 
 artifact/SPEC.md describes the bytes, "Codes on disk"; the coder is constriction's. Chunks decode by themselves, so that
-processes can share them: the coder holds the interpreter's lock, and threads would gain nothing.
+they can be shared: among threads where loops are compiled, else among processes, since the coder holds the
+interpreter's lock.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompress.coding.compiled import COMPILER
+from qcompress.coding.in_step import decode_in_step
 from qcompress.coding.packing import Bytes, byte_span, pack, unpack
 from qcompress.coding.rows import tiles
 from qcompress.coding.stored import Stored
@@ -268,10 +271,17 @@ class _Job:
 
 def _decode_job(job: _Job) -> list[Bytes]:
     """The packed codes of every chunk."""
-    model = job.table.model()
+    chunks = [(stream, rows * columns) for stream, rows, columns in job.chunks]
+    found = None
+    if COMPILER.pays(sum(count for _, count in chunks)):
+        table = job.table
+        found = decode_in_step(COMPILER.of, chunks, (table.frequencies, table.codes, table.precision))
+    if found is None:
+        model = job.table.model()
+        found = [decode_chunk(memoryview(stream), job.table, model, count) for stream, count in chunks]
     return [
-        pack(decode_chunk(memoryview(stream), job.table, model, rows * columns).reshape(rows, columns), job.bits)
-        for stream, rows, columns in job.chunks
+        pack(codes.reshape(rows, columns), job.bits)
+        for codes, (_, rows, columns) in zip(found, job.chunks, strict=True)
     ]
 
 
@@ -368,10 +378,14 @@ def chunk_count(rows: int, columns: int) -> int:
 def decoding_processes(codes: int, workers: int) -> Iterator[Executor | None]:
     """An executor for an artifact of so many entropy-coded codes; None where it would not pay.
 
-    Its processes start with the first job that is large enough.
+    It is one of threads where loops are compiled. Processes start with the first job that is large enough.
     """
     if workers < 2 or codes < LEAST_CODES:
         yield None
+        return
+    if COMPILER.pays(codes):
+        with ThreadPoolExecutor(workers) as threads:
+            yield threads
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as executor:
         yield executor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from qcompress.coding.ans import (
     fit_table,
     run_jobs,
 )
+from qcompress.coding.compiled import Compiler
 from qcompress.coding.packing import count_codes, pack, row_bytes
 from qcompress.coding.payload import decode_payload
 from qcompress.coding.stored import in_memory
@@ -114,13 +115,25 @@ def test_a_matrix_of_few_chunks_stays_in_this_process(executor: Executor) -> Non
 
 
 @pytest.mark.slow
-def test_processes_are_started_anew_where_they_pay() -> None:
+def test_processes_are_started_anew_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forked ones would inherit locks that torch's threads hold."""
+    monkeypatch.setattr(Compiler, "pays", lambda *_: False)
     with decoding_processes(jobs.LEAST_CODES, 2) as executor:
         assert executor is not None
         _INHERITED.append(True)
         assert executor.submit(_inherited).result() == []
         _INHERITED.clear()
+
+
+def test_threads_share_the_work_of_compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compiler, "pays", lambda *_: True)
+    monkeypatch.setattr(Compiler, "of", lambda _, kernel: None)
+    codes = np.random.default_rng(4).binomial(7, 0.3, (2 * JOB_CHUNKS, CHUNK_CODES)).astype(np.uint8)
+    packed = pack(codes, 3)
+    payload = encode_ans(packed, 3, CHUNK_CODES, fit_table(count_codes(packed, 3, CHUNK_CODES)))
+    with decoding_processes(jobs.LEAST_CODES, 2) as executor:
+        assert isinstance(executor, ThreadPoolExecutor)
+        assert np.array_equal(decode_payload(payload, "ans", 3, *codes.shape, executor), packed)
 
 
 def test_no_processes_where_they_do_not_pay() -> None:

@@ -5,7 +5,7 @@ Chunks decode by themselves and in any order. artifact/SPEC.md, "Unbounded codes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompress.coding import kernels
 from qcompress.coding.ans import (
     CHUNK_CODES,
     JOB_CHUNKS,
@@ -27,6 +28,8 @@ from qcompress.coding.ans import (
     run_jobs,
     varint,
 )
+from qcompress.coding.compiled import COMPILER
+from qcompress.coding.in_step import Loops, ends_of, groups, make_intervals, streams_of
 from qcompress.coding.rows import tiles
 from qcompress.coding.stored import Stored
 from qcompress.coding.trellis import NEXT_STATE
@@ -37,6 +40,7 @@ from qcompress.coding.unbounded.tokens import (
     FIRST_OPEN,
     TOKEN_BITS,
     TOKEN_PARITY,
+    TOKEN_START,
     Classes,
     Codes,
     Levels,
@@ -102,11 +106,15 @@ def _runs(tokens: Tokens, contexts: NDArray[np.uint8], tables: Tables, trellis: 
 
 @dataclass(frozen=True)
 class _Job:
-    """Some chunks of a payload, each (raw bits, stream, classes of its codes), and what they are decoded with."""
+    """Some chunks of a payload, each (raw bits, stream, classes of its codes), and what they are decoded with.
+
+    narrow  whether codes are given in the narrowest integers that hold them, since many wait for their turn
+    """
 
     chunks: tuple[tuple[bytes, bytes, NDArray[np.uint8]], ...]
     tables: Tables
     trellis: bool
+    narrow: bool
 
 
 def stream_tiles(
@@ -143,15 +151,67 @@ def stream_tiles(
                 raise ValueError("a chunk has raw bits that no code needs")
             raw = bytes(stored.read(start, middle))
             parts.append((raw, read_stream(stored, (middle, stop), own.size, filled), own))
-        return _Job(tuple(parts), tables, trellis)
+        return _Job(tuple(parts), tables, trellis, executor is not None)
 
     found = run_jobs(_decode_job, map(job, range(0, chunks, JOB_CHUNKS)), chunks, executor)
     for span, part in zip(spans, (part for done in found for part in done), strict=True):
-        yield (*span, part.astype(np.int32))
+        yield (*span, part.astype(np.int32, copy=False))
 
 
 def _decode_job(job: _Job) -> list[NDArray[Any]]:
-    """The codes of every chunk, in the narrowest of int8, int16 and int32 that holds them."""
+    """The codes of every chunk."""
+    codes = None
+    if COMPILER.pays(sum(classes.size for *_, classes in job.chunks)):
+        codes = decode_in_step(COMPILER.of, job.chunks, job.tables, job.trellis)
+    codes = _decode_in_turn(job) if codes is None else codes
+    return [_narrow(part) for part in codes] if job.narrow else codes
+
+
+def decode_in_step(
+    loops: Loops, chunks: Sequence[tuple[bytes, bytes, NDArray[np.uint8]]], tables: Tables, trellis: bool
+) -> list[Codes] | None:
+    """The codes of chunks by the loops of kernels.py; None where that needs the slower way.
+
+    chunks  of each its raw bits, its stream, and the classes of its codes, uint8 [rows, columns]
+    """
+    make, decode = loops(kernels.make_intervals), loops(kernels.decode_trellis if trellis else kernels.decode_plain)
+    if make is None or decode is None:
+        return None
+    known = {number: (table.frequencies, table.codes, table.precision) for number, table in tables.items()}
+    intervals = make_intervals(make, known, CONTEXTS)
+    states = (NEXT_STATE.reshape(-1),) if trellis else ()
+    done: list[Codes] = []
+    for span in _same_heights(chunks) if trellis else groups(len(chunks)):
+        raws, parts, classes = zip(*chunks[span], strict=True)
+        streams = streams_of(parts)
+        if streams is None:
+            return None
+        shapes = [own.shape for own in classes]
+        ends = ends_of([rows * columns for rows, columns in shapes])
+        contexts = np.concatenate([own.reshape(-1) for own in classes])
+        codes = np.empty(len(contexts), np.int32)
+        where = (*shapes[0], len(parts)) if trellis else (ends,)
+        raw = np.frombuffer(b"".join([*raws, b"\0"]), np.uint8).copy()
+        whole = decode(
+            *(streams.words, streams.places, streams.bottoms),
+            *(intervals.starts, intervals.buckets, intervals.names, intervals.stride, intervals.known),
+            *(contexts, *where, raw, ends_of([len(own) for own in raws]), TOKEN_BITS, TOKEN_START, *states, codes),
+        )
+        if not whole:
+            return None
+        done.extend(codes[ends[place] : ends[place + 1]].reshape(shape) for place, shape in enumerate(shapes))
+    return done
+
+
+def _same_heights(chunks: Sequence[tuple[bytes, bytes, NDArray[np.uint8]]]) -> Iterator[slice]:
+    """`groups`, in each of which chunks have one shape: only the last one of a matrix may have another."""
+    whole = sum(classes.shape == chunks[0][2].shape for *_, classes in chunks)
+    yield from groups(whole)
+    yield from (slice(place, place + 1) for place in range(whole, len(chunks)))
+
+
+def _decode_in_turn(job: _Job) -> list[Codes]:
+    """The codes of every chunk, one behind another. Raises ValueError for one that is damaged."""
     models = {context: table.model() for context, table in job.tables.items()}
     done = []
     for raw, stream, classes in job.chunks:
@@ -162,11 +222,12 @@ def _decode_job(job: _Job) -> list[NDArray[Any]]:
         found, left = codes_from_tokens(tokens, memoryview(raw))
         if len(left):
             raise ValueError("a chunk has raw bits that no code needs")
-        done.append(_narrow(found.T if job.trellis else found))
+        done.append(found.T if job.trellis else found)
     return done
 
 
 def _narrow(codes: Codes) -> NDArray[Any]:
+    """The codes in the narrowest of int8, int16 and int32 that holds them."""
     largest = max(-int(codes.min(initial=0)), int(codes.max(initial=0)))
     return codes.astype(np.int8 if largest < 2**7 else np.int16 if largest < 2**15 else np.int32)
 
