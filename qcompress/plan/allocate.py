@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -363,16 +364,25 @@ def _slope_words(unit: Unit, bits: int) -> str:
 
 
 def _linked(decisions: Sequence[Decision]) -> list[list[Decision]]:
-    """The decisions in groups that get one width, in the order of their first."""
+    """The decisions in groups that get one width, in the order of their first: links, and the parts of a stack."""
     by_name = {decision.tensor.name: decision for decision in decisions}
+    stacks: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        if decision.stack is not None:
+            stacks.setdefault(decision.stack, []).append(decision)
     group_of: dict[str, list[Decision]] = {}
     for decision in decisions:
-        name = decision.tensor.name
-        if name in group_of:
+        if decision.tensor.name in group_of:
             continue
-        partners = [by_name[partner] for partner in linked_names(name, by_name)]
-        for partner in partners:
-            group_of[partner.tensor.name] = partners
+        group: list[Decision] = []
+        waiting = deque([decision])
+        while waiting:
+            one = waiting.popleft()
+            if one.tensor.name not in group_of:
+                group_of[one.tensor.name] = group
+                group.append(one)
+                waiting += [by_name[partner] for partner in linked_names(one.tensor.name, by_name)]
+                waiting += stacks.pop(one.stack or "", ())
     return list({id(group): group for group in group_of.values()}.values())
 
 

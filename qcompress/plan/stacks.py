@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from qcompress.types.plan import KEPT, Decision, ModelFacts, Rule, Widths
+from qcompress.types.plan import KEPT, Decision, ModelFacts, Rule
 
 
 def whole_stacks(facts: ModelFacts, deciders: Mapping[str, Rule | None]) -> frozenset[str]:
@@ -25,7 +25,7 @@ def _is_one(rules: Sequence[Rule | None]) -> bool:
     rule = rules[0]
     if rule is None or rule.method is None or any(other is not rule for other in rules):
         return False
-    return rule.options.form == "unbounded" or (not isinstance(rule.config, Widths) and rule.options.unit != "tensor")
+    return rule.options.form == "unbounded" or rule.options.unit != "tensor"
 
 
 def without_broken_stacks(decisions: Sequence[Decision], facts: ModelFacts) -> Iterator[Decision]:

@@ -120,6 +120,21 @@ def test_parts_of_a_stack_that_has_several_rules_are_rounded_alone(run: Run, tmp
     )
 
 
+def test_a_budget_decides_the_width_of_a_stack(run: Run, tmp_path: Path) -> None:
+    """One for all experts of a layer, which the method then takes together."""
+    make_architecture("mixtral").save_pretrained(tmp_path / "m")
+    rules = "rules: [{match: '*.weight', gptq: {}}]\nbudget: {bpw: 5}\n"
+    recipe = write_recipe(tmp_path, "mixtral", rules, None)
+    done = run("quantize", tmp_path / "m", "-r", recipe, "--json", "-", "-o", tmp_path / "a")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    experts = [one for one in report["layers"] if ".experts." in one["name"]]
+    assert {one["method"] for one in experts} == {"gptq"}
+    of_layers = {(one["name"].split(".")[2], one["bits"]) for one in experts if ".w2." not in one["name"]}
+    assert len(of_layers) == len({layer for layer, _ in of_layers})
+    assert report["size"]["bits_per_weight"] <= 5
+
+
 def test_statistics_of_a_stack_are_those_of_its_parts(run: Run, tmp_path: Path) -> None:
     """What flows into the two matrices of an expert is the same, and no other expert's; weights alone can use it."""
     make_architecture("mixtral").save_pretrained(tmp_path / "m")

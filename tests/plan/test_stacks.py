@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from qcompress.plan.allocate import make_units
 from qcompress.plan.plan import make_plan
 from qcompress.recipe import read_recipe
-from qcompress.types.plan import Decision, TensorFacts, TensorInfo
+from qcompress.types.plan import Decision, Plan, TensorFacts, TensorInfo
 
 STACK = "m.experts.gate_up_proj"
 NAMES = [f"m.experts.{expert}.{matrix}.weight" for expert in range(2) for matrix in ("w1", "w3")]
@@ -36,15 +37,25 @@ def test_one_rule_takes_the_stack_whole(options: str) -> None:
     [
         ("[{match: '*', gptq: {bits: 4, granularity: tensor}}]", ""),
         ("[{match: '*.w1.*', gptq: {bits: 4}}, {match: '*', gptq: {bits: 4}}]", ""),
-        ("[{match: '*', gptq: {}}]", "budget: {bpw: 4}\n"),
         ("[{match: '*', squant: {bits: 4}}]", ""),
     ],
-    ids=["one grid a tensor", "several rules", "widths of a budget", "a method that needs weights alone"],
+    ids=["one grid a tensor", "several rules", "a method that needs weights alone"],
 )
 def test_otherwise_each_part_is_rounded_alone(rules: str, more: str) -> None:
     found = planned(rules, more=more)
     assert {one.stack for one in found.values()} == {None}
     assert {one.method for one in found.values()} <= {"mse", "squant"}
+
+
+def test_a_budget_gives_a_stack_one_width() -> None:
+    found = planned("[{match: '*', gptq: {}}]", more="budget: {bpw: 4}\n")
+    assert {(one.method, one.stack, one.is_open) for one in found.values()} == {("gptq", STACK, True)}
+    plan = Plan(
+        read_recipe(None, text="version: 1\nbudget: {bpw: 4}\nrules: [{match: '*', squant: {}}]\n"),
+        tuple(found.values()),
+    )
+    (unit,) = make_units(plan, "packed")
+    assert [one.tensor.name for one in unit.decisions] == NAMES
 
 
 def test_a_part_that_is_kept_keeps_the_others() -> None:
