@@ -17,7 +17,7 @@ from qcompress.checkpoint.side_files import HESSIAN, MEAN
 from qcompress.model.live import LiveModel
 from qcompress.model.moments import input_moments
 from qcompress.model.products import product_of
-from qcompress.model.sweep import refuse_unusable, sweep
+from qcompress.model.sweep import refuse_unusable, run_stage, sweep
 from qcompress.types.encoded import ActivationGrid
 from qcompress.types.settings import ActivationSettings
 
@@ -111,6 +111,9 @@ def measure_activations(
         return _noise_grids(live, bits, inputs)
 
     def run() -> None:
+        if live.at is not None:
+            run_stage(live.stages[0], live.quantized, live.at.alone)
+            return
         for batch in live.calibration:
             live.quantized(*batch.args, **batch.kwargs)
 

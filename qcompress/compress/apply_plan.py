@@ -15,7 +15,7 @@ from qcompress.encode.encode_weight import ContextSources, encode_weight, make_s
 from qcompress.errors import InputError, ModelError, RecipeError, Subject, raise_all
 from qcompress.model.build import take
 from qcompress.model.graph import inputs_of_network
-from qcompress.model.live import LiveModel, find_tensor, put_tensors
+from qcompress.model.live import LiveModel, put_tensors
 from qcompress.model.products import caller_of, product_of
 from qcompress.registry import METHODS
 from qcompress.types.encoded import ActivationGrid, Encoded, Fitted, Kept
@@ -123,10 +123,10 @@ def refuse_untrained(live: LiveModel, plan: Plan) -> None:
 
 def _encode_weights(live: LiveModel, decisions: Sequence[Decision], sources: ContextSources) -> Fitted:
     def weight_of(decision: Decision) -> Tensor:
-        return find_tensor(live.module, decision.tensor.name).detach().cpu()
+        return live.weight(decision.tensor.name).cpu()
 
     sources = replace(sources, codebooks=make_shared_codebooks(decisions, weight_of, sources))
-    weights = ((one, find_tensor(live.module, one.tensor.name).detach()) for one in decisions)
+    weights = ((one, live.weight(one.tensor.name)) for one in decisions)
     return Fitted({one.tensor.name: encode_weight(value, one, sources, value.device) for one, value in weights})
 
 

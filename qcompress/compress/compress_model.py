@@ -17,6 +17,8 @@ from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.side_files import HESSIAN, MEAN, save_statistics
 from qcompress.checkpoint.staging import refuse_existing, staging_folder
 from qcompress.compress.apply_plan import encode_merged, fit, refuse_untrained
+from qcompress.compress.blueprints import choose_blocks
+from qcompress.compress.by_blocks import compress_by_blocks, refuse_by_blocks
 from qcompress.compress.compress import compress_to, staged
 from qcompress.compress.evaluate import compare, evaluate, measure_task, open_live
 from qcompress.compress.finetune import STATE, make_trainer, run_identity
@@ -24,7 +26,7 @@ from qcompress.compress.tune_codebooks import CodebookTuner, measure_kmeans
 from qcompress.data.measurement import Measurement
 from qcompress.encode.encode_weight import ContextSources, unweighed
 from qcompress.encode.preflight import refuse_nonfinite
-from qcompress.errors import BudgetError
+from qcompress.errors import BudgetError, raise_all
 from qcompress.model.graph import batch_norm_of
 from qcompress.model.live import LiveModel, fresh_copy, layer_name
 from qcompress.plan.allocate import Costs, is_open, refuse_infeasible
@@ -37,6 +39,9 @@ from qcompress.training.parallel import ALONE, World
 from qcompress.training.trainer import Trainer
 from qcompress.types.plan import Gates, Plan
 from qcompress.types.run import FitContext, ModelRun, Options, start_clock
+
+NETWORKS = 2
+"""That are in memory at once: as it was, and as it will be."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,9 @@ def compress_live(
     clock = start_clock()
     world = how.world
     _refuse_early(checkpoint, plan, options, world)
+    blocks = _blocks(plan, options, model_run, how)
+    if blocks:
+        return compress_by_blocks(checkpoint, plan, options, model_run, blocks, how.say)
     live = open_live(checkpoint, plan, model_run)
     refuse_untrained(live, plan)
     measures = world.is_first and _measures(model_run)
@@ -121,6 +129,24 @@ def compress_live(
         shop = Workshop(attempted, measured, how.say, behind=_batch_norms(live, plan))
         report = spend(checkpoint, plan, options, costs, shop)
     return replace(report, run=run_figures(clock, str(model_run.device)))
+
+
+def _blocks(plan: Plan, options: Options, model_run: ModelRun, how: LiveOptions) -> tuple[str, ...]:
+    """The blocks that a run goes by; none where the network is to be in memory.
+
+    raises  InputErrors for what cannot go by blocks where the recipe asks for it
+    """
+    settings = model_run.recipe.model
+    assert settings is not None
+    blocks = choose_blocks(model_run, NETWORKS, options.max_memory)
+    errors = refuse_by_blocks(plan, how.save_statistics, how.world.size) if blocks else []
+    if settings.offload == "blocks":
+        raise_all(errors)
+    if errors:
+        how.say(f"the network needs more than --max-memory, for it cannot go block by block: {errors[0].what}")
+    elif blocks:
+        how.say(f"the network goes block by block: {len(blocks)} blocks, first {blocks[0]}")
+    return () if errors else blocks
 
 
 def _batch_norms(live: LiveModel, plan: Plan) -> dict[str, str] | None:

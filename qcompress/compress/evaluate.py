@@ -15,21 +15,32 @@ from qcompress.calibration.activations import attach_activations, attach_caps
 from qcompress.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from qcompress.checkpoint.safetensors_file import read_container, weight_files
 from qcompress.checkpoint.staging import write_whole
+from qcompress.compress.blueprints import (
+    artifact_blueprint,
+    artifact_reader,
+    checkpoint_blueprint,
+    checkpoint_reader,
+    choose_blocks,
+    refuse_offload,
+)
 from qcompress.compress.load import checkpoint_state, hold_packed, read_state
 from qcompress.compress.plan_checkpoint import plan_checkpoint
 from qcompress.data.batches import Batch, run_model
 from qcompress.data.measurement import Measurement
 from qcompress.data.sources import open_batches
-from qcompress.data.tasks import measure, paired_drop
+from qcompress.data.tasks import Run, measure, paired_drop
 from qcompress.errors import ArtifactError, CheckpointError, RecipeError, ReportError
 from qcompress.model.build import build_network, example_batch, load_weights, take_shapes
 from qcompress.model.live import LiveModel, make_live_model
+from qcompress.model.offload import Offloaded, refuse_no_chain, run_blocks
 from qcompress.plan.sensitivity import SENSITIVITY, Sensitivity, checkpoint_sha256, read_sensitivity
 from qcompress.report.document import AccuracyFigures
 from qcompress.runtime.load_packed import Held, held_bytes
 from qcompress.types.plan import Plan, Recipe
 from qcompress.types.run import ModelRun, Say
 
+NETWORKS = 2
+"""Times the weights are in memory while a network is measured: in it, and as they were read."""
 REPLACE_HINT = "measure anew with --force, or keep both with --cache FILE"
 
 
@@ -51,6 +62,7 @@ def load_network(model_run: ModelRun, checkpoint: Checkpoint | None) -> nn.Modul
 
     raises  ModelError, CheckpointError
     """
+    refuse_offload(model_run)
     module = build_network(model_run).float()
     if checkpoint is not None:
         load_weights(module, checkpoint_state(checkpoint), str(checkpoint.path))
@@ -66,6 +78,9 @@ def evaluate(
     strip_prefix  what is taken off the names of a checkpoint's tensors
     raises        ModelError, DataError, CheckpointError, ArtifactError, RecipeError; ResourceError
     """
+    blocks = choose_blocks(model_run, NETWORKS, max_memory)
+    if blocks:
+        return evaluate_by_blocks(path, model_run, blocks, max_memory, strip_prefix)
     module = build_network(model_run).float()
     held = sum(value.nbytes for value in module.state_dict().values())
     if is_artifact(path):
@@ -75,6 +90,33 @@ def evaluate(
     else:
         load_weights(module, checkpoint_state(read_checkpoint(path, strip_prefix), max_memory, held), str(path))
     return measure_task(module.to(model_run.device), model_run, path.name)
+
+
+def evaluate_by_blocks(
+    path: Path,
+    model_run: ModelRun,
+    blocks: Sequence[str],
+    max_memory: int | None = None,
+    strip_prefix: str | None = None,
+) -> list[Measurement]:
+    """The same with the weights of one block in memory at a time."""
+    if is_artifact(path):
+        artifact = read_artifact(path, max_memory)
+        network = artifact_blueprint(artifact, model_run, blocks).network(artifact_reader(artifact))
+        attach_grids(network.module, artifact)
+    else:
+        source = read_checkpoint(path, strip_prefix)
+        network = checkpoint_blueprint(source, model_run, blocks).network(checkpoint_reader(source))
+    refuse_no_chain(network, example_batch(model_run).to(model_run.device), model_run.place("model"))
+    return measure_by_blocks(network, model_run, path.name)
+
+
+def measure_by_blocks(network: Offloaded, model_run: ModelRun, what: str) -> list[Measurement]:
+    """As `measure_task`, of a network that goes block by block; its weights are gone then."""
+    try:
+        return measure_task(network.module, model_run, what, lambda batches: run_blocks(network, batches))
+    finally:
+        network.release()
 
 
 @dataclass(frozen=True)
@@ -102,6 +144,7 @@ def evaluate_packed(path: Path, model_run: ModelRun, max_memory: int | None = No
 
     raises  ArtifactError where the path holds a checkpoint; as `evaluate`
     """
+    refuse_offload(model_run)
     artifact = read_artifact(path, max_memory)
     dense = build_network(model_run).float()
     load_weights(dense, read_state(artifact, held=held_bytes(dense)), str(path))
@@ -140,9 +183,10 @@ def attach_grids(module: nn.Module, artifact: Artifact) -> None:
         raise ArtifactError(str(artifact.path), what, "name the model that the artifact was made with") from None
 
 
-def measure_task(module: nn.Module, model_run: ModelRun, what: str) -> list[Measurement]:
+def measure_task(module: nn.Module, model_run: ModelRun, what: str, run: Run | None = None) -> list[Measurement]:
     """The metrics of the recipe's task on its eval data; `what` names the run to the user.
 
+    run     see `measure`
     raises  RecipeError for a recipe without a task
     """
     task = model_run.recipe.task
@@ -153,9 +197,8 @@ def measure_task(module: nn.Module, model_run: ModelRun, what: str) -> list[Meas
     def advance(done: int) -> None:
         model_run.progress(what, done, batches.samples)
 
-    return measure(
-        task, module, batches, model_run.device, advance, root=model_run.root, allow_code=model_run.allow_code
-    )
+    root, allow_code = model_run.root, model_run.allow_code
+    return measure(task, module, batches, model_run.device, advance, root=root, allow_code=allow_code, run=run)
 
 
 def compare(

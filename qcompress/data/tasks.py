@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias, assert_never
 
@@ -29,6 +29,9 @@ from qcompress.types.settings import (
 TOP = 5
 """The classes that `top5` looks at."""
 
+Run: TypeAlias = Callable[[Iterator[Batch]], Iterator[tuple[Tensor, Batch]]]
+"""Batches -> what a network makes of each, with it."""
+
 Score: TypeAlias = Callable[[Tensor, Batch], dict[str, tuple[Tensor, Tensor]]]
 """(output, batch) -> metric -> (what each sample gives, how much it counts), both [samples]."""
 
@@ -42,10 +45,12 @@ def measure(
     *,
     root: Path = Path(),
     allow_code: bool = False,
+    run: Run | None = None,
 ) -> list[Measurement]:
     """Every metric of the task, the headline first.
 
     advance  called with the samples that are done
+    run      gives what the module makes of batches, in their order; where absent the module runs on one by one
     raises   DataError for labels that do not fit the outputs; ModelError for a model that does not run on the data
     """
     module.eval()
@@ -56,10 +61,10 @@ def measure(
     score = _scorer(task, root, allow_code)
     rows: list[dict[str, tuple[Tensor, Tensor]]] = []
     done = 0
+    here = (batch.to(device) for batch in batches)
     with torch.inference_mode():
-        for batch in batches:
-            here = batch.to(device)
-            rows.append(score(run_model(module, here), here))
+        for output, batch in ((run_model(module, one), one) for one in here) if run is None else run(here):
+            rows.append(score(output, batch))
             done += batch.size
             advance(done)
     found = []

@@ -48,7 +48,7 @@ def fit(live: LiveModel, decisions: Sequence[Decision[AdaroundConfig]], context:
         for step in sweep(live, wanted, sequential=asymmetric) if wanted else ():
             decision = wanted[step.tensor]
             name = decision.tensor.name
-            weight = folded.references.get(name, find_tensor(live.module, name))
+            weight = folded.references.get(name, live.weight(name))
             rows = rows_from_weight(weight, decision.axis)
             sampled = decision.config.objective == "sampled" and step.is_reached
             if not sampled or not isinstance(step.layer, MatrixLayer) or step.layer.joined:

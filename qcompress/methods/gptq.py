@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompress.coding.grids import exponent_for
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
-from qcompress.model.live import LiveModel, find_tensor
+from qcompress.model.live import LiveModel
 from qcompress.model.sweep import sweep
 from qcompress.registry import GptqConfig
 from qcompress.solvers.feedback import descend, feedback_codes
@@ -46,7 +46,7 @@ def fit(live: LiveModel, decisions: Sequence[Decision[GptqConfig]], context: Fit
         wanted = {d.tensor.name: d for d in decisions if d.config.sequential is sequential}
         for step in sweep(live, wanted, sequential=sequential) if wanted else ():
             decision = wanted[step.tensor]
-            weight = find_tensor(live.module, decision.tensor.name).detach()
+            weight = live.weight(decision.tensor.name)
             rows = rows_from_weight(weight, decision.axis)
             own = EncodeContext(exponent_for(float(rows.abs().max())), step.generator, step.gram())
             name, target = decision.tensor.name, _target(rows, decision.config, own)

@@ -181,6 +181,8 @@ def input_layers(live: LiveModel) -> set[str]:
 
 def inputs_of_network(live: LiveModel) -> set[str]:
     """The layers that see the network's own input; of a network that cannot be traced the first that is called."""
+    if live.at is not None:
+        return {*live.at.inputs}
     return input_layers(live) if live.traced else set(live.layers[:1])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -15,15 +14,39 @@ from torch import Tensor, fx, nn
 from qcompress.coding.grids import decode
 from qcompress.data.batches import Batch
 from qcompress.errors import ModelError
+from qcompress.model.offload import Blueprint, Offloaded, Read, refuse_no_chain
 from qcompress.model.pretrained import Names
 from qcompress.model.products import caller_of
 from qcompress.model.routing import Tape
-from qcompress.model.stages import BlockStage, HeadStage, Stage, TailStage, WholeStage, execution_order, traced_stages
+from qcompress.model.stages import (
+    Stage,
+    State,
+    WholeStage,
+    block_stages,
+    execution_order,
+    glob_modules,
+    traced_stages,
+)
 from qcompress.model.trace import Untraceable, trace
 from qcompress.types.encoded import Encoded
 from qcompress.types.plan import Decision
 from qcompress.types.run import seeded_generator
 from qcompress.types.settings import ActivationSettings
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a live model that goes block by block stands: before one of its stages, which is all that methods see.
+
+    clean, noisy  what flows into it in the full-precision network and in the quantized one, for each batch
+    alone         the same of the quantized one where it decides by itself what goes where
+    inputs        its layers that see the network's own input
+    """
+
+    clean: Sequence[State]
+    noisy: Sequence[State]
+    alone: Sequence[State]
+    inputs: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -40,6 +63,9 @@ class LiveModel:
     names        that the network has for the tensors of the checkpoint
     weights      names of the compressed weights
     unreached    weights, or rows of them, that a sweep found that no calibration sample reaches
+    offloaded    both networks where their weights come and go block by block, see model.offload
+    cut          the stages, where they are known already
+    at           where a network that goes block by block stands
     """
 
     module: nn.Module
@@ -55,6 +81,9 @@ class LiveModel:
     names: Names = field(default_factory=Names)
     weights: tuple[str, ...] = ()
     unreached: set[str] = field(default_factory=set)
+    offloaded: tuple[Offloaded, Offloaded] | None = None
+    cut: tuple[Stage, ...] | None = None
+    at: Position | None = None
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers for one layer."""
@@ -75,6 +104,8 @@ class LiveModel:
 
     @cached_property
     def _trace(self) -> tuple[fx.Graph | None, str]:
+        if self.offloaded is not None:
+            return None, "it goes block by block"
         try:
             return trace(self.module, self.layers, self.example), ""
         except Untraceable as problem:
@@ -83,6 +114,8 @@ class LiveModel:
     @cached_property
     def routes(self) -> bool:
         """Whether the network decides by values what goes where, as one with experts does."""
+        if self.offloaded is not None:
+            return self.offloaded[0].decides
         tape = Tape()
         with torch.no_grad(), tape:
             self.module(*self.example.args, **self.example.kwargs)
@@ -91,10 +124,26 @@ class LiveModel:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The network cut into stages, each beginning with a compressed layer where it could be traced."""
-        return make_stages(self)
+        return make_stages(self) if self.cut is None else self.cut
+
+    def begin(self) -> tuple[list[State], list[State]]:
+        """What flows into the first stage in the full-precision network and in the quantized one, for each batch."""
+        if self.at is not None:
+            return [*self.at.clean], [*self.at.noisy]
+        states = [self.stages[0].begin(batch) for batch in self.calibration]
+        return states, [*states]
+
+    def weight(self, name: str) -> Tensor:
+        """A tensor of the network as it was."""
+        if self.offloaded is not None:
+            self.offloaded[0].hold_of(name)
+        return find_tensor(self.module, name).detach()
 
     def put(self, tensors: Mapping[str, Encoded]) -> None:
         """Put decoded weights and adjusted tensors into the quantized copy, by tensor name."""
+        if self.offloaded is not None:
+            for name in tensors:
+                self.offloaded[1].hold_of(name)
         put_tensors(self.quantized, {name: decode(one) for name, one in tensors.items()})
 
 
@@ -171,6 +220,48 @@ def make_live_model(
     return live
 
 
+def make_offloaded_model(
+    blueprint: Blueprint,
+    reads: tuple[Read, Read],
+    decisions: Iterable[Decision],
+    calibration: Sequence[Batch],
+    example: Batch,
+    *,
+    seed: int = 0,
+    activations: ActivationSettings | None = None,
+    place: str = "model",
+) -> LiveModel:
+    """The live model of a network that goes block by block.
+
+    reads      gives tensors of the checkpoint by their names there: as they are, and as they have been encoded so far
+    decisions  in the names of the network
+    raises     ModelError where its blocks do not run one after another
+    """
+    clean, noisy = (blueprint.network(read) for read in reads)
+    weights = tuple(decision.tensor.name for decision in decisions if decision.compresses)
+    callers = {caller_of(clean.module, weight) for weight in weights}
+    example = example.to(blueprint.device)
+    refuse_no_chain(clean, example, place)
+    first = blueprint.blocks[0]
+    called = _whole_order(clean.module, {*callers, first}, [example, *calibration])
+    layers = tuple(name for name in called if name in callers)
+    return LiveModel(
+        module=clean.module,
+        quantized=noisy.module,
+        layers=layers,
+        weights=weights,
+        calibration=calibration,
+        example=example,
+        device=blueprint.device,
+        seed=seed,
+        activations=activations,
+        place=place,
+        names=blueprint.names,
+        offloaded=(clean, noisy),
+        cut=block_stages(blueprint.blocks, layers, called),
+    )
+
+
 def _whole_order(module: nn.Module, names: set[str], batches: Sequence[Batch]) -> list[str]:
     """The named modules in the order of their calls: those that the first batch does not reach come from others.
 
@@ -204,26 +295,13 @@ def make_stages(live: LiveModel) -> tuple[Stage, ...]:
 
 def _block_stages(live: LiveModel) -> tuple[Stage, ...]:
     blocks = named_blocks(live)
-    inside = {name: block for block in blocks for name in live.layers if name == block or name.startswith(f"{block}.")}
     called = execution_order(live.module, {*live.layers, blocks[0]}, live.example)
-    first = called.index(blocks[0])
-    outer = [name for name in called if name not in inside and name != blocks[0]]
-    before = tuple(name for name in outer if called.index(name) < first)
-    after = tuple(name for name in outer if called.index(name) > first)
-    stages: list[Stage] = [HeadStage(blocks[0], before)]
-    stages += [BlockStage(block, tuple(name for name in live.layers if inside.get(name) == block)) for block in blocks]
-    return (*stages, TailStage("output", after, tuple(blocks)))
+    return block_stages(blocks, live.layers, called)
 
 
 def named_blocks(live: LiveModel) -> list[str]:
     """The module names that the recipe's globs name, in the order in which a forward pass calls them."""
-    names = [name for name, _ in live.module.named_modules() if name]
-    chosen: set[str] = set()
-    for glob in live.blocks:
-        matches = {name for name in names if fnmatchcase(name, glob) and name.count(".") == glob.count(".")}
-        if not matches:
-            raise ModelError(live.place, f"blocks: {glob!r} names no module", f"modules are named like {names[-1]!r}")
-        chosen |= matches
+    chosen = {*glob_modules(live.module, live.blocks, live.place)}
     called = execution_order(live.module, chosen, live.example)
     idle = sorted(chosen - set(called))
     if idle:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
@@ -157,13 +158,46 @@ class TailStage:
 def _answering(module: nn.Module, blocks: Sequence[str], output: Any) -> Iterator[None]:
     """The module with every named block giving `output` at once."""
     modules = [module.get_submodule(name) for name in blocks]
+    own = [vars(one).get("forward") for one in modules]
     for one in modules:
         one.forward = lambda *_, **__: output
     try:
         yield
     finally:
-        for one in modules:
+        for one, before in zip(modules, own, strict=True):
             del one.forward
+            if before is not None:
+                one.forward = before
+
+
+def block_stages(blocks: Sequence[str], layers: Sequence[str], called: Sequence[str]) -> tuple[Stage, ...]:
+    """What runs before the first block, each block, and what runs after the last one.
+
+    called  the layers and the first block in the order of their calls
+    """
+    inside = {name: block for block in blocks for name in layers if name == block or name.startswith(f"{block}.")}
+    first = called.index(blocks[0])
+    outer = [name for name in called if name not in inside and name != blocks[0]]
+    before = tuple(name for name in outer if called.index(name) < first)
+    after = tuple(name for name in outer if called.index(name) > first)
+    stages: list[Stage] = [HeadStage(blocks[0], before)]
+    stages += [BlockStage(block, tuple(name for name in layers if inside.get(name) == block)) for block in blocks]
+    return (*stages, TailStage("output", after, tuple(blocks)))
+
+
+def glob_modules(module: nn.Module, globs: Sequence[str], place: str) -> list[str]:
+    """The names of the modules that globs name, each glob at its own depth, in the order of the modules.
+
+    raises  ModelError for a glob that names nothing
+    """
+    names = [name for name, _ in module.named_modules() if name]
+    chosen: set[str] = set()
+    for glob in globs:
+        matches = {name for name in names if fnmatchcase(name, glob) and name.count(".") == glob.count(".")}
+        if not matches:
+            raise ModelError(place, f"blocks: {glob!r} names no module", f"modules are named like {names[-1]!r}")
+        chosen |= matches
+    return [name for name in names if name in chosen]
 
 
 def traced_stages(graph: fx.Graph, layers: Sequence[str]) -> tuple[Stage, ...]:

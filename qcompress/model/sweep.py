@@ -93,8 +93,8 @@ def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) 
     for product in products.values():
         waiting.setdefault(product.caller, []).append(product)
     stages = live.stages
-    clean = [stages[0].begin(batch) for batch in live.calibration]
-    noisy = list(clean) if sequential else clean
+    clean, noisy = live.begin()
+    noisy = noisy if sequential else clean
     for stage in stages:
         tapes = [Tape() for _ in clean] if live.routes else None
         names = [name for name in stage.layers if name in waiting]
@@ -107,6 +107,8 @@ def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) 
                 other = product_inputs(product, live.quantized, also) if sequential else inputs
                 both = _paired(inputs, other) if sequential else [_filled(inputs)] * 2
                 yield _step(live, product, both[1], both[0], stage, noisy, clean)
+        if stage is stages[-1]:
+            break
         clean = run_stage(stage, live.module, clean, tapes)
         noisy = run_stage(stage, live.quantized, noisy, tapes) if sequential else clean
     for products_left in waiting.values():

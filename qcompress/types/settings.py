@@ -37,6 +37,8 @@ class ModelSettings(Section):
     args     its keyword arguments; of a transformers class, of its Config
     blocks   globs over module names: the units that run one after another, where the model cannot be traced
     input    the shape of one input without its batch dimension, where no data shows it
+    offload  `blocks`: the weights of one block at a time are in memory, for networks of any size; `none`: all are.
+             Where absent: blocks for a network that does not fit --max-memory
     """
 
     example: ClassVar = {"factory": "torchvision.models:resnet18"}
@@ -45,6 +47,7 @@ class ModelSettings(Section):
     args: Args = field(default_factory=dict)
     blocks: Texts = ()
     input: tuple[Annotated[int, Ge(1)], ...] = ()
+    offload: Literal["blocks", "none"] | None = None
 
     def __post_init__(self) -> None:
         for name in WEIGHT_ARGUMENTS:
