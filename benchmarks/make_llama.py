@@ -90,11 +90,11 @@ def padded(tensors: Mapping[str, Tensor], hidden: int) -> dict[str, Tensor]:
     return found
 
 
-def random(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights by chance, norms of one."""
-    width, inner = RANDOM["hidden_size"], RANDOM["intermediate_size"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (RANDOM["vocab_size"], width)}
-    for layer in range(RANDOM["num_hidden_layers"]):
+def random(dtype: torch.dtype, config: Mapping[str, Any] = RANDOM) -> dict[str, Tensor]:
+    """Weights by chance, norms of one; as many keys and values as heads."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    for layer in range(config["num_hidden_layers"]):
         for part in PARTS.values():
             shape = {"mlp.down_proj": (width, inner), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
             norm = part.endswith("layernorm")
