@@ -27,6 +27,7 @@ WIDEST_FACTOR = 4 * OCTAVE
 """Rows and columns change a step by no more than this, either way."""
 LEAST_STEP, MOST_STEP = 2.0**-140, 2.0**127
 """Steps that leave something of every weight that float32 has."""
+SCALARS_AT_ONCE = 1 << 15
 SIDE_BITS = 5.0
 """What one factor costs, about."""
 
@@ -119,7 +120,7 @@ def bisect_rate(rate_at: Callable[[float], float], wanted: float, low: float, hi
 class BitCosts:
     """What codes cost.
 
-    classes  int64 [rows, columns]: of each code
+    classes  integers [rows, columns]: of each code
     bits     float32 [contexts, 2 * span + 1]: of the codes -span to span; codes beyond cost what these do. The context
              of a code is its class; on a trellis, see coding.unbounded.lengths.class_costs
     lam      the Lagrange multiplier of a bit, in units of step**2 times conditional energy
@@ -136,7 +137,7 @@ class BitCosts:
     def of(self, contexts: Tensor, codes: Tensor) -> Tensor:
         """The bits of codes [..., rows] in the contexts [rows] of their rows."""
         span = self.span
-        at = contexts * (2 * span + 1) + span
+        at = contexts.long() * (2 * span + 1) + span
         return self.bits.reshape(-1)[(codes.clamp(-span, span) + at).long()]
 
     def weighed(self, classes: Tensor, units: Tensor) -> Weighed:
@@ -215,6 +216,37 @@ def feedback_unbounded(
         return q, q * step
 
     return feedback.codes(target, cheapest, block)
+
+
+def scalar_unbounded(target: Tensor, bit_costs: BitCosts | None) -> Tensor:
+    """The codes where every weight is a layer for itself: what feedback and descent give under a Hessian of one.
+
+    A code is the nearest, the next one towards zero, or zero: whichever has the least squared error and bits together.
+
+    target   float32 weights in steps [rows, columns]
+    returns  integers alike
+    """
+    codes = target.round()
+    if bit_costs is None or bit_costs.lam <= 0:
+        return codes
+    # The last of the codes stand for all beyond.
+    span, most = bit_costs.span, bit_costs.span + 1
+    every = torch.arange(-most, most + 1, device=target.device)
+    price = bit_costs.lam * bit_costs.bits[:, every.clamp(-span, span) + span]
+    to_next = (price - price[:, every - every.sign() + most]).reshape(-1)
+    to_zero = (price - price[:, most : most + 1]).reshape(-1)
+    flat, found, classes = target.reshape(-1), codes.reshape(-1), bit_costs.classes.reshape(-1)
+    for start in range(0, len(flat), SCALARS_AT_ONCE):
+        here = slice(start, start + SCALARS_AT_ONCE)
+        t, near = flat[here], found[here]
+        at = near.clamp(-most, most).add_(most).int().add_(classes[here].int() * len(every))
+        sign = near.sign()
+        # What is saved by another code, less by how much its error is larger.
+        by_next = (t - near).mul_(sign).mul_(-2.0).sub_(1.0).add_(to_next[at])
+        by_zero = (t + t).sub_(near).mul_(near).neg_().add_(to_zero[at])
+        near.sub_(sign.mul_((by_next > 0) & (by_next >= by_zero)))
+        near.masked_fill_((by_zero > 0) & (by_zero > by_next), 0.0)
+    return codes
 
 
 def descend_unbounded(

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from qcompress.solvers.feedback import feedback_codes
 from qcompress.solvers.hessian import damped, output_error
-from qcompress.solvers.unbounded import BitCosts, conditional_energies, descend_unbounded, feedback_unbounded
+from qcompress.solvers.unbounded import (
+    BitCosts,
+    conditional_energies,
+    descend_unbounded,
+    feedback_unbounded,
+    scalar_unbounded,
+)
 from solvers.second_order import correlated, moments, seeded, weights
 
 SPAN = 40
@@ -88,6 +94,27 @@ def test_alone_every_weight_takes_the_code_of_least_error_and_bits(lam: float) -
     cost = ((target / steps).unsqueeze(2) - every).square() + lam * bit_costs.bits.double()[bit_costs.classes]
     assert torch.equal(codes, every[cost.argmin(2)])
     assert not torch.equal(codes, (target / steps).round())
+    assert torch.equal(scalar_unbounded((target / steps).float(), bit_costs).double(), codes)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("step", [3.0, 0.4, 0.01])
+def test_scalar_codes_are_those_of_feedback_under_a_hessian_of_one(lam: float, step: float) -> None:
+    """Bits that rise and fall as a real table's do, codes beyond the table, and more weights than one piece has."""
+    target = weights(64, 700) * weights(64, 1).exp()
+    bits = 12 * torch.rand(5, 2 * SPAN + 1, generator=seeded(3))
+    bit_costs = BitCosts(torch.randint(0, 5, target.shape, generator=seeded(4)).byte(), bits, lam)
+    flat = BitCosts(bit_costs.classes.reshape(-1, 1).long(), bits, lam)
+    hessian, steps = torch.ones(1, 1, 1, dtype=torch.float64), torch.full((1, 1), step)
+    expected = feedback_unbounded(target.reshape(-1, 1), steps, hessian, flat).reshape(target.shape)
+    found = scalar_unbounded(target / step, bit_costs)
+    cost = [
+        (target / step - codes).double().square() + lam * bit_costs.of(bit_costs.classes, codes)
+        for codes in (found, expected)
+    ]
+    assert float((found != expected).double().mean()) < 1e-4, "but for ties"
+    torch.testing.assert_close(*cost, rtol=1e-4, atol=1e-4)
+    assert step > 0.02 or float(found.abs().max()) > SPAN
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.05])

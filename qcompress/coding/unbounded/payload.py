@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 import numpy as np
@@ -39,6 +39,9 @@ from qcompress.types.encoded import ClassUse, Unbounded
 
 LANES = (2, 3, 4, 5, 6, 7, 8)
 ZSTD_LANES = (2, 4, 8)
+SAMPLED_CODES = 1 << 17
+SAMPLE_DOUBT = 1.05
+"""How much longer a sample may be, to its share, than what is made in full."""
 _LARGEST_TABLES = 1 << 16
 _WIDEST_CODE = 5
 """Bytes that a code takes at most behind its lane: its token, and up to 28 raw bits."""
@@ -67,12 +70,13 @@ def encode_pool(unbounded_tensors: Sequence[Unbounded], choice: CodingChoice) ->
     sources = [make_source(unbounded) for unbounded in unbounded_tensors]
     grids = [grid_of_unbounded(unbounded) for unbounded in unbounded_tensors]
     streamed = list(range(len(sources))) if choice in ("auto", "ans") else []
+    pool, streams = _encode_streamed(sources, streamed)
     plain: dict[int, tuple[Coding, bytes]] = {}
     if choice != "ans":
-        plain = {place: _plain(source, choice) for place, source in enumerate(sources)}
-    pool, streams = _encode_streamed(sources, streamed)
+        hopeful = [place for place, source in enumerate(sources) if _may_be_shorter(source, streams.get(place))]
+        plain = {place: _plain(sources[place], choice) for place in hopeful}
     if choice == "auto":
-        smaller = [place for place, stream in streams.items() if len(stream) <= len(plain[place][1])]
+        smaller = [p for p, stream in streams.items() if p not in plain or len(stream) <= len(plain[p][1])]
         if len(smaller) < len(streamed):
             pool, streams = _encode_streamed(sources, smaller)
     coded = {**plain, **{place: ("ans", stream) for place, stream in streams.items()}}
@@ -96,6 +100,16 @@ def _encode_streamed(sources: Sequence[Source], places: Sequence[int]) -> tuple[
         source = sources[place]
         streams[place] = fill_up(encode_streams(source, own, pool.tables), least_bytes(source.codes.size))
     return Pool(tuple(levels), pool.slopes), streams
+
+
+def _may_be_shorter(source: Source, stream: bytes | None) -> bool:
+    """Whether a frame of zstd might be no longer than the stream, as far as the first rows tell of many."""
+    codes, columns = source.codes.size, source.shape[1]
+    if stream is None or codes <= 2 * SAMPLED_CODES:
+        return True
+    rows = -(-SAMPLED_CODES // columns)
+    sample = replace(source, codes=source.codes[:rows], tokens=source.tokens[:rows])
+    return len(_plain(sample, "zstd")[1]) * codes <= SAMPLE_DOUBT * len(stream) * sample.codes.size
 
 
 def _plain(source: Source, choice: CodingChoice) -> tuple[Coding, bytes]:

@@ -8,9 +8,10 @@ code. artifact/SPEC.md, "Pools".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,7 @@ POOLED_WEIGHTS = 1 << 18
 """A tensor of more weights has tables of its own."""
 POOL_WEIGHTS = 1 << 22
 """The weights of a file's pool at most: the codes of all its tensors wait in memory for their tables."""
+COUNTED_CODES = 1 << 16
 _MOST = 511
 _RARE = 0.3
 _ROUNDS = 2
@@ -162,10 +164,20 @@ def _count(source: Source, levels: Levels) -> _Counts:
 
 
 def _count_in(source: Source, contexts: Contexts) -> _Counts:
-    keys = contexts * np.int32(TOKENS) + source.tokens
-    counts = np.bincount(keys.reshape(-1))
+    counts = np.zeros(CONTEXTS * TOKENS, np.int64)
+    for own, tokens in _pieces(contexts, source.tokens):
+        found = np.bincount(own.astype(np.int64) * TOKENS + tokens)
+        counts[: len(found)] += found
     places = np.flatnonzero(counts)
     return _Counts(places, counts[places])
+
+
+def _pieces(contexts: Contexts, *others: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Contexts [rows, columns] and what belongs to them, flat, so much at a time that it stays in the cache."""
+    rows, columns = contexts.shape
+    step = max(1, COUNTED_CODES // max(columns, 1))
+    for start in range(0, rows, step):
+        yield tuple(one[start : start + step].reshape(-1) for one in (contexts, *others))
 
 
 def _total(counts: Sequence[_Counts]) -> NDArray[np.int64]:
@@ -257,9 +269,9 @@ class ClassCounter:
         """Count some of the codes, each in its context."""
         found = _count_in(source, contexts)
         self._counts[found.places] += found.counts
-        # Integers, which float64 adds exactly.
-        sizes = np.abs(source.codes.reshape(-1).astype(np.float64))
-        self._magnitudes += np.bincount(contexts.reshape(-1), sizes, CONTEXTS)
+        for own, codes in _pieces(contexts, source.codes):
+            # Integers, which float64 adds exactly.
+            self._magnitudes += np.bincount(own, np.abs(codes.astype(np.float64)), CONTEXTS)
 
     def uses(self, pool: Pool) -> tuple[ClassUse, ...]:
         """What all codes take, by context."""

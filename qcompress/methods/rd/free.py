@@ -19,6 +19,7 @@ from qcompress.solvers.unbounded import (
     feedback_unbounded,
     grid_steps,
     root_mean_square,
+    scalar_unbounded,
     unbounded_grid,
     with_codes,
     with_step,
@@ -166,7 +167,9 @@ def _coded(rows: Tensor, grid: Unbounded, shape: Shape, config: RdConfig) -> Unb
     bit_costs = None
     if config.lam > 0:
         ((classes, bits),) = class_costs([with_codes(grid, rows / steps)], PRICED_CODES)
-        bit_costs = BitCosts(classes.long().to(rows.device), bits.to(rows.device), config.lam)
+        bit_costs = BitCosts(classes.to(rows.device), bits.to(rows.device), config.lam)
+    if hessian.shape[-1] == 1 and not config.trellis:
+        return with_codes(grid, scalar_unbounded(rows / steps, bit_costs))
     return with_codes(grid, _codes(rows, steps, hessian, bit_costs, config))
 
 
