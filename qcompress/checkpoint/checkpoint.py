@@ -237,6 +237,24 @@ def write_checkpoint(tensors: Mapping[str, Tensor], path: Path, metadata: Mappin
     path.chmod(mode)
 
 
+def stream_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write float32 tensors as one safetensors file; each is asked for twice, and one at a time is in memory."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    infos, position = [], 0
+    for name in sorted(tensors):
+        info = TensorInfo(name, tuple(tensors[name].shape), "F32")
+        span = [position, position + info.n_bytes]
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
+        infos.append(info)
+        position = span[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    room = -(-len(text) // 8) * 8
+    with path.open("wb") as file:
+        file.write(room.to_bytes(8, "little") + text.ljust(room))
+        for info in infos:
+            file.write(tensor_bytes(tensors[info.name], info))
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor of one safetensors file, and its metadata. Raises CheckpointError where it is missing or damaged."""
     from safetensors import SafetensorError, safe_open

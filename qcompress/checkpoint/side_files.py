@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcompress.checkpoint.checkpoint import read_tensors, tensor_view, write_checkpoint
+from qcompress.checkpoint.checkpoint import read_tensors, stream_checkpoint, tensor_view
 from qcompress.checkpoint.safetensors_file import Container, read_container
 from qcompress.checkpoint.staging import staged_output
 from qcompress.errors import DataError, Subject
@@ -65,9 +65,9 @@ def count_representatives(path: Path, name: str, most: int) -> int:
 
 
 def save_statistics(statistics: Mapping[str, Tensor], path: Path) -> None:
-    """Write statistics of inputs for `read_statistics`, whole or not at all. Raises ResourceError."""
+    """Write statistics of inputs, float32, for `read_statistics`, whole or not at all. Raises ResourceError."""
     with staged_output(path, force=True, folder=False) as staged:
-        write_checkpoint(statistics, staged)
+        stream_checkpoint(statistics, staged)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qcompress.calibration.activations import measure_statistics
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
+from qcompress.checkpoint.side_files import HESSIAN, MEAN, save_statistics
 from qcompress.checkpoint.staging import staging_folder
 from qcompress.coding.grids import decode
 from qcompress.compress.apply_plan import fit
@@ -23,7 +25,6 @@ from qcompress.data.batches import Batch
 from qcompress.data.measurement import Measurement
 from qcompress.data.sources import open_batches
 from qcompress.encode.encode_weight import ContextSources, encode_weight
-from qcompress.errors import InputError, RecipeError
 from qcompress.model.build import example_batch
 from qcompress.model.live import LiveModel, Position, make_offloaded_model
 from qcompress.model.offload import OUTER, Blueprint
@@ -39,48 +40,20 @@ from qcompress.types import VERSION
 from qcompress.types.encoded import Encoded, Fitted
 from qcompress.types.plan import Decision, Gates, Plan
 from qcompress.types.run import FitContext, ModelRun, Options, Say, start_clock
-from qcompress.types.settings import Translation
-
-CALIBRATED = ("gptq", "adaround")
-"""Methods that need data and see no more of a network than the block at hand."""
-NONE_HINT = "take it out, or say `model: {offload: none}`"
-
-
-def refuse_by_blocks(plan: Plan, save_statistics: Path | None, ranks: int) -> list[InputError]:
-    """One error for everything of a run that needs the whole network at once."""
-    recipe = plan.recipe
-    found: list[tuple[str, str]] = []
-    methods = {d.method or "": d for d in plan.decisions if d.compresses}
-    for name in methods:
-        method = METHODS[name]
-        whole = method.family != "quantize" or method.rates
-        if whole or (method.needs != "weights" and name not in CALIBRATED):
-            found.append((recipe.source, f"{name} works on the whole network, and cannot go block by block"))
-    folding = [d for d in plan.decisions if d.compresses and getattr(d.config, "fold", False)]
-    if folding:
-        found.append((recipe.source, "`fold` needs the graph of the whole network"))
-    if recipe.companions:
-        found.append((recipe.place("companions"), "they correct the whole network"))
-    if recipe.budget is not None:
-        found.append((recipe.place("budget"), "its sensitivities are measured on the whole network"))
-    if recipe.activations is not None and recipe.activations.range in ("batch-norm", "noise"):
-        found.append((recipe.place("activations"), f"range: {recipe.activations.range} needs the whole network"))
-    if recipe.activations is not None and (recipe.data is None or recipe.data.calibration is None):
-        found.append((recipe.place("activations"), "block by block, ranges come from calibration data"))
-    if save_statistics is not None:
-        found.append(("--save-statistics", "statistics are gathered on the whole network"))
-    if isinstance(recipe.task, Translation):
-        found.append((recipe.place("task"), "translation runs the whole network for each token"))
-    if ranks > 1:
-        found.append(("torchrun", "blocks are worked on by one process"))
-    return [RecipeError(where, f"{what}, and `offload: blocks` has a block of it", NONE_HINT) for where, what in found]
 
 
 def compress_by_blocks(
-    checkpoint: Checkpoint, plan: Plan, options: Options, model_run: ModelRun, blocks: Sequence[str], say: Say
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: Options,
+    model_run: ModelRun,
+    blocks: Sequence[str],
+    say: Say,
+    statistics: Path | None = None,
 ) -> Report:
     """Write the artifact and return its report, as `compress_live` does. What is done of it outlives a kill.
 
+    statistics  where the layers' input statistics are written, if anywhere
     raises  what `make_blueprint`, `fit` and `compress` raise
     """
     clock = start_clock()
@@ -88,12 +61,18 @@ def compress_by_blocks(
     before: list[Measurement] = []
     with staged(checkpoint, options) as place:
         folder = staging_folder(options.output) / f"{options.output.name}.blocks"
-        shelf = Shelf(folder, _run_key(checkpoint, plan, model_run, blocks), say)
+        key = _run_key(checkpoint, plan, model_run, blocks)
+        shelf = Shelf(folder, key, say)
         blueprint = checkpoint_blueprint(checkpoint, model_run, blocks)
         live = _open(checkpoint, plan, model_run, blueprint, shelf)
         assert live.offloaded is not None
         if measures:
             before = measure_by_blocks(live.offloaded[0], model_run, "before")
+        if statistics is not None:
+            say("statistics of the layers' inputs")
+            measured = Shelf(folder.with_suffix(".statistics"), key, say)
+            measure_by_stages(live, measured)
+            save_statistics(measured.fitted.references, statistics)
         fit_by_blocks(live, checkpoint, plan, shelf, say)
         for network in live.offloaded:
             network.release()
@@ -164,6 +143,23 @@ def fit_by_blocks(live: LiveModel, checkpoint: Checkpoint, plan: Plan, shelf: Sh
             shelf.add(index, fitted)
         if index + 1 < count:
             at = _after(live, stage, at)
+
+
+def measure_by_stages(live: LiveModel, shelf: Shelf) -> None:
+    """Put onto the shelf what `measure_statistics` gives for block after block, by the names of the checkpoint."""
+    at, count = live.begin()[0], len(live.stages)
+    places = {name: _stage_of(live, name) for name in live.weights}
+    for index, stage in enumerate(live.stages):
+        if all(map(shelf.has, range(index, count))):
+            return
+        if not shelf.has(index):
+            weights = tuple(name for name in live.weights if places[name] == index)
+            here = Position(at, at, at)
+            part = replace(live, layers=stage.layers, weights=weights, unreached=set(), cut=(stage,), at=here)
+            found = live.names.statistics(measure_statistics(part), (HESSIAN, MEAN))
+            shelf.add(index, Fitted({}, references=found))
+        if index + 1 < count:
+            at = run_stage(stage, live.module, at)
 
 
 def _uses_data(plan: Plan) -> bool:

@@ -207,6 +207,7 @@ def _check_live(
     """Build the network, hold the checkpoint against it, and open the data, but for what is `skipped`."""
     import torch
 
+    from qcompress.compress.blueprints import choose_blocks
     from qcompress.data.batches import Source
     from qcompress.data.sources import check_data
     from qcompress.model.build import build_skeleton, facts_by, idle_modules, refuse_misfit, take_shapes
@@ -216,6 +217,7 @@ def _check_live(
     if "model" not in skipped:
         try:
             module = build_skeleton(model_run)
+            choose_blocks(model_run, 1, None)
             if checkpoint is not None:
                 taken = take_shapes(module, _shapes(checkpoint))
                 idle = idle_modules(module, model_run)

@@ -18,7 +18,7 @@ from qcompress.checkpoint.side_files import HESSIAN, MEAN, save_statistics
 from qcompress.checkpoint.staging import refuse_existing, staging_folder
 from qcompress.compress.apply_plan import encode_merged, fit, refuse_untrained
 from qcompress.compress.blueprints import choose_blocks
-from qcompress.compress.by_blocks import compress_by_blocks, refuse_by_blocks
+from qcompress.compress.by_blocks import compress_by_blocks
 from qcompress.compress.compress import compress_to, staged
 from qcompress.compress.evaluate import compare, evaluate, measure_task, open_live
 from qcompress.compress.finetune import STATE, make_trainer, run_identity
@@ -30,7 +30,7 @@ from qcompress.errors import BudgetError, raise_all
 from qcompress.model.graph import batch_norm_of
 from qcompress.model.live import LiveModel, fresh_copy, layer_name
 from qcompress.plan.allocate import Costs, is_open, refuse_infeasible
-from qcompress.recipe import trains
+from qcompress.recipe import refuse_offload, trains
 from qcompress.report.document import Report
 from qcompress.report.figures import run_figures
 from qcompress.report.training_report import training_path
@@ -74,9 +74,9 @@ def compress_live(
     clock = start_clock()
     world = how.world
     _refuse_early(checkpoint, plan, options, world)
-    blocks = _blocks(plan, options, model_run, how)
+    blocks = _blocks(options, model_run, how)
     if blocks:
-        return compress_by_blocks(checkpoint, plan, options, model_run, blocks, how.say)
+        return compress_by_blocks(checkpoint, plan, options, model_run, blocks, how.say, how.save_statistics)
     live = open_live(checkpoint, plan, model_run)
     refuse_untrained(live, plan)
     measures = world.is_first and _measures(model_run)
@@ -131,7 +131,7 @@ def compress_live(
     return replace(report, run=run_figures(clock, str(model_run.device)))
 
 
-def _blocks(plan: Plan, options: Options, model_run: ModelRun, how: LiveOptions) -> tuple[str, ...]:
+def _blocks(options: Options, model_run: ModelRun, how: LiveOptions) -> tuple[str, ...]:
     """The blocks that a run goes by; none where the network is to be in memory.
 
     raises  InputErrors for what cannot go by blocks where the recipe asks for it
@@ -139,7 +139,7 @@ def _blocks(plan: Plan, options: Options, model_run: ModelRun, how: LiveOptions)
     settings = model_run.recipe.model
     assert settings is not None
     blocks = choose_blocks(model_run, NETWORKS, options.max_memory)
-    errors = refuse_by_blocks(plan, how.save_statistics, how.world.size) if blocks else []
+    errors = refuse_offload(model_run.recipe) if blocks else []
     if settings.offload == "blocks":
         raise_all(errors)
     if errors:

@@ -290,8 +290,8 @@ class _Chain:
 
     def enter(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         name = self._blocks[index]
-        if index == 0:
-            self._next, self._first = 0, (args, kwargs)
+        if index == self._next == 0:
+            self._first = (args, kwargs)
         hidden = self.output if isinstance(self.output, Tensor) or self.output is None else self.output[0]
         if index != self._next:
             self._say(f"does not run {name!r} when the blocks before it have run, and once")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qcompress.recipe.complete import refuse_from_scratch as refuse_from_scratch
     from qcompress.recipe.complete import refuse_missing as refuse_missing
+    from qcompress.recipe.complete import refuse_offload as refuse_offload
     from qcompress.recipe.complete import refuse_untrainable as refuse_untrainable
     from qcompress.recipe.complete import trains as trains
     from qcompress.recipe.flags import recipe_from_flags as recipe_from_flags
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from qcompress.recipe.show import recipe_yaml as recipe_yaml
 
 _MODULES = {
-    **dict.fromkeys(("refuse_from_scratch", "refuse_missing", "refuse_untrainable", "trains"), "complete"),
+    **dict.fromkeys(
+        ("refuse_from_scratch", "refuse_missing", "refuse_offload", "refuse_untrainable", "trains"), "complete"
+    ),
     **dict.fromkeys(("recipe_from_flags", "table_rules", "with_effort"), "flags"),
     **dict.fromkeys(("BudgetFlag", "parse_recipe", "read_recipe"), "parse"),
     **dict.fromkeys(("recipe_schema", "schema_text"), "schema"),

@@ -8,11 +8,13 @@ from qcompress.errors import InputError, RecipeError
 from qcompress.registry import METHODS, AdaroundConfig, ClusterConfig, DfqConfig, Tune
 from qcompress.types.data_settings import MIXING, augmentation_name
 from qcompress.types.plan import Recipe, Rule
-from qcompress.types.settings import TASKS, Classification, Task
+from qcompress.types.settings import TASKS, Classification, Task, Translation
 
 DATA_FREE_RANGES = ("batch-norm", "noise")
 LEARNED_INPUTS = ("lsq", "pact")
 """Methods that train the quantizers of inputs too, which start on data.train."""
+BY_BLOCKS = ("gptq", "adaround")
+"""Methods that need calibration data, and see no more of a network than a block at a time."""
 
 
 def trains(recipe: Recipe) -> bool:
@@ -32,7 +34,39 @@ def refuse_missing(recipe: Recipe, *, statistics: bool | None = False, measures:
     if not measures:
         errors += [error for rule in recipe.rules for error in _missing_for_rule(recipe, rule, statistics)]
         errors += _missing_for_extras(recipe)
+    if recipe.model is not None and recipe.model.offload == "blocks":
+        errors += refuse_offload(recipe, measures=measures)
     return list({str(error): error for error in errors}.values())
+
+
+def refuse_offload(recipe: Recipe, *, measures: bool = False) -> list[InputError]:
+    """One error for everything that needs the whole network at once, where it goes block by block."""
+    found = [] if measures else [*_needs_whole(recipe)]
+    if isinstance(recipe.task, Translation):
+        found.append((_place(recipe, "task"), "translation runs the whole network for each token"))
+    hint = "take it out, or say `model: {offload: none}`"
+    return [RecipeError(where, f"{what}, and `offload: blocks` has a part of it", hint) for where, what in found]
+
+
+def _needs_whole(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Where, and what needs the whole network."""
+    for rule in recipe.rules:
+        method = None if rule.method is None else METHODS[rule.method]
+        if method is None:
+            continue
+        alone = method.needs == "weights" and not method.rates and method.family == "quantize"
+        if not alone and method.name not in BY_BLOCKS:
+            yield rule.where, f"{method.name} works on the whole network"
+        elif _folds(rule):
+            yield rule.where, "folding batch norms needs the graph of the whole network"
+    if recipe.companions:
+        yield _place(recipe, "companions"), "they correct the whole network"
+    if recipe.budget is not None:
+        yield _place(recipe, "budget"), "its sensitivities are measured on the whole network"
+    if recipe.activations is not None and (
+        recipe.activations.range in DATA_FREE_RANGES or not _has_calibration(recipe)
+    ):
+        yield _place(recipe, "activations"), "ranges without calibration data need the whole network"
 
 
 def refuse_untrainable(recipe: Recipe, *, from_scratch: bool = False) -> list[InputError]:

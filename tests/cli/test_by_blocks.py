@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Ran, Run
 from model.architectures import make_architecture
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qcompress.artifact.reader import read_artifact
 from qcompress.compress.shelf import Shelf
@@ -237,16 +237,25 @@ def test_networks_that_cannot_go_block_by_block_are_refused(run: Run, tmp_path: 
     ("words", "error"),
     [
         (("--set", "companions=[bias_correction]"), "companions"),
-        (("--set", "activations.range=noise"), "range: noise"),
+        (("--set", "budget={bpw: 3}", "--set", "rules=[{match: '*.weight', rd: {}}]"), "rd works on the whole network"),
+        (("--set", "activations.range=noise"), "ranges without calibration data need the whole network"),
         (("--set", "rules=[{match: '*.weight', dfq: {bits: 4}}]"), "dfq works on the whole network"),
-        (("--save-statistics", "s.safetensors"), "statistics are gathered"),
     ],
 )
 def test_what_needs_the_whole_network_is_refused(run: Run, tmp_path: Path, words: tuple[str, ...], error: str) -> None:
     write(tmp_path)
     recipe(tmp_path)
-    done = quantize(run, tmp_path, "o.safetensors", *words)
-    assert done.code == 3 and error in done.err, done.err
+    for more in ((), ("--dry-run",)):
+        done = quantize(run, tmp_path, "o.safetensors", *words, *more)
+        assert done.code == 3 and error in done.err and "block by block" not in done.err, done.err
+
+
+def test_training_needs_the_whole_network(run: Run, tmp_path: Path) -> None:
+    write(tmp_path)
+    recipe(tmp_path)
+    words = ("--set", "data.train={npz: d.npz, inputs: ids}", "--set", "finetune={optimizer: {sgd: {lr: 0.1}}}")
+    done = run("finetune-reg", tmp_path / "m.safetensors", "-r", tmp_path / "recipe.yaml", "--allow-code", *words)
+    assert done.code == 3 and "this needs the whole network at once" in done.err, done.err
 
 
 def test_eval_gives_the_same_metrics_block_by_block(run: Run, tmp_path: Path) -> None:
@@ -261,6 +270,19 @@ def test_eval_gives_the_same_metrics_block_by_block(run: Run, tmp_path: Path) ->
             assert done.code == 0, done.err
             found.append(json.loads(done.out)["metrics"])
         assert found[0] == found[1]
+
+
+def test_statistics_are_those_of_the_network_in_memory(run: Run, tmp_path: Path) -> None:
+    write(tmp_path)
+    for offload in ("none", "blocks"):
+        recipe(tmp_path, method="mse: {bits: 4}", offload=f'blocks: "blocks.*", offload: {offload}')
+        done = quantize(run, tmp_path, f"{offload}.safetensors", "--save-statistics", str(tmp_path / f"{offload}.s"))
+        assert done.code == 0, done.err
+    assert (tmp_path / "none.s").read_bytes() == (tmp_path / "blocks.s").read_bytes()
+    found = load_file(tmp_path / "blocks.s")
+    assert len(found) == 2 * 6
+    save_file(found, tmp_path / "library.s", metadata={"format": "pt"})
+    assert (tmp_path / "library.s").read_bytes() == (tmp_path / "blocks.s").read_bytes()
 
 
 @pytest.mark.slow
