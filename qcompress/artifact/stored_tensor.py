@@ -20,8 +20,8 @@ from qcompress.artifact.entry import Entry, seal
 from qcompress.artifact.parse_manifest import LIMITS
 from qcompress.artifact.parts import REFETCH, UnboundedCodes, UsesOfClasses
 from qcompress.coding.ans import CHUNK_CODES, Tile
-from qcompress.coding.packing import byte_span, count_codes, row_bytes, unpack
-from qcompress.coding.payload import least_bytes, payload_tiles
+from qcompress.coding.packing import count_codes
+from qcompress.coding.payload import least_bytes, payload_tiles, unpacked_tiles
 from qcompress.coding.rows import cut, tiles
 from qcompress.coding.stored import Stored
 from qcompress.coding.tables import given_values
@@ -122,11 +122,27 @@ class StoredTensor:
 
     def packed_tiles(self) -> Iterator[Tile]:
         """The packed codes piece by piece, checked with their grid. Raises ArtifactError."""
+
+        def holds(packed: NDArray[Any], columns: slice, wanted: NDArray[np.bool_]) -> bool:
+            return bool(count_codes(packed, self.entry.bits, columns.stop - columns.start)[wanted].any())
+
+        return self._tiles(payload_tiles, holds)
+
+    def unpacked_tiles(self) -> Iterator[Tile]:
+        """The same, codes by themselves: [rows, columns] of uint8, above 8 bits of uint16."""
+        return self._tiles(unpacked_tiles, lambda codes, _, wanted: bool(wanted.take(codes, mode="clip").any()))
+
+    def _tiles(
+        self,
+        read: Callable[..., Iterator[Tile]],
+        holds: Callable[[NDArray[Any], slice, NDArray[np.bool_]], bool],
+    ) -> Iterator[Tile]:
+        """The pieces that `read` gives; `holds` says whether one has any of the codes that are wanted."""
         entry = self.entry
         self.check_seal()
         self._check_grids()
         unnamed = self._unnamed_codes()
-        found = payload_tiles(
+        found = read(
             self.parts["codes"],
             entry.coding,
             entry.bits,
@@ -136,11 +152,10 @@ class StoredTensor:
             least_bytes(entry.numel),
         )
         try:
-            for rows, columns, packed in found:
-                counts = None if unnamed is None else count_codes(packed, entry.bits, columns.stop - columns.start)
-                if counts is not None and counts[unnamed].any():
+            for rows, columns, codes in found:
+                if unnamed is not None and holds(codes, columns, unnamed):
                     raise self._damaged(f"a code is beyond its {entry.form}")
-                yield rows, columns, packed
+                yield rows, columns, codes
         except ValueError as error:
             raise self._damaged(str(error)) from None
 
@@ -187,8 +202,8 @@ class StoredTensor:
             for rows, columns, codes in self.unbounded_tiles():
                 yield Block(rows, columns, self.unbounded.grid.block(codes, rows, columns, entry.columns, entry.dtype))
         else:
-            for rows, columns, packed in self.packed_tiles():
-                yield from self._packed_blocks(rows, columns, packed)
+            for rows, columns, codes in self.unpacked_tiles():
+                yield from self._code_blocks(rows, columns, codes)
 
     @property
     def in_order(self) -> bool:
@@ -199,19 +214,18 @@ class StoredTensor:
         """The weight in its own shape and dtype; beside it, where its rows do not lead, once more. As for `blocks`."""
         import torch
 
-        from qcompress.coding.grids import TORCH_DTYPES, decode
+        from qcompress.coding.grids import TORCH_DTYPES, decode_into
         from qcompress.coding.rows import weight_from_rows
 
         entry = self.entry
         found = torch.empty((entry.rows, entry.columns), dtype=TORCH_DTYPES[entry.dtype])
         for rows, columns, encoded in self.blocks():
-            found[rows, columns] = decode(encoded)
+            decode_into(encoded, found[rows, columns])
         return weight_from_rows(found, entry.shape, entry.axis)
 
-    def _packed_blocks(self, rows: slice, columns: slice, packed: NDArray[np.uint8]) -> Iterator[Block]:
-        """A tile of packed codes with the grids of its rows and columns; in several blocks where grids begin in it."""
+    def _code_blocks(self, rows: slice, columns: slice, codes: NDArray[Any]) -> Iterator[Block]:
+        """A tile of codes with the grids of its rows and columns; in several blocks where grids begin in it."""
         entry = self.entry
-        codes = unpack(packed, entry.bits, columns.stop - columns.start)
         for down in cut(rows, entry.code_rows // entry.tables if entry.form == "codebook" else 1):
             for along in self._cut_columns(columns):
                 part = codes[
@@ -295,10 +309,10 @@ class StoredTensor:
             for rows, columns, part in self.unbounded_tiles():
                 codes[rows, columns] = part
             return unbounded_of_grid(codes, self.unbounded.grid, entry.shape, entry.axis, entry.dtype)
-        packed = np.empty((entry.code_rows, row_bytes(entry.columns, entry.bits)), np.uint8)
-        for rows, columns, tile in self.packed_tiles():
-            packed[rows, byte_span(columns, entry.bits)] = tile
-        return encoded_of(entry, unpack(packed, entry.bits, entry.columns), self.grids(), entry.shape, entry.axis)
+        held = np.empty((entry.code_rows, entry.columns), np.uint8 if entry.bits <= 8 else np.uint16)
+        for rows, columns, tile in self.unpacked_tiles():
+            held[rows, columns] = tile
+        return encoded_of(entry, held, self.grids(), entry.shape, entry.axis)
 
     def _damaged(self, what: str) -> ArtifactError:
         return ArtifactError(str(self.path), what, REFETCH, Subject(self.name))

@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 
 from qcompress.coding.compiled import COMPILER
 from qcompress.coding.in_step import decode_in_step
-from qcompress.coding.packing import Bytes, byte_span, pack, unpack
+from qcompress.coding.packing import Bytes, byte_span, unpack
 from qcompress.coding.rows import tiles
 from qcompress.coding.stored import Stored
 from qcompress.errors import ResourceError
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
-Tile: TypeAlias = tuple[slice, slice, Bytes]
-"""Rows and columns of a piece of a matrix, and its packed codes, uint8 [rows, row_bytes(columns, bits)]."""
+Tile: TypeAlias = tuple[slice, slice, Any]
+"""Rows and columns of a piece of a matrix, and its codes, [rows, columns] of uint8 or of 16 bits, or packed."""
 Model: TypeAlias = Any
 """What constriction codes under; the library names no types."""
 
@@ -221,7 +221,7 @@ def without_filling(stream: memoryview, size: int, least: int) -> memoryview:
 def ans_tiles(
     stored: Stored, bits: int, rows: int, columns: int, executor: Executor | None = None, least: int = 0
 ) -> Iterator[Tile]:
-    """The packed codes of every chunk of a payload that is not empty.
+    """The codes of every chunk of a payload that is not empty, uint8 [rows, columns].
 
     Raises ValueError where the payload is not that of a matrix of this shape.
 
@@ -243,7 +243,7 @@ def ans_tiles(
             shape = (tall.stop - tall.start, wide.stop - wide.start)
             last = place == chunks - 1
             parts.append((read_stream(stored, ends[place], shape[0] * shape[1], least if last else 0), *shape))
-        return _Job(tuple(parts), table, bits)
+        return _Job(tuple(parts), table)
 
     found = run_jobs(_decode_job, map(job, range(0, chunks, JOB_CHUNKS)), chunks, executor)
     for span, part in zip(spans, (part for done in found for part in done), strict=True):
@@ -266,11 +266,10 @@ class _Job:
 
     chunks: tuple[tuple[bytes, int, int], ...]
     table: Table
-    bits: int
 
 
 def _decode_job(job: _Job) -> list[Bytes]:
-    """The packed codes of every chunk."""
+    """The codes of every chunk."""
     chunks = [(stream, rows * columns) for stream, rows, columns in job.chunks]
     found = None
     if COMPILER.pays(sum(count for _, count in chunks)):
@@ -279,10 +278,7 @@ def _decode_job(job: _Job) -> list[Bytes]:
     if found is None:
         model = job.table.model()
         found = [decode_chunk(memoryview(stream), job.table, model, count) for stream, count in chunks]
-    return [
-        pack(codes.reshape(rows, columns), job.bits)
-        for codes, (_, rows, columns) in zip(found, job.chunks, strict=True)
-    ]
+    return [codes.reshape(rows, columns) for codes, (_, rows, columns) in zip(found, job.chunks, strict=True)]
 
 
 def stream_ends(head: memoryview, at: int, chunks: int, size: int) -> list[tuple[int, int]]:

@@ -47,6 +47,10 @@ LARGE_EXPONENT = 104
 """Above it a code times its scale may leave float32 though its sum with the offset does not; part of the format."""
 SPREAD_BITS = 33
 """Scales below 2**-33 of the largest weight have less than 4 of float16's 11 bits under the exponent of that weight."""
+SAFE_BITS = 127
+"""What is below 2**127 is below the largest number of float32 and of bfloat16."""
+_UNBOUNDED_BITS = 16 + 32 + 31
+"""A step takes 16 bits above its exponent, its factors 32 and a code 31."""
 ROW_PARTS = ("scale", "zero_point", "offset", "subscale", "suboffset", "row_exponents")
 """What a weight with groups has a row of for each of its rows, unless it has one for all."""
 
@@ -268,8 +272,7 @@ def decode_unbounded_rows(encoded: Unbounded) -> Tensor:
         values = trellis_values(encoded.codes).float() * (steps(encoded) * 0.5)
     else:
         values = encoded.codes.float() * steps(encoded)
-    # A step takes 16 bits above its exponent, its factors 32 and a code 31.
-    return values.clamp_(-_FLOAT32_MAX, _FLOAT32_MAX) if encoded.exponent > 128 - 79 else values
+    return values.clamp_(-_FLOAT32_MAX, _FLOAT32_MAX) if encoded.exponent + _UNBOUNDED_BITS > SAFE_BITS else values
 
 
 def take_unbounded_rows(encoded: Unbounded, start: int, stop: int) -> Unbounded:
@@ -410,11 +413,45 @@ def decode(encoded: Encoded) -> Tensor:
             assert_never(encoded)
 
 
+def decode_into(encoded: Encoded, into: Tensor) -> None:
+    """Fill in what `decode` gives of a weight of two dimensions whose rows lead.
+
+    into  [rows, columns], of the weight's dtype
+    """
+    if isinstance(encoded, (Kept, Constant)):
+        into.copy_(decode(encoded))
+        return
+    rows = decode_rows(encoded)
+    if _may_exceed(encoded):
+        _clamp(rows, into.dtype)
+    into.copy_(rows)
+
+
+def _may_exceed(encoded: Coded) -> bool:
+    """Whether a value may lie beyond the largest number of the weight's dtype, from exponents alone."""
+    if encoded.dtype not in ("F32", "BF16"):
+        return True
+    match encoded:
+        case Affine() | Blocked():
+            # A code takes 8 bits, a number of a grid 16 beside its exponent and one of a sub-block 8, a sum one more.
+            exponent = exponent_of(encoded)
+            most = exponent if isinstance(exponent, int) else int(exponent.max())
+            return most + 8 + 16 + 8 + 1 > SAFE_BITS
+        case Unbounded():
+            return encoded.exponent + _UNBOUNDED_BITS > SAFE_BITS
+        case _:
+            return True
+
+
 def in_dtype(rows: Tensor, dtype: str) -> Tensor:
     """Decoded rows in the weight's dtype; float32 `rows` may be changed.
 
     A grid may reach past the largest number of a dtype, which is nearer to the weight than infinity.
     """
     wanted = TORCH_DTYPES[dtype]
-    most = min(torch.finfo(wanted).max, torch.finfo(torch.float32).max)
-    return rows.clamp_(-most, most).to(wanted)
+    return _clamp(rows, wanted).to(wanted)
+
+
+def _clamp(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return rows.clamp_(-most, most)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from typing import assert_never
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,42 @@ def payload_tiles(
     its size possible. Raises ValueError where the payload is not that of a matrix of this shape, perhaps only behind
     the last piece; damage that leaves a valid payload of other codes is for a checksum to see.
     """
+    found = _held_tiles(stored, coding, bits, rows, columns, executor, least)
+    return (
+        (down, along, held if lane == bits else pack(_unpacked(held, lane, along), bits))
+        for down, along, held, lane in found
+    )
+
+
+def unpacked_tiles(
+    stored: Stored,
+    coding: Coding,
+    bits: int,
+    rows: int,
+    columns: int,
+    executor: Executor | None = None,
+    least: int = 0,
+) -> Iterator[Tile]:
+    """The same, the codes not packed: [rows, columns] of uint8, above 8 bits of uint16. They come so from `ans`."""
+    for down, along, held, lane in _held_tiles(stored, coding, bits, rows, columns, executor, least):
+        codes = _unpacked(held, lane, along)
+        if lane > bits and int(codes.max()) >> bits:
+            raise ValueError(f"a code of {codes.max()} needs more than {bits} bits")
+        yield down, along, codes
+
+
+_CODES = 0
+"""In place of a lane: what is held are codes."""
+
+
+def _unpacked(held: NDArray[Any], lane: int, columns: slice) -> NDArray[Any]:
+    return held if lane == _CODES else unpack(held, lane, columns.stop - columns.start)
+
+
+def _held_tiles(
+    stored: Stored, coding: Coding, bits: int, rows: int, columns: int, executor: Executor | None, least: int
+) -> Iterator[tuple[slice, slice, NDArray[Any], int]]:
+    """The pieces as the payload holds them, and the bits that a code takes there, or _CODES."""
     _check_width(bits)
     width = row_bytes(columns, bits)
     if not rows * width:
@@ -122,11 +158,11 @@ def payload_tiles(
         case "packed":
             if stored.size != rows * width:
                 raise ValueError(f"the payload has {stored.size} bytes, not {rows * width}")
-            return _packed_tiles(stored.read, bits, rows, columns)
+            return ((*tile, bits) for tile in _packed_tiles(stored.read, bits, rows, columns))
         case "zstd":
             return _zstd_tiles(stored, bits, rows, columns)
         case "ans":
-            return ans_tiles(stored, bits, rows, columns, executor, least)
+            return ((*tile, _CODES) for tile in ans_tiles(stored, bits, rows, columns, executor, least))
         case _:
             assert_never(coding)
 
@@ -232,7 +268,7 @@ def _packed_tiles(read: Callable[[int, int], memoryview], bits: int, rows: int, 
         yield row_span, column_span, packed
 
 
-def _zstd_tiles(stored: Stored, bits: int, rows: int, columns: int) -> Iterator[Tile]:
+def _zstd_tiles(stored: Stored, bits: int, rows: int, columns: int) -> Iterator[tuple[slice, slice, NDArray[Any], int]]:
     lane = stored.read(0, 1)[0] if stored.size else 0
     if lane not in _zstd_lanes(bits):
         raise ValueError(f"zstd lanes of {lane} bits for codes of {bits} bits")
@@ -241,8 +277,7 @@ def _zstd_tiles(stored: Stored, bits: int, rows: int, columns: int) -> Iterator[
     for row_span, column_span, lanes in _packed_tiles(frame.read, lane, rows, columns):
         if lane > 8 and (lanes.view("<u2") >> bits).any():
             raise ValueError(f"the zstd frame holds codes of more than {bits} bits")
-        count = column_span.stop - column_span.start
-        yield row_span, column_span, lanes if lane == bits else pack(unpack(lanes, lane, count), bits)
+        yield row_span, column_span, lanes, lane
     frame.finish()
 
 

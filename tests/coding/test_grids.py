@@ -15,6 +15,7 @@ from qcompress.coding.grids import (
     HALF_TINY,
     TORCH_DTYPES,
     decode,
+    decode_into,
     decode_rows,
     exponent_for,
     from_half,
@@ -25,7 +26,7 @@ from qcompress.coding.grids import (
 )
 from qcompress.coding.rows import grid_shape, row_shape
 from qcompress.types.config import Convention
-from qcompress.types.encoded import Affine, Kept
+from qcompress.types.encoded import Affine, Blocked, Kept, Unbounded
 
 EXPONENTS = [-100, -12, 0, 3, 100]
 CONVENTIONS: list[Convention] = ["narrow", "full", "mid-rise"]
@@ -234,3 +235,34 @@ def test_rows_taken_decode_to_rows(start: int, stop: int, form: str, granularity
 def test_kept_is_itself() -> None:
     value = torch.arange(3)
     assert decode(Kept(value)) is value
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("exponent", [-126, -12, 48, 49, 92, 94, 95, 104, 112])
+@pytest.mark.parametrize("form", ["affine", "rows", "blocked", "unbounded", "trellis"])
+def test_decoding_into_a_tensor_gives_what_decoding_does(form: str, exponent: int, dtype: str) -> None:
+    """Also with the largest scales and codes, which reach beyond the dtype."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (3, 10), generator=generator).to(torch.uint8)
+    codes[0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
+    halves = torch.tensor([[HALF_MAX, 1.0], [0.1, 2.0**-24], [-HALF_MAX, 700.0]]).half()
+    bytes_ = torch.tensor([[255, 0], [1, 2], [255, 255]], dtype=torch.uint8)
+    about = {"exponent": exponent, "shape": (3, 10), "axis": (0,), "dtype": dtype}
+    encoded: Affine | Blocked | Unbounded
+    if form in ("affine", "rows"):
+        rows = torch.tensor([exponent, -5, exponent], dtype=torch.int8) if form == "rows" else None
+        grid = {"scale": halves, "offset": halves.flip(0), "group_size": 5, "row_exponents": rows}
+        encoded = Affine(codes=codes, bits=8, **grid, **about)
+    elif form == "blocked":
+        grid = {"scale": halves[:, :1], "offset": halves[:, 1:], "subscale": bytes_, "suboffset": bytes_}
+        encoded = Blocked(codes=codes, bits=8, group_size=5, sub_blocks=2, **grid, **about)
+    else:
+        wide = torch.tensor([[2**31 - 1, 1 - 2**31, 0, 1, 5]] * 3, dtype=torch.int32)
+        grid = {"rows": torch.tensor([127, -127, 0], dtype=torch.int32), "trellis": form == "trellis"}
+        encoded = Unbounded(codes=wide, step=torch.tensor(HALF_MAX).half(), **grid, **{**about, "shape": (3, 5)})
+    expected = decode(encoded)
+    into = torch.full((3, 12), 7.0, dtype=expected.dtype)
+    decode_into(encoded, into[:, 1 : 1 + expected.shape[1]])
+    assert torch.equal(into[:, 1 : 1 + expected.shape[1]].nan_to_num(7), expected.nan_to_num(7))
+    assert torch.isfinite(expected).all() or form == "blocked", "whose numbers may leave float32 on the way"
+    assert (into[:, 0] == 7).all() and (into[:, 1 + expected.shape[1] :] == 7).all()

@@ -14,8 +14,17 @@ from hypothesis import strategies as st
 
 from qcompress.coding import ans
 from qcompress.coding.ans import CHUNK_CODES
-from qcompress.coding.packing import count_codes, pack, row_bytes
-from qcompress.coding.payload import bound_bytes, decode_payload, encode_payload, entropy_bits
+from qcompress.coding.frames import compress_frame
+from qcompress.coding.packing import count_codes, pack, row_bytes, unpack
+from qcompress.coding.payload import (
+    bound_bytes,
+    decode_payload,
+    encode_payload,
+    entropy_bits,
+    payload_tiles,
+    unpacked_tiles,
+)
+from qcompress.coding.stored import in_memory
 from qcompress.types.config import Coding, CodingChoice
 
 CODINGS = get_args(Coding)
@@ -289,6 +298,35 @@ def test_tables_round_trip(used: set[int], precision: int, seed: int) -> None:
     assert end == len(data)
     assert np.array_equal(parsed.codes, table.codes)
     assert np.array_equal(parsed.frequencies, table.frequencies)
+
+
+@pytest.mark.parametrize("bits", range(1, 13))
+@pytest.mark.parametrize("coding", CODINGS)
+def test_unpacked_tiles_are_the_packed_ones(bits: int, coding: Coding) -> None:
+    """With rows of odd lengths and rows of several chunks; of the same types as `unpack` gives."""
+    for rows, columns in ((5, 61), (2, CHUNK_CODES + 9)):
+        codes = np.random.default_rng(bits).integers(0, 1 << bits, (rows, columns)).astype(f"u{1 + (bits > 8)}")
+        kept, payload = encode_payload(pack(codes, bits), bits, columns, coding)
+        about = (in_memory(payload), kept, bits, rows, columns)
+        packed, unpacked = list(payload_tiles(*about)), list(unpacked_tiles(*about))
+        assert len(packed) == len(unpacked) == (1 if rows == 5 else 4)
+        for (down, along, tile), (*span, found) in zip(packed, unpacked, strict=True):
+            assert span == [down, along]
+            assert found.dtype == codes.dtype
+            assert np.array_equal(found, codes[down, along])
+            assert np.array_equal(found, unpack(tile, bits, along.stop - along.start))
+
+
+@pytest.mark.parametrize(("bits", "lane"), [(3, 4), (3, 8), (5, 8), (7, 8), (12, 16)])
+def test_codes_beyond_their_width_are_refused_packed_or_not(bits: int, lane: int) -> None:
+    codes = np.full((3, 8), 1 << bits, f"u{1 + (bits > 8)}")
+    frame = bytes([lane]) + compress_frame([pack(codes, lane).tobytes()], 3 * row_bytes(8, lane))
+    said = []
+    for read in (payload_tiles, unpacked_tiles):
+        with pytest.raises(ValueError, match=rf"more than {bits} bits") as refused:
+            list(read(in_memory(frame), "zstd", bits, 3, 8))
+        said.append(str(refused.value))
+    assert said[0] == said[1]
 
 
 def test_chunks_decode_alone() -> None:
