@@ -34,6 +34,7 @@ CODE = ("qcompress", "recipes", "benchmarks", ":!benchmarks/rows", ":!benchmarks
 PEER_VERSIONS = {
     "PEERS": ("torch", "hqq", "optimum-quanto", "compressed-tensors"),
     "NNCODEC": ("torch", "nncodec"),
+    "NUMBA": ("torch", "numba"),
     "COREMLTOOLS": ("torch", "coremltools", "scikit-learn"),
 }
 

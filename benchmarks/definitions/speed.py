@@ -11,6 +11,8 @@ MAKE = {
     BF16: f"python benchmarks/make_checkpoint.py {BF16} --dtype BF16 --size 1.9GB",
     RESNET50: f"python benchmarks/make_checkpoint.py {RESNET50} --resnet50",
 }
+SMALL = "$WORK/bf16-60.safetensors"
+DECODING = f"benchmarks/decoding.py {SMALL} --json -"
 NEAR = 0.25
 """Times of a second run differ by so much on a busy machine; errors and sizes do not, but stand beside them."""
 
@@ -31,6 +33,13 @@ ROWS = (
     row("start", "commands.py start --turns 9", 80),
     row("coding", "coding.py", 150),
     row("rd-coding", "rd_coding.py", 150),
+    Row(
+        name="speed/decoding",
+        commands=(f"python benchmarks/make_checkpoint.py {SMALL} --dtype BF16 --size 60MB", f"$NUMBA {DECODING}"),
+        figures={"all": "1"},
+        seconds=70,
+        tolerance=NEAR,
+    ),
     row("reading", f"reading.py {F32}", 220, F32),
     row("budgets", f"commands.py budgets {F32}", 250, F32),
     row("layers", "commands.py layers", 100),
@@ -192,6 +201,18 @@ TABLES = (
             for reader in ("load_state_dict", "export", "verify", "report")
         },
         "reader and codes",
+    ),
+    figures(
+        "decoding",
+        "decoding",
+        {
+            "without numba": ("without", ".0f"),
+            "with": ("with", ".0f"),
+            "times": ("times", ".1f"),
+            "safetensors, cloned": ("safetensors", ".0f"),
+        },
+        {f"`{coding}`": coding for coding in ("packed", "zstd", "ans")} | {"`rd` at 2 bits, entropy coded": "rd"},
+        "codes",
     ),
     figures(
         "budgets",
