@@ -24,10 +24,24 @@ ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was called with."""
+    """What a module was called with.
+
+    version  of its one tensor, which rises with each change in place; None where it has several arguments, or others
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    version: int | None = None
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """The call, while it is made."""
+        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        return cls(args, kwargs, args[0]._version if alone else None)
+
+    def is_like(self, other: Call) -> bool:
+        """Whether both were given the same values: one and the same tensor, unchanged between them."""
+        return self.version is not None and self.version == other.version and self.args[0] is other.args[0]
 
     @property
     def first(self) -> Any:

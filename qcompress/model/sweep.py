@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,9 +101,14 @@ def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) 
         tapes = [Tape() for _ in clean] if live.routes else None
         names = [name for name in stage.layers if name in waiting]
         from_clean = layer_calls(stage, live.module, clean, names, tapes)
-        for name in names:
+        from_noisy: dict[str, list[Call]] = {}
+        for place, name in enumerate(names):
+            if sequential and name not in from_noisy:
+                alike = _with_one_input(names[place:], from_clean)
+                once = all(len(from_clean[one]) == len(clean) for one in alike)
+                from_noisy = layer_calls(stage, live.quantized, noisy, alike, tapes, once=once)
             calls = from_clean.pop(name)
-            also = layer_calls(stage, live.quantized, noisy, [name], tapes)[name] if sequential else calls
+            also = from_noisy.pop(name) if sequential else calls
             for product in _in_order(live, waiting.pop(name)):
                 inputs = product_inputs(product, live.module, calls)
                 other = product_inputs(product, live.quantized, also) if sequential else inputs
@@ -115,6 +122,17 @@ def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) 
         for product in products_left:
             nothing: list[Any] = []
             yield _step(live, product, nothing, nothing)
+
+
+def _with_one_input(names: Sequence[str], calls: Mapping[str, Sequence[Call]]) -> list[str]:
+    """The first of the modules, and those right after it that see what it sees, so that none waits for another."""
+    first = calls[names[0]]
+
+    def is_like(name: str) -> bool:
+        own = calls[name]
+        return len(own) == len(first) > 0 and all(a.is_like(b) for a, b in zip(first, own, strict=True))
+
+    return [names[0], *itertools.takewhile(is_like, names[1:])]
 
 
 def _step(
@@ -222,8 +240,13 @@ def layer_calls(
     states: Sequence[State],
     names: Sequence[str],
     tapes: Sequence[Tape] | None = None,
+    *,
+    once: bool = False,
 ) -> dict[str, list[Call]]:
-    """Every call of the named modules while the stage runs."""
+    """Every call of the named modules while the stage runs.
+
+    once  each is called once by a state, as far as is known, so that a run may end with the last of them
+    """
     if not names:
         return {}
     if isinstance(stage, TracedStage) and [*names] == [*stage.layers] and len(names) == 1:
@@ -231,10 +254,14 @@ def layer_calls(
         if not any(node.target == names[0] for node in others):
             return {names[0]: [_call_of(first, state) for state in states]}
     seen: dict[str, list[Call]] = {name: [] for name in names}
+    missing: set[str] = set()
 
     def watch(name: str) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[name].append(Call(args, kwargs))
+            seen[name].append(Call.of(args, kwargs))
+            missing.discard(name)
+            if once and not missing:
+                raise _AllSeen
 
         handles.append(module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -242,11 +269,20 @@ def layer_calls(
     for name in names:
         watch(name)
     try:
-        run_stage(stage, module, states, tapes)
+        for place, state in enumerate(states):
+            missing |= {*names}
+            with suppress(_AllSeen), nullcontext() if tapes is None else tapes[place]:
+                stage.run(module, state)
     finally:
         for handle in handles:
             handle.remove()
+    if once and any(len(calls) != len(states) for calls in seen.values()):
+        return layer_calls(stage, module, states, names, tapes)
     return seen
+
+
+class _AllSeen(Exception):
+    """Every module that is waited for was called."""
 
 
 def _call_of(node: fx.Node, state: State) -> Call:

@@ -168,7 +168,10 @@ class Weighed:
     def cheapest(self, column: int, candidates: Tensor, errors: Tensor) -> Tensor:
         """Of candidates [candidates, groups, rows] those of least error and bits; the errors are overwritten."""
         errors += self.costs(self.classes[:, :, column], candidates)
-        return candidates.gather(0, errors.argmin(0, keepdim=True))[0]
+        (best, *others), (least, *rest) = candidates.unbind(0), errors.unbind(0)
+        for code, error in zip(others, rest, strict=True):
+            best, least = torch.where(error < least, code, best), torch.minimum(error, least)
+        return best
 
 
 def conditional_energies(hessian: Tensor, damping: float, *, act_order: bool = True) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcompress.calibration.activations import measure_activations
 from qcompress.data.batches import Batch
 from qcompress.errors import DataError
-from qcompress.model.live import LiveModel
-from qcompress.model.sweep import LARGEST_INPUT, refuse_unusable, sweep
+from qcompress.model.live import LiveModel, find_tensor, make_live_model
+from qcompress.model.sweep import LARGEST_INPUT, layer_calls, refuse_unusable, sweep
 from qcompress.registry import METHODS
 from qcompress.types.run import FitContext
 from qcompress.types.settings import ActivationSettings
@@ -51,3 +51,98 @@ def test_no_method_takes_them(method: str) -> None:
 @pytest.mark.parametrize("x", [torch.tensor([LARGEST_INPUT, -LARGEST_INPUT]), torch.tensor([2**62]), torch.zeros(0)])
 def test_what_can_be_squared_or_is_an_index_passes(x: Tensor) -> None:
     refuse_unusable("a", x)
+
+
+class Gated(nn.Module):
+    """Three layers of one input, one behind them, and two of another input; the shape says which way the code goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(6, 6) for _ in range(4))
+        self.gate, self.up = nn.Linear(6, 10), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = (self.q(x) * self.k(x)).softmax(-1) * self.v(x)
+        x = x + self.o(mixed)
+        if x.shape[0] < 0:
+            return x
+        return x + (self.gate(x).sigmoid() * self.up(x))[..., :6]
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Gated() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_layers_of_one_input_share_a_pass_that_ends_with_them() -> None:
+    """What each sees is what a pass of its own through the whole block shows."""
+    torch.manual_seed(0)
+    module = Blocks()
+    data = [Batch((torch.randn(4, 5, 6),)) for _ in range(2)]
+    wanted = decisions(module, "gptq", bits=3)
+    found = make_live_model(module, wanted, data, data[0], device=torch.device("cpu"), blocks=("blocks.*",))
+    counts = dict.fromkeys(("q", "o", "gate", "up"), 0)
+    for layer in counts:
+        found.quantized.get_submodule(f"blocks.1.{layer}").register_forward_pre_hook(
+            lambda *_, layer=layer: counts.update({layer: counts[layer] + 1})
+        )
+    order = []
+    for step in sweep(found, found.weights):
+        assert step.stage is not None
+        order.append(step.name)
+        before = dict(counts)
+        alone = layer_calls(step.stage, found.quantized, step.noisy_states, [step.name])[step.name]
+        counts.update(before)
+        assert all(torch.equal(a, b.first) for a, b in zip(step.noisy, alone, strict=True))
+        weight = find_tensor(found.quantized, step.tensor)
+        with torch.no_grad():
+            weight.copy_(weight.mul(4).round().div(4))
+    assert order == [f"blocks.{block}.{layer}" for block in range(2) for layer in ("q", "k", "v", "o", "gate", "up")]
+    # Of two batches each: a pass for q, k and v, one for o, one for gate and up, none of which runs what lies behind,
+    # and one through the whole block.
+    assert counts == {"q": 8, "o": 6, "gate": 4, "up": 4}
+
+
+class Changing(nn.Module):
+    """What the second layer sees is the tensor that the first one saw, changed in place by what the first one gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        x += self.first(x)
+        return self.second(x)
+
+
+class Changed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Changing()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] < 0:
+            return x
+        return self.blocks[0](x)
+
+
+def test_a_tensor_that_changes_in_place_is_another_input() -> None:
+    torch.manual_seed(0)
+    module = Changed()
+    data = [Batch((torch.randn(4, 6),))]
+    wanted = decisions(module, "gptq", bits=3)
+    found = make_live_model(module, wanted, data, data[0], device=torch.device("cpu"), blocks=("blocks.*",))
+    for step in sweep(found, found.weights):
+        if step.name.endswith("second"):
+            x = data[0].args[0]
+            assert torch.equal(step.noisy[0], x + find_tensor(found.quantized, "blocks.0.first.bias"))
+        else:
+            with torch.no_grad():
+                find_tensor(found.quantized, step.tensor).zero_()
