@@ -123,21 +123,30 @@ def measure_gram(
     batch and in float64 over batches.
     """
     places = drawn_places(layer, noisy, generator)
-    sums: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
     count = 0
     for index, x in enumerate(noisy):
         state = generator.get_state()
         columns = layer.columns(x.float(), places, generator)
         count += columns.shape[1]
-        parts = [_products(columns, columns), columns.sum(1, dtype=torch.float64)]
+        _add(sums, "hessian", torch.matmul(columns.transpose(1, 2), columns))
+        _add(sums, "mean", columns.sum(1, dtype=torch.float64))
         if clean is not None:
             generator.set_state(state)
             other = layer.columns(clean[index].float(), places, generator)
-            parts += [_products(other, columns), other.sum(1, dtype=torch.float64)]
-        sums = parts if not sums else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
-    hessian, mean, *others = (_joined(layer, total.div_(count)) for total in sums)
-    cross, clean_mean = others if others else (None, mean)
-    return Gram(hessian, cross, mean, clean_mean, count)
+            _add(sums, "cross", torch.matmul(other.transpose(1, 2), columns))
+            _add(sums, "clean_mean", other.sum(1, dtype=torch.float64))
+    means = {name: _joined(layer, total.div_(count)) for name, total in sums.items()}
+    hessian, mean = means["hessian"], means["mean"]
+    return Gram(hessian, means.get("cross"), mean, means.get("clean_mean", mean), count)
+
+
+def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    """Add to a sum in float64, one batch's part at a time: those of wide layers are large."""
+    if name in sums:
+        sums[name].add_(part)
+    else:
+        sums[name] = part.double()
 
 
 def _joined(layer: MatrixLayer, total: Tensor) -> Tensor:
@@ -254,8 +263,3 @@ def _as_columns(patches: Tensor, groups: int, choose: Choice) -> Tensor:
     picked = patches[index]
     picked = picked.reshape(samples, groups, channels // groups, len(chosen[0]), -1)
     return picked.permute(1, 0, 3, 2, 4).reshape(groups, samples * len(chosen[0]), -1)
-
-
-def _products(one: Tensor, other: Tensor) -> Tensor:
-    """The sum over positions of one^T other, float64 [groups, columns, columns]."""
-    return torch.matmul(one.transpose(1, 2), other).double()

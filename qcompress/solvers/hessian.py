@@ -138,11 +138,10 @@ def least_squares_target(
     more     E[d x^^T] float64 [groups, rows a group, columns] of what else d the outputs are to give
     returns  float32 [rows, columns]
     """
-    groups, columns = hessian.shape[:2]
-    weights = grouped(weight.double(), groups)
+    weights = grouped(weight.double(), hessian.shape[0])
     hold = damping * hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
-    identity = torch.eye(columns, dtype=torch.float64, device=weight.device)
-    held = hessian + hold.view(-1, 1, 1) * identity
+    held = hessian.clone()
+    held.diagonal(dim1=1, dim2=2).add_(hold.unsqueeze(1))
     wanted = weights @ cross + hold.view(-1, 1, 1) * weights
     wanted = (wanted if more is None else wanted + more).transpose(1, 2)
     factor, failed = torch.linalg.cholesky_ex(held)
