@@ -22,10 +22,9 @@ import torch
 from timing import render, seconds_of, show
 from torch import Tensor
 
-from qcompress.coding.grids import decode
+from qcompress.coding.grids import decode, exponent_for
 from qcompress.methods.gptq import encode
 from qcompress.registry import GptqConfig
-from qcompress.solvers.hessian import grid_exponent
 from qcompress.types.run import EncodeContext, Gram
 
 
@@ -83,7 +82,7 @@ def measure(size: int, bits: int, repeats: int) -> Iterator[dict[str, Any]]:
     for name, config in configs.items():
 
         def run(config: GptqConfig = config) -> Tensor:
-            context = EncodeContext(grid_exponent(weight), torch.Generator().manual_seed(0), gram)
+            context = EncodeContext(exponent_for(float(weight.abs().max())), torch.Generator().manual_seed(0), gram)
             return decode(encode(weight, config, context))
 
         found, fast = run(), seconds_of(run, repeats)
