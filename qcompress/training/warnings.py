@@ -11,7 +11,7 @@ from qcompress.regularizers.representatives import ToRepresentatives
 from qcompress.training.penalties import Penalties, Regularized
 from qcompress.training.temperatures import sees_no_ends
 from qcompress.types.plan import Rule
-from qcompress.types.settings import Training
+from qcompress.types.settings import AdamW, Training
 
 WIDE = 1 / math.sqrt(2)
 """Standard deviation beyond which a learned temperature falls below zero: there dsmm would widen the range."""
@@ -25,6 +25,12 @@ def advise_before(penalties: Penalties, training: Training, rules: Sequence[Rule
         found.append(
             f"{_names(wide)}: the standard deviation is above {WIDE:.1f}, where dsmm widens the range: leave it out, "
             "or use alpha: auto"
+        )
+    ruled = [one.name for one in penalties.regularized if _rules_under_adam(one, training)]
+    if ruled:
+        found.append(
+            f"{_names(ruled)}: adamw makes one step of the loss and a coupled dsmm whose alpha follows the weights, "
+            "which then draws layers of small gradients to nothing: use coupling: decoupled"
         )
     found += [line for one in penalties.regularized if (line := _diverges(one, training)) is not None]
     affine = [rule.method for rule in rules if rule.method is not None]
@@ -69,6 +75,13 @@ def _diverges(one: Regularized, training: Training) -> str | None:
         f"{one.name}: representatives diverge where learning rate x strength x weights of a cell is above "
         f"1 (here about {cell / 2:.2g}): use gradient: count, or a lower learning_rate"
     )
+
+
+def _rules_under_adam(one: Regularized, training: Training) -> bool:
+    """Whether the size of a step does not tell how weak the penalty is."""
+    config = one.config
+    follows = isinstance(config, DsmmConfig) and config.alpha == "auto" and config.coupling == "coupled"
+    return follows and isinstance(training.optimizer, AdamW)
 
 
 def _is_variance(one: Regularized) -> bool:

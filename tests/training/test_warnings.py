@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from qcompress.registry.regularizers import (
@@ -11,7 +12,7 @@ from qcompress.registry.regularizers import (
 )
 from qcompress.training.penalties import attach_penalties
 from qcompress.training.warnings import advise_after, advise_before
-from qcompress.types.settings import Sgd, Training
+from qcompress.types.settings import AdamW, Sgd, Training
 
 from .test_penalties import net, rule
 
@@ -32,3 +33,19 @@ def test_advice_on_settings_that_cannot_work() -> None:
     assert not advise_before(attach_penalties(net(), [rule("l2", L2Config())]), training, [rule("squant", None)])
     after = advise_after(penalties)
     assert any("variance" in line for line in after) and not any("nan" in line.split() for line in after)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "config", "warns"),
+    [
+        (AdamW(lr=0.001), DsmmConfig(), True),
+        (AdamW(lr=0.001), DsmmConfig(coupling="decoupled"), False),
+        (AdamW(lr=0.001), DsmmConfig(alpha=10.0), False),
+        (Sgd(lr=0.1), DsmmConfig(), False),
+    ],
+    ids=["coupled", "decoupled", "alpha stays", "sgd"],
+)
+def test_advice_on_a_dsmm_that_adamw_makes_strong(optimizer: Sgd | AdamW, config: DsmmConfig, warns: bool) -> None:
+    penalties = attach_penalties(net(), [rule("dsmm", config)])
+    said = advise_before(penalties, Training(optimizer=optimizer), [])
+    assert any("coupling: decoupled" in line for line in said) is warns
