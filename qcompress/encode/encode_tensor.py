@@ -9,7 +9,8 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from itertools import starmap
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -146,6 +147,38 @@ class Job:
     pooled: bool = False
 
 
+class _Block(NamedTuple):
+    """Some rows of a weight, encoded.
+
+    weights, decoded  float32 [rows, columns] on the CPU
+    packed            uint8 [rows, bytes], the codes as `pack` makes them
+    within            see report.figures.unclipped_range
+    """
+
+    weights: Tensor
+    encoded: Coded
+    decoded: Tensor
+    packed: NDArray[np.uint8]
+    within: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, weights: Tensor, encoded: Coded) -> _Block:
+        assert not isinstance(encoded, Unbounded)
+        packed = pack(encoded.codes.numpy(), encoded.bits)
+        return cls(weights, encoded, decode_rows(encoded), packed, unclipped_range(encoded))
+
+    def rows(self, start: int, stop: int) -> _Block:
+        """Some of the rows, of grids that no two rows share."""
+        within = self.within
+        return _Block(
+            self.weights[start:stop],
+            take_rows(self.encoded, start, stop),
+            self.decoded[start:stop],
+            self.packed[start:stop],
+            None if within is None else (within[0][start:stop], within[1][start:stop]),
+        )
+
+
 Rows: TypeAlias = "Tensor | StoredRows | StackedRows"
 """A weight [rows, ...], read row block by row block where it lies so that it can be."""
 
@@ -196,11 +229,13 @@ def _encode_stack(stack: Sequence[tuple[Job, Survey]], stop: threading.Event) ->
     exponent, start = exponent_for(survey.largest), 0
     blocks = [_float_rows(_rows_of(job)[:]) for job, _ in stack]
     context = first.sources.context_of(first.decision, exponent)
-    found = coded_on_cpu(encode_codes(torch.cat(blocks).to(first.device), first.decision, context))
+    rows = torch.cat(blocks)
+    found = coded_on_cpu(encode_codes(rows.to(first.device), first.decision, context))
+    whole = _Block.of(rows.flatten(1), found)
     for (job, survey), block in zip(stack, blocks, strict=True):
-        part = take_rows(found, start, start + len(block))
+        part = whole.rows(start, start + len(block))
         start += len(block)
-        yield _finish_blocks(job, survey, exponent, [(block.reshape(len(block), -1), part)], stop)
+        yield _finish_blocks(job, survey, exponent, [part], stop)
 
 
 def encode_tensor(job: Job, stop: threading.Event) -> Finished:
@@ -217,13 +252,13 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
         return _finish_unbounded(job, rows, whole, survey, stop)
     if whole is None:
         exponent = exponent_for(survey.largest)
-        return _finish_blocks(job, survey, exponent, _encoded_blocks(rows, job, exponent), stop)
+        return _finish_blocks(job, survey, exponent, starmap(_Block.of, _encoded_blocks(rows, job, exponent)), stop)
     about: dict[str, Any] = {}
     if isinstance(whole, Codebook):
         whole = with_entries(whole, stored_codebook_shape(job.decision)[1])
         about = codebook_figures(whole.codes.numpy(), centroid_values(whole).cpu().numpy())
     # What is encoded whole knows its exponent, which of float32 centroids is 0.
-    finished = _finish_blocks(job, survey, whole.exponent, _row_blocks(rows, whole), stop)
+    finished = _finish_blocks(job, survey, whole.exponent, starmap(_Block.of, _row_blocks(rows, whole)), stop)
     return replace(finished, figures=replace(finished.figures, **about))
 
 
@@ -236,22 +271,22 @@ def _survey(job: Job) -> Survey:
 
 
 def _finish_blocks(
-    job: Job, survey: Survey, exponent: int, blocks: Iterable[tuple[Tensor, Coded]], stop: threading.Event
+    job: Job, survey: Survey, exponent: int, blocks: Iterable[_Block], stop: threading.Event
 ) -> Finished:
-    """A weight whose row blocks, float32 [rows, columns], come with their codes: packed, measured, written."""
+    """A weight whose row blocks come with their codes: measured, written."""
     decision, writer, tensor = job.decision, job.writer, job.decision.tensor
     entry = planned_entry(decision)
     meter = LayerMeter(tensor.numel, decision.config.bits)
     codes = _Codes(writer, tensor.name, job.choice, entry)
     grids: dict[str, list[Tensor]] = {}
-    for block, encoded in blocks:
+    for block in blocks:
         if stop.is_set():
             raise Stopped
+        encoded = block.encoded
         assert not isinstance(encoded, Unbounded)
-        packed = pack(encoded.codes.numpy(), encoded.bits)
         counts = torch.bincount(encoded.codes.reshape(-1), minlength=2**encoded.bits).numpy()
-        meter.add(block, decode_rows(encoded), counts, within=unclipped_range(encoded))
-        codes.add(packed)
+        meter.add(block.weights, block.decoded, counts, within=block.within)
+        codes.add(block.packed)
         _collect_grid(grids, encoded, once=decision.config.unit == "tensor")
     # The order of a checksum: codes, then the other parts.
     coding, payload = codes.finish()
