@@ -348,8 +348,7 @@ def _decode_blocked_rows(encoded: Blocked) -> Tensor:
         # A block may be larger than a row.
         most = min(encoded.sub_blocks, sub_blocks)
         by_block = from_half(halves, exponent).repeat_interleave(most, dim=1)[:, :sub_blocks]
-        # Infinity times a code of zero would be no number.
-        return (by_block * integers).clamp_(-_FLOAT32_MAX, _FLOAT32_MAX).unsqueeze(-1)
+        return (by_block * integers).unsqueeze(-1)
 
     scale = of_sub_blocks(encoded.scale, encoded.subscale.float() - encoded.subzero)
     values = _in_groups(encoded.codes, sub_blocks, encoded.group_size).float()
