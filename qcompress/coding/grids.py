@@ -77,7 +77,7 @@ COMMON_EXPONENT = exponent_for(1.0)
 """Of rows that `rows_alike` gives."""
 Exponent: TypeAlias = int | Tensor
 """Of the scales of a weight: one, or int8 or int32 [rows], one a row."""
-GroupedT = TypeVar("GroupedT", bound=Affine | Table | Blocked)
+GroupedT = TypeVar("GroupedT", bound=Grouped)
 
 
 def spread_too_far(largest: Tensor, bits: int) -> bool:

@@ -47,7 +47,7 @@ def choose_blocks(model_run: ModelRun, networks: int, max_memory: int | None) ->
     return () if inner is not None else blocks
 
 
-def refuse_offload(model_run: ModelRun) -> None:
+def refuse_blocks(model_run: ModelRun) -> None:
     """Raise ModelError where a recipe asks for blocks in a run that needs the whole network in memory."""
     settings = model_run.recipe.model
     if settings is not None and settings.offload == "blocks":

@@ -21,7 +21,7 @@ from qcompress.compress.blueprints import (
     checkpoint_blueprint,
     checkpoint_reader,
     choose_blocks,
-    refuse_offload,
+    refuse_blocks,
 )
 from qcompress.compress.load import checkpoint_state, hold_packed, read_state
 from qcompress.compress.plan_checkpoint import plan_checkpoint
@@ -62,7 +62,7 @@ def load_network(model_run: ModelRun, checkpoint: Checkpoint | None) -> nn.Modul
 
     raises  ModelError, CheckpointError
     """
-    refuse_offload(model_run)
+    refuse_blocks(model_run)
     module = build_network(model_run).float()
     if checkpoint is not None:
         load_weights(module, checkpoint_state(checkpoint), str(checkpoint.path))
@@ -144,7 +144,7 @@ def evaluate_packed(path: Path, model_run: ModelRun, max_memory: int | None = No
 
     raises  ArtifactError where the path holds a checkpoint; as `evaluate`
     """
-    refuse_offload(model_run)
+    refuse_blocks(model_run)
     artifact = read_artifact(path, max_memory)
     dense = build_network(model_run).float()
     load_weights(dense, read_state(artifact, held=held_bytes(dense)), str(path))

@@ -39,7 +39,6 @@ from qcompress.types.run import Say
 KEY = "qcompress-block"
 """The key of a file's metadata with the JSON document of all that is no tensor."""
 KINDS = {kind.__name__: kind for kind in (Kept, Affine, Table, Blocked, Codebook, Unbounded, Constant)}
-READ_BYTES = 1 << 22
 
 Value = TypeVar("Value")
 
@@ -174,8 +173,5 @@ def _tensor(container: Container, name: str) -> Tensor:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,15 +20,13 @@ from qcompress.coding.grids import COMMON_EXPONENT, exponent_for, row_exponents,
 from qcompress.coding.rows import rows_from_weight
 from qcompress.registry import METHODS, ClusterConfig, KmeansConfig
 from qcompress.types.encoded import (
-    Affine,
-    Blocked,
     Codebook,
     Coded,
     Compressed,
     Constant,
     Encoded,
+    Grouped,
     Kept,
-    Table,
     for_tensor,
 )
 from qcompress.types.plan import CodebookKey, Decision, Plan, codebook_key, row_shape, shared_groups
@@ -122,7 +120,7 @@ def encode_rows(rows: Tensor, decision: Decision, context: EncodeContext) -> Com
         return found
     exponents = row_exponents(rows)
     found = encode(rows_alike(rows, exponents), decision.config, replace(context, exponent=COMMON_EXPONENT))
-    assert isinstance(found, Affine | Table | Blocked)
+    assert isinstance(found, Grouped)
     return with_row_exponents(found, exponents)
 
 

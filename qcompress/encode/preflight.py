@@ -25,7 +25,7 @@ from qcompress.encode.encode_tensor import (
 from qcompress.errors import CheckpointError, InputError, ResourceError, Subject, raise_all
 from qcompress.plan.files import Shard
 from qcompress.types.config import CodingChoice
-from qcompress.types.encoded import Affine, Blocked, Fitted, Kept, Table
+from qcompress.types.encoded import Fitted, Grouped, Kept
 from qcompress.types.plan import Decision, Plan, TensorInfo
 from qcompress.types.run import Options
 
@@ -66,7 +66,7 @@ def spread_rows(checkpoint: Checkpoint, plan: Plan, fitted: Fitted) -> frozenset
     def is_spread(decision: Decision) -> bool:
         ready = fitted.encoded.get(decision.tensor.name)
         if ready is not None:
-            return isinstance(ready, Affine | Table | Blocked) and ready.row_exponents is not None
+            return isinstance(ready, Grouped) and ready.row_exponents is not None
         return _is_spread(checkpoint, decision)
 
     compressed = [decision for decision in plan.decisions if decision.compresses]
