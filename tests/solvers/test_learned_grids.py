@@ -149,6 +149,25 @@ def test_training_and_the_artifact_quantize_inputs_alike(zero: int) -> None:
         assert torch.equal(inputs_below_clip(x, clip, zero, 4), quantize_activation(x, grid))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("slope_layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_do_not_depend_on_the_order_in_memory(
+    layout: torch.memory_format, slope_layout: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4, 3, 5, 7, generator=generator)
+    slope = torch.randn(4, 3, 5, 7, generator=generator)
+    functions = (lambda x, s: inputs_on_steps(x, s, 2, 2, 0.1), lambda x, s: inputs_below_clip(x, s, 1, 2))
+    for function in functions:
+        found = []
+        for one, other in ((x, slope), (x.clone(memory_format=layout), slope.clone(memory_format=slope_layout))):
+            values, step = one.requires_grad_(), torch.tensor([0.5], requires_grad=True)
+            function(values, step).backward(other)
+            found.append((values.grad, step.grad))
+            values.grad = None
+        torch.testing.assert_close(found[1], found[0])
+
+
 def test_a_large_sum_keeps_its_digits() -> None:
     """The step's gradient is a difference of two sums: of a million numbers at 8 bits it is right to a thousandth."""
     x, slope = random(1 << 20).abs(), random(1 << 20, seed=1)
