@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from timing import render, seconds_of, show
 
 from qcompress.coding.payload import entropy_bits
+from qcompress.coding.stored import in_memory
 from qcompress.coding.unbounded.lengths import coded_bits, make_pools
 from qcompress.coding.unbounded.payload import decode_codes, encode_pool, join_side
 from qcompress.coding.unbounded.side import Matrix, parse_side
@@ -51,8 +52,9 @@ def write(
     found = []
     for members, own in make_pools(unbounded_tensors):
         coded = encode_pool([unbounded_tensors[member] for member in members], choice)
-        side = join_side(coded.side, b"") if own else coded.side
-        found.append((members, side, (coded.side, coded.codings, coded.payloads)))
+        side = b"".join(map(bytes, join_side(coded.side, in_memory(b"")).pieces())) if own else coded.side
+        payloads = [b"".join(map(bytes, payload.pieces())) for payload in coded.payloads]
+        found.append((members, side, (coded.side, coded.codings, payloads)))
     return found
 
 

@@ -20,7 +20,7 @@ from qcompress.coding.rows import kernel_positions
 from qcompress.coding.stored import Stored
 from qcompress.coding.unbounded.payload import split_side
 from qcompress.coding.unbounded.side import Grid, Matrix, count_numbers, parse_side
-from qcompress.coding.unbounded.tables import ClassCounter, Pool, source_of_codes
+from qcompress.coding.unbounded.tables import ClassCounter, Pool, make_piece
 from qcompress.coding.unbounded.tokens import Classes, Codes
 from qcompress.errors import ArtifactError, Subject
 from qcompress.types.encoded import ClassUse
@@ -120,14 +120,13 @@ class UsesOfClasses:
 
     def __init__(self, found: UnboundedCodes, entry: Entry) -> None:
         self._found = found
-        self._taps = kernel_positions(entry.shape, entry.axis)
         self._classes = Classes(found.pool.levels[found.place], entry.rows, entry.columns)
         self._counter = ClassCounter()
 
     def add(self, rows: slice, columns: slice, codes: Codes) -> None:
         """Count the codes of some rows and columns; on a trellis of whole rows."""
-        source = source_of_codes(codes, self._taps, trellis=self._found.grid.trellis)
-        self._counter.add(source, source.contexts_of(self._classes[rows, columns]))
+        piece = make_piece(codes, trellis=self._found.grid.trellis)
+        self._counter.add(piece, piece.contexts(self._classes[rows, columns]))
 
     def result(self) -> tuple[ClassUse, ...]:
         """What they take, by table."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, header_room, index_text, manifest_slot
 from qcompress.artifact.manifest import MANIFEST_NAME
 from qcompress.checkpoint.safetensors_file import is_hidden
+from qcompress.coding.stored import Stored
 from qcompress.errors import CheckpointError, ResourceError, raise_all
 from qcompress.types.config import Shape
 from qcompress.types.files import is_there, real_path
@@ -100,14 +101,14 @@ class SlotWriter:
         """Write the next bytes of a slot whose size the plan fixed."""
         self._write(name, data)
 
-    def put_varying(self, name: str, data: Buffer, shape: tuple[int, ...]) -> None:
+    def put_varying(self, name: str, stored: Stored, shape: tuple[int, ...]) -> None:
         """Write all bytes of a slot whose size entropy coding chose; the calls must come in the order of the slots."""
-        size = memoryview(data).nbytes
         self._start[name] = self._next
-        self._size[name] = size
+        self._size[name] = stored.size
         self._shape[name] = shape
-        self._next += size
-        self._write(name, data)
+        self._next += stored.size
+        for piece in stored.pieces():
+            self._write(name, piece)
 
     def _write(self, name: str, data: Buffer) -> None:
         view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")

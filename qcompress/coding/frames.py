@@ -36,9 +36,15 @@ def bound_frame(size: int) -> int:
 
 def compress_frame(parts: Iterable[bytes | memoryview], size: int) -> bytes:
     """One frame of all parts together, `size` bytes."""
+    return b"".join(frame_parts(parts, size))
+
+
+def frame_parts(parts: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]:
+    """The same, in parts."""
     compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False, write_content_size=True)
     stream = compressor.compressobj(size=size)
-    return b"".join([*[stream.compress(part) for part in parts], stream.flush()])
+    yield from map(stream.compress, parts)
+    yield stream.flush()
 
 
 def expand_frame(frame: memoryview, least: int, most: int) -> bytes:

@@ -49,3 +49,16 @@ def in_memory(data: bytes | memoryview) -> Stored:
     """Bytes that are in memory already."""
     view = memoryview(data).cast("B")
     return Stored(len(view), lambda start, stop: view[start:stop])
+
+
+def behind(head: bytes, stored: Stored) -> Stored:
+    """Bytes that are in memory, and others behind them."""
+
+    def fetch(start: int, stop: int) -> memoryview:
+        before, at = head[start:stop], max(start - len(head), 0)
+        if len(before) == stop - start:
+            return memoryview(before)
+        rest = stored.read(at, stop - len(head))
+        return memoryview(before + rest) if before else rest
+
+    return Stored(len(head) + stored.size, fetch)

@@ -31,6 +31,7 @@ from qcompress.coding.grids import (
 from qcompress.coding.packing import pack, row_bytes
 from qcompress.coding.payload import encode_payload, least_bytes
 from qcompress.coding.rows import row_slices, rows_from_weight, stored_codebook_shape
+from qcompress.coding.stored import Stored, in_memory
 from qcompress.coding.unbounded.payload import encode_pool, join_side
 from qcompress.encode.encode_weight import ContextSources, encode_codes, encode_weight
 from qcompress.errors import CheckpointError, Subject
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-Payload: TypeAlias = bytes | memoryview
 CompressedT = TypeVar("CompressedT", bound=Compressed)
 
 BLOCK_WEIGHTS = 1 << 19
@@ -122,7 +122,7 @@ class Finished:
     entry: Entry
     figures: LayerFigures
     input_crc32: int
-    payload: Payload | None
+    payload: Stored | None
     unbounded: Unbounded | None = None
     side_bytes: int = 0
 
@@ -368,14 +368,14 @@ def _finish_unbounded(job: Job, rows: Rows, unbounded: Unbounded, survey: Survey
         figures=replace(figures, classes=coded.uses[0]),
         payload=payload,
         unbounded=None,
-        side_bytes=len(payload) - len(coded.payloads[0]),
+        side_bytes=payload.size - coded.payloads[0].size,
     )
 
 
-def sealed_unbounded(decision: Decision, coding: Coding, payload: Payload) -> Entry:
+def sealed_unbounded(decision: Decision, coding: Coding, payload: Stored) -> Entry:
     """The entry of unbounded codes that came to this payload."""
     entry = replace(planned_entry(decision), coding=coding)
-    return replace(entry, crc32=seal(decision.tensor.name, entry, zlib.crc32(payload)))
+    return replace(entry, crc32=seal(decision.tensor.name, entry, payload.crc32()))
 
 
 def refuse_out_of_range(source: Container, tensor: TensorInfo, survey: Survey) -> None:
@@ -457,7 +457,7 @@ class _Codes:
         else:
             self._gathered.append(packed)
 
-    def finish(self) -> tuple[Coding, Payload | None]:
+    def finish(self) -> tuple[Coding, Stored | None]:
         """The coding that was chosen, and the payload unless it is written already."""
         if self._choice == "packed":
             return "packed", None
@@ -467,4 +467,4 @@ class _Codes:
         assert packed.shape == (entry.code_rows, row_bytes(entry.columns, entry.bits))
         coding, payload = encode_payload(packed, entry.bits, entry.columns, self._choice, least_bytes(entry.numel))
         self.crc32 = zlib.crc32(payload)
-        return coding, payload
+        return coding, in_memory(payload)

@@ -24,6 +24,7 @@ from qcompress.artifact.writer import Filled, SlotWriter, Written
 from qcompress.checkpoint.checkpoint import tensor_bytes, tensor_view
 from qcompress.checkpoint.staging import staging_folder
 from qcompress.coding.packing import row_bytes
+from qcompress.coding.stored import in_memory
 from qcompress.coding.unbounded.payload import encode_pool
 from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, Finished, Job, encode_tensors, sealed_unbounded, stack_key
 from qcompress.encode.encode_weight import ContextSources
@@ -369,15 +370,14 @@ def _encode_pool(pooled: Sequence[Finished], writer: SlotWriter, options: Option
         _put_payload(writer, finished)
         _report_progress(options, finished.decision.tensor)
         yield replace(finished, payload=None)
-    writer.put_varying(POOL_NAME, coded.side, (len(coded.side),))
+    writer.put_varying(POOL_NAME, in_memory(coded.side), (len(coded.side),))
 
 
 def _put_payload(writer: SlotWriter, finished: Finished) -> None:
     name = part_name(finished.decision.tensor.name, "codes")
-    data = memoryview(finished.payload or b"")
-    entry = finished.entry
-    if entry.is_unbounded:
-        writer.put_varying(name, data, (data.nbytes,))
-        return
-    packed = (entry.code_rows, row_bytes(entry.columns, entry.bits))
-    writer.put_varying(name, data, packed if entry.coding == "packed" else (data.nbytes,))
+    payload, entry = finished.payload, finished.entry
+    assert payload is not None
+    shape: tuple[int, ...] = (payload.size,)
+    if entry.coding == "packed" and not entry.is_unbounded:
+        shape = (entry.code_rows, row_bytes(entry.columns, entry.bits))
+    writer.put_varying(name, payload, shape)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from streamed import streams_of
 
 from qcompress.artifact.reader import read_artifact
 from qcompress.cli.app import run
@@ -28,7 +29,7 @@ from qcompress.coding.compiled import Compiler
 from qcompress.coding.packing import count_codes, pack, row_bytes
 from qcompress.coding.payload import decode_payload
 from qcompress.coding.stored import in_memory
-from qcompress.coding.unbounded.streams import encode_streams, stream_tiles
+from qcompress.coding.unbounded.streams import stream_tiles
 from qcompress.coding.unbounded.tables import fit_pool, make_source
 from qcompress.compress.load import load_state_dict
 from qcompress.errors import ResourceError
@@ -67,7 +68,7 @@ def test_unbounded_codes(executor: Executor, trellis: bool) -> None:
     )
     source = make_source(unbounded)
     pool, _ = fit_pool([source])
-    payload = encode_streams(source, pool.levels[0], pool.tables)
+    payload = streams_of(source, pool)
     about = (source.shape, pool.levels[0], pool.tables, trellis, executor)
     found = np.zeros_like(codes)
     for rows, columns, tile in stream_tiles(in_memory(payload), *about):

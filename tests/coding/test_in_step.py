@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streamed import streams_of
 
 from qcompress.coding import ans, compiled, kernels
 from qcompress.coding.ans import decode_chunk, encode_runs, fit_table
@@ -118,7 +119,7 @@ def unbounded_chunks(
     pool, _ = fit_pool([source])
     classes = Classes(pool.levels[0], *source.shape)
     with patch.object(streams, "CHUNK_CODES", 48):
-        payload = streams.encode_streams(source, pool.levels[0], pool.tables)
+        payload = streams_of(source, pool)
         spans = list(tiles(*source.shape, 48))
     places = streams._parse_index(memoryview(payload), len(spans), len(payload))
     chunks = [
@@ -197,7 +198,7 @@ def test_unbounded_payloads_are_read_in_step_and_refused_as_ever(asked: list[Loo
     unbounded = Unbounded(torch.from_numpy(codes), torch.tensor(1.0).half(), 0, codes.shape, trellis=trellis)
     source = make_source(unbounded)
     pool, _ = fit_pool([source])
-    payload = streams.encode_streams(source, pool.levels[0], pool.tables)
+    payload = streams_of(source, pool)
     about = (source.shape, pool.levels[0], pool.tables, trellis)
     ((_, _, found),) = streams.stream_tiles(in_memory(payload), *about)
     assert found.dtype == np.int32

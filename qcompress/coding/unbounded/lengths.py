@@ -12,7 +12,7 @@ from torch import Tensor
 from qcompress.coding.ans import chunk_count, varint
 from qcompress.coding.unbounded.side import grid_of_unbounded, side_bytes
 from qcompress.coding.unbounded.streams import overhead_bits
-from qcompress.coding.unbounded.tables import Pool, bits_of_tables, fit_pool, make_source, pooled
+from qcompress.coding.unbounded.tables import Pool, bits_of_tables, fit_pool, make_source, pooled, total_counts
 from qcompress.coding.unbounded.tokens import (
     CLASSES,
     CONTEXTS,
@@ -38,7 +38,8 @@ def coded_bits(unbounded_tensors: Sequence[Unbounded]) -> float:
         pool, counts = fit_pool(sources)
         side = len(side_bytes([grid_of_unbounded(unbounded_tensors[member]) for member in members], pool))
         total += 8 * (side + (len(varint(side)) if own else 0))
-        total += sum(float(counts[context, : len(bits)] @ bits) for context, bits in bits_of_tables(pool).items())
+        dense = total_counts(counts)
+        total += sum(float(dense[context, : len(bits)] @ bits) for context, bits in bits_of_tables(pool).items())
         total += sum(overhead_bits(chunk_count(*source.shape)) for source in sources)
     return total
 

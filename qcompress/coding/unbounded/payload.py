@@ -9,30 +9,35 @@ artifact/SPEC.md describes all three to the byte, "Unbounded codes on disk".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import assert_never
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qcompress.coding.ans import CHUNK_CODES, LONGEST_VARINT, fill_up, parse_varint, varint
-from qcompress.coding.frames import FrameReader, bound_frame, compress_frame
+from qcompress.coding.ans import CHUNK_CODES, LONGEST_VARINT, parse_varint, varint
+from qcompress.coding.frames import FrameReader, bound_frame, frame_parts
 from qcompress.coding.packing import pack, row_bytes, unpack
 from qcompress.coding.payload import least_bytes
 from qcompress.coding.rows import tiles
-from qcompress.coding.stored import Stored, in_memory
-from qcompress.coding.unbounded.side import grid_of_unbounded, side_bytes
+from qcompress.coding.spool import Spool
+from qcompress.coding.stored import Stored, behind, in_memory
+from qcompress.coding.unbounded.side import Grid, grid_of_unbounded, side_bytes
 from qcompress.coding.unbounded.streams import CodeTile, encode_streams, refuse_long_rows, stream_tiles
-from qcompress.coding.unbounded.tables import Pool, Source, class_uses, fit_pool, make_source
+from qcompress.coding.unbounded.tables import ClassCounter, Pool, Source, fit_pool, make_source
 from qcompress.coding.unbounded.tokens import (
+    TOKEN_BITS,
     TOKENS,
     Codes,
     Levels,
     Tokens,
     codes_from_bits,
     count_raw_bits,
-    raw_bits,
+    open_bits,
 )
 from qcompress.types.config import Coding, CodingChoice
 from qcompress.types.encoded import ClassUse, Unbounded
@@ -56,85 +61,130 @@ class CodedPool:
 
     side: bytes
     codings: tuple[Coding, ...]
-    payloads: tuple[bytes, ...]
+    payloads: tuple[Stored, ...]
     uses: tuple[tuple[ClassUse, ...] | None, ...]
 
 
 def encode_pool(unbounded_tensors: Sequence[Unbounded], choice: CodingChoice) -> CodedPool:
-    """The bytes of tensors that share tables; equal inputs give equal bytes.
+    """The bytes of tensors that share tables, in memory. Raises as `encode_sources` does."""
+    grids = [grid_of_unbounded(unbounded) for unbounded in unbounded_tensors]
+    return encode_sources([make_source(unbounded) for unbounded in unbounded_tensors], grids, choice)
+
+
+def encode_sources(
+    sources: Sequence[Source], grids: Sequence[Grid], choice: CodingChoice, folder: Path | None = None
+) -> CodedPool:
+    """The bytes of matrices of codes that share tables; equal inputs give equal bytes.
 
     choice  `auto` takes the smaller of `ans` and `zstd`, tensor by tensor; a `zstd` frame that stands for more weights
             than its bytes may is stored as `packed`, and `ans` is filled up, see `least_bytes`
+    folder  where payloads wait that are too long for the memory; None: there is room for all
     raises  ValueError for a code beyond 2**31 - 1, and for a trellis on rows of more than 2**18 codes
     """
-    sources = [make_source(unbounded) for unbounded in unbounded_tensors]
-    grids = [grid_of_unbounded(unbounded) for unbounded in unbounded_tensors]
     streamed = list(range(len(sources))) if choice in ("auto", "ans") else []
-    pool, streams = _encode_streamed(sources, streamed)
-    plain: dict[int, tuple[Coding, bytes]] = {}
+    pool, streams = _encode_streamed(sources, streamed, folder)
+    plain: dict[int, tuple[Coding, Stored]] = {}
     if choice != "ans":
-        hopeful = [place for place, source in enumerate(sources) if _may_be_shorter(source, streams.get(place))]
-        plain = {place: _plain(sources[place], choice) for place in hopeful}
+        known = {place: stream for place, (stream, _) in streams.items()}
+        hopeful = [place for place, source in enumerate(sources) if _may_be_shorter(source, known.get(place))]
+        plain = {place: _plain(sources[place], choice, folder) for place in hopeful}
     if choice == "auto":
-        smaller = [p for p, stream in streams.items() if p not in plain or len(stream) <= len(plain[p][1])]
+        smaller = [p for p, (stream, _) in streams.items() if p not in plain or stream.size <= plain[p][1].size]
         if len(smaller) < len(streamed):
-            pool, streams = _encode_streamed(sources, smaller)
-    coded = {**plain, **{place: ("ans", stream) for place, stream in streams.items()}}
-    uses = [
-        class_uses(source, pool.levels[place], pool) if place in streams else None
-        for place, source in enumerate(sources)
-    ]
+            pool, streams = _encode_streamed(sources, smaller, folder)
+    coded = {**plain, **{place: ("ans", stream) for place, (stream, _) in streams.items()}}
+    uses = tuple(streams[place][1] if place in streams else None for place in range(len(sources)))
     codings, payloads = zip(*(coded[place] for place in range(len(sources))), strict=True)
-    return CodedPool(side_bytes(grids, pool), codings, payloads, tuple(uses))
+    return CodedPool(side_bytes(grids, pool), codings, payloads, uses)
 
 
-def _encode_streamed(sources: Sequence[Source], places: Sequence[int]) -> tuple[Pool, dict[int, bytes]]:
-    """The pool of all sources, with tables and levels for those at `places`, and their streams."""
+def _encode_streamed(
+    sources: Sequence[Source], places: Sequence[int], folder: Path | None
+) -> tuple[Pool, dict[int, tuple[Stored, tuple[ClassUse, ...]]]]:
+    """The pool of all sources, with tables and levels for those at `places`, and their streams and use of tables."""
     levels = [Levels(0)] * len(sources)
     if not places:
         return Pool(tuple(levels), {}), {}
-    pool, _ = fit_pool([sources[place] for place in places])
+    pool, counts = fit_pool([sources[place] for place in places])
     streams = {}
-    for place, own in zip(places, pool.levels, strict=True):
-        levels[place] = own
-        source = sources[place]
-        streams[place] = fill_up(encode_streams(source, own, pool.tables), least_bytes(source.codes.size))
+    for place, own, counted in zip(places, pool.levels, counts, strict=True):
+        levels[place], source = own, sources[place]
+        counter, body = ClassCounter(counted), Spool(folder)
+        index = encode_streams(source, own, pool.tables, body, counter)
+        # Zeros behind the last stream, which ends in none.
+        body.write(bytes(max(0, least_bytes(math.prod(source.shape)) - len(index) - body.size)))
+        streams[place] = (body.stored(index), counter.uses(pool))
     return Pool(tuple(levels), pool.slopes), streams
 
 
-def _may_be_shorter(source: Source, stream: bytes | None) -> bool:
+def _may_be_shorter(source: Source, stream: Stored | None) -> bool:
     """Whether a frame of zstd might be no longer than the stream, as far as the first rows tell of many."""
-    codes, columns = source.codes.size, source.shape[1]
+    codes, columns = math.prod(source.shape), source.shape[1]
     if stream is None or codes <= 2 * SAMPLED_CODES:
         return True
-    rows = -(-SAMPLED_CODES // columns)
-    sample = replace(source, codes=source.codes[:rows], tokens=source.tokens[:rows])
-    return len(_plain(sample, "zstd")[1]) * codes <= SAMPLE_DOUBT * len(stream) * sample.codes.size
+    first = next(source.read())[: -(-SAMPLED_CODES // columns)]
+    sample = Source((len(first), columns), source.taps, source.trellis, lambda: iter([first]))
+    return _plain(sample, "zstd", None)[1].size * codes <= SAMPLE_DOUBT * stream.size * first.size
 
 
-def _plain(source: Source, choice: CodingChoice) -> tuple[Coding, bytes]:
+def _plain(source: Source, choice: CodingChoice, folder: Path | None) -> tuple[Coding, Stored]:
     """The smallest frame of a `packed` payload; where none may be that small, or none is wanted, that payload."""
+    counts: NDArray[np.int64] = sum(
+        (np.bincount(piece.tokens.reshape(-1), minlength=TOKENS) for piece in source.pieces()),
+        start=np.zeros(TOKENS, np.int64),
+    )
+    codes = math.prod(source.shape)
     if choice != "packed":
-        contents = (_packed(source, lane) for lane in ZSTD_LANES)
-        frame = min((compress_frame([content], len(content)) for content in contents), key=len)
-        if len(frame) >= least_bytes(source.codes.size):
+        frames = [
+            _spooled(frame_parts(_packed(source, lane), _packed_size(counts, lane)), folder) for lane in ZSTD_LANES
+        ]
+        frame = min(frames, key=lambda stored: stored.size)
+        if frame.size >= least_bytes(codes):
             return "zstd", frame
-    counts = np.bincount(source.tokens.reshape(-1), minlength=TOKENS)
-    best = min(LANES, key=lambda lane: source.tokens.size * lane + 8 * int(counts[2**lane - 1 :].sum()))
-    return "packed", _packed(source, best)
+    best = min(LANES, key=lambda lane: codes * lane + 8 * int(counts[2**lane - 1 :].sum()))
+    return "packed", _spooled(_packed(source, best), folder)
 
 
-def _packed(source: Source, lane: int) -> bytes:
+def _spooled(parts: Iterable[bytes], folder: Path | None) -> Stored:
+    spool = Spool(folder)
+    for part in parts:
+        spool.write(part)
+    return spool.stored()
+
+
+def _packed_size(counts: NDArray[np.int64], lane: int) -> int:
+    """The bytes of a `packed` payload, from how often each token occurs."""
+    return 1 + row_bytes(int(counts.sum()), lane) + int(counts[2**lane - 1 :].sum()) + -(-int(counts @ TOKEN_BITS) // 8)
+
+
+def _packed(source: Source, lane: int) -> Iterator[bytes]:
+    """A `packed` payload, in parts."""
     escape = 2**lane - 1
-    flat = source.tokens.reshape(-1)
-    lanes = pack(np.minimum(flat, escape).reshape(1, -1), lane)
-    raw = raw_bits(source.codes, source.tokens)
-    return b"".join([bytes([lane]), lanes.tobytes(), flat[flat >= escape].tobytes(), raw.tobytes()])
+    yield bytes([lane])
+    for tokens in _in_eights(piece.tokens.reshape(-1) for piece in source.pieces()):
+        yield pack(np.minimum(tokens, escape).reshape(1, -1), lane).tobytes()
+    for piece in source.pieces():
+        yield piece.tokens[piece.tokens >= escape].tobytes()
+    for bits in _in_eights(open_bits(piece.codes, piece.tokens) for piece in source.pieces()):
+        yield np.packbits(bits, bitorder="little").tobytes()
 
 
-def join_side(side: bytes, payload: bytes) -> bytes:
+def _in_eights(parts: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    """The numbers of all parts, in parts of multiples of eight but for the last; none is empty."""
+    left = np.zeros(0, np.uint8)
+    for part in parts:
+        part = np.concatenate([left, part]) if left.size else part
+        whole = len(part) // 8 * 8
+        left = part[whole:]
+        if whole:
+            yield part[:whole]
+    if left.size:
+        yield left
+
+
+def join_side(side: bytes, payload: Stored) -> Stored:
     """The codes of a tensor that has a pool of its own: the side information, its length before it, and the payload."""
-    return b"".join([varint(len(side)), side, payload])
+    return behind(b"".join([varint(len(side)), side]), payload)
 
 
 def split_side(stored: Stored) -> tuple[memoryview, Stored]:

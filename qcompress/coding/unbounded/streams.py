@@ -31,9 +31,10 @@ from qcompress.coding.ans import (
 from qcompress.coding.compiled import COMPILER
 from qcompress.coding.in_step import Loops, ends_of, groups, make_intervals, streams_of
 from qcompress.coding.rows import tiles
+from qcompress.coding.spool import Spool
 from qcompress.coding.stored import Stored
 from qcompress.coding.trellis import NEXT_STATE
-from qcompress.coding.unbounded.tables import Source
+from qcompress.coding.unbounded.tables import ClassCounter, Source
 from qcompress.coding.unbounded.tokens import (
     CLASSES,
     CONTEXTS,
@@ -60,23 +61,30 @@ _WIDEST_RAW = 4
 """Bytes of raw bits that a code leaves open at most."""
 
 
-def encode_streams(source: Source, levels: Levels, tables: Tables) -> bytes:
-    """The payload: an index, then of every chunk its raw bits and its stream."""
-    every = source.contexts(levels)
-    trellis = source.odd is not None
-    refuse_long_rows(source.codes.shape[1], trellis=trellis)
-    index, parts = [], []
-    spans = list(tiles(*source.shape, CHUNK_CODES))
-    for place, span in enumerate(spans):
-        codes, tokens = source.codes[span], source.tokens[span]
-        # On a trellis codes are read column by column, and so are their raw bits.
-        raw = (raw_bits(codes.T, tokens.T) if trellis else raw_bits(codes, tokens)).tobytes()
-        stream = encode_runs(_runs(tokens, every[span], tables, trellis))
-        index.append(varint(len(raw)))
-        if place < len(spans) - 1:
-            index.append(varint(len(stream)))
-        parts += [raw, stream]
-    return b"".join([*index, *parts])
+def encode_streams(
+    source: Source, levels: Levels, tables: Tables, into: Spool, counter: ClassCounter | None = None
+) -> bytes:
+    """The index of the payload; what follows, of every chunk its raw bits and its stream, is written to `into`.
+
+    counter  is shown all codes
+    """
+    trellis = source.trellis
+    refuse_long_rows(source.shape[1], trellis=trellis)
+    classes, sizes = Classes(levels, *source.shape), []
+    for piece in source.pieces():
+        contexts = piece.contexts(classes[piece.rows, :])
+        if counter is not None:
+            counter.add(piece, contexts)
+        for span in tiles(len(piece.codes), source.shape[1], CHUNK_CODES):
+            codes, tokens = piece.codes[span], piece.tokens[span]
+            # On a trellis codes are read column by column, and so are their raw bits.
+            raw = (raw_bits(codes.T, tokens.T) if trellis else raw_bits(codes, tokens)).tobytes()
+            stream = encode_runs(_runs(tokens, contexts[span], tables, trellis))
+            into.write(raw)
+            into.write(stream)
+            sizes += [len(raw), len(stream)]
+    # The last stream ends where the payload does.
+    return b"".join(map(varint, sizes[:-1]))
 
 
 def refuse_long_rows(columns: int, *, trellis: bool) -> None:

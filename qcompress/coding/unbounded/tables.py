@@ -8,7 +8,7 @@ code. artifact/SPEC.md, "Pools".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,20 +16,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompress.coding.ans import Table
+from qcompress.coding.ans import CHUNK_CODES, Table
 from qcompress.coding.rows import kernel_positions
 from qcompress.coding.trellis import trellis_states
 from qcompress.coding.unbounded.tokens import (
     BIN_BITS,
     CLASSES,
     CONTEXTS,
+    FIRST_OPEN,
     TOKEN_BITS,
+    TOKEN_START,
     TOKENS,
+    Classes,
     Codes,
     Contexts,
+    Kinds,
     Levels,
     Tokens,
-    class_matrix,
     measure_levels,
     tokens_from_codes,
 )
@@ -46,6 +49,9 @@ POOLED_WEIGHTS = 1 << 18
 POOL_WEIGHTS = 1 << 22
 """The weights of a file's pool at most: the codes of all its tensors wait in memory for their tables."""
 COUNTED_CODES = 1 << 16
+"""Codes that are counted at a time."""
+COUNTED_BINS = 1 << 19
+"""Kinds of codes times tokens: of more, each choice of levels is counted for itself."""
 _MOST = 511
 _RARE = 0.3
 _ROUNDS = 2
@@ -53,33 +59,58 @@ _EXP2: tuple[int, ...] = tuple(round(2 ** (15 + i / 8)) for i in range(8))
 
 
 @dataclass(frozen=True)
-class Source:
-    """One matrix on its way to its streams.
+class Piece:
+    """Some rows of a matrix of codes.
 
-    taps  columns of one input channel
-    odd   uint8 [rows, columns], on a trellis: whether the state of a code is odd
+    rows   where they stand in it
+    codes  int8, int16 or int32 [rows, columns]
+    odd    uint8 [rows, columns], on a trellis: whether the state of a code is odd
     """
 
+    rows: slice
     codes: Codes
     tokens: Tokens
-    taps: int
     odd: NDArray[np.uint8] | None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        rows, columns = self.codes.shape
-        return rows, columns
-
-    def contexts(self, levels: Levels) -> Contexts:
-        """The table of every code, uint8 [rows, columns]."""
-        return self.contexts_of(class_matrix(levels, *self.shape))
-
-    def contexts_of(self, classes: Contexts) -> Contexts:
-        """The same, of the class of every code, uint8 [rows, columns]."""
+    def contexts(self, classes: Contexts) -> Contexts:
+        """The table of every code, uint8 [rows, columns], given the classes of the codes, alike."""
         if self.odd is None:
             return classes
         return np.asarray(classes + CLASSES + self.odd * np.uint8(CLASSES), np.uint8)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One matrix of codes on its way to its streams: it is read as often as that takes, some rows at a time.
+
+    shape    rows and columns
+    taps     columns of one input channel
+    trellis  whether the codes of a row drive one
+    read     gives all rows in their order, int8, int16 or int32, `chunk_rows` of them at a time
+    """
+
+    shape: tuple[int, int]
+    taps: int
+    trellis: bool
+    read: Callable[[], Iterator[Codes]]
+
+    def pieces(self) -> Iterator[Piece]:
+        """All rows, piece by piece."""
+        start = 0
+        for codes in self.read():
+            yield make_piece(codes, start, trellis=self.trellis)
+            start += len(codes)
+
+
+def chunk_rows(columns: int) -> int:
+    """The rows of a chunk; a row that is longer than one is several."""
+    return max(1, CHUNK_CODES // max(columns, 1))
+
+
+def make_piece(codes: Codes, start: int = 0, *, trellis: bool) -> Piece:
+    """Codes of some rows, the first of them row `start`, with their tokens and, on a trellis, their states' oddness."""
+    odd = np.asarray(trellis_states(codes) & 1, np.uint8) if trellis else None
+    return Piece(slice(start, start + len(codes)), codes, tokens_from_codes(codes), odd)
 
 
 @dataclass(frozen=True)
@@ -96,23 +127,33 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """How often each (context, token) occurs in one matrix, where it does at all."""
+class TokenCounts:
+    """How often each (context, token) occurs in one matrix, where it does at all.
+
+    places  int64, ascending: context * TOKENS + token
+    counts  int64, of each place
+    """
 
     places: NDArray[np.int64]
     counts: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, dense: NDArray[np.int64]) -> TokenCounts:
+        """Those of int64 [contexts * tokens]."""
+        places = np.flatnonzero(dense)
+        return cls(places, dense[places])
+
 
 def make_source(unbounded: Unbounded) -> Source:
-    """The codes of a tensor with their tokens and, on a trellis, the oddness of their states."""
+    """The codes of a tensor that are in memory."""
     codes = np.ascontiguousarray(unbounded.codes.cpu().numpy())
-    return source_of_codes(codes, kernel_positions(unbounded.shape, unbounded.axis), trellis=unbounded.trellis)
+    tall = chunk_rows(codes.shape[1])
 
+    def read() -> Iterator[Codes]:
+        return (codes[start : start + tall] for start in range(0, len(codes), tall))
 
-def source_of_codes(codes: Codes, taps: int, *, trellis: bool) -> Source:
-    """The same, of codes [rows, columns] by themselves."""
-    odd = np.asarray(trellis_states(codes) & 1, np.uint8) if trellis else None
-    return Source(codes, tokens_from_codes(codes), taps, odd)
+    taps = kernel_positions(unbounded.shape, unbounded.axis)
+    return Source((codes.shape[0], codes.shape[1]), taps, unbounded.trellis, read)
 
 
 def pooled(sizes: Sequence[int]) -> list[bool]:
@@ -126,31 +167,32 @@ def pooled(sizes: Sequence[int]) -> list[bool]:
     return found
 
 
-def fit_pool(sources: Sequence[Source]) -> tuple[Pool, NDArray[np.int64]]:
-    """The levels and tables under which codes and side information are shortest, and int64 [CONTEXTS, TOKENS] counts.
+def fit_pool(sources: Sequence[Source]) -> tuple[Pool, list[TokenCounts]]:
+    """The levels and tables under which codes and side information are shortest, and each matrix's counts under them.
 
     For each matrix by itself: no levels, those of rows, of columns, or both, by length under the tables of all.
     """
     options = [_level_options(source) for source in sources]
-    counts = [[_count(source, levels) for levels in own] for source, own in zip(sources, options, strict=True)]
+    counts = [_count_options(source, own) for source, own in zip(sources, options, strict=True)]
     side = _side_bits(options)
     # At first as if all matrices had made the same choice.
-    tables = [_ideal_bits(_total([own[choice] for own in counts])) for choice in range(len(options[0]))]
+    tables = [_ideal_bits(total_counts([own[choice] for own in counts])) for choice in range(len(options[0]))]
     costs = np.array([[_cost(one, bits) for one, bits in zip(own, tables, strict=True)] for own in counts]) + side
     chosen = costs.argmin(1)
     for _ in range(_ROUNDS):
-        bits = _ideal_bits(_total([own[choice] for own, choice in zip(counts, chosen, strict=True)]))
+        bits = _ideal_bits(total_counts([own[choice] for own, choice in zip(counts, chosen, strict=True)]))
         again = (np.array([[_cost(one, bits) for one in own] for own in counts]) + side).argmin(1)
         if (again == chosen).all():
             break
         chosen = again
-    total = _total([own[choice] for own, choice in zip(counts, chosen, strict=True)])
+    found = [own[choice] for own, choice in zip(counts, chosen, strict=True)]
+    total = total_counts(found)
     slopes = {int(context): fit_slopes(total[context]) for context in np.flatnonzero(total.any(1))}
-    return Pool(tuple(own[choice] for own, choice in zip(options, chosen, strict=True)), slopes), total
+    return Pool(tuple(own[choice] for own, choice in zip(options, chosen, strict=True)), slopes), found
 
 
 def _level_options(source: Source) -> tuple[Levels, ...]:
-    full = measure_levels(source.codes, source.taps)
+    full = measure_levels(source.read(), source.shape, source.taps)
     return (
         Levels(full.base),
         replace(full, channels=None, taps=None),
@@ -159,20 +201,47 @@ def _level_options(source: Source) -> tuple[Levels, ...]:
     )
 
 
-def _count(source: Source, levels: Levels) -> _Counts:
-    return _count_in(source, source.contexts(levels))
+def _count_options(source: Source, options: Sequence[Levels]) -> list[TokenCounts]:
+    """The counts under each of some levels, of which the last have all parts that the others have."""
+    kinds = Kinds(options[-1], *source.shape)
+    if kinds.count * TOKENS > COUNTED_BINS:
+        return [_count(source, levels) for levels in options]
+    joint = np.zeros((2 if source.trellis else 1, kinds.count, TOKENS), np.int64)
+    step = max(1, max(COUNTED_CODES, joint.size) // max(source.shape[1], 1))
+    for piece in source.pieces():
+        for start in range(0, len(piece.codes), step):
+            rows = slice(piece.rows.start + start, min(piece.rows.start + start + step, piece.rows.stop))
+            keys = kinds.of_rows(rows, TOKENS)
+            keys += piece.tokens[start : start + step]
+            if piece.odd is not None:
+                keys += piece.odd[start : start + step] * np.int64(kinds.count * TOKENS)
+            joint += np.bincount(keys.reshape(-1), minlength=joint.size).reshape(joint.shape)
+    found = []
+    for levels in options:
+        dense = np.zeros((CONTEXTS, TOKENS), np.int64)
+        classes = kinds.classes(levels)
+        for odd, own in enumerate(joint):
+            np.add.at(dense, classes + (CLASSES * (1 + odd) if source.trellis else 0), own)
+        found.append(TokenCounts.of(dense.reshape(-1)))
+    return found
 
 
-def _count_in(source: Source, contexts: Contexts) -> _Counts:
-    counts = np.zeros(CONTEXTS * TOKENS, np.int64)
-    for own, tokens in _pieces(contexts, source.tokens):
-        found = np.bincount(own.astype(np.int64) * TOKENS + tokens)
-        counts[: len(found)] += found
-    places = np.flatnonzero(counts)
-    return _Counts(places, counts[places])
+def _count(source: Source, levels: Levels) -> TokenCounts:
+    classes = Classes(levels, *source.shape)
+    dense = np.zeros(CONTEXTS * TOKENS, np.int64)
+    for piece in source.pieces():
+        _count_into(dense, piece.tokens, piece.contexts(classes[piece.rows, :]))
+    return TokenCounts.of(dense)
 
 
-def _pieces(contexts: Contexts, *others: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
+def _count_into(dense: NDArray[np.int64], tokens: Tokens, contexts: Contexts) -> None:
+    """Add to int64 [contexts * tokens] how often each token occurs in each context."""
+    for own, some in _pieces(contexts, tokens):
+        found = np.bincount(own.astype(np.int64) * TOKENS + some)
+        dense[: len(found)] += found
+
+
+def _pieces(contexts: NDArray[Any], *others: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
     """Contexts [rows, columns] and what belongs to them, flat, so much at a time that it stays in the cache."""
     rows, columns = contexts.shape
     step = max(1, COUNTED_CODES // max(columns, 1))
@@ -180,7 +249,8 @@ def _pieces(contexts: Contexts, *others: NDArray[Any]) -> Iterator[tuple[NDArray
         yield tuple(one[start : start + step].reshape(-1) for one in (contexts, *others))
 
 
-def _total(counts: Sequence[_Counts]) -> NDArray[np.int64]:
+def total_counts(counts: Sequence[TokenCounts]) -> NDArray[np.int64]:
+    """Those of several matrices together, int64 [CONTEXTS, TOKENS]."""
     total = np.zeros(CONTEXTS * TOKENS, np.int64)
     for one in counts:
         total[one.places] += one.counts
@@ -194,7 +264,7 @@ def _ideal_bits(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return bits.reshape(-1)
 
 
-def _cost(counts: _Counts, bits: NDArray[np.float64]) -> float:
+def _cost(counts: TokenCounts, bits: NDArray[np.float64]) -> float:
     return float(counts.counts @ bits[counts.places])
 
 
@@ -251,32 +321,35 @@ def _weight(eighths: int, raw_bits: int) -> int:
     return _EXP2[-eighths % 8] << 64 + raw_bits - -(-eighths // 8)
 
 
-def class_uses(source: Source, levels: Levels, pool: Pool) -> tuple[ClassUse, ...]:
-    """What the codes of one matrix take under each table of its pool that they use."""
-    counter = ClassCounter()
-    counter.add(source, source.contexts(levels))
-    return counter.uses(pool)
-
-
 class ClassCounter:
-    """Counts what the codes of one matrix take under each table of its pool, piece by piece."""
+    """Counts what the codes of one matrix take under each table of its pool, piece by piece.
 
-    def __init__(self) -> None:
+    counts  of all codes, where they are known: then the pieces need only be asked for what tokens leave open
+    """
+
+    def __init__(self, counts: TokenCounts | None = None) -> None:
         self._counts = np.zeros(CONTEXTS * TOKENS, np.int64)
-        self._magnitudes = np.zeros(CONTEXTS, np.float64)
+        self._is_counted = counts is not None
+        if counts is not None:
+            self._counts[counts.places] = counts.counts
+        self._open = np.zeros(CONTEXTS, np.float64)
 
-    def add(self, source: Source, contexts: Contexts) -> None:
+    def add(self, piece: Piece, contexts: Contexts) -> None:
         """Count some of the codes, each in its context."""
-        found = _count_in(source, contexts)
-        self._counts[found.places] += found.counts
-        for own, codes in _pieces(contexts, source.codes):
+        if not self._is_counted:
+            _count_into(self._counts, piece.tokens, contexts)
+        places = np.flatnonzero(piece.tokens.reshape(-1) >= FIRST_OPEN)
+        if places.size:
+            beyond = np.abs(piece.codes.reshape(-1)[places].astype(np.float64))
+            beyond -= np.abs(TOKEN_START[piece.tokens.reshape(-1)[places]])
             # Integers, which float64 adds exactly.
-            self._magnitudes += np.bincount(own, np.abs(codes.astype(np.float64)), CONTEXTS)
+            self._open += np.bincount(contexts.reshape(-1)[places], beyond, CONTEXTS)
 
     def uses(self, pool: Pool) -> tuple[ClassUse, ...]:
         """What all codes take, by context."""
         uses = []
         counts, known = self._counts.reshape(CONTEXTS, TOKENS), bits_of_tables(pool)
+        magnitudes = counts @ np.abs(TOKEN_START.astype(np.float64)) + self._open
         for context in np.flatnonzero(counts.any(1)).tolist():
             own, bits = counts[context], known[context]
             used = own > 0
@@ -287,7 +360,7 @@ class ClassCounter:
                 ClassUse(
                     context=context,
                     count=total,
-                    magnitude=float(self._magnitudes[context]) / total,
+                    magnitude=float(magnitudes[context]) / total,
                     ideal_bits=ideal / total,
                     table_bits=table / total,
                 )

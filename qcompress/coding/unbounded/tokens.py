@@ -8,13 +8,16 @@ levels are side information, so that coder and decoder find the same classes. ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.uint8]
-Codes = NDArray[np.int32]
+Codes = NDArray[Any]
+"""Integers of 8, 16 or 32 bits."""
 Contexts = NDArray[np.uint8]
 Levels32 = NDArray[np.int32]
 
@@ -59,10 +62,14 @@ def _bins(magnitudes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 _SMALL = np.arange(-_LOOKUP, _LOOKUP + 1)
 _SMALL_TOKENS: Tokens = (2 * _bins(np.abs(_SMALL)) - (_SMALL > 0)).astype(np.uint8)
+_BYTE_TOKENS: Tokens = _SMALL_TOKENS[np.arange(256, dtype=np.uint8).view(np.int8).astype(np.int64) + _LOOKUP]
+"""Of int8 codes, by their bits."""
 
 
 def tokens_from_codes(codes: Codes) -> Tokens:
     """The token of each code, uint8, in the shape of the codes. Raises ValueError for a code of -2**31."""
+    if codes.dtype == np.int8:
+        return _BYTE_TOKENS.take(codes.view(np.uint8), mode="clip")
     flat = codes.reshape(-1)
     if not flat.size:
         return np.zeros(codes.shape, np.uint8)
@@ -78,13 +85,18 @@ def tokens_from_codes(codes: Codes) -> Tokens:
 
 def raw_bits(codes: Codes, tokens: Tokens) -> NDArray[np.uint8]:
     """The raw bits of the codes in their order, packed: lowest bit first, each code's own lowest first."""
+    return np.packbits(open_bits(codes, tokens), bitorder="little")
+
+
+def open_bits(codes: Codes, tokens: Tokens) -> NDArray[np.uint8]:
+    """The same, one bit a byte."""
     counts, offsets = _open(codes, tokens)
     bits = np.zeros(int(counts.sum()), np.uint8)
     ends = np.cumsum(counts)
     for bit in range(int(counts.max(initial=0))):
         has = counts > bit
         bits[(ends - counts)[has] + bit] = offsets[has] >> bit & 1
-    return np.packbits(bits, bitorder="little")
+    return bits
 
 
 def _open(codes: Codes, tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -156,22 +168,34 @@ class Levels:
     taps: Levels32 | None = None
 
 
-def measure_levels(codes: Codes, taps: int) -> Levels:
+def measure_levels(pieces: Iterable[Codes], shape: tuple[int, int], taps: int) -> Levels:
     """The levels of every row, channel and tap.
 
-    codes  int32 [rows, columns], not empty
-    taps   columns of one input channel
+    pieces  all rows of the codes, not empty, some at a time
+    shape   rows and columns
+    taps    columns of one input channel
     """
-    rows, columns = codes.shape
-    magnitudes = np.abs(codes)
-    row_sums = magnitudes.sum(1, dtype=np.float64)
-    column_sums = magnitudes.sum(0, dtype=np.float64).reshape(-1, taps)
+    rows, columns = shape
+    by_rows, column_totals = [], np.zeros(columns, np.float64)
+    for codes in pieces:
+        magnitudes = np.abs(codes)
+        # Sums of bytes fit 32 bits, which is faster, and those of any others float64.
+        kind = np.int32 if codes.itemsize == 1 and max(codes.shape) < 1 << 24 else np.float64
+        by_rows.append(magnitudes.sum(1, dtype=kind))
+        column_totals += magnitudes.sum(0, dtype=kind)
+    row_sums = np.concatenate(by_rows).astype(np.float64)
+    column_sums = column_totals.reshape(-1, taps)
     base = int(_quarter_octaves(row_sums.sum() / (rows * columns)))
-    by_row = np.maximum(_quarter_octaves(row_sums / columns), _LOWEST)
+    by_row = row_levels(row_sums, columns)
     expected = float(np.exp2(by_row / 4).sum())
     by_channel = _quarter_octaves(column_sums.sum(1) / (expected * taps))
     by_tap = _quarter_octaves(column_sums.sum(0) / (expected * np.exp2(by_channel / 4).sum()))
     return Levels(base, by_row - base, by_channel, by_tap)
+
+
+def row_levels(row_sums: NDArray[np.float64], columns: int) -> Levels32:
+    """The levels of rows of so many codes, with that of the matrix still in them, from their sums of |code|."""
+    return np.maximum(_quarter_octaves(row_sums / columns), _LOWEST)
 
 
 def _quarter_octaves(means: NDArray[np.float64] | float) -> Levels32:
@@ -203,6 +227,30 @@ class Classes:
         down = self._down[span[0]] if len(self._down) > 1 else self._down
         along = self._along[span[1]] if len(self._along) > 1 else self._along
         return np.broadcast_to(self._lookup[(down - self._low)[:, None] + along], shape)
+
+
+class Kinds:
+    """The kinds of codes of a matrix [rows, columns]: codes of one kind have a row and a column of the same levels."""
+
+    def __init__(self, levels: Levels, rows: int, columns: int) -> None:
+        down = np.zeros(rows, np.int32) if levels.rows is None else levels.rows
+        along = np.zeros(columns, np.int32)
+        if levels.channels is not None and levels.taps is not None:
+            along = (levels.channels[:, None] + levels.taps).reshape(-1)
+        self._down, by_row = np.unique(down, return_inverse=True)
+        self._along, self._by_column = np.unique(along, return_inverse=True)
+        self._by_row = by_row * len(self._along)
+        self.count = len(self._down) * len(self._along)
+
+    def of_rows(self, rows: slice, unit: int) -> NDArray[np.int64]:
+        """The kind of every code of some rows, int64 [rows, columns], times `unit`."""
+        return (self._by_row[rows] * unit)[:, None] + self._by_column * unit
+
+    def classes(self, levels: Levels) -> NDArray[np.int64]:
+        """The class of each kind, int64 [kinds], under these levels or under them without some of their parts."""
+        down = np.zeros_like(self._down) if levels.rows is None else self._down
+        along = np.zeros_like(self._along) if levels.channels is None else self._along
+        return _class_of((levels.base + down)[:, None].astype(np.int64) + along).reshape(-1).astype(np.int64)
 
 
 def class_matrix(levels: Levels, rows: int, columns: int) -> Contexts:

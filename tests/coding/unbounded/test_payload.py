@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from streamed import bytes_of, streams_of
 
 from qcompress.coding.ans import CHUNK_CODES, varint
 from qcompress.coding.grids import FACTORS, decode, decode_rows, row_spans, steps, take_rows, trellis_values
@@ -18,13 +20,20 @@ from qcompress.coding.payload import entropy_bits
 from qcompress.coding.stored import in_memory
 from qcompress.coding.trellis import NEXT_STATE, trellis_states
 from qcompress.coding.unbounded.lengths import class_costs, coded_bits, make_pools
-from qcompress.coding.unbounded.payload import decode_codes, encode_pool, join_side, split_side
-from qcompress.coding.unbounded.side import Matrix, grid_of_unbounded, parse_side
-from qcompress.coding.unbounded.streams import encode_streams, stream_tiles
+from qcompress.coding.unbounded.payload import (
+    decode_codes,
+    encode_pool,
+    encode_sources,
+    join_side,
+    split_side,
+)
+from qcompress.coding.unbounded.side import Matrix, grid_of_unbounded, parse_side, side_bytes
+from qcompress.coding.unbounded.streams import stream_tiles
 from qcompress.coding.unbounded.tables import (
     PRECISION,
+    ClassCounter,
     Pool,
-    class_uses,
+    Source,
     fit_pool,
     fit_slopes,
     make_source,
@@ -37,6 +46,7 @@ from qcompress.coding.unbounded.tokens import (
     TOKEN_BITS,
     TOKENS,
     Levels,
+    class_matrix,
     codes_from_tokens,
     raw_bits,
     tokens_from_codes,
@@ -65,7 +75,7 @@ def read_back(unbounded_tensors: list[Unbounded], choice: str) -> list[NDArray[n
     sources = [make_source(one) for one in unbounded_tensors]
     grids, pool = parse_side(memoryview(coded.side), [Matrix(*one.shape, one.taps) for one in sources])
     return [
-        decode_codes(memoryview(payload), coding, pool, place, grid.trellis, source.shape)
+        decode_codes(bytes_of(payload), coding, pool, place, grid.trellis, source.shape)
         for place, (payload, coding, grid, source) in enumerate(
             zip(coded.payloads, coded.codings, grids, sources, strict=True)
         )
@@ -219,12 +229,13 @@ def test_tensors_with_and_without_a_trellis_share_a_pool(choice: str) -> None:
 @pytest.mark.slow
 def test_chunks_decode_by_themselves(trellis: bool) -> None:
     rows, columns = 3 * (CHUNK_CODES // 3000) + 5, 3000
-    source = make_source(make(drawn(4, rows, columns, 1.0), trellis=trellis))
+    codes = drawn(4, rows, columns, 1.0)
+    source = make_source(make(codes, trellis=trellis))
     pool, _ = fit_pool([source])
     levels, tall = pool.levels[0], CHUNK_CODES // columns
-    payload = encode_streams(source, levels, pool.tables)
+    payload = streams_of(source, pool)
     whole = decode_streams(payload, source.shape, levels, pool, trellis=trellis)
-    assert np.array_equal(whole, source.codes)
+    assert np.array_equal(whole, codes)
     lengths, at = [], 0
     for _ in range(7):
         value = shift = 0
@@ -242,16 +253,17 @@ def test_chunks_decode_by_themselves(trellis: bool) -> None:
     part = Levels(levels.base, by_row, levels.channels, levels.taps)
     assert np.array_equal(
         decode_streams(own, (tall, columns), part, pool, trellis=trellis),
-        source.codes[2 * tall : 3 * tall],
+        codes[2 * tall : 3 * tall],
     )
 
 
 def test_rows_longer_than_a_chunk() -> None:
-    source = make_source(make(drawn(5, 1, CHUNK_CODES + 77, 2.0)))
+    codes = drawn(5, 1, CHUNK_CODES + 77, 2.0)
+    source = make_source(make(codes))
     pool, _ = fit_pool([source])
-    payload = encode_streams(source, pool.levels[0], pool.tables)
+    payload = streams_of(source, pool)
     found = decode_streams(payload, source.shape, pool.levels[0], pool, trellis=False)
-    assert np.array_equal(found, source.codes)
+    assert np.array_equal(found, codes)
     with pytest.raises(ValueError, match="cannot drive a trellis"):
         encode_pool([make(drawn(5, 1, CHUNK_CODES + 77, 2.0), trellis=True)], "ans")
 
@@ -261,7 +273,7 @@ def test_rows_longer_than_a_chunk() -> None:
 def test_damage_is_refused_or_leaves_codes_for_the_checksum(choice: str, trellis: bool, data: st.DataObject) -> None:
     unbounded = make(drawn(6, 9, 30, 6.0, heavy=True), trellis=trellis)
     coded = encode_pool([unbounded], choice)  # type: ignore[arg-type]
-    joined = bytearray(join_side(coded.side, coded.payloads[0]))
+    joined = bytearray(bytes_of(join_side(coded.side, coded.payloads[0])))
     if data.draw(st.booleans()):
         del joined[data.draw(st.integers(0, len(joined) - 1)) :]
     else:
@@ -312,7 +324,8 @@ def test_the_length_is_that_of_the_bytes(scale: float, trellis: bool) -> None:
     written = 0
     for members, own in make_pools(unbounded_tensors):
         coded = encode_pool([unbounded_tensors[member] for member in members], "ans")
-        written += sum(map(len, coded.payloads)) + len(join_side(coded.side, b"") if own else coded.side)
+        sizes = [payload.size for payload in coded.payloads]
+        written += sum(sizes) + (join_side(coded.side, in_memory(b"")).size if own else len(coded.side))
     assert abs(coded_bits(unbounded_tensors) / 8 - written) <= 0.001 * written + 8
 
 
@@ -343,14 +356,54 @@ def test_costs_of_all_codes_add_up_to_the_length(trellis: bool) -> None:
     assert coded_bits(unbounded_tensors) * 0.93 < total < coded_bits(unbounded_tensors)
 
 
+@pytest.mark.parametrize("trellis", [False, True])
+@pytest.mark.parametrize("scale", [0.4, 60.0])
+def test_codes_read_in_parts_have_the_bytes_that_they_have_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, trellis: bool
+) -> None:
+    """In pieces of 3 of 40 rows, each in the narrowest integers, and through a file, under every coding."""
+    monkeypatch.setattr("qcompress.coding.spool.HELD_BYTES", 100)
+    unbounded = make(drawn(18, 40, 150, scale), trellis=trellis, shape=(40, 50, 3))
+    codes = unbounded.codes.numpy()
+    narrow = [np.int8 if np.abs(codes[at : at + 3]).max() < 128 else np.int32 for at in range(0, 40, 3)]
+    pieces = [codes[3 * place : 3 * place + 3].astype(kind) for place, kind in enumerate(narrow)]
+    source = Source((40, 150), 3, trellis, lambda: iter(pieces))
+    # Else chunks end where pieces do, which they do not here: 3 rows of 150 are a chunk then.
+    for module in ("payload", "streams", "tables"):
+        monkeypatch.setattr(f"qcompress.coding.unbounded.{module}.CHUNK_CODES", 450)
+    for choice in CODINGS:
+        whole = encode_pool([unbounded], choice)  # type: ignore[arg-type]
+        parts = encode_sources([source], [grid_of_unbounded(unbounded)], choice, tmp_path)  # type: ignore[arg-type]
+        assert (parts.side, parts.codings, parts.uses) == (whole.side, whole.codings, whole.uses)
+        assert bytes_of(parts.payloads[0]) == bytes_of(whole.payloads[0])
+    assert not any(tmp_path.iterdir())
+
+
+def test_levels_of_very_many_kinds_are_counted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [make_source(make(drawn(19, 30, 64, 2.0), trellis=trellis)) for trellis in (False, True)]
+    pool, counts = fit_pool(sources)
+    monkeypatch.setattr("qcompress.coding.unbounded.tables.COUNTED_BINS", 0)
+    again, recounted = fit_pool(sources)
+    assert bytes(side_bytes([], Pool((), pool.slopes))) == bytes(side_bytes([], Pool((), again.slopes)))
+    for one, other in zip(counts, recounted, strict=True):
+        assert np.array_equal(one.places, other.places)
+        assert np.array_equal(one.counts, other.counts)
+
+
 def test_uses_of_tables_count_the_bits_that_large_codes_leave_open() -> None:
-    source = make_source(make(drawn(17, 64, 200, 40.0)))
-    pool, _ = fit_pool([source])
-    contexts = source.contexts(pool.levels[0])
-    uses = class_uses(source, pool.levels[0], pool)
+    codes = drawn(17, 64, 200, 40.0)
+    source = make_source(make(codes))
+    pool, counts = fit_pool([source])
+    contexts = class_matrix(pool.levels[0], *source.shape)
+    (piece,) = source.pieces()
+    counter, knowing = ClassCounter(), ClassCounter(counts[0])
+    counter.add(piece, contexts)
+    knowing.add(piece, contexts)
+    uses = counter.uses(pool)
+    assert knowing.uses(pool) == uses
     assert max(use.magnitude for use in uses) > 32
     for use in uses:
-        own = source.codes[contexts == use.context]
+        own = codes[contexts == use.context]
         sizes = np.abs(own.astype(np.int64))
         # A magnitude of 16 and more keeps its three leading bits and its sign.
         still_open = np.where(sizes < 16, 0, np.floor(np.log2(np.maximum(sizes, 1))) - 2).astype(np.int64)
