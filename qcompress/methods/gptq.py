@@ -44,7 +44,8 @@ def fit(live: LiveModel, decisions: Sequence[Decision[GptqConfig]], context: Fit
     references: dict[str, Tensor] = {}
     for sequential in (True, False):
         wanted = {d.tensor.name: d for d in decisions if d.config.sequential is sequential}
-        for step in sweep(live, wanted, sequential=sequential) if wanted else ():
+        paired = any(d.config.asymmetric for d in wanted.values())
+        for step in sweep(live, wanted, sequential=sequential, paired=paired) if wanted else ():
             decision = wanted[step.tensor]
             weight = live.weight(decision.tensor.name)
             rows = rows_from_weight(weight, decision.axis)

@@ -114,15 +114,28 @@ def drawn_places(layer: MatrixLayer, inputs: Sequence[Tensor], generator: torch.
     return -(-max(GRAM_ROWS, GRAM_ROWS_A_COLUMN * width) // samples)
 
 
+def are_all_looked_at(layer: MatrixLayer, inputs: Sequence[Tensor], places: int) -> bool:
+    """Whether so many places of each sample are all that a layer has which does not slide."""
+    if isinstance(layer.module, (*CONVOLUTIONS, *TRANSPOSED)):
+        return False
+    return all(x.numel() <= places * len(x) * x.shape[-1] for x in inputs)
+
+
 def measure_gram(
-    layer: MatrixLayer, noisy: Sequence[Tensor], clean: Sequence[Tensor] | None, generator: torch.Generator
+    layer: MatrixLayer,
+    noisy: Sequence[Tensor],
+    clean: Sequence[Tensor] | None,
+    generator: torch.Generator,
+    places: int | None = None,
 ) -> Gram:
     """The Gram of a layer from its inputs, batch by batch; `clean` None where there is only one network.
 
     From each sample places are drawn with `generator`, where there are more than enough. Sums run in float32 within a
     batch and in float64 over batches.
+
+    places  how many of each sample, where `drawn_places` has told it already
     """
-    places = drawn_places(layer, noisy, generator)
+    places = drawn_places(layer, noisy, generator) if places is None else places
     sums: dict[str, Tensor] = {}
     count = 0
     for index, x in enumerate(noisy):

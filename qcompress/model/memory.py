@@ -25,13 +25,16 @@ class _Answer(NamedTuple):
 class Memory:
     """What the submodules of one module gave for each batch, and give again for as long as nothing before them changes.
 
-    The module must give the same for the same weights and inputs, and its inputs must stay as they are.
+    The module must give the same for the same weights and inputs, and its inputs must stay as they are. It is named
+    within a network, whose names all others are.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self._root = root
+    def __init__(self, network: nn.Module, name: str = "") -> None:
+        self._root = network.get_submodule(name)
+        self._prefix = name
+        named = self._root.named_modules(prefix=name)
         self._parts = {
-            name: part for name, part in root.named_modules() if name and not isinstance(part, torch.jit.ScriptModule)
+            place: part for place, part in named if place != name and not isinstance(part, torch.jit.ScriptModule)
         }
         self._answers: dict[int, dict[tuple[str, int], _Answer]] = {}
         self._weights: dict[str, tuple[Tensor, int]] = {}
@@ -65,7 +68,7 @@ class Memory:
 
     def _refresh(self, waiting: frozenset[str]) -> None:
         """Forget everything where other weights have changed than those that were waited for."""
-        named = (*self._root.named_parameters(), *self._root.named_buffers())
+        named = (*self._root.named_parameters(self._prefix), *self._root.named_buffers(self._prefix))
         weights = {name: (value, value._version) for name, value in named}
         before = self._weights
         changed = [name for name, (value, version) in weights.items() if not _is_same(before.get(name), value, version)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +16,18 @@ from qcompress.model.graph import batch_norm_of, layer_call, node_shapes, single
 from qcompress.model.layers import (
     InnerProduct,
     MatrixLayer,
+    are_all_looked_at,
     blank_gram,
     drawn_places,
     measure_gram,
     measure_inner_gram,
 )
 from qcompress.model.live import LiveModel, find_tensor
+from qcompress.model.memory import Memory
 from qcompress.model.operations import inputs_of, kind_of
 from qcompress.model.products import Call, Product, product_of
 from qcompress.model.routing import Tape
-from qcompress.model.stages import Stage, State, TracedStage
+from qcompress.model.stages import BlockStage, Stage, State, TracedStage
 from qcompress.types.run import Gram
 
 LARGEST_INPUT = 1e18
@@ -45,6 +47,7 @@ class LayerStep:
     clean      its inputs in the full-precision network; the same list where the sweep watches one network only, or
                where the networks do not pass the same samples
     unreached  rows of the weight that no input reaches; set by `gram`
+    grams      of the steps before, which those that see the same inputs share
     stage      that its module lies in, before which both networks stand at `noisy_states` and `clean_states`; None for
                a module that no calibration sample reaches
     """
@@ -60,6 +63,7 @@ class LayerStep:
     noisy_states: Sequence[State] = ()
     clean_states: Sequence[State] = ()
     unreached: set[str] = field(default_factory=set)
+    grams: GramMemory = field(default_factory=lambda: GramMemory())
 
     @property
     def is_reached(self) -> bool:
@@ -78,16 +82,50 @@ class LayerStep:
             self.unreached.add(self.tensor)
             groups = 1 if self.layer.joined else self.layer.groups
             return blank_gram(groups, self.columns, self.generator.device)
-        return measure_gram(self.layer, self.noisy, clean, self.generator)
+        # Places are drawn from the generator in any case, so that what is drawn after them is the same.
+        places = drawn_places(self.layer, self.noisy, self.generator)
+        if not are_all_looked_at(self.layer, self.noisy, places):
+            return measure_gram(self.layer, self.noisy, clean, self.generator, places)
+        known = self.grams.known(self.noisy, clean)
+        if known is None:
+            known = measure_gram(self.layer, self.noisy, clean, self.generator, places)
+            self.grams.keep(self.noisy, clean, known)
+        return known
 
 
-def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) -> Iterator[LayerStep]:
+class GramMemory:
+    """The Gram that was measured last, for other layers of the same inputs: queries, keys and values have one."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Sequence[Tensor], Sequence[Tensor] | None, Gram] | None = None
+
+    def known(self, noisy: Sequence[Tensor], clean: Sequence[Tensor] | None) -> Gram | None:
+        """The Gram of these inputs, if it was the last one."""
+        if self._last is None or not all(map(_are_same, self._last[:2], (noisy, clean))):
+            return None
+        return self._last[2]
+
+    def keep(self, noisy: Sequence[Tensor], clean: Sequence[Tensor] | None, gram: Gram) -> None:
+        """Note a Gram of all that these inputs hold, in place of that of others."""
+        self._last = (noisy, clean, gram)
+
+
+def _are_same(some: Sequence[Tensor] | None, others: Sequence[Tensor] | None) -> bool:
+    if some is None or others is None:
+        return some is others
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
+def sweep(
+    live: LiveModel, wanted: Collection[str], *, sequential: bool = True, paired: bool = True
+) -> Iterator[LayerStep]:
     """Every wanted weight in turn. What the caller puts into `live.quantized` before it goes on, later ones see.
 
     Those of modules that no calibration sample reaches come last. A network that routes by values takes the routes of
     the full-precision one in both.
 
     sequential  `noisy` comes from the quantized network; else from the full-precision one, all layers alike
+    paired      whether `clean` is asked for beside it; where it is not, the full-precision network may not run at all
     raises      ModelError for a wanted weight of no matrix product; DataError for inputs that are not finite
     """
     products = {name: product_at(live, name) for name in wanted}
@@ -97,31 +135,36 @@ def sweep(live: LiveModel, wanted: Collection[str], *, sequential: bool = True) 
     stages = live.stages
     clean, noisy = live.begin()
     noisy = noisy if sequential else clean
+    grams = GramMemory()
+    paired = paired or not sequential or live.routes
     for stage in stages:
-        tapes = [Tape() for _ in clean] if live.routes else None
         names = [name for name in stage.layers if name in waiting]
-        from_clean = layer_calls(stage, live.module, clean, names, tapes)
+        tapes = [Tape() for _ in clean] if live.routes else None
+        clean_runs, noisy_runs = Runs(stage, live.module, clean, tapes), Runs(stage, live.quantized, noisy, tapes)
+        # How often a module is called, and which see one input, the first batch tells too.
+        first_runs = clean_runs if paired else Runs(stage, live.quantized, noisy[:1])
+        first_calls = first_runs.calls(names, last=paired)
+        batches = len(clean) if paired else 1
         from_noisy: dict[str, list[Call]] = {}
         for place, name in enumerate(names):
             if sequential and name not in from_noisy:
-                alike = _with_one_input(names[place:], from_clean)
-                once = all(len(from_clean[one]) == len(clean) for one in alike)
-                from_noisy = layer_calls(stage, live.quantized, noisy, alike, tapes, once=once)
-            calls = from_clean.pop(name)
+                alike = _with_one_input(names[place:], first_calls)
+                once = all(len(first_calls[one]) == batches for one in alike)
+                from_noisy = noisy_runs.next_calls(alike, names[place:]) if once else noisy_runs.calls(alike)
+            calls = first_calls.pop(name)
             also = from_noisy.pop(name) if sequential else calls
             for product in _in_order(live, waiting.pop(name)):
-                inputs = product_inputs(product, live.module, calls)
-                other = product_inputs(product, live.quantized, also) if sequential else inputs
-                both = _paired(inputs, other) if sequential else [_filled(inputs)] * 2
-                yield _step(live, product, both[1], both[0], stage, noisy, clean)
+                of_noisy = product_inputs(product, live.quantized, also) if sequential else None
+                of_clean = product_inputs(product, live.module, calls) if paired else None
+                pair = _paired(of_clean, of_noisy)
+                yield _step(live, product, pair, grams, stage, (clean, noisy))
         if stage is stages[-1]:
             break
-        clean = run_stage(stage, live.module, clean, tapes)
-        noisy = run_stage(stage, live.quantized, noisy, tapes) if sequential else clean
+        clean = clean_runs.after() if paired else clean
+        noisy = noisy_runs.after() if sequential else clean
     for products_left in waiting.values():
         for product in products_left:
-            nothing: list[Any] = []
-            yield _step(live, product, nothing, nothing)
+            yield _step(live, product, _paired([], None), grams)
 
 
 def _with_one_input(names: Sequence[str], calls: Mapping[str, Sequence[Call]]) -> list[str]:
@@ -138,19 +181,27 @@ def _with_one_input(names: Sequence[str], calls: Mapping[str, Sequence[Call]]) -
 def _step(
     live: LiveModel,
     product: Product,
-    noisy: list[Any],
-    clean: list[Any],
+    inputs: tuple[list[Any], list[Any]],
+    grams: GramMemory,
     stage: Stage | None = None,
-    noisy_states: Sequence[State] = (),
-    clean_states: Sequence[State] = (),
+    states: tuple[Sequence[State], Sequence[State]] = ((), ()),
 ) -> LayerStep:
+    """The step of a product; its inputs and the states before its stage are of the clean and of the noisy network."""
     weight = find_tensor(live.module, product.tensor)
     plain = isinstance(product.layer, MatrixLayer)
-    columns = weight.numel() // product.rows_of(weight)
-    generator = live.generator(product.caller if plain else product.tensor)
-    states = (noisy_states, clean_states)
     return LayerStep(
-        product.caller, product.tensor, product.layer, columns, noisy, clean, generator, stage, *states, live.unreached
+        name=product.caller,
+        tensor=product.tensor,
+        layer=product.layer,
+        columns=weight.numel() // product.rows_of(weight),
+        noisy=inputs[1],
+        clean=inputs[0],
+        generator=live.generator(product.caller if plain else product.tensor),
+        stage=stage,
+        noisy_states=states[1],
+        clean_states=states[0],
+        unreached=live.unreached,
+        grams=grams,
     )
 
 
@@ -180,11 +231,14 @@ def product_inputs(product: Product, network: nn.Module, calls: Sequence[Call]) 
     return found
 
 
-def _paired(clean: list[Any], noisy: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The inputs of both networks, without calls that get none; twice the quantized one's where they do not pair."""
-    if [*map(_sizes, clean)] != [*map(_sizes, noisy)]:
-        rest = _filled(noisy)
-        return rest, rest
+def _paired(clean: list[Any] | None, noisy: list[Any] | None) -> tuple[list[Any], list[Any]]:
+    """The inputs of both networks, without calls that get none; twice one's where the other's do not pair or are None.
+
+    Where they do not pair they are the quantized network's.
+    """
+    if clean is None or noisy is None or [*map(_sizes, clean)] != [*map(_sizes, noisy)]:
+        one = _filled(noisy if noisy is not None else clean or [])
+        return one, one
     return _filled(clean), _filled(noisy)
 
 
@@ -219,66 +273,120 @@ def refuse_unusable(name: str, x: Tensor) -> None:
         raise DataError(f"layer {name}", what, "check data.calibration and data.normalize, and the checkpoint")
 
 
-@torch.no_grad()
+class Runs:
+    """Runs of one stage of one network over the same states, as many as there are layers to look at.
+
+    tapes  one a batch, keep or give what the network decides by values
+    """
+
+    def __init__(
+        self, stage: Stage, module: nn.Module, states: Sequence[State], tapes: Sequence[Tape] | None = None
+    ) -> None:
+        self._stage = stage
+        self._module = module
+        self._states = states
+        self._tapes = tapes
+        self._after: list[State] | None = None
+        self._memory: Memory | None = None
+
+    def calls(self, names: Sequence[str], *, last: bool = False) -> dict[str, list[Call]]:
+        """Every call of the named modules in a run of the whole stage.
+
+        last  whether no weight changes any more, so that what the run ends in is kept for `after`
+        """
+        if not names:
+            return {}
+        if known := self._known_calls(names):
+            return known
+        seen: dict[str, list[Call]] = {name: [] for name in names}
+        with _watching(self._module, names, lambda name, call: seen[name].append(call)):
+            after = [self._run(place) for place in range(len(self._states))]
+        self._after = after if last else None
+        return seen
+
+    def next_calls(self, names: Sequence[str], waiting: Sequence[str]) -> dict[str, list[Call]]:
+        """Every call of the named modules, each of which is called once by a state, as far as is known.
+
+        waiting  modules whose weights will change before the next run, those named among them
+        """
+        if known := self._known_calls(names):
+            return known
+        # A tape counts on that all operations run again, and of a traced stage none runs twice but what is called so.
+        if self._memory is None and self._tapes is None and not isinstance(self._stage, TracedStage):
+            self._memory = Memory(self._module, self._stage.name if isinstance(self._stage, BlockStage) else "")
+        seen: dict[str, list[Call]] = {name: [] for name in names}
+        missing: set[str] = set()
+
+        def watch(name: str, call: Call) -> None:
+            seen[name].append(call)
+            missing.discard(name)
+            if not missing:
+                raise _AllSeen
+
+        with _watching(self._module, names, watch), self._answering(waiting):
+            for place in range(len(self._states)):
+                missing |= {*names}
+                with suppress(_AllSeen):
+                    self._run(place)
+        alike = all(len(calls) == len(self._states) for calls in seen.values())
+        return seen if alike else self.calls(names)
+
+    def after(self) -> list[State]:
+        """The states after the stage."""
+        if self._after is None:
+            with self._answering(()):
+                self._after = [self._run(place) for place in range(len(self._states))]
+        return self._after
+
+    def _known_calls(self, names: Sequence[str]) -> dict[str, list[Call]]:
+        """The calls of the layer that a traced stage begins with, which its states hold; none where it has others."""
+        stage = self._stage
+        if not isinstance(stage, TracedStage) or [*names] != [*stage.layers] or len(names) != 1:
+            return {}
+        first, *others = stage.nodes
+        if any(node.target == names[0] for node in others):
+            return {}
+        return {names[0]: [_call_of(first, state) for state in self._states]}
+
+    def _answering(self, waiting: Sequence[str]) -> AbstractContextManager[None]:
+        return nullcontext() if self._memory is None else self._memory.answering(waiting)
+
+    @torch.no_grad()
+    def _run(self, place: int) -> State:
+        if self._memory is not None:
+            self._memory.start(place)
+        with nullcontext() if self._tapes is None else self._tapes[place]:
+            return self._stage.run(self._module, self._states[place])
+
+
+@contextmanager
+def _watching(module: nn.Module, names: Sequence[str], see: Callable[[str, Call], None]) -> Iterator[None]:
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(name, Call.of(args, kwargs))
+
+        return module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [watch(name) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def run_stage(
     stage: Stage, module: nn.Module, states: Sequence[State], tapes: Sequence[Tape] | None = None
 ) -> list[State]:
     """The states after a stage; `tapes`, one a batch, keep or give what the network decides by values."""
-    if tapes is None:
-        return [stage.run(module, state) for state in states]
-    found = []
-    for state, tape in zip(states, tapes, strict=True):
-        with tape:
-            found.append(stage.run(module, state))
-    return found
+    return Runs(stage, module, states, tapes).after()
 
 
-@torch.no_grad()
 def layer_calls(
-    stage: Stage,
-    module: nn.Module,
-    states: Sequence[State],
-    names: Sequence[str],
-    tapes: Sequence[Tape] | None = None,
-    *,
-    once: bool = False,
+    stage: Stage, module: nn.Module, states: Sequence[State], names: Sequence[str], tapes: Sequence[Tape] | None = None
 ) -> dict[str, list[Call]]:
-    """Every call of the named modules while the stage runs.
-
-    once  each is called once by a state, as far as is known, so that a run may end with the last of them
-    """
-    if not names:
-        return {}
-    if isinstance(stage, TracedStage) and [*names] == [*stage.layers] and len(names) == 1:
-        first, *others = stage.nodes
-        if not any(node.target == names[0] for node in others):
-            return {names[0]: [_call_of(first, state) for state in states]}
-    seen: dict[str, list[Call]] = {name: [] for name in names}
-    missing: set[str] = set()
-
-    def watch(name: str) -> None:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[name].append(Call.of(args, kwargs))
-            missing.discard(name)
-            if once and not missing:
-                raise _AllSeen
-
-        handles.append(module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
-
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    for name in names:
-        watch(name)
-    try:
-        for place, state in enumerate(states):
-            missing |= {*names}
-            with suppress(_AllSeen), nullcontext() if tapes is None else tapes[place]:
-                stage.run(module, state)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if once and any(len(calls) != len(states) for calls in seen.values()):
-        return layer_calls(stage, module, states, names, tapes)
-    return seen
+    """Every call of the named modules while the stage runs."""
+    return Runs(stage, module, states, tapes).calls(names)
 
 
 class _AllSeen(Exception):

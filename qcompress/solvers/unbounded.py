@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qcompress.coding.grids import exponent_for, round_scale, steps
-from qcompress.solvers.feedback import BLOCK_COLUMNS, make_feedback, sweep_columns
+from qcompress.solvers.feedback import BLOCK_COLUMNS, make_feedback, on_tensors, sweep_columns
 from qcompress.solvers.hessian import damped, grouped
 from qcompress.types.config import Shape
 from qcompress.types.encoded import Unbounded
@@ -218,7 +218,7 @@ def feedback_unbounded(
             q = weighed.cheapest(column, candidates, ((wanted - candidates) * (step / each_pivot[column])).square_())
         return q, q * step
 
-    return feedback.codes(target, cheapest, block)
+    return feedback.codes(target, on_tensors(cheapest), block)
 
 
 def scalar_unbounded(target: Tensor, bit_costs: BitCosts | None) -> Tensor:
@@ -288,7 +288,8 @@ def descend_unbounded(
         errors = ((wanted - candidates) * each_step[column]).square_() * each_bend[column]
         return weighed.cheapest(column, candidates, errors)
 
-    return sweep_columns(start, scales, gradient, quadratic, cheapest, sweeps, block).reshape(target.shape)
+    choose = on_tensors(cheapest)
+    return sweep_columns(start, scales, gradient, quadratic, choose, sweeps, block).reshape(target.shape)
 
 
 def _near(codes: Tensor, *others: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,10 +11,11 @@ from torch import Tensor, nn
 from qcompress.calibration.activations import measure_activations
 from qcompress.data.batches import Batch
 from qcompress.errors import DataError
+from qcompress.model.layers import MatrixLayer, drawn_places, measure_gram
 from qcompress.model.live import LiveModel, find_tensor, make_live_model
 from qcompress.model.sweep import LARGEST_INPUT, layer_calls, refuse_unusable, sweep
 from qcompress.registry import METHODS
-from qcompress.types.run import FitContext
+from qcompress.types.run import FitContext, Gram
 from qcompress.types.settings import ActivationSettings
 
 from .networks import Residual, decisions, live
@@ -107,6 +110,54 @@ def test_layers_of_one_input_share_a_pass_that_ends_with_them() -> None:
     # Of two batches each: a pass for q, k and v, one for o, one for gate and up, none of which runs what lies behind,
     # and one through the whole block.
     assert counts == {"q": 8, "o": 6, "gate": 4, "up": 4}
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_each_layer_is_computed_once_a_pass_beside_those_that_share_its_input(
+    paired: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module = Blocks()
+    data = [Batch((torch.randn(4, 5, 6),)) for _ in range(2)]
+    wanted = decisions(module, "gptq", bits=3)
+    found = make_live_model(module, wanted, data, data[0], device=torch.device("cpu"), blocks=("blocks.*",))
+    assert len(found.stages) == 4 and not found.routes
+    computed = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: computed.append(1) or linear(*given))
+    for step in sweep(found, found.weights, paired=paired):
+        found.quantized.get_submodule(step.name).weight.mul_(1.5)
+    # Each of a block's 6 layers once with its final weight; q and k before v is reached, and gate before up.
+    quantized = 2 * 2 * (6 + 3)
+    assert len(computed) == quantized + (2 * 2 * 6 if paired else 2 * 6)
+
+
+def test_layers_of_one_input_have_one_gram(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = Blocks()
+    data = [Batch((torch.randn(4, 5, 6),)) for _ in range(2)]
+    wanted = decisions(module, "gptq", bits=3)
+    found = make_live_model(module, wanted, data, data[0], device=torch.device("cpu"), blocks=("blocks.*",))
+    measured: list[MatrixLayer] = []
+
+    def counted(layer: MatrixLayer, *given: Any) -> Gram:
+        measured.append(layer)
+        return measure_gram(layer, *given)
+
+    monkeypatch.setattr("qcompress.model.sweep.measure_gram", counted)
+    for step in sweep(found, found.weights):
+        assert isinstance(step.layer, MatrixLayer)
+        alone = measure_gram(step.layer, step.noisy, step.clean, found.generator(step.name))
+        shared, state = step.gram(), step.generator.get_state()
+        assert torch.equal(shared.hessian, alone.hessian)
+        assert shared.cross is not None and alone.cross is not None
+        assert torch.equal(shared.cross, alone.cross)
+        other = found.generator(step.name)
+        drawn_places(step.layer, step.noisy, other)
+        assert torch.equal(state, other.get_state())
+        weight = find_tensor(found.quantized, step.tensor)
+        weight.mul_(1.5)
+    assert len(measured) == 2 * 3
 
 
 class Changing(nn.Module):
