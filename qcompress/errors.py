@@ -17,7 +17,8 @@
     │   └── Refusals      several InputErrors
     ├── GateFailed        4
     │   └── GatesFailed   several of them
-    └── ResourceError     5
+    ├── ResourceError     5
+    └── OtherRankFailed   the code of the rank that failed, which has said why
 
 Anything else that escapes is a bug and exits with 1. Every error says where, what, and a hint, on one line. Of many
 errors each cause is one line, which counts them and names the first.
@@ -239,3 +240,14 @@ class ResourceError(QcompressError):
     """Disk, folder, memory or device do not suffice."""
 
     exit_code = 5
+
+
+class OtherRankFailed(QcompressError):
+    """Another process of this run has failed, and said why: this one ends with the same exit code and says nothing."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("torchrun", "another process of this run has failed", "see what it says")
+        self.exit_code = exit_code
+
+    def lines(self) -> list[str]:
+        return []

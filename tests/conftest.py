@@ -107,14 +107,15 @@ def refused(run: Run, folder: Path, *arguments: object, code: int = 3) -> str:
     return ran.err.rstrip("\n")
 
 
-def run_two_ranks(*arguments: object) -> Ran:
-    """What a command leaves that torchrun runs in two processes."""
+def run_ranks(size: int, *arguments: object, restarts: int = 0, script: Path | None = None) -> Ran:
+    """What a command leaves that torchrun runs in so many processes; `script` stands in for the program."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command = [*launch, *program(*arguments)[1:]]
-    done = subprocess.run(command, env=process_environment(), capture_output=True, text=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size, "--master-port", port]
+    what = program(*arguments)[1:] if script is None else [script, *arguments]
+    command = [str(word) for word in (*launch, "--max-restarts", restarts, *what)]
+    done = subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=300, check=False)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 

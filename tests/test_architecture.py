@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transformers": {"data", "runtime"},
     "demo": {"errors", "checkpoint", "report", "compress"},
     "cli": {
-        *("errors", "types", "registry", "recipe", "checkpoint", "artifact", "plan", "data", "training"),
+        *("errors", "types", "registry", "recipe", "checkpoint", "artifact", "plan", "data"),
         *("exporters", "report", "report.html", "budget", "compress", "demo"),
     },
     "__main__": {"cli"},

@@ -43,10 +43,9 @@ from qcompress.plan.sensitivity import (
 from qcompress.recipe import recipe_json
 from qcompress.registry import METHODS
 from qcompress.report.figures import run_figures
-from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import for_tensor
 from qcompress.types.plan import Decision, Plan, Widths
-from qcompress.types.run import ModelRun, Say, start_clock
+from qcompress.types.run import ModelRun, Options, Say, start_clock
 from qcompress.types.settings import CausalLm, Classification, SequenceClassification, Translation
 
 PREDICTIONS = (Classification, SequenceClassification, CausalLm, Translation)
@@ -190,7 +189,7 @@ def live_costs(
     checkpoint: Checkpoint,
     plan: Plan,
     model_run: ModelRun,
-    choice: CodingChoice,
+    options: Options,
     say: Say = lambda _: None,
 ) -> Costs:
     """The divergence of every open tensor at each of its widths, measured on a few samples.
@@ -199,7 +198,7 @@ def live_costs(
     relative errors. What the network holds as a part of another tensor is taken to cost, for its relative error, what
     the median of the others does.
     """
-    by_weights = weight_costs(checkpoint, plan, choice)
+    by_weights = weight_costs(checkpoint, plan, options)
     errors = by_weights.of
     probe = make_probe(live, model_run, SAMPLES)
     opened = [decision for decision in plan.decisions if decision.is_open]

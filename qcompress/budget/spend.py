@@ -86,8 +86,10 @@ def spend(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs, sh
     if budget.minimize is None and (options.choice == "packed" or _trains(plan)) and not decides_steps(plan):
         return shop.measure(shop.make(allocate(checkpoint, plan, options.choice, costs), options), options.output)
     refuse_own_input(checkpoint.path, options.output)
-    refuse_existing(options.output, options.force, checkpoint.is_folder)
-    with staged_output(options.output, force=options.force, folder=checkpoint.is_folder) as staged:
+    if options.world.is_first:
+        refuse_existing(options.output, options.force, checkpoint.is_folder)
+    force, folder, world = options.force, checkpoint.is_folder, options.world
+    with staged_output(options.output, force=force, folder=folder, world=world) as staged:
         drafts = Drafts(staged.parent / "attempts", options, shop)
         dial = make_dial(checkpoint, plan, options, costs, shop)
         if budget.minimize is None:
@@ -95,9 +97,10 @@ def spend(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs, sh
             best = _fill(drafts, dial, plan, limit)
         else:
             best = _minimize(drafts, dial, plan)
-        if checkpoint.is_folder:
-            staged.rmdir()
-        best.path.rename(staged)
+        if world.is_first:
+            if folder:
+                staged.rmdir()
+            best.path.rename(staged)
     return best.report if best.is_measured else shop.measure(best.report, options.output)
 
 
@@ -124,7 +127,8 @@ class Drafts:
     def make(self, plan: Plan, rate: float, *, measured: bool) -> Draft:
         """The next attempt. It is to be ranked before another is made."""
         folder = self.folder / str(self._count)
-        folder.mkdir(parents=True)
+        if self.options.world.is_first:
+            folder.mkdir(parents=True)
         self._count += 1
         path = folder / self.options.output.name
         options = replace(self.options, output=path, force=False, resume=False, rate=rate)
@@ -136,7 +140,7 @@ class Drafts:
         worse: Draft | None = draft
         if self.best is None or rank > self._rank:
             worse, self.best, self._rank = self.best, draft, rank
-        if worse is not None:
+        if worse is not None and self.options.world.is_first:
             shutil.rmtree(worse.path.parent)
 
 

@@ -30,6 +30,7 @@ from qcompress.registry import METHODS, GridConfig, MseConfig, RtnConfig
 from qcompress.registry.calibrated import LiveConfig
 from qcompress.types.config import CodingChoice
 from qcompress.types.plan import Decision, Plan
+from qcompress.types.run import Options
 
 SAMPLED_WEIGHTS = 1 << 16
 """Of larger tensors evenly spread rows or weights of about so many are looked at."""
@@ -50,8 +51,10 @@ class Rounded:
     bits: float
 
 
-def weight_costs(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, threads: int = 1) -> Costs:
+def weight_costs(checkpoint: Checkpoint, plan: Plan, options: Options) -> Costs:
     """The squared error of every open tensor at each of its widths over its norm, from its weights alone.
+
+    Ranks divide the tensors, and each then knows all costs.
 
     Half way between the relative and the absolute error, where measured divergences lie (docs/methods.md). Of tensors
     past SAMPLED_WEIGHTS, unless one grid spans them, the error is that of evenly spread rows. Widths above
@@ -59,6 +62,7 @@ def weight_costs(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, threa
     that were tried also tell what entropy coding leaves of them.
     """
     decisions = [decision for decision in plan.decisions if decision.is_open]
+    choice, world = options.choice, options.world
 
     def measured(decision: Decision) -> tuple[dict[int, float], dict[int, int]]:
         source, widths = checkpoint.shard_of(decision.tensor.name), list(decision.widths.configs)
@@ -70,20 +74,25 @@ def weight_costs(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice, threa
         errors = {bits: norm * found[bits].error for bits in widths}
         return errors, {bits: _coded_bytes(decision, bits, found[bits]) for bits in widths}
 
-    with ThreadPoolExecutor(threads) as pool:
-        both = list(pool.map(measured, decisions))
+    own = [decisions[place] for place in world.share([decision.tensor.numel for decision in decisions])]
+    with ThreadPoolExecutor(options.threads) as pool:
+        both = list(pool.map(measured, own))
+    told = world.tell(
+        [[one.tensor.name, [*costs.items()], [*sizes.items()]] for one, (costs, sizes) in zip(own, both, strict=True)]
+    )
+    lines = {name: (dict(costs), dict(sizes)) for part in told for name, costs, sizes in part}
     names = [decision.tensor.name for decision in decisions]
-    of = {name: costs for name, (costs, _) in zip(names, both, strict=True)}
-    return Costs(of, "error that its grid leaves", coded={n: sizes for n, (_, sizes) in zip(names, both, strict=True)})
+    of, coded = ({name: lines[name][place] for name in names} for place in (0, 1))
+    return Costs(of, "error that its grid leaves", coded=coded)
 
 
-def file_costs(checkpoint: Checkpoint, plan: Plan, path: Path, choice: CodingChoice, threads: int = 1) -> Costs:
+def file_costs(checkpoint: Checkpoint, plan: Plan, path: Path, options: Options) -> Costs:
     """The costs of a file of sensitivities, with what entropy coding leaves of the weights' codes.
 
     raises  what `read_costs` raises
     """
     costs = read_costs(checkpoint, plan, path)
-    return replace(costs, coded=weight_costs(checkpoint, plan, choice, threads).coded)
+    return replace(costs, coded=weight_costs(checkpoint, plan, options).coded)
 
 
 def _coded_bytes(decision: Decision, bits: int, rounded: Rounded) -> int:

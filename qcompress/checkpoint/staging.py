@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qcompress.errors import OutputError, ResourceError
+from qcompress.types.ranks import ALONE, World
 
 MARKER = ".qcompress"
 """The file in each work folder that says whose it is: a folder of that name without it is the user's own."""
@@ -34,15 +35,25 @@ def staging_folder(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staged_output(output: Path, *, force: bool, folder: bool, resume: bool = False) -> Iterator[Path]:
+def staged_output(
+    output: Path, *, force: bool, folder: bool, resume: bool = False, world: World = ALONE
+) -> Iterator[Path]:
     """A hidden folder beside `output` to build it in; on leaving without an error, what was built becomes `output`.
 
     folder  whether the output is one, which is then made
     resume  find what an earlier run left there, and leave it there on an error; else the folder starts and ends empty
+    world   the ranks that build it together: the first makes the folder, and puts the output in its place once all are
+            done with it
     yields  the path to write to, a file or a folder of the output's own name
     raises  OutputError where the output exists without `force`, is of another kind, or is being written by another run,
             and where the hidden folder is not this tool's; ResourceError where the folder around it cannot be written
     """
+    if not world.is_first:
+        world.wait()
+        yield staging_folder(output) / output.name
+        world.wait()
+        world.wait()
+        return
     refuse_existing(output, force, folder)
     with _locked(output) as staging:
         keep = True
@@ -55,7 +66,9 @@ def staged_output(output: Path, *, force: bool, folder: bool, resume: bool = Fal
                     _empty(staging)
                 if folder:
                     (staging / output.name).mkdir(exist_ok=resume)
+                world.wait()
                 yield staging / output.name
+                world.wait()
                 refuse_existing(output, force, folder)
                 _sync_all(staging / output.name)
                 _take_place(staging / output.name, output)
@@ -66,6 +79,7 @@ def staged_output(output: Path, *, force: bool, folder: bool, resume: bool = Fal
                     _empty(staging)
                     (staging / MARKER).unlink()
                     staging.rmdir()
+    world.wait()
 
 
 def write_whole(text: str, path: Path) -> None:

@@ -83,6 +83,8 @@ def cluster(
     qcompress cluster model.safetensors --bits 4
 
     qcompress cluster model.safetensors --bits 8 --dim 4 --min-sqnr 12
+
+    torchrun --nproc-per-node 2 -m qcompress cluster folder --bits 4
     """
     from qcompress.cli.run import Request, refuse_no_checkpoint, run
 

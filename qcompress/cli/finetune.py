@@ -85,7 +85,7 @@ def finetune_reg(
         _print_plan(asked, source, allow_code, streams)
         return
     from qcompress.compress.finetune import FinetuneOptions, finetune
-    from qcompress.training.parallel import join_world, launched_rank
+    from qcompress.types.ranks import join_world, launched_rank
 
     streams = replace(streams, quiet=streams.quiet or launched_rank() > 0)
     target = output or default_output(checkpoint, recipe, "")
@@ -94,7 +94,7 @@ def finetune_reg(
     writes = _writes(target, folder=checkpoint is not None and checkpoint.is_dir(), resume=resume)
     refuse_harm(reads, writes, streams.json_to, recipe=asked, force=force)
     model_run = make_model_run(asked, device, allow_code, streams, threads)
-    with join_world(model_run.device) as world:
+    with join_world(model_run.device.type) as world:
         options = FinetuneOptions(target, force, resume, streams.say)
         report = finetune(source, model_run, options, world)
     if report is not None:

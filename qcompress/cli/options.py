@@ -18,6 +18,7 @@ from qcompress.errors import UsageError
 from qcompress.registry import METHODS
 from qcompress.registry.targets import TARGETS
 from qcompress.types.plan import Family
+from qcompress.types.ranks import launched_here
 
 if TYPE_CHECKING:
     pass
@@ -423,9 +424,9 @@ def _options_of(group: Any) -> Iterator[inspect.Parameter]:
 
 
 def default_threads() -> int:
-    """The processors that this process may use, up to a few."""
+    """The processors that this process may use, up to a few; those that torchrun started here share them."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MOST_THREADS)
+    return max(1, min(usable // launched_here(), MOST_THREADS))
 
 
 def parse_size_flag(flag: str, text: str, example: str = "2MB") -> int:

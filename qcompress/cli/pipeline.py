@@ -24,6 +24,7 @@ from qcompress.plan.roles import find_roles
 from qcompress.plan.rules import find_deciders
 from qcompress.types.config import CodingChoice
 from qcompress.types.plan import ROLE_MARK, Plan, Recipe, Rule
+from qcompress.types.ranks import ALONE, World
 
 Made = TypeVar("Made")
 
@@ -134,7 +135,13 @@ def _own_rule(rule: Rule, part: str) -> Rule:
 
 
 def write_pipeline(
-    folder: Path, target: Path, parts: Iterable[str], make: Callable[[str, Path], Made], *, force: bool
+    folder: Path,
+    target: Path,
+    parts: Iterable[str],
+    make: Callable[[str, Path], Made],
+    *,
+    force: bool,
+    world: World = ALONE,
 ) -> dict[str, Made]:
     """Build a pipeline's folder: `make` writes each component to a place, and all other files are copied.
 
@@ -143,12 +150,13 @@ def write_pipeline(
     others = [*other_folders(folder)]
     for each in (folder, *others):
         find_companions(each)
-    with staged_output(target, force=force, folder=True) as staged:
-        copy_companions(folder, staged)
-        for each in others:
-            place = staged / each.relative_to(folder)
-            place.mkdir(parents=True, exist_ok=True)
-            copy_companions(each, place)
+    with staged_output(target, force=force, folder=True, world=world) as staged:
+        if world.is_first:
+            copy_companions(folder, staged)
+            for each in others:
+                place = staged / each.relative_to(folder)
+                place.mkdir(parents=True, exist_ok=True)
+                copy_companions(each, place)
         return {part: make(part, staged / part) for part in parts}
 
 

@@ -82,6 +82,8 @@ def quantize(
     qcompress quantize model.safetensors --bpw 2.5 --method squant
 
     qcompress quantize model.safetensors -r recipe.yaml --min-sqnr 12 --json -
+
+    torchrun --nproc-per-node 2 -m qcompress quantize folder --bits 4
     """
     from qcompress.cli.run import Request, refuse_no_checkpoint, run
 

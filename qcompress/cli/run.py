@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +49,8 @@ from qcompress.report.table import Column, Table, View
 from qcompress.report.training_report import training_path
 from qcompress.report.words import count_words, shape_words, size_words
 from qcompress.types.config import CodingChoice
-from qcompress.types.plan import ROLE_MARK, Gates, Plan, Recipe, Rule
+from qcompress.types.plan import ROLE_MARK, Plan, Recipe, Rule
+from qcompress.types.ranks import ALONE, World, join_world, launched_rank
 from qcompress.types.run import ModelRun, Options, start_clock
 
 COLUMNS = (
@@ -90,10 +90,23 @@ class Request:
     sensitivity: Path | None = None
     representatives: Path | None = None
     save_statistics: Path | None = None
+    world: World = ALONE
 
 
 def run(request: Request, streams: Streams) -> None:
-    """Make the artifact, or print its plan. Raises GateFailed once artifact and report are written."""
+    """Make the artifact, or print its plan. Raises GateFailed once artifact and report are written.
+
+    Of the ranks that torchrun started the first speaks, and plans alone.
+    """
+    if not request.writing.dry_run:
+        device = find_device(request.running.device, live=request.recipe.model is not None)
+        with join_world(device) as world:
+            _run_checkpoint(replace(request, world=world), replace(streams, quiet=streams.quiet or not world.is_first))
+    elif launched_rank() == 0:
+        _run_checkpoint(request, streams)
+
+
+def _run_checkpoint(request: Request, streams: Streams) -> None:
     if request.checkpoint is not None and is_hub(request.checkpoint):
         named = request.writing.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
         request = replace(
@@ -174,9 +187,9 @@ def _run_pipeline(request: Request, folder: Path, streams: Streams) -> None:
     from qcompress.report.figures import run_figures
 
     clock = start_clock()
-    reports = write_pipeline(folder, target, parts, make, force=request.writing.force)
+    reports = write_pipeline(folder, target, parts, make, force=request.writing.force, world=request.world)
     report = join_reports(target.name, reports, recipe_hash(request.recipe))
-    _finish(replace(report, run=run_figures(clock, options.device)), request.recipe.gates, target, streams)
+    _finish(replace(report, run=run_figures(clock, options.device)), request, target, streams)
 
 
 def _run(request: Request, source: Checkpoint, streams: Streams) -> None:
@@ -207,9 +220,7 @@ def _run(request: Request, source: Checkpoint, streams: Streams) -> None:
         report: Report | None = _compress(source, plan, options, request, streams)
     else:
         report = _compress_live(source, plan, options, model_run, request, streams)
-    # Of several ranks only the first has a report.
-    if report is not None:
-        _finish(report, recipe.gates, target, streams)
+    _finish(report, request, target, streams)
 
 
 def _checked(request: Request) -> Request:
@@ -217,11 +228,7 @@ def _checked(request: Request) -> Request:
 
     raises  UsageError, UnmeasuredError and RecipeError (Refusals where several) for what cannot be run
     """
-    recipe, ranks = request.recipe, os.environ.get("WORLD_SIZE", "1")
-    if ranks not in ("", "0", "1") and not trains(recipe):
-        raise UsageError(
-            "torchrun", "splitting tensors over ranks is not available in this version", "run qcompress by itself"
-        )
+    recipe = request.recipe
     recipe = replace(recipe, gates=make_gates(recipe.gates, request.gates))
     if request.checkpoint is None:
         raise_all(refuse_from_scratch(recipe))
@@ -304,6 +311,7 @@ def _make_options(request: Request, target: Path, coding: CodingChoice, streams:
         resume=running.resume,
         statistics=request.statistics,
         say=streams.say,
+        world=request.world,
     )
 
 
@@ -378,18 +386,28 @@ def _compress_live(
     source: Checkpoint, plan: Plan, options: Options, model_run: ModelRun, request: Request, streams: Streams
 ) -> Report | None:
     from qcompress.compress.compress_model import LiveOptions, compress_live
-    from qcompress.training.parallel import join_world, launched_rank
 
-    streams = replace(streams, quiet=streams.quiet or launched_rank() > 0)
-    with join_world(model_run.device) as world:
-        how = LiveOptions(request.save_statistics, request.sensitivity, streams.say, world)
-        return compress_live(source, plan, options, model_run, how)
+    how = LiveOptions(request.save_statistics, request.sensitivity, streams.say)
+    return compress_live(source, plan, options, model_run, how)
 
 
-def _finish(report: Report, gates: Gates, target: Path, streams: Streams) -> None:
-    """Hold the gates, write the report beside the artifact, and print it. Raises GateFailed."""
+def _with_all_ranks(report: Report | None, world: World) -> Report | None:
+    """The report with the processor seconds of all ranks, and the peak of the one that took the most memory."""
+    run = None if report is None else report.run
+    told = world.tell(None if run is None else [run.cpu_seconds, run.peak_memory_bytes])
+    if report is None or run is None:
+        return report
+    seconds, peaks = zip(*(one for one in told if one is not None), strict=True)
+    return replace(report, run=replace(run, cpu_seconds=sum(seconds), peak_memory_bytes=max(peaks)))
+
+
+def _finish(report: Report | None, request: Request, target: Path, streams: Streams) -> None:
+    """Hold the gates, write the report beside the artifact, and print it: the first rank does. Raises GateFailed."""
+    report = _with_all_ranks(report, request.world)
+    if report is None or not request.world.is_first:
+        return
     try:
-        report = replace(report, gates=check_gates(gates, report))
+        report = replace(report, gates=check_gates(request.recipe.gates, report))
     finally:
         write_report(report, report_path(target))
     print_report(report, target, streams)

@@ -35,10 +35,10 @@ from qcompress.model.sweep import run_stage
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
 from qcompress.report.figures import run_figures
-from qcompress.training.parallel import ALONE
 from qcompress.types import VERSION
 from qcompress.types.encoded import Encoded, Fitted
 from qcompress.types.plan import Decision, Gates, Plan
+from qcompress.types.ranks import ALONE
 from qcompress.types.run import FitContext, ModelRun, Options, Say, start_clock
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from qcompress.budget.weight_costs import file_costs, weight_costs
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import refuse_existing, staged_output
+from qcompress.compress.shelf import encode_unbounded
 from qcompress.encode.encode_weight import (
     ContextSources,
     WeightOf,
@@ -33,15 +35,19 @@ from qcompress.encode.preflight import (
     spread_rows,
     too_wide_for_f16,
 )
-from qcompress.encode.write_file import Run, WrittenShard, write_shard
+from qcompress.encode.write_file import Run, WrittenShard
+from qcompress.encode.write_files import goes_by_tensors, write_files
+from qcompress.errors import ResourceError
 from qcompress.plan.allocate import limits_steps, most_bytes, refuse_infeasible
 from qcompress.plan.files import make_shards
 from qcompress.recipe import recipe_hash
 from qcompress.report.document import ArtifactFile, LayerReport, Report
 from qcompress.report.figures import compressed_layer, kept_layer, run_figures
 from qcompress.report.size import make_size
+from qcompress.types import VERSION
 from qcompress.types.encoded import Fitted, Kept
 from qcompress.types.plan import Decision, Outcomes, Plan
+from qcompress.types.ranks import World
 from qcompress.types.run import Options, RunFigures, Say, start_clock
 
 
@@ -64,38 +70,55 @@ def staged(checkpoint: Checkpoint, options: Options) -> AbstractContextManager[P
     """
     refuse_own_input(checkpoint.path, options.output)
     find_companions(checkpoint.path)
-    return staged_output(options.output, force=options.force, folder=checkpoint.is_folder, resume=options.resume)
+    force, resume, world = options.force, options.resume, options.world
+    return staged_output(options.output, force=force, folder=checkpoint.is_folder, resume=resume, world=world)
 
 
 def compress_to(
     place: Path, checkpoint: Checkpoint, plan: Plan, options: Options, fitted: Fitted | None = None
 ) -> Report:
     """`compress` where the output is staged already, to be built at `place`."""
-    clock = start_clock()
+    clock, world = start_clock(), options.world
     torch.set_num_threads(1)
-    refuse_untrue_ties(checkpoint, plan)
+    _refuse_unlike(plan, world)
+    if world.is_first:
+        refuse_untrue_ties(checkpoint, plan)
     options = replace(options, threads=fitting_threads(plan, options))
     fitted = fitted or Fitted({})
     sources = _sources(checkpoint, plan, fitted, options)
-    outcomes = _outcomes(checkpoint, plan, fitted, sources)
+    outcomes = _outcomes(checkpoint, plan, fitted, sources, world)
     shards = make_shards(checkpoint, plan, options.choice, fitted, outcomes)
     budget_bytes = most_bytes(checkpoint, plan, options.choice) if limits_steps(plan) else None
     refuse_full_disk(options.output, shards, budget_bytes)
-    run, folder = Run(fitted, sources, options), checkpoint.is_folder
-    done = [write_shard(shard, place / shard.file if folder else place, run) for shard in shards]
+    folder = checkpoint.is_folder
+    ready = fitted
+    if world.size > 1 and goes_by_tensors(shards, options):
+        ready = encode_unbounded(checkpoint, plan, sources, options)
+    done = write_files(shards, lambda shard: place / shard.file if folder else place, Run(ready, sources, options))
     for source in checkpoint.shards:
         source.refuse_changed()
     index_bytes = 0
-    if folder:
+    if folder and world.is_first:
         copy_companions(checkpoint.path, place)
         weights = INDEX_NAME if len(done) > 1 else done[0].shard.file
         mark_config(place, weights, dequantized=checkpoint.is_dequantized)
-    if len(done) > 1:
+    if len(done) > 1 and world.is_first:
         index_bytes = write_index(place, {one.shard.file: one.written.slots for one in done})
+    index_bytes = world.tell(index_bytes)[0]
     took = run_figures(clock, options.device)
     report = _make_report(checkpoint, plan, done, index_bytes, options.output.name, took)
     warnings = [*unweighed(plan, options.statistics), *_drowned(report, set(fitted.encoded))]
     return replace(report, warnings=tuple(warnings))
+
+
+def _refuse_unlike(plan: Plan, world: World) -> None:
+    """Raise ResourceError where ranks have come to different plans, so that their files would not fit together."""
+    if world.size == 1:
+        return
+    own = hashlib.sha256(f"{VERSION} {plan.decisions}".encode()).hexdigest()
+    if len(set(world.tell(own))) > 1:
+        what = "the processes of this run have different checkpoints, or have come to different plans"
+        raise ResourceError("torchrun", what, "use one folder, one version and one kind of processor for all of them")
 
 
 LEAST_SQNR = 3.0
@@ -129,18 +152,20 @@ def _sources(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, options: Option
     """What encoding draws on, with the codebooks that tensors share. Raises CheckpointError, DataError."""
     sources = ContextSources(plan.recipe.seed, options.statistics, options.representatives)
     sharing = [d for d in plan.decisions if d.codebook.shared is not None and d.tensor.name not in fitted.encoded]
-    refuse_nonfinite(checkpoint, replace(plan, decisions=tuple(sharing)))
-    return replace(sources, codebooks=make_shared_codebooks(sharing, _weight_of(checkpoint), sources))
+    world = options.world
+    own = tuple(sharing[place] for place in world.share([d.tensor.n_bytes for d in sharing]))
+    refuse_nonfinite(checkpoint, replace(plan, decisions=own))
+    return replace(sources, codebooks=make_shared_codebooks(sharing, _weight_of(checkpoint), sources, world))
 
 
-def _outcomes(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, sources: ContextSources) -> Outcomes:
+def _outcomes(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, sources: ContextSources, world: World) -> Outcomes:
     """What values decide of the plan before its files can be laid out."""
     return Outcomes(
-        entries=count_stored_entries(plan, _weight_of(checkpoint), sources, fitted.encoded),
-        too_wide=too_wide_for_f16(checkpoint, plan, fitted),
+        entries=count_stored_entries(plan, _weight_of(checkpoint), sources, fitted.encoded, world),
+        too_wide=too_wide_for_f16(checkpoint, plan, fitted, world),
         adjusted=frozenset(name for name, value in fitted.encoded.items() if isinstance(value, Kept)),
         aimed=frozenset(fitted.references),
-        spread=spread_rows(checkpoint, plan, fitted),
+        spread=spread_rows(checkpoint, plan, fitted, world),
     )
 
 
@@ -193,9 +218,9 @@ def compress_within(checkpoint: Checkpoint, plan: Plan, options: Options, sensit
     refuse_gateless(plan)
     refuse_infeasible(checkpoint, plan, options.choice)
     if sensitivity is not None:
-        costs = file_costs(checkpoint, plan, sensitivity, options.choice, options.threads)
+        costs = file_costs(checkpoint, plan, sensitivity, options)
     else:
-        costs = weight_costs(checkpoint, plan, options.choice, options.threads)
+        costs = weight_costs(checkpoint, plan, options)
     shop = Workshop(lambda closed, where: compress(checkpoint, closed, where), say=say)
     report = spend(checkpoint, plan, options, costs, shop)
     return replace(report, run=run_figures(clock, options.device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from qcompress.compress.tune_codebooks import CodebookTuner, measure_kmeans
 from qcompress.data.measurement import Measurement
 from qcompress.encode.encode_weight import ContextSources, unweighed
 from qcompress.encode.preflight import refuse_nonfinite
-from qcompress.errors import BudgetError, raise_all
+from qcompress.errors import BudgetError, UsageError, raise_all
 from qcompress.model.graph import batch_norm_of
 from qcompress.model.live import LiveModel, fresh_copy, layer_name
 from qcompress.plan.allocate import Costs, is_open, refuse_infeasible
@@ -35,9 +34,9 @@ from qcompress.report.document import Report
 from qcompress.report.figures import run_figures
 from qcompress.report.training_report import training_path
 from qcompress.training.loop import Watch
-from qcompress.training.parallel import ALONE, World
 from qcompress.training.trainer import Trainer
 from qcompress.types.plan import Gates, Plan
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import FitContext, ModelRun, Options, start_clock
 
 NETWORKS = 2
@@ -51,13 +50,11 @@ class LiveOptions:
     save_statistics  where the layers' input statistics are written, if anywhere
     sensitivity      a file of what each layer costs at each width; under a budget it is measured where there is none
     say              called with a line on what begins
-    world            the ranks that train together
     """
 
     save_statistics: Path | None = None
     sensitivity: Path | None = None
     say: Callable[[str], None] = lambda _: None
-    world: World = ALONE
 
 
 def compress_live(
@@ -72,7 +69,7 @@ def compress_live(
     raises  BudgetError for a budget that is too small, and what `compress`, `fit` and `evaluate` raise
     """
     clock = start_clock()
-    world = how.world
+    world = options.world
     _refuse_early(checkpoint, plan, options, world)
     blocks = _blocks(options, model_run, how)
     if blocks:
@@ -91,9 +88,7 @@ def compress_live(
     def made(plan: Plan, options: Options) -> tuple[Report, CodebookTuner, Sequence[Measurement]] | None:
         own = live.names.inward(plan)
         tuner = CodebookTuner(own, model_run, how.say)
-        staging = staged(checkpoint, options) if world.is_first else contextlib.nullcontext(options.output)
-        with staging as place:
-            world.wait()
+        with staged(checkpoint, options) as place:
             trainer = _make_trainer(checkpoint, plan, options, model_run, live, how)
             sources = ContextSources(plan.recipe.seed, options.statistics, options.representatives)
             fresh = fresh_copy(live)
@@ -104,7 +99,8 @@ def compress_live(
             kmeans = measure_kmeans(fresh, own, model_run, tuner.untuned, sources) if measures else ()
             fitted = live.names.outward(fitted)
             fitted = replace(fitted, encoded={**fitted.encoded, **merged})
-            report = compress_to(place, checkpoint, plan, options, fitted)
+            # The codes are there: what is left is to write them.
+            report = compress_to(place, checkpoint, plan, replace(options, world=ALONE), fitted)
         return replace(report, warnings=report.warnings + fitted.notes), tuner, kmeans
 
     def measured(
@@ -160,6 +156,9 @@ def _batch_norms(live: LiveModel, plan: Plan) -> dict[str, str] | None:
 
 def _refuse_early(checkpoint: Checkpoint, plan: Plan, options: Options, world: World) -> None:
     """Raise what is known to be wrong before the network is built, and long before anything is trained."""
+    if world.size > 1 and not trains(plan.recipe):
+        what = "calibrated methods are not divided over several processes in this version"
+        raise UsageError("torchrun", what, "run qcompress by itself")
     if world.size > 1 and plan.recipe.budget is not None:
         what = "a budget is spent by one process, and this run has several ranks"
         raise BudgetError(plan.recipe.place("budget"), what, "give each rule its bits, or run one process")
@@ -180,8 +179,8 @@ def _costs(
     if not is_open(plan):
         return Costs({}, "")
     if how.sensitivity is not None:
-        return file_costs(checkpoint, plan, how.sensitivity, options.choice, options.threads)
-    return live_costs(live, checkpoint, plan, model_run, options.choice, how.say)
+        return file_costs(checkpoint, plan, how.sensitivity, options)
+    return live_costs(live, checkpoint, plan, model_run, options, how.say)
 
 
 def _measures(model_run: ModelRun) -> bool:
@@ -205,6 +204,6 @@ def _make_trainer(
         log=training_path(output, "log.jsonl"),
         state=staging_folder(output) / STATE if options.resume else None,
         resume=options.resume,
-        identity=run_identity(replace(plan.recipe, gates=Gates()), checkpoint, how.world),
+        identity=run_identity(replace(plan.recipe, gates=Gates()), checkpoint, options.world),
     )
-    return make_trainer(model_run, live.module, watch, how.world)
+    return make_trainer(model_run, live.module, watch, options.world)

@@ -37,12 +37,12 @@ from qcompress.report.gates import check_metrics
 from qcompress.report.training_report import TrainedLayer, TrainingReport, TrialFigures, training_path
 from qcompress.training.loop import Data, Trained, Watch
 from qcompress.training.losses import Loss, distilled, make_loss
-from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties, attach_penalties, weight_kinds
 from qcompress.training.state import last_good
 from qcompress.training.trainer import Trainer
 from qcompress.training.warnings import advise_after
 from qcompress.types.plan import Gates, Recipe
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import ModelRun, Say, start_clock
 
 NEEDED = ("model", "data.train", "data.eval", "task")

@@ -14,7 +14,7 @@ from qcompress.compress.evaluate import load_network
 from qcompress.compress.finetune import train_data
 from qcompress.model.build import tied_names
 from qcompress.training.loop import norm_batches, refresh_norms, refuse_few
-from qcompress.training.parallel import ALONE
+from qcompress.types.ranks import ALONE
 from qcompress.types.run import ModelRun
 
 NORM_BATCHES = 8

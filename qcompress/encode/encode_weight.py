@@ -30,7 +30,8 @@ from qcompress.types.encoded import (
     for_tensor,
 )
 from qcompress.types.plan import CodebookKey, Decision, Plan, codebook_key, row_shape, shared_groups
-from qcompress.types.run import EncodeContext, seeded_generator
+from qcompress.types.ranks import ALONE, World
+from qcompress.types.run import EncodeContext, Json, seeded_generator
 
 SharedCodebooks: TypeAlias = Mapping[CodebookKey, tuple[Tensor, int]]
 """Codebook float [1, entries, dim] and exponent of every key."""
@@ -132,9 +133,9 @@ def encode_codes(rows: Tensor, decision: Decision, context: EncodeContext) -> Co
 
 
 def count_stored_entries(
-    plan: Plan, weight_of: WeightOf, sources: ContextSources, encoded: Mapping[str, Encoded]
+    plan: Plan, weight_of: WeightOf, sources: ContextSources, encoded: Mapping[str, Encoded], world: World = ALONE
 ) -> dict[str, int]:
-    """How many entries each codebook will store, by the tensor's name.
+    """How many entries each codebook will store, by the tensor's name; ranks divide the tensors.
 
     encoded  the weights that have their codes already
     """
@@ -154,20 +155,37 @@ def count_stored_entries(
         return count_entries(_matrix(decision, weight_of(decision)), config, zero=zero)
 
     clustered = [one for one in plan.decisions if one.compresses and one.config.form == "codebook"]
-    found = {decision.tensor.name: entries_of(decision) for decision in clustered}
-    return {name: entries for name, entries in found.items() if entries is not None}
+    found = world.spread(clustered, _weights, entries_of)
+    return {d.tensor.name: entries for d, entries in zip(clustered, found, strict=True) if entries is not None}
 
 
 def make_shared_codebooks(
-    decisions: Sequence[Decision], weight_of: WeightOf, sources: ContextSources
+    decisions: Sequence[Decision], weight_of: WeightOf, sources: ContextSources, world: World = ALONE
 ) -> SharedCodebooks:
-    """The codebooks that several tensors share, each from all its weights, seen one tensor at a time.
+    """The codebooks that several tensors share, each from all its weights, seen one tensor at a time by one rank.
 
     With statistics, errors are weighed by them where all tensors of a codebook have some. Raises DataError.
     """
+
+    def made(key: CodebookKey) -> tuple[Tensor, int]:
+        return _make_shared_codebook(key, groups[key], weight_of, sources)
+
+    def told(key: CodebookKey) -> Json:
+        values, exponent = made(key)
+        return [str(values.dtype).removeprefix("torch."), values.tolist(), exponent]
+
+    groups = shared_groups(decisions)
+    if world.size == 1:
+        return {key: made(key) for key in groups}
+    found = world.spread([*groups], lambda key: sum(map(_weights, groups[key])), told)
     return {
-        key: _make_shared_codebook(key, group, weight_of, sources) for key, group in shared_groups(decisions).items()
+        key: (torch.tensor(values, dtype=getattr(torch, dtype)), exponent)
+        for key, (dtype, values, exponent) in zip(groups, found, strict=True)
     }
+
+
+def _weights(decision: Decision) -> int:
+    return decision.tensor.numel
 
 
 def _make_shared_codebook(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from qcompress.plan.files import Shard
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import Fitted, Grouped, Kept
 from qcompress.types.plan import Decision, Plan, TensorInfo
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import Options
 
 BLOCK_COPIES = 24
@@ -35,19 +36,27 @@ HALF_ERROR = 2.0**-9
 """The most that a tensor may change, relative to its size, to be stored as float16 on request."""
 
 
-def too_wide_for_f16(checkpoint: Checkpoint, plan: Plan, fitted: Fitted) -> frozenset[str]:
-    """The kept tensors that were to be stored as float16 and cannot: too large, or too small altogether."""
-    found = set()
-    for decision in plan.decisions:
-        if decision.stored is not None:
-            tensor = decision.tensor
-            adjusted = fitted.encoded.get(tensor.name)
-            value = adjusted.value if isinstance(adjusted, Kept) else None
-            if value is None:
-                value = tensor_view(checkpoint.shard_of(tensor.name), tensor)
-            if not _bears_half(value):
-                found.add(tensor.name)
-    return frozenset(found)
+def too_wide_for_f16(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, world: World = ALONE) -> frozenset[str]:
+    """The kept tensors that were to be stored as float16 and cannot: too large, or too small altogether.
+
+    Ranks divide the tensors.
+    """
+
+    def is_too_wide(decision: Decision) -> bool:
+        tensor = decision.tensor
+        adjusted = fitted.encoded.get(tensor.name)
+        value = adjusted.value if isinstance(adjusted, Kept) else None
+        if value is None:
+            value = tensor_view(checkpoint.shard_of(tensor.name), tensor)
+        return not _bears_half(value)
+
+    return _those(is_too_wide, [decision for decision in plan.decisions if decision.stored is not None], world)
+
+
+def _those(holds: Callable[[Decision], bool], decisions: Sequence[Decision], world: World) -> frozenset[str]:
+    """The tensors of which something holds, looked at by one rank each."""
+    found = world.spread(decisions, lambda decision: decision.tensor.n_bytes, holds)
+    return frozenset(decision.tensor.name for decision, yes in zip(decisions, found, strict=True) if yes)
 
 
 def _bears_half(value: Tensor) -> bool:
@@ -57,7 +66,7 @@ def _bears_half(value: Tensor) -> bool:
     return bool(error.isfinite().all()) and float(error.norm()) <= HALF_ERROR * float(exact.norm())
 
 
-def spread_rows(checkpoint: Checkpoint, plan: Plan, fitted: Fitted) -> frozenset[str]:
+def spread_rows(checkpoint: Checkpoint, plan: Plan, fitted: Fitted, world: World = ALONE) -> frozenset[str]:
     """The weights with grids, or codebooks, by row where one exponent does not hold those of all rows. Reads them once.
 
     fitted  weights that have their codes, and exponents, already are not read
@@ -71,7 +80,7 @@ def spread_rows(checkpoint: Checkpoint, plan: Plan, fitted: Fitted) -> frozenset
 
     compressed = [decision for decision in plan.decisions if decision.compresses]
     # Where a config has an exponent a row anyway the decision says nothing of it.
-    return frozenset(d.tensor.name for d in compressed if not d.config.row_exponents and is_spread(d))
+    return _those(is_spread, [decision for decision in compressed if not decision.config.row_exponents], world)
 
 
 def _is_spread(checkpoint: Checkpoint, decision: Decision) -> bool:

@@ -22,11 +22,11 @@ from qcompress.data.measurement import Measurement
 from qcompress.errors import DataError, ModelError, TrainingError
 from qcompress.training.losses import Loss
 from qcompress.training.optimizers import Group, make_optimizer, rate_at
-from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties
 from qcompress.training.runaway import growth_words, refuse_runaway, sizes_of
 from qcompress.training.state import DamagedState, Progress, Trainee, load_state, save_state
 from qcompress.types.data_settings import Augmentation
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import seeded_generator
 from qcompress.types.settings import Training
 

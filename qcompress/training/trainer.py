@@ -12,12 +12,12 @@ from qcompress.data.batches import Batch
 from qcompress.training.loop import Data, Trained, Watch, refuse_few, steps_an_epoch, train
 from qcompress.training.losses import Loss
 from qcompress.training.optimizers import Group
-from qcompress.training.parallel import ALONE, World
 from qcompress.training.penalties import Penalties, attach_penalties
 from qcompress.training.runaway import leave_out_tiny
 from qcompress.training.temperatures import alpha_words, set_strengths
 from qcompress.training.warnings import advise_before
 from qcompress.types.plan import Rule
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import FitContext, seeded_generator
 from qcompress.types.settings import Training
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from qcompress.types.config import CodingChoice
 from qcompress.types.figures import figure
 from qcompress.types.plan import Recipe
+from qcompress.types.ranks import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -181,6 +182,7 @@ class Options:
     representatives  a file of what finetune-reg has learned, for the methods that take it up
     rate             bits a weight that codes without widths are to take, about; a budget's search sets it
     say              called with a line on what begins, and on what a run that resumes drops
+    world            the ranks that run together
     """
 
     output: Path
@@ -195,3 +197,4 @@ class Options:
     rate: float | None = None
     progress: Progress | None = None
     say: Say = lambda _: None
+    world: World = ALONE

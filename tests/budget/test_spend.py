@@ -327,7 +327,7 @@ def test_widths_are_tried_once_each_and_packed_ones_but_once(tmp_path: Path, cod
         return compress(checkpoint, plan, options)
 
     options = Options(tmp_path / "a.safetensors", choice=coding)
-    report = spend(checkpoint, plan, options, weight_costs(checkpoint, plan, coding), Workshop(make))
+    report = spend(checkpoint, plan, options, weight_costs(checkpoint, plan, options), Workshop(make))
     assert len(tried) == len(set(tried)) <= (1 if coding == "packed" else 6)
     assert (report.size.bits_per_weight or 9) <= 3
 
@@ -371,7 +371,7 @@ def test_each_probe_is_one_artifact_and_the_best_of_them_is_the_output(
         return report
 
     shop = Workshop(make, say=said.append)
-    report = spend(checkpoint, plan, Options(output), weight_costs(checkpoint, plan, "auto"), shop)
+    report = spend(checkpoint, plan, Options(output), weight_costs(checkpoint, plan, Options(output)), shop)
     held = [size for size, line in zip(sizes, said, strict=True) if line.endswith("per weight: holds")]
     broken = [size for size, line in zip(sizes, said, strict=True) if line.endswith("breaks a gate")]
     assert output.stat().st_size == report.size.artifact_bytes == min(held)

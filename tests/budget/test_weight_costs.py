@@ -27,8 +27,8 @@ def open_plan(source: Checkpoint, method: str, **options: object) -> Plan:
 def test_costs_fall_with_the_width_and_come_from_the_weights_alone(tmp_path: Path) -> None:
     source = read_checkpoint(write_checkpoint(tmp_path / "model.safetensors", small_tensors()))
     plan = open_plan(source, "squant")
-    costs = weight_costs(source, plan, "auto", threads=2)
-    assert costs == weight_costs(source, plan, "auto")
+    costs = weight_costs(source, plan, Options(Path("a"), threads=2))
+    assert costs == weight_costs(source, plan, Options(Path("a")))
     for of_width in costs.of.values():
         errors = [of_width[bits] for bits in range(2, 9)]
         assert errors == sorted(errors, reverse=True)
@@ -41,7 +41,7 @@ def test_a_cost_is_the_error_over_the_norm(tmp_path: Path) -> None:
     """Weights twice as large leave four times the error: that over twice the norm is twice the cost."""
     weight = gaussian(16, 32)
     source = read_checkpoint(save(tmp_path / "m.safetensors", {"a": weight, "b": 2 * weight}))
-    costs = weight_costs(source, open_plan(source, "rtn"), "packed").of
+    costs = weight_costs(source, open_plan(source, "rtn"), Options(Path("a"), choice="packed")).of
     assert costs["b"] == pytest.approx({bits: 2 * cost for bits, cost in costs["a"].items()})
 
 
@@ -51,7 +51,7 @@ def test_what_entropy_coding_leaves_is_foretold(tmp_path: Path, method: str) -> 
     plain, matrix, spread = torch.randn(3, 96, 256, generator=torch.Generator().manual_seed(0))
     source = read_checkpoint(save(tmp_path / "m.safetensors", {"a": plain * 0.1, "b": matrix * spread.exp()}))
     plan = open_plan(source, method)
-    costs = weight_costs(source, plan, "auto")
+    costs = weight_costs(source, plan, Options(Path("a")))
     for bits in range(2, 9):
         at = replace(plan, decisions=tuple(replace(d, config=d.widths.at(bits)) for d in plan.decisions))
         report = compress(source, at, Options(tmp_path / f"{bits}.safetensors"))
@@ -67,7 +67,7 @@ def test_a_weight_without_finite_energy_costs_nothing(tmp_path: Path, value: flo
     weight[3, 3] = value
     source = read_checkpoint(save(tmp_path / "m.safetensors", {"w": weight}))
     plan = open_plan(source, "rtn")
-    assert set(weight_costs(source, plan, "auto").of["w"].values()) == {0.0}
+    assert set(weight_costs(source, plan, Options(Path("a"))).of["w"].values()) == {0.0}
     assert round_weight(weight, plan.decisions[0], (2,), 0) == {2: Rounded(0.0, 0.0)}
 
 

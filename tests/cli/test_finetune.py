@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import torch
 from colours import TRAINED_RECIPE, anchored, make_network, write_colours
-from conftest import Run, process_environment, program, run_two_ranks
+from conftest import Run, process_environment, program, run_ranks
 from safetensors.torch import load_file, save_file
 
 from qcompress.checkpoint.staging import MARKER
@@ -246,7 +246,7 @@ def test_two_ranks_do_what_one_process_does_with_twice_the_batch(
     words = ["finetune-reg", str(folder / "plain.safetensors"), "-r", str(recipe), "--allow-code", "-q"]
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     assert run(*words, "-o", one, "--set", "data.train.batch_size=32").code == 0
-    done = run_two_ranks(*words, "-o", two)
+    done = run_ranks(2, *words, "-o", two)
     assert done.code == 0, done.err
     assert done.out.strip() == str(two)
     wanted = load_file(one)

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, refused
+from artifact.examples import plan_for, rtn
+from conftest import Run, files_under, refused
 from safetensors.torch import load_file, save_file
+from worlds import together
 
 import qcompress
+from qcompress.cli.pipeline import read_components, write_pipeline
+from qcompress.compress.compress import compress
+from qcompress.report.document import Report
+from qcompress.types.ranks import World
+from qcompress.types.run import Options
 
 
 @pytest.fixture
@@ -222,3 +229,23 @@ def test_an_output_is_replaced_with_force_alone(run: Run, pipeline: Path, tmp_pa
     assert (
         "is the input" in refused(run, tmp_path, "quantize", pipeline, "--bits", 4, "-o", pipeline, "--force") or True
     )
+
+
+def test_ranks_make_the_components_together(pipeline: Path, tmp_path: Path) -> None:
+    parts = read_components(pipeline, None)
+    plans = {part: plan_for(source, rtn(4)) for part, source in parts.items()}
+
+    def made(size: int) -> dict[str, bytes]:
+        target = tmp_path / f"{size}" / "made"
+        target.parent.mkdir()
+
+        def write(world: World) -> dict[str, Report]:
+            def make(part: str, place: Path) -> Report:
+                return compress(parts[part], plans[part], Options(place, world=world))
+
+            return write_pipeline(pipeline, target, parts, make, force=False, world=world)
+
+        assert [[*reports] for reports in together(size, write)] == [[*parts]] * size
+        return files_under(target.parent)
+
+    assert made(3) == made(1)

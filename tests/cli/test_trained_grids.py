@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from colours import TRAINED_RECIPE, anchored, write_colours, write_learned
-from conftest import Run, run_two_ranks
+from conftest import Run, run_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -331,7 +331,7 @@ def test_two_ranks_do_what_one_process_does_with_twice_the_batch(run: Run, folde
     twice = [*changes, "batch_size: 16=>batch_size: 32"]
     assert run(*words_of(folder, one, "lsq", "{bits: 4}", *twice, "-q", name="plain")).code == 0
     words = words_of(folder, two, "lsq", "{bits: 4}", *changes, name="plain")
-    done = run_two_ranks(*words, "-q")
+    done = run_ranks(2, *words, "-q")
     assert done.code == 0, done.err
     assert done.out.strip() == str(two)
     first, second = (read_artifact(path).files[0] for path in (one, two))

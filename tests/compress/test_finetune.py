@@ -21,9 +21,9 @@ from qcompress.data.sources import open_batches
 from qcompress.errors import RecipeError
 from qcompress.recipe import parse_recipe, read_recipe
 from qcompress.training.loop import norm_batches, refresh_norms
-from qcompress.training.parallel import ALONE, World
 from qcompress.types.data_settings import Crop4, Flip
 from qcompress.types.plan import Recipe
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import ModelRun
 
 TEXT = """

@@ -14,7 +14,7 @@ from artifact.examples import gaussian, plan_for, recipe, rtn, rule, run, save, 
 
 from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.encode import encode_tensor
-from qcompress.encode.write_file import Journal, run_key
+from qcompress.encode.journal import Journal, run_key
 from qcompress.methods import rtn as rtn_method
 from qcompress.plan.files import make_shards
 from qcompress.types.config import CodingChoice

@@ -27,7 +27,7 @@ from qcompress.checkpoint.side_files import HESSIAN, read_statistics, save_stati
 from qcompress.compress.export import export
 from qcompress.compress.load import load_state_dict
 from qcompress.data.foreign import first_line
-from qcompress.encode.write_file import Journal
+from qcompress.encode.journal import Journal
 from qcompress.errors import QcompressError, TrainingError
 from qcompress.plan.sensitivity import read_sensitivity
 from qcompress.recipe import read_recipe

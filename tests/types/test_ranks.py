@@ -1,4 +1,4 @@
-"""Ranks of a data-parallel run: how torchrun names them, and which samples are whose."""
+"""Ranks of a run: how torchrun names them, which samples and which work are whose, and what they tell one another."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from worlds import together
 
 from qcompress.data.augment import Draw
 from qcompress.data.batches import Batch, Batches
 from qcompress.training.loop import Data
-from qcompress.training.parallel import ALONE, World, join_world, launched_rank, launched_size
+from qcompress.types.ranks import ALONE, World, deal, join_world, launched_here, launched_rank, launched_size
 
 
 def drawn(samples: int, batch_size: int, world: World, seed: int = 0) -> list[list[int]]:
@@ -44,18 +45,45 @@ def test_one_rank_alone_needs_nothing() -> None:
     module, value = nn.Linear(2, 2), torch.tensor(3.0)
     assert ALONE.is_first and ALONE.wrap(module) is module and ALONE.mean(value) is value
     ALONE.wait()
+    assert ALONE.exchange(b"abc") == [b"abc"] and ALONE.tell({"a": [1, None]}) == [{"a": [1, None]}]
+    assert ALONE.spread([3, 1], int, lambda item: 2 * item) == [6, 2]
     assert World(0, 3).is_first and not World(2, 3).is_first
 
 
+@given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 6))
+def test_things_are_dealt_out_whole_and_evenly(sizes: list[int], count: int) -> None:
+    hands = deal(sizes, count)
+    assert sorted(place for hand in hands for place in hand) == [*range(len(sizes))]
+    assert all(hand == sorted(hand) for hand in hands)
+    totals = [sum(sizes[place] for place in hand) for hand in hands]
+    # Whoever got a thing had the least before it.
+    assert max(totals) - min(totals) <= max(sizes, default=0)
+    assert [World(rank, count).share(sizes) for rank in range(count)] == hands
+
+
+@given(st.lists(st.integers(0, 9), max_size=7), st.integers(1, 4))
+def test_what_is_spread_is_done_once_and_told_to_all(items: list[int], size: int) -> None:
+    done: list[int] = []
+
+    def doubled(item: int) -> int:
+        done.append(item)
+        return 2 * item
+
+    told = together(size, lambda world: world.spread(items, lambda item: item, doubled))
+    assert told == [[2 * item for item in items]] * size
+    assert sorted(done) == sorted(items)
+
+
 def test_torchrun_says_who_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert (launched_rank(), launched_size()) == (0, 1)
-    with join_world(torch.device("cpu")) as world:
+    with join_world("cpu") as world:
         assert world is ALONE and not torch.distributed.is_initialized()
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert (launched_rank(), launched_size()) == (2, 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (launched_rank(), launched_size(), launched_here()) == (2, 4, 2)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
     assert (launched_rank(), launched_size()) == (0, 1)
