@@ -17,7 +17,7 @@ from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.model.live import LiveModel
 from qcompress.model.sweep import sweep
 from qcompress.registry import GptqConfig
-from qcompress.solvers.feedback import descend, feedback_codes
+from qcompress.solvers.feedback import descend, make_feedback, nearest_codes
 from qcompress.solvers.hessian import (
     cholesky,
     choose_grid,
@@ -85,17 +85,14 @@ def _rounded(weight: Tensor, target: Tensor | None, config: GptqConfig, context:
     target = rows if target is None else target
     grid = choose_grid(rows, config, config.range or "minmax", exponent, hessian, context.generator)
     scale, low = row_levels(grid, config, exponent, rows)
-    codes = feedback_codes(
-        target,
-        scale,
-        low,
-        config.bits,
-        hessian,
-        damping=config.damping,
-        act_order=bool(config.act_order),
+    damping, act_order = config.damping, bool(config.act_order)
+    feedback = gram.once(
+        f"feedback {damping} {act_order}",
+        lambda: make_feedback(hessian, damping, rows.dtype, act_order=act_order),
     )
+    codes = nearest_codes(feedback, target, scale, low, config.bits)
     if config.descent:
-        _, raised = cholesky(hessian, DESCENT_DAMPING)
+        raised = gram.once("raised", lambda: cholesky(hessian, DESCENT_DAMPING)[1])
         codes = descend(
             codes, target, scale, low, raised, lowest=0.0, highest=2.0**config.bits - 1, sweeps=config.descent
         )

@@ -19,6 +19,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 GRAM_ROWS = 1 << 15
 GRAM_ROWS_A_COLUMN = 64
 """Positions that a Gram is measured from at most: more of them add hardly anything to it but time."""
+CACHED_VALUES = 1 << 15
+"""Numbers that are added at a time, so that their float64 form stays in the cache."""
 
 Choice: TypeAlias = Callable[[tuple[int, ...], torch.device], tuple[Tensor, ...]]
 """Sizes of the output -> one index tensor for each of its dimensions: the places that are looked at."""
@@ -155,11 +157,15 @@ def measure_gram(
 
 
 def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
-    """Add to a sum in float64, one batch's part at a time: those of wide layers are large."""
-    if name in sums:
-        sums[name].add_(part)
-    else:
+    """Add to a sum in float64, a few rows of one batch's part at a time: adding two dtypes is slow."""
+    if name not in sums:
         sums[name] = part.double()
+        return
+    total = sums[name].view(-1, part.shape[-1])
+    few = max(1, CACHED_VALUES // part.shape[-1])
+    rows = part.reshape(total.shape)
+    for start in range(0, len(rows), few):
+        total[start : start + few].add_(rows[start : start + few].double())
 
 
 def _joined(layer: MatrixLayer, total: Tensor) -> Tensor:

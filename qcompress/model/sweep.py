@@ -105,6 +105,10 @@ class GramMemory:
             return None
         return self._last[2]
 
+    def forget(self) -> None:
+        """Let go of the Gram and of its inputs."""
+        self._last = None
+
     def keep(self, noisy: Sequence[Tensor], clean: Sequence[Tensor] | None, gram: Gram) -> None:
         """Note a Gram of all that these inputs hold, in place of that of others."""
         self._last = (noisy, clean, gram)
@@ -148,6 +152,7 @@ def sweep(
         from_noisy: dict[str, list[Call]] = {}
         for place, name in enumerate(names):
             if sequential and name not in from_noisy:
+                grams.forget()
                 alike = _with_one_input(names[place:], first_calls)
                 once = all(len(first_calls[one]) == batches for one in alike)
                 from_noisy = noisy_runs.next_calls(alike, names[place:]) if once else noisy_runs.calls(alike)

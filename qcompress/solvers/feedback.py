@@ -51,7 +51,15 @@ def feedback_codes(
     act_order   columns in the order of falling activity
     block       columns between two updates of all others; changes nothing but the speed
     """
-    feedback = make_feedback(hessian, damping, weight.dtype, act_order=act_order)
+    return nearest_codes(
+        make_feedback(hessian, damping, weight.dtype, act_order=act_order), weight, scale, low, bits, block
+    )
+
+
+def nearest_codes(
+    feedback: Feedback, weight: Tensor, scale: Tensor, low: Tensor, bits: int, block: int = BLOCK_COLUMNS
+) -> Tensor:
+    """What `feedback_codes` gives, by a feedback that weights of the same inputs have in common."""
     scales, lows = (
         array_of(by_columns(feedback.ordered(one.to(weight.dtype).expand(weight.shape)))) for one in (scale, low)
     )

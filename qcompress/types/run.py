@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from qcompress.types.config import CodingChoice
 from qcompress.types.figures import figure
@@ -26,6 +26,8 @@ SampleProgress: TypeAlias = Callable[[str, int, int], None]
 """Called with what runs, the samples done and the samples in all."""
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """A value of JSON that is to be written; whatever is read is checked before it has a type."""
+
+Made = TypeVar("Made")
 
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and its bytes in the checkpoint once it is done."""
@@ -121,6 +123,16 @@ class Gram:
     mean: Tensor
     clean_mean: Tensor
     count: int
+    _made: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, what: str, make: Callable[[], Made]) -> Made:
+        """What `make` gives, which is made once for all weights that share this Gram.
+
+        what  names it, with all that it depends on beside the Gram
+        """
+        if what not in self._made:
+            self._made[what] = make()
+        return cast("Made", self._made[what])
 
 
 @dataclass(frozen=True)

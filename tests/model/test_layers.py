@@ -136,3 +136,16 @@ def test_what_computes_more_than_its_class_is_no_matrix_product() -> None:
 
     assert matrix_layer(Scaled(3, 3, 1)) is None
     assert matrix_layer(nn.Embedding(4, 3)) is None
+
+
+@pytest.mark.parametrize("columns", [1, 7, 500])
+def test_sums_over_batches_are_those_of_float64(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever part of them is added at a time."""
+    monkeypatch.setattr("qcompress.model.layers.CACHED_VALUES", 40)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, columns, generator=generator) for _ in range(4)]
+    layer = MatrixLayer(nn.Linear(columns, 2), 1)
+    found = measure_gram(layer, inputs, None, generator)
+    products = [x.reshape(1, -1, columns).transpose(1, 2) @ x.reshape(1, -1, columns) for x in inputs]
+    wanted = torch.stack([one.double() for one in products]).sum(0) / 24
+    torch.testing.assert_close(found.hessian, wanted, rtol=1e-14, atol=1e-14)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qcompress.calibration.activations import measure_activations
 from qcompress.data.batches import Batch
 from qcompress.errors import DataError
-from qcompress.model.layers import MatrixLayer, drawn_places, measure_gram
+from qcompress.model.layers import MatrixLayer, blank_gram, drawn_places, measure_gram
 from qcompress.model.live import LiveModel, find_tensor, make_live_model
 from qcompress.model.sweep import LARGEST_INPUT, layer_calls, refuse_unusable, sweep
 from qcompress.registry import METHODS
@@ -197,3 +197,16 @@ def test_a_tensor_that_changes_in_place_is_another_input() -> None:
         else:
             with torch.no_grad():
                 find_tensor(found.quantized, step.tensor).zero_()
+
+
+def test_what_weights_of_one_gram_share_is_made_once() -> None:
+    made: list[str] = []
+
+    def make(what: str) -> str:
+        made.append(what)
+        return what
+
+    one, other = (blank_gram(1, 3, torch.device("cpu")) for _ in range(2))
+    found = [gram.once(what, lambda what=what: make(what)) for gram in (one, one, other) for what in ("a", "b", "a")]
+    assert found == ["a", "b", "a"] * 3
+    assert made == ["a", "b"] * 2
