@@ -35,6 +35,7 @@ PEER_VERSIONS = {
     "PEERS": ("torch", "hqq", "optimum-quanto", "compressed-tensors"),
     "NNCODEC": ("torch", "nncodec"),
     "NUMBA": ("torch", "numba"),
+    "LLMCOMPRESSOR": ("torch", "llmcompressor", "transformers", "compressed-tensors"),
     "COREMLTOOLS": ("torch", "coremltools", "scikit-learn"),
 }
 

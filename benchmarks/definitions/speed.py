@@ -45,6 +45,7 @@ ROWS = (
     row("layers", "commands.py layers", 100),
     row("resnet50", f"commands.py resnet50 {RESNET50}", 15, RESNET50),
     row("gptq", "gptq.py", 150),
+    row("language", "language.py --llmcompressor $LLMCOMPRESSOR", 120),
     row("training", "training.py", 110),
     row("qat", "qat.py", 30),
     row("regularizers", "regularizers.py", 500),
@@ -271,6 +272,20 @@ TABLES = (
             for title, name in GPTQ.items()
         },
         "layer and setting",
+    ),
+    figures(
+        "language",
+        "language",
+        {
+            "M weights/core-s": ("M weights/core-s", ".2f"),
+            "times llm-compressor": ("times the peer", ".2f"),
+            "core-s": ("core-s", ".1f"),
+            "whole command": ("whole command, core-s", ".1f"),
+            "output error": ("output error", ".3f"),
+        },
+        {name: name for name in ("`gptq`, `preset: paper, range: mse`", "`gptq`, `preset: paper`", "`gptq`")}
+        | {"llm-compressor 0.14.0.1, GPTQ": "llm-compressor"},
+        "tool",
     ),
     figures(
         "training",
