@@ -19,6 +19,7 @@ from qcompress.artifact.memory import ALLOW, block_bytes, refuse_memory
 from qcompress.artifact.parts import REFETCH, UnboundedFile, find_parts, halved_dtypes
 from qcompress.artifact.stored_tensor import StoredTensor
 from qcompress.checkpoint.safetensors_file import Container
+from qcompress.coding.planes import decode_values
 from qcompress.errors import ArtifactError, InputError, Subject
 from qcompress.types.plan import TensorInfo
 
@@ -51,8 +52,16 @@ class ArtifactFile:
         entry = self.manifest.tensors.get(name)
         if entry is not None:
             return TensorInfo(name, entry.shape, entry.dtype)
-        info = self.container.by_name[name]
+        info = self._kept_by_name[name]
         return replace(info, dtype=self._halved.get(name, info.dtype))
+
+    def holds(self, name: str) -> bool:
+        """Whether this file stores a tensor of the checkpoint, compressed or kept."""
+        return name in self.manifest.tensors or name in self._kept_by_name
+
+    @cached_property
+    def _kept_by_name(self) -> dict[str, TensorInfo]:
+        return {info.name: info for info in self.kept}
 
     @cached_property
     def _halved(self) -> dict[str, str]:
@@ -71,8 +80,28 @@ class ArtifactFile:
         """
         self.check_kept(name)
         wide = {"F32": "<f4", "F64": "<f8"}.get(self._halved.get(name, ""))
-        for piece in self.container.pieces_of(name):
+        for piece in self._coded_pieces(name) if name in self.manifest.coded else self.container.pieces_of(name):
             yield piece if wide is None else np.frombuffer(piece, "<f2").astype(wide).view(np.uint8).data
+
+    def _coded_pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes that the codes of a kept tensor stand for. Raises ArtifactError, ResourceError."""
+        info, codes = self.manifest.coded[name], self.container.stored(part_name(name, "codes"))
+        if codes.size == info.n_bytes:
+            yield from codes.pieces()
+            return
+        self.refuse_memory(name, 0, "reading it")
+        try:
+            yield from decode_values(codes, info.dtype, info.numel, self.executor)
+        except ValueError as error:
+            raise self._damaged(name, str(error)) from None
+
+    def kept_bytes(self, name: str) -> int:
+        """What the file holds of a kept tensor."""
+        return self.container.by_name[self._stored_name(name)].n_bytes
+
+    def _stored_name(self, name: str) -> str:
+        """The stored tensor that holds a kept one."""
+        return part_name(name, "codes") if name in self.manifest.coded else name
 
     def kept_tensor(self, name: str) -> Tensor:
         """A kept tensor, copied out of the file. Raises ArtifactError for a dtype that torch does not have too."""
@@ -117,6 +146,7 @@ class ArtifactFile:
     def slots(self) -> list[Slot]:
         """What the file holds, as the writer's slots, in file order."""
         owner = {part_name(name, part): name for name in self.manifest.tensors for part in PARTS}
+        owner |= {part_name(name, "codes"): name for name in self.manifest.coded}
         return [
             Slot(info.name, info.dtype, info.shape, info.n_bytes, owner.get(info.name, info.name))
             for info in self.container.tensors
@@ -142,29 +172,40 @@ class ArtifactFile:
 
     def check_kept(self, name: str) -> None:
         """Hold a kept tensor against its CRC-32. Raises ArtifactError."""
-        if self.manifest.is_compact:
+        coded = name in self.manifest.coded
+        if self.manifest.is_compact and not coded:
             if not self._kept_holds:
                 raise self._damaged(name, "the checksum of all kept tensors does not hold")
             return
-        info, own = self.container.by_name[name], self.original(name)
-        crc32 = self.container.crc32_of(name)
-        if seal_kept(name, own.dtype, info.dtype, info.shape, crc32) != self.manifest.crc32s[name]:
+        info, own = self._kept_by_name[name], self.original(name)
+        crc32 = self.container.crc32_of(self._stored_name(name))
+        if seal_kept(name, own.dtype, info.dtype, info.shape, crc32, coded=coded) != self.manifest.crc32s[name]:
             raise self._damaged(name, "its checksum does not hold")
+
+    def _try_kept(self, name: str) -> None:
+        """Check a kept tensor, and see that it decodes where it is coded. Raises ArtifactError."""
+        if name not in self.manifest.coded:
+            self.check_kept(name)
+            return
+        for _ in self.kept_pieces(name):
+            pass
 
     @cached_property
     def _kept_holds(self) -> bool:
         """Whether the kept tensors of a compact file, which lie one behind another, have their common CRC-32."""
         crc32 = 0
-        for info in self.kept:
+        kept = [info for info in self.kept if info.name not in self.manifest.coded]
+        for info in kept:
             crc32 = self.container.crc32_of(info.name, crc32)
-        of = [(info, self.original(info.name).dtype) for info in self.kept]
+        of = [(info, self.original(info.name).dtype) for info in kept]
         return seal_all_kept(of, crc32) == self.manifest.crc32s[DATA_NAME]
 
     def find_damage(self) -> list[InputError]:
-        """What of all that is not compressed does not have its CRC-32: kept tensors, and what is pooled."""
+        """What of all that is not compressed does not have its CRC-32, or is coded and does not decode: kept tensors,
+        and what is pooled."""
         errors: list[InputError] = []
         checks: list[Callable[[], None]] = [
-            *(partial(self.check_kept, info.name) for info in self.kept),
+            *(partial(self._try_kept, info.name) for info in self.kept),
             self.unbounded_tensors.check_pool,
         ]
         for check in checks:

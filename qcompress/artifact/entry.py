@@ -275,9 +275,9 @@ def seal(name: str, entry: Entry, crc32: int) -> int:
     return zlib.crc32(describe(name, entry.fields() | written), crc32)
 
 
-def seal_kept(name: str, dtype: str, stored: str, shape: Shape, crc32: int) -> int:
-    """The same of a kept tensor: `dtype` is its own, `stored` the one of its bytes."""
-    fields = {"dtype": dtype, "form": "kept", "shape": list(shape), "stored": stored}
+def seal_kept(name: str, dtype: str, stored: str, shape: Shape, crc32: int, *, coded: bool = False) -> int:
+    """The same of a kept tensor, `coded` or not: `dtype` is its own, `stored` the one of its bytes."""
+    fields = {"dtype": dtype, "form": "coded" if coded else "kept", "shape": list(shape), "stored": stored}
     return zlib.crc32(describe(name, fields), crc32)
 
 

@@ -84,7 +84,10 @@ def make_slots(decision: Decision, choice: CodingChoice) -> list[Slot]:
     if decision.tied_to is not None:
         return []
     if not decision.compresses:
-        stored = replace(tensor, dtype=decision.stored or tensor.dtype)
+        stored = decision.stored_as
+        if decision.coding is not None:
+            most = stored.n_bytes
+            return [Slot(part_name(stored.name, "codes"), "U8", (most,), most, stored.name, varies=True)]
         return [Slot(stored.name, stored.dtype, stored.shape, stored.n_bytes, stored.name)]
     entry = planned_entry(decision)
     slots = []
@@ -120,7 +123,7 @@ def make_layout(decisions: Sequence[Decision], choice: CodingChoice, manifest: M
         manifest = replace(manifest, lengths={slot.name: slot.n_bytes for slot in slots if slot.varies})
         slots.sort(key=lambda slot: compact_order(slot, manifest.tensors, shared))
     else:
-        slots.sort(key=lambda slot: _file_order(slot, shared))
+        slots.sort(key=lambda slot: _file_order(slot, shared, manifest.coded))
     slots.append(manifest_slot(manifest_frame(manifest)))
     room = header_room(render_header(slots, compact=manifest.is_compact))
     return Layout(tuple(slots), room, shrinks=bool(pool), compact=manifest.is_compact)
@@ -133,24 +136,26 @@ def manifest_slot(frame: bytes) -> Slot:
 
 def planned_manifest(manifest: Manifest, decisions: Sequence[Decision], *, compact: bool) -> Manifest:
     """The manifest with the entries of a plan and with nothing in the place of the numbers that only data tell."""
-    stored = {d.tensor.name: d.stored or d.tensor.dtype for d in decisions if not d.compresses and d.tied_to is None}
+    stored = [d for d in decisions if not d.compresses and d.tied_to is None]
     tensors = {d.tensor.name: planned_entry(d) for d in decisions if d.compresses}
     pool = [POOL_NAME] if pool_names(tensors) else []
-    kept = {d.tensor.name: replace(d.tensor, dtype=stored[d.tensor.name]) for d in decisions if d.tensor.name in stored}
+    kept = {d.tensor.name: d.stored_as for d in stored if d.coding is None}
+    coded = {d.tensor.name: d.stored_as for d in stored if d.coding is not None}
     return replace(
         manifest,
         tensors=tensors,
         kept=kept if compact else None,
-        crc32s=dict.fromkeys([*([DATA_NAME] if compact else kept), *pool, *manifest.tied], 0),
+        coded=coded,
+        crc32s=dict.fromkeys([*([DATA_NAME] if compact else kept), *coded, *pool, *manifest.tied], 0),
     )
 
 
 def compact_order(slot: Slot, entries: Mapping[str, Entry], pool: Container[str]) -> tuple[int, int, str, int]:
     """Where a stored tensor of a compact file lies: kept ones, then grids, then codes, those that are written last
-    behind the others, and the pool's side information."""
+    behind the others, the pool's side information, and the codes of kept tensors."""
     entry = entries.get(slot.tensor)
     if entry is None:
-        return (4 if slot.name == POOL_NAME else 0, 0, slot.name, 0)
+        return (4 if slot.name == POOL_NAME else 5 if slot.name != slot.tensor else 0, 0, slot.tensor, 0)
     part = slot.name.removeprefix(part_name(slot.tensor, ""))
     if part != "codes":
         return (1, 0, slot.tensor, PARTS.index(part))
@@ -163,6 +168,10 @@ def stored_slots(manifest: Manifest) -> list[Slot]:
     slots = [
         Slot(info.name, info.dtype, info.shape, info.n_bytes, info.name) for info in (manifest.kept or {}).values()
     ]
+    for name in manifest.coded:
+        stored = part_name(name, "codes")
+        size = manifest.lengths[stored]
+        slots.append(Slot(stored, "U8", (size,), size, name))
     for name, entry in manifest.tensors.items():
         for part, (dtype, shape) in entry.parts().items():
             stored = part_name(name, part)
@@ -212,10 +221,11 @@ def header_room(header: bytes) -> int:
     return 8 + -(-len(header) // 8) * 8
 
 
-def _file_order(slot: Slot, pool: Container[str]) -> tuple[int, bool, bool, int, str]:
+def _file_order(slot: Slot, pool: Container[str], coded: Container[str]) -> tuple[int, bool, bool, int, str]:
     # Codes, whose length may vary, come last, so that all else has its place; wide dtypes first keep that aligned.
-    # Those of the pool come last of all, because they wait for one another, and what they share behind them.
-    last = 2 if slot.name == POOL_NAME else int(slot.name.endswith(".qc.codes"))
+    # Those of the pool come behind them, because they wait for one another, and then what they share; last of all
+    # those of kept tensors, which are written piece by piece.
+    last = 3 if slot.tensor in coded else 2 if slot.name == POOL_NAME else int(slot.name.endswith(".qc.codes"))
     return (last, slot.varies, slot.tensor in pool, -DTYPE_BITS[slot.dtype], slot.name)
 
 

@@ -60,6 +60,7 @@ class Manifest:
     crc32s        of kept tensors, of tied names, and of what several tensors pool, by name; in a compact file of all
                   kept tensors together, under DATA_NAME
     kept          in a compact file the kept tensors as they are stored, by name; None in others, whose header has them
+    coded         kept tensors whose bytes are stored as codes, with the dtype of these bytes, by name
     lengths       in a compact file the bytes of the stored tensors that no field of an entry tells, by name
     """
 
@@ -79,6 +80,7 @@ class Manifest:
     header_crc32: int = 0
     crc32s: Mapping[str, int] = field(default_factory=dict)
     kept: Mapping[str, TensorInfo] | None = None
+    coded: Mapping[str, TensorInfo] = field(default_factory=dict)
     lengths: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -128,6 +130,8 @@ def manifest_text(manifest: Manifest) -> str:
         document["activations"] = {name: asdict(grid) for name, grid in manifest.activations.items()}
     if manifest.kept is not None:
         document["kept"] = _kept_json(manifest.kept)
+    if manifest.coded:
+        document["coded"] = _kept_json(manifest.coded)
     if manifest.caps:
         document["caps"] = {name: list(caps) for name, caps in manifest.caps.items()}
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -250,7 +254,7 @@ def unknown_lengths(manifest: Manifest) -> list[str]:
     """The stored tensors whose bytes no field of an entry tells, in the order of their names: codes, and the pool's."""
     coded = (name for name, entry in manifest.tensors.items() if entry.is_unbounded or entry.coding != "packed")
     pool = [POOL_NAME] if pool_names(manifest.tensors) else []
-    return sorted([*(part_name(name, "codes") for name in coded), *pool])
+    return sorted([*(part_name(name, "codes") for name in (*coded, *manifest.coded)), *pool])
 
 
 def pool_names(entries: Mapping[str, Entry]) -> list[str]:

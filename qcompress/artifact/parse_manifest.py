@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, TypeGuard, TypeVar
 
@@ -21,6 +21,7 @@ from qcompress.artifact.manifest import (
 )
 from qcompress.checkpoint.safetensors_file import MAX_DIMENSIONS, RESERVED, is_sizes, parse_json
 from qcompress.coding.frames import open_frame
+from qcompress.coding.planes import PLANE_DTYPES
 from qcompress.coding.tables import GIVEN_BITS
 from qcompress.types.encoded import ActivationGrid
 from qcompress.types.plan import DTYPE_BITS, WEIGHT_DTYPES, TensorInfo
@@ -36,7 +37,7 @@ GROUPS: tuple[Literal["tensor", "channel"], ...] = ("tensor", "channel")
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 MOST_BYTES = 2**63
 REQUIRED = {"defaults", "format", "input_bytes", "recipe", "recipe_sha256", "tensors", "tool"}
-OPTIONAL = {"activations", "adjusted", "caps", "halved", "kept", "metadata", "tied"}
+OPTIONAL = {"activations", "adjusted", "caps", "coded", "halved", "kept", "metadata", "tied"}
 HALVED = ("F32", "F64")
 ACTIVATION_BITS = (1, 8)
 
@@ -108,7 +109,8 @@ def parse_manifest(text: str) -> Manifest:
         tied=_text_map(document, "tied"),
         metadata=_text_map(document, "metadata"),
         adjusted=_names(document, "adjusted"),
-        kept=_parse_kept(_object(document, "kept")) if "kept" in document else None,
+        kept=_parse_kept(_object(document, "kept"), DTYPE_BITS) if "kept" in document else None,
+        coded=_parse_coded(_object(document, "coded", {})),
         halved=_parse_halved(_object(document, "halved", {})),
         activations={
             name: _parse_activation(name, grid) for name, grid in _object(document, "activations", {}).items()
@@ -176,16 +178,25 @@ def _parse_halved(value: Fields) -> dict[str, Sequence[str] | str]:
     return {dtype: EVERY if names == EVERY else _names(value, dtype) for dtype, names in value.items()}
 
 
-def _parse_kept(value: Fields) -> dict[str, TensorInfo]:
-    """dtype -> name -> shape as the kept tensors of a compact file, by name. Raises ManifestError."""
+def _parse_kept(value: Fields, dtypes: Container[str]) -> dict[str, TensorInfo]:
+    """dtype -> name -> shape as tensors of these dtypes, by name. Raises ManifestError."""
     found: dict[str, TensorInfo] = {}
     for dtype in value:
         for name, shape in _object(value, dtype).items():
-            if dtype not in DTYPE_BITS or RESERVED in name or name in found:
+            if dtype not in dtypes or RESERVED in name or name in found:
                 raise ManifestError(f"tensor {name!r} is kept twice, or under a dtype or name that cannot be")
             if not is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
                 raise ManifestError(f"tensor {name!r} has the shape {shape!r}, not a list of numbers")
             found[name] = TensorInfo(name, tuple(shape), dtype)
+    return found
+
+
+def _parse_coded(value: Fields) -> dict[str, TensorInfo]:
+    """The same of the kept tensors that are coded, none of which is empty. Raises ManifestError."""
+    found = _parse_kept(value, PLANE_DTYPES)
+    empty = next((name for name, info in found.items() if not info.numel), None)
+    if empty is not None:
+        raise ManifestError(f"tensor {empty!r} is coded and has no values")
     return found
 
 

@@ -32,9 +32,10 @@ REFETCH = "the file is damaged: fetch or make it again"
 def other_names(container: Container, manifest: Manifest) -> list[str]:
     """What has a checksum and is neither compressed nor tied: what is kept, of a compact file in one, and the pool."""
     if manifest.is_compact:
-        return [DATA_NAME, *([POOL_NAME] if pool_names(manifest.tensors) else [])]
+        return [DATA_NAME, *manifest.coded, *([POOL_NAME] if pool_names(manifest.tensors) else [])]
     names = (info.name for info in container.tensors)
-    return [name for name in names if name == POOL_NAME or (RESERVED not in name and name != MANIFEST_NAME)]
+    found = [name for name in names if name == POOL_NAME or (RESERVED not in name and name != MANIFEST_NAME)]
+    return [*found, *manifest.coded]
 
 
 def check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, ...]:
@@ -52,10 +53,12 @@ def check_parts(container: Container, manifest: Manifest) -> tuple[TensorInfo, .
         raise ManifestError(f"its pooled side information {POOL_NAME!r} is missing, or belongs to no tensor")
     if pool is not None and (pool.dtype != "U8" or len(pool.shape) != 1):
         raise ManifestError(f"tensor {POOL_NAME!r} is not a list of bytes")
+    for name, info in manifest.coded.items():
+        _check_coded(info, stored.pop(part_name(name, "codes"), None), beside=name in stored)
     broken = next((name for name in stored if RESERVED in name), None)
     if broken is not None:
         raise ManifestError(f"tensor {broken!r} has no entry in the manifest")
-    kept = tuple(stored.values())
+    kept = (*stored.values(), *manifest.coded.values())
     halved_dtypes(kept, manifest)
     return kept
 
@@ -81,6 +84,17 @@ def _check_stored(name: str, entry: Entry, found: Mapping[str, TensorInfo]) -> N
         # Only what was coded has a length that no field tells.
         if info.shape != shape and (shape != (0,) or len(info.shape) != 1):
             raise ManifestError(f"tensor {name!r} has a {part} of shape {list(info.shape)}, not {list(shape)}")
+
+
+def _check_coded(info: TensorInfo, codes: TensorInfo | None, *, beside: bool) -> None:
+    """Hold the codes of a kept tensor, which may not stand beside them, against its shape. Raises ManifestError."""
+    if codes is None or beside:
+        raise ManifestError(f"tensor {info.name!r} is coded, and has no codes or stands beside them")
+    if codes.dtype != "U8" or len(codes.shape) != 1:
+        raise ManifestError(f"tensor {codes.name!r} is not a list of bytes")
+    if codes.n_bytes > info.n_bytes or info.numel > MAX_EXPANSION * codes.n_bytes:
+        what = f"declares {info.n_bytes} bytes, which {codes.n_bytes} bytes of codes do not stand for"
+        raise ManifestError(f"tensor {info.name!r} {what}")
 
 
 def _check_shared(manifest: Manifest, name: str, owner: str) -> None:

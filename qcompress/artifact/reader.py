@@ -44,6 +44,7 @@ class Artifact:
         """
         entries = [entry for file in self.files for entry in file.manifest.tensors.values()]
         codes = sum(entry.code_rows * entry.columns for entry in entries if entry.coding == "ans")
+        codes += sum(info.numel for file in self.files for info in file.manifest.coded.values())
         limits = [file.max_memory for file in self.files if file.max_memory is not None]
         fitting = [max(limit - BLOCK_BYTES, 0) // PROCESS_BYTES for limit in limits]
         with decoding_processes(codes, min([workers, *fitting])) as executor:
@@ -56,7 +57,7 @@ class Artifact:
 
     def file_of(self, name: str) -> ArtifactFile:
         """The file that stores a tensor, compressed or kept."""
-        return next(file for file in self.files if name in file.manifest.tensors or name in file.container.spans)
+        return next(file for file in self.files if file.holds(name))
 
     @property
     def tied(self) -> Mapping[str, str]:

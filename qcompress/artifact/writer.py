@@ -117,6 +117,22 @@ class SlotWriter:
         else:
             self.put_varying(name, in_memory(data), shape)
 
+    def put_pieces(self, name: str, pieces: Iterable[Buffer], most: int) -> bool:
+        """Write a slot in pieces that come to `most` bytes at most; False, with the slot still empty, where to more.
+
+        The calls must come in the order of the slots, as those of `put_varying`.
+        """
+        self._start[name], self._size[name] = self._next, most
+        self._filled[name], self._crc[name] = 0, 0
+        for piece in pieces:
+            if self._filled[name] + memoryview(piece).nbytes > most:
+                return False
+            self._write(name, piece)
+        size = self._filled[name]
+        self._size[name], self._shape[name] = size, (size,)
+        self._next += size
+        return True
+
     def _write(self, name: str, data: Buffer) -> None:
         view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
         filled = self._filled.get(name, 0)

@@ -282,6 +282,24 @@ KeepDtype = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+KeepCoding = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-coding",
+        metavar="auto|zstd|ans",
+        help="Store tensors that are not compressed entropy coded, where they take fewer bytes then: by zstd or ans, "
+        "whichever is smaller (auto), or by the one that is named. They load bit for bit.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless",
+        help="Compress no weight: store every tensor entropy coded, from which it loads bit for bit.",
+        rich_help_panel=METHOD,
+    ),
+]
 Statistics = Annotated[
     Path | None,
     typer.Option(

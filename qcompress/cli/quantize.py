@@ -15,8 +15,13 @@ from qcompress.cli.output import Streams, refuse_mixed
 from qcompress.cli.panels import METHOD
 from qcompress.cli.recipe import make_recipe, make_table_rules
 from qcompress.errors import UsageError
+from qcompress.types.words import suggest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from qcompress.recipe import BudgetFlag
     from qcompress.types.plan import Recipe
 
 
@@ -58,6 +63,7 @@ def quantize(
             rich_help_panel=METHOD,
         ),
     ] = None,
+    lossless: opt.Lossless = False,
     target: opt.TargetOption = None,
     recipe: opt.RecipeFile = None,
     overrides: opt.Overrides = None,
@@ -69,6 +75,7 @@ def quantize(
     streams: Streams,
     running: RunFlags,
     keep_dtype: opt.KeepDtype = None,
+    keep_coding: opt.KeepCoding = None,
     allow_code: opt.AllowCode = False,
     statistics: opt.Statistics = None,
     save_statistics: opt.SaveStatistics = None,
@@ -83,6 +90,8 @@ def quantize(
 
     qcompress quantize model.safetensors -r recipe.yaml --min-sqnr 12 --json -
 
+    qcompress quantize model.safetensors --lossless
+
     torchrun --nproc-per-node 2 -m qcompress quantize folder --bits 4
     """
     from qcompress.cli.run import Request, refuse_no_checkpoint, run
@@ -91,18 +100,23 @@ def quantize(
     refuse_no_checkpoint("qcompress quantize", checkpoint, recipe)
     budget = make_budget_flag(bpw, target_size, minimize)
     flags = {"bits": bits, "granularity": granularity, "group_size": group_size, "symmetric": symmetric}
-    asked = make_recipe(recipe, method, flags, overrides, running.seed, "quantize", budget, target)
+    if lossless:
+        lossy = {**flags, "method": method, "bits_embedding": bits_embedding, "for": target, "effort": effort}
+        _refuse_lossy({**lossy, "keep_dtype": keep_dtype, "statistics": statistics}, recipe, budget, writing.coding)
+        keep_coding = keep_coding or writing.coding.value
+    asked = make_recipe(recipe, method, flags, overrides, running.seed, "quantize", budget, target, lossless=lossless)
     tables = make_table_rules(recipe, method, flags, "quantize", bits_embedding, budget, target)
     if tables and effort is not None:
-        tables = _with_flags(replace(asked, rules=tables), effort, None).rules
+        tables = _with_flags(replace(asked, rules=tables), effort).rules
     run(
         Request(
             checkpoint=checkpoint,
-            recipe=_with_flags(asked, effort, keep_dtype),
+            recipe=_with_flags(asked, effort, keep_dtype, keep_coding),
             recipe_file=recipe,
             table_rules=tables,
             bits_embedding=bits_embedding,
-            suffix=_suffix(bits, target, None if budget is None else budget_suffix(budget)),
+            suffix="lossless" if lossless else _suffix(bits, target, None if budget is None else budget_suffix(budget)),
+            lossless=lossless,
             writing=writing,
             running=running,
             gates=gates,
@@ -120,12 +134,37 @@ def _suffix(bits: int | None, target: str | None, budget: str | None) -> str:
     return "-".join(part for part in (budget or width, target) if part)
 
 
-def _with_flags(recipe: Recipe, effort: opt.Effort | None, keep_dtype: str | None) -> Recipe:
+def _refuse_lossy(
+    flags: Mapping[str, object], recipe: Path | None, budget: BudgetFlag | None, coding: opt.Coding
+) -> None:
+    """Raise UsageError for what says how weights lose bits beside --lossless, or that nothing is coded."""
+    given = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None]
+    given += [budget.text] if budget is not None else []
+    if recipe is not None:
+        hint = "leave --lossless out, and write `keep_coding: auto` into the recipe"
+        raise UsageError(f"-r {recipe} --lossless", "the recipe decides what becomes of the weights", hint)
+    if given:
+        raise UsageError(f"--lossless {given[0]}", "weights that are stored without loss have neither", "keep one")
+    if coding is opt.Coding.packed:
+        what = "packed codes save nothing where no weight is compressed"
+        raise UsageError("--lossless --coding packed", what, "use --coding auto, zstd or ans")
+
+
+def _with_flags(
+    recipe: Recipe, effort: opt.Effort | None, keep_dtype: str | None = None, keep_coding: str | None = None
+) -> Recipe:
     """The recipe with what goes with flags and with a file alike. Raises UsageError."""
     from qcompress.recipe import with_effort
+    from qcompress.types.plan import KEEP_CODINGS
 
     if keep_dtype not in (None, "f16"):
         raise UsageError(f"--keep-dtype {keep_dtype}", "not a dtype to keep tensors in", "use --keep-dtype f16")
     if keep_dtype is not None:
         recipe = replace(recipe, keep_dtype="f16")
+    if keep_coding is not None:
+        found = next((one for one in KEEP_CODINGS if one == keep_coding), None)
+        if found is None:
+            what = "not a coding to keep tensors in"
+            raise UsageError(f"--keep-coding {keep_coding}", what, suggest(keep_coding, KEEP_CODINGS))
+        recipe = replace(recipe, keep_coding=found)
     return recipe if effort is None else with_effort(recipe, effort.value)

@@ -137,22 +137,25 @@ def make_recipe(
     family: Family,
     budget: BudgetFlag | None = None,
     target: str | None = None,
+    *,
+    lossless: bool = False,
 ) -> Recipe:
     """The one visible recipe: from the file, or of one rule from the flags. Raises UsageError, RecipeError.
 
-    flags   option of a rule -> its value
-    family  that its methods must be of
+    flags     option of a rule -> its value
+    family    that its methods must be of
     budget, target  in place of the recipe's
+    lossless  whether the rule keeps all tensors, coded
     """
-    from qcompress.recipe import recipe_from_flags
+    from qcompress.recipe import lossless_recipe, recipe_from_flags
 
     given = [f"--{name.replace('_', '-')}" for name, value in {"method": method, **flags}.items() if value is not None]
     if path is None:
         if overrides:
             raise UsageError(f"--set {overrides[0]}", "there is no recipe to change", "add -r RECIPE")
-        if not given and budget is None and target is None:
+        if not given and budget is None and target is None and not lossless:
             raise UsageError(f"qcompress {family}", "no bit width or recipe is given", "add --bits N, or -r RECIPE")
-        made = recipe_from_flags(method, flags, family, budget, target)
+        made = lossless_recipe(family) if lossless else recipe_from_flags(method, flags, family, budget, target)
         return made if seed is None else replace(made, seed=seed)
     if given:
         key = given[0].removeprefix("--").replace("-", "_")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from qcompress.cli.pipeline import (
 )
 from qcompress.cli.recipe import find_representatives
 from qcompress.compress.plan_checkpoint import plan_checkpoint
-from qcompress.errors import ResourceError, UsageError, printable, raise_all
+from qcompress.errors import CheckpointError, ResourceError, UsageError, printable, raise_all
 from qcompress.plan.allocate import allocate, read_costs
 from qcompress.plan.axes import stored_roles
 from qcompress.plan.plan_json import PlanJson, TargetJson, TensorJson, plan_json
@@ -74,6 +74,7 @@ class Request:
     checkpoint      None where the network is trained from scratch
     table_rules     go before the recipe's, where the checkpoint has embeddings or heads
     bits_embedding  as the command line has it, which then must have something to decide
+    lossless        whether every value is to be stored as the checkpoint has it
     """
 
     checkpoint: Path | None
@@ -91,6 +92,7 @@ class Request:
     representatives: Path | None = None
     save_statistics: Path | None = None
     world: World = ALONE
+    lossless: bool = False
 
 
 def run(request: Request, streams: Streams) -> None:
@@ -159,6 +161,7 @@ def _run_pipeline(request: Request, folder: Path, streams: Streams) -> None:
     target = request.writing.output or default_output(folder, request.recipe_file, request.suffix)
     coding: CodingChoice = request.writing.coding.value
     parts = read_components(folder, request.running.strip_prefix)
+    _refuse_dequantized(request, parts.values())
     recipes = component_recipes(request.recipe, request.table_rules, request.bits_embedding, parts)
 
     def planned(part: str) -> Plan:
@@ -192,8 +195,17 @@ def _run_pipeline(request: Request, folder: Path, streams: Streams) -> None:
     _finish(replace(report, run=run_figures(clock, options.device)), request, target, streams)
 
 
+def _refuse_dequantized(request: Request, sources: Iterable[Checkpoint]) -> None:
+    """Raise CheckpointError where values are to be stored as a checkpoint has them, and it is read as another."""
+    for source in sources if request.lossless else ():
+        if source.is_dequantized:
+            what = "holds fp8 or MXFP4 weights, which are read as dense ones: larger, and not what the file holds"
+            raise CheckpointError(str(source.path), what, "leave --lossless out, and give --bits N")
+
+
 def _run(request: Request, source: Checkpoint, streams: Streams) -> None:
     recipe = request.recipe
+    _refuse_dequantized(request, [source])
     target = request.writing.output or default_output(request.checkpoint, request.recipe_file, request.suffix)
     coding: CodingChoice = request.writing.coding.value
     if request.writing.dry_run:

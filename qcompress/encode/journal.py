@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -21,11 +21,11 @@ from qcompress.types.run import Say
 
 @dataclass(frozen=True)
 class Record:
-    """One finished tensor: all that the run needs to know of it later."""
+    """One finished tensor: all that the run needs to know of it later. A kept one has no entry and no figures."""
 
     tensor: str
-    entry: Entry
-    figures: LayerFigures
+    entry: Entry | None
+    figures: LayerFigures | None
     input_crc32: int
     slots: Mapping[str, Filled]
     side_bytes: int = 0
@@ -118,17 +118,13 @@ def _chained(before: str, text: str) -> str:
 
 
 def parse_record(line: Mapping[str, Any]) -> Record:
+    slots = {name: Filled(**{**slot, "shape": tuple(slot["shape"])}) for name, slot in line["slots"].items()}
+    record = Record(str(line["tensor"]), None, None, int(line["input_crc32"]), slots, int(line["side_bytes"]))
+    if line["entry"] is None:
+        return record
     entry, figures = dict(line["entry"]), dict(line["figures"])
     entry |= {key: tuple(entry[key]) for key in ("shape", "axis")}
     figures = {key: tuple(value) if isinstance(value, list) else value for key, value in figures.items()}
     if figures["classes"] is not None:
         figures["classes"] = tuple(ClassUse(**one) for one in figures["classes"])
-    slots = {name: Filled(**{**slot, "shape": tuple(slot["shape"])}) for name, slot in line["slots"].items()}
-    return Record(
-        str(line["tensor"]),
-        Entry(**entry),
-        LayerFigures(**figures),
-        int(line["input_crc32"]),
-        slots,
-        int(line["side_bytes"]),
-    )
+    return replace(record, entry=Entry(**entry), figures=LayerFigures(**figures))

@@ -13,6 +13,7 @@ from torch import Tensor
 from qcompress.artifact.layout import make_slots
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.coding.grids import spread_too_far
+from qcompress.coding.planes import BLOCK_VALUES
 from qcompress.coding.rows import row_slices
 from qcompress.encode.encode_tensor import (
     BLOCK_WEIGHTS,
@@ -32,6 +33,8 @@ from qcompress.types.run import Options
 
 BLOCK_COPIES = 24
 """Float32 copies of a block that the most memory-hungry method holds at once."""
+CODED_COPIES = 6
+"""The same of the bytes of a kept tensor that is coded."""
 HALF_ERROR = 2.0**-9
 """The most that a tensor may change, relative to its size, to be stored as float16 on request."""
 
@@ -138,21 +141,23 @@ def refuse_untrue_ties(checkpoint: Checkpoint, plan: Plan) -> None:
 
 def fitting_threads(plan: Plan, options: Options) -> int:
     """As many threads as were asked for and --max-memory allows. Raises ResourceError where not even one fits."""
-    needs = {d.tensor.name: _memory_needed(d, options.choice) for d in plan.decisions if d.compresses}
-    if options.max_memory is None or not needs:
+    coded = [decision for decision in plan.decisions if decision.compresses or decision.coding is not None]
+    if options.max_memory is None or not coded:
         return options.threads
-    name, largest = max(needs.items(), key=lambda item: item[1])
-    fitting = options.max_memory // largest
+    needed, largest = max(((_memory_needed(one, options.choice), one) for one in coded), key=lambda pair: pair[0])
+    fitting = options.max_memory // needed
     if fitting < 1:
-        what = f"needs about {largest} bytes of memory, more than --max-memory {options.max_memory}"
-        hint = "allow more, or use --coding packed and granularity channel or group"
-        raise ResourceError(f"tensor {name!r}", what, hint)
+        what = f"needs about {needed} bytes of memory, more than --max-memory {options.max_memory}"
+        instead = "use --coding packed and granularity channel or group" if largest.compresses else "keep it uncoded"
+        raise ResourceError(f"tensor {largest.tensor.name!r}", what, f"allow more, or {instead}")
     return min(options.threads, fitting)
 
 
 def _memory_needed(decision: Decision, choice: CodingChoice) -> int:
     """Bytes that encoding one tensor takes at most, roughly: its blocks, and its codes where they wait for coding."""
     weights = decision.tensor.numel
+    if not decision.compresses:
+        return CODED_COPIES * decision.stored_as.n_bytes * min(weights, BLOCK_VALUES) // weights
     block = weights if decision.config.unit == "tensor" else min(weights, BLOCK_WEIGHTS)
     gathered = 0 if choice == "packed" else 3 * max(slot.n_bytes for slot in make_slots(decision, choice))
     copies = 6 if decision.config.unit == "tensor" else BLOCK_COPIES

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from qcompress.artifact.hashes import input_hash
 from qcompress.artifact.layout import render_header
 from qcompress.artifact.manifest import DATA_NAME, POOL_NAME, manifest_frame, pool_names, unknown_lengths
 from qcompress.artifact.writer import SlotWriter, Written
-from qcompress.checkpoint.checkpoint import tensor_bytes, tensor_view
 from qcompress.checkpoint.staging import staging_folder
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.stored import in_memory
@@ -25,9 +23,10 @@ from qcompress.coding.unbounded.payload import encode_pool
 from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, Finished, Job, encode_tensors, sealed_unbounded, stack_key
 from qcompress.encode.encode_weight import ContextSources
 from qcompress.encode.journal import Journal, Record, run_key
+from qcompress.encode.write_kept import coded_decisions, copy_kept, is_adjusted, report_progress, write_coded
 from qcompress.plan.files import Shard
-from qcompress.types.encoded import Fitted, Kept
-from qcompress.types.plan import Decision, TensorInfo
+from qcompress.types.encoded import Fitted
+from qcompress.types.plan import Decision
 from qcompress.types.run import Options
 
 SMALL_WEIGHTS = 1 << 14
@@ -64,13 +63,17 @@ def write_shard(shard: Shard, path: Path, run: Run) -> WrittenShard:
     """
     journal = journal_of(shard, run)
     with SlotWriter(path, shard.layout, reopen=journal is not None) as writer, journal or contextlib.nullcontext():
-        crcs = copy_kept(shard, writer, run)
-        return finish_file(shard, writer, encode_resumed(shard, writer, journal, run), crcs)
+        crcs = copy_kept(shard, writer, run.fitted, run.options)
+        finished = encode_resumed(shard, writer, journal, run)
+        return finish_file(shard, writer, finished, crcs | code_kept(shard, writer, run))
 
 
 def encode_resumed(shard: Shard, writer: SlotWriter, journal: Journal | None, run: Run) -> dict[str, Finished]:
     """Every weight of a file, encoded and written: what the journal has of an earlier run, then the others."""
-    finished = _restore(shard, writer, journal, run.options) if journal is not None else {}
+    finished: dict[str, Finished] = {}
+    if journal is not None:
+        for record, decision in _restored(shard, writer, journal, in_order(shard), run.options):
+            finished[record.tensor] = finished_of(record, decision)
     sharing = set(pool_names(shard.manifest.tensors))
     for one in encode_all(shard, writer, finished, run):
         finished[one.decision.tensor.name] = one
@@ -78,6 +81,28 @@ def encode_resumed(shard: Shard, writer: SlotWriter, journal: Journal | None, ru
         if journal is not None and one.decision.tensor.name not in sharing:
             journal.append(record_of(writer, one))
     return finished
+
+
+def code_kept(shard: Shard, writer: SlotWriter, run: Run) -> dict[str, int]:
+    """Code the kept tensors that are to be, but for those that a journal of their own has of an earlier run, behind all
+    that was written before; the CRC-32 of each input."""
+    decisions = coded_decisions(shard)
+    journal = journal_of(shard, run, ".kept") if decisions else None
+    crcs: dict[str, int] = {}
+    with journal or contextlib.nullcontext():
+        if journal is not None:
+            # What a method has adjusted is other than the input, whatever that holds.
+            same = [decision for decision in decisions if not is_adjusted(decision, run.fitted)]
+            for record, _ in _restored(shard, writer, journal, same, run.options):
+                crcs[record.tensor] = record.input_crc32
+        for decision in decisions:
+            name = decision.tensor.name
+            if name not in crcs:
+                run.options.world.check()
+                crcs[name] = write_coded(decision, shard, writer, run.fitted, run.options)
+                if journal is not None and not is_adjusted(decision, run.fitted):
+                    journal.append(Record(name, None, None, crcs[name], writer.filled([part_name(name, "codes")])))
+    return crcs
 
 
 def finish_file(
@@ -111,14 +136,13 @@ def _other_crc32s(shard: Shard, writer: SlotWriter) -> dict[str, int]:
     kept = {d.tensor.name: d for d in shard.decisions if not d.compresses and d.tied_to is None}
     if shard.layout.compact:
         stored = [slot.name for slot in shard.layout.slots if slot.name in kept]
-        infos = shard.manifest.kept or {}
-        of = [(infos[name], kept[name].tensor.dtype) for name in stored]
+        of = [(kept[name].stored_as, kept[name].tensor.dtype) for name in stored]
         found[DATA_NAME] = seal_all_kept(of, writer.crc32_over(stored))
-    else:
-        for name, decision in kept.items():
-            tensor = decision.tensor
-            own, dtype = tensor.dtype, decision.stored or tensor.dtype
-            found[name] = seal_kept(name, own, dtype, tensor.shape, writer.crc32_of(name))
+    for name, decision in kept.items():
+        tensor, dtype, coded = decision.tensor, decision.stored_as.dtype, decision.coding is not None
+        if coded or not shard.layout.compact:
+            crc32 = writer.crc32_of(part_name(name, "codes") if coded else name)
+            found[name] = seal_kept(name, tensor.dtype, dtype, tensor.shape, crc32, coded=coded)
     pool = pool_names(shard.manifest.tensors)
     return found | ({POOL_NAME: seal_pool(pool, writer.crc32_of(POOL_NAME))} if pool else {})
 
@@ -144,57 +168,30 @@ def record_of(writer: SlotWriter, one: Finished) -> Record:
 def finished_of(record: Record, decision: Decision) -> Finished:
     """The inverse of `record_of`."""
     entry, figures = record.entry, record.figures
+    assert entry is not None and figures is not None
     return Finished(decision, entry, figures, record.input_crc32, None, side_bytes=record.side_bytes)
 
 
-def _restore(shard: Shard, writer: SlotWriter, journal: Journal, options: Options) -> dict[str, Finished]:
-    """What an earlier run finished, as far as its input and its output still hold the same bytes."""
-    finished: dict[str, Finished] = {}
-    records = []
-    for record, decision in zip(journal.read(options.say), in_order(shard), strict=False):
+def _restored(
+    shard: Shard, writer: SlotWriter, journal: Journal, decisions: Sequence[Decision], options: Options
+) -> list[tuple[Record, Decision]]:
+    """What an earlier run finished of these tensors, as far as its input and its output still hold the same bytes."""
+    found = []
+    for record, decision in zip(journal.read(options.say), decisions, strict=False):
         tensor = decision.tensor
         same = shard.source.crc32_of(tensor.name) == record.input_crc32
         if record.tensor != tensor.name or not same or not writer.restore(record.slots):
             break
-        finished[tensor.name] = finished_of(record, decision)
-        records.append(record)
-        _report_progress(options, tensor)
-    journal.start(records)
-    return finished
+        found.append((record, decision))
+        report_progress(options, tensor)
+    journal.start([record for record, _ in found])
+    return found
 
 
 def in_order(shard: Shard) -> list[Decision]:
     """The compressing decisions in the order of their codes in the file."""
     by_codes = {part_name(d.tensor.name, "codes"): d for d in shard.decisions if d.compresses}
     return [by_codes[slot.name] for slot in shard.layout.slots if slot.name in by_codes]
-
-
-def copy_kept(shard: Shard, writer: SlotWriter, run: Run) -> dict[str, int]:
-    """Copy the kept tensors, as they are or as they were adjusted; the CRC-32 of each input, dropped copies too."""
-    crcs = {}
-    for decision in shard.decisions:
-        if decision.compresses:
-            continue
-        tensor = decision.tensor
-        adjusted = run.fitted.encoded.get(tensor.name)
-        value = adjusted.value if isinstance(adjusted, Kept) else None
-        if value is None and decision.stored is not None:
-            value = tensor_view(shard.source, tensor)
-        crc32 = 0
-        for piece in shard.source.pieces_of(tensor.name):
-            crc32 = zlib.crc32(piece, crc32)
-            if value is None and decision.tied_to is None:
-                writer.put(tensor.name, piece)
-        crcs[tensor.name] = crc32
-        if value is not None and decision.tied_to is None:
-            writer.put(tensor.name, tensor_bytes(value, replace(tensor, dtype=decision.stored or tensor.dtype)))
-        _report_progress(run.options, tensor)
-    return crcs
-
-
-def _report_progress(options: Options, tensor: TensorInfo) -> None:
-    if options.progress is not None:
-        options.progress(tensor.name, tensor.n_bytes)
 
 
 def encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: Run) -> Iterator[Finished]:
@@ -222,7 +219,7 @@ def encode_all(shard: Shard, writer: SlotWriter, already: Container[str], run: R
                         continue
                     if finished.payload is not None:
                         _put_payload(writer, finished)
-                    _report_progress(options, finished.decision.tensor)
+                    report_progress(options, finished.decision.tensor)
                     yield replace(finished, payload=None)
             if pooled:
                 yield from _encode_pool(pooled, writer, options)
@@ -273,7 +270,7 @@ def _encode_pool(pooled: Sequence[Finished], writer: SlotWriter, options: Option
         entry, figures = sealed_unbounded(one.decision, coding, payload), replace(one.figures, classes=uses)
         finished = replace(one, entry=entry, figures=figures, payload=payload, unbounded=None)
         _put_payload(writer, finished)
-        _report_progress(options, finished.decision.tensor)
+        report_progress(options, finished.decision.tensor)
         yield replace(finished, payload=None)
     writer.put_varying(POOL_NAME, in_memory(coded.side), (len(coded.side),))
 

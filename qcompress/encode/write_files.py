@@ -22,7 +22,7 @@ from qcompress.encode.journal import Record, parse_record
 from qcompress.encode.write_file import (
     Run,
     WrittenShard,
-    copy_kept,
+    code_kept,
     encode_all,
     encode_resumed,
     finish_file,
@@ -32,6 +32,7 @@ from qcompress.encode.write_file import (
     record_of,
     write_shard,
 )
+from qcompress.encode.write_kept import copy_kept
 from qcompress.errors import ResourceError
 from qcompress.plan.files import Shard
 from qcompress.types.plan import Decision
@@ -117,7 +118,7 @@ def _put_together(shard: Shard, path: Path, parts: Sequence[Sequence[Record]], r
         record.tensor: _part_path(shard, path, rank, run.options) for rank, part in enumerate(parts) for record in part
     }
     with SlotWriter(path, shard.layout, reopen=True) as writer:
-        crcs = copy_kept(shard, writer, run)
+        crcs = copy_kept(shard, writer, run.fitted, run.options)
         others = encode_all(shard, writer, records, run)
         finished = {}
         for decision in in_order(shard):
@@ -129,7 +130,7 @@ def _put_together(shard: Shard, path: Path, parts: Sequence[Sequence[Record]], r
                 finished[name] = next(others)
         # What pooled codes share is written behind the last of them.
         assert next(others, None) is None
-        return finish_file(shard, writer, finished, crcs)
+        return finish_file(shard, writer, finished, crcs | code_kept(shard, writer, run))
 
 
 def _take(writer: SlotWriter, record: Record, part: Path | None) -> None:

@@ -95,7 +95,7 @@ def carried_out(decision: Decision, outcomes: Outcomes) -> Decision:
             decision, row_exponents=True, reason=f"{reason}; an exponent a row, which differ too much for one"
         )
     if name in outcomes.too_wide:
-        reason = f"{reason.removesuffix(STORED_AS_F16)}; float16 cannot hold its values"
+        reason = reason.replace(STORED_AS_F16, "; float16 cannot hold its values")
         decision = replace(decision, stored=None, reason=reason)
     return replace(decision, reason=f"{reason}; values adjusted") if name in outcomes.adjusted else decision
 
@@ -133,7 +133,7 @@ def planned_files(checkpoint: Checkpoint, plan: Plan, choice: CodingChoice) -> d
 def _kept_dtypes(decisions: Sequence[Decision]) -> dict[str, tuple[str, str]]:
     """Kept tensor -> its dtype in the input, and as it is stored."""
     kept = (d for d in decisions if not d.compresses and d.tied_to is None)
-    return {d.tensor.name: (d.tensor.dtype, d.stored or d.tensor.dtype) for d in kept}
+    return {d.tensor.name: (d.tensor.dtype, d.stored_as.dtype) for d in kept}
 
 
 def _modules(tensors: Iterable[str]) -> set[str]:

@@ -25,6 +25,7 @@ from qcompress.registry import METHODS, ClusterConfig, RdConfig, refuse_cost
 from qcompress.registry.targets import Target
 from qcompress.types.config import MethodConfig, Shape
 from qcompress.types.plan import (
+    CODED,
     COMMAND_LINE,
     KEPT,
     ROLE_MARK,
@@ -35,7 +36,6 @@ from qcompress.types.plan import (
     CodebookSpec,
     Decision,
     Keep,
-    KeepDtype,
     ModelFacts,
     Plan,
     Recipe,
@@ -50,6 +50,8 @@ from qcompress.types.plan import (
 
 WEIGHT_ROLES: tuple[Role, ...] = ("matrix", "convolution", "depthwise", "embedding", "head", "expert", "router")
 """What gets another method where a rule's own cannot take it; all else is kept."""
+LEAST_CODED = 1 << 12
+"""Bytes of a kept tensor that is worth coding: a smaller one saves little more than its entry in a manifest takes."""
 HALVED = ("F32", "F64")
 """The dtypes that `keep_dtype: f16` changes: bfloat16 would lose range and gain nothing."""
 
@@ -96,7 +98,7 @@ def make_plan(
             known = _Known(roles[tensor.name], axes.get(tensor.name), twins.get(tensor.name), because, stack)
             decision = replace(_decide(tensor, rule, known, target), role=known.role)
             decision = decision if target is None else hold(decision, rule, target)
-            decisions.append(_stored(decision, rule, recipe.keep_dtype))
+            decisions.append(_stored(decision, rule, recipe))
         except RecipeError as error:
             errors.append(error)
     if not errors and target is not None and target.linked:
@@ -343,13 +345,17 @@ def refuse(tensor: TensorInfo, config: MethodConfig, axis: tuple[int, ...]) -> s
     return refusal
 
 
-def _stored(decision: Decision, rule: Rule | None, every: KeepDtype | None) -> Decision:
-    """The decision with the dtype in which a kept tensor is stored: its rule's, or else that of `every` tensor."""
-    wanted = rule.config.dtype if rule is not None and isinstance(rule.config, Keep) else every
-    tensor = decision.tensor
-    if wanted is None or decision.compresses or decision.tied_to or tensor.dtype not in HALVED or not tensor.numel:
+def _stored(decision: Decision, rule: Rule | None, recipe: Recipe) -> Decision:
+    """The decision with how a kept tensor is stored: its dtype and coding are its rule's, or else the recipe's."""
+    own = rule.config if rule is not None and isinstance(rule.config, Keep) else Keep()
+    dtype, coding, tensor = own.dtype or recipe.keep_dtype, own.coding or recipe.keep_coding, decision.tensor
+    if decision.compresses or decision.tied_to or tensor.dtype not in WEIGHT_DTYPES or not tensor.numel:
         return decision
-    return replace(decision, stored="F16", reason=f"{decision.reason}{STORED_AS_F16}")
+    if dtype is not None and tensor.dtype in HALVED:
+        decision = replace(decision, stored="F16", reason=f"{decision.reason}{STORED_AS_F16}")
+    if coding is not None and decision.stored_as.n_bytes >= LEAST_CODED:
+        decision = replace(decision, coding=coding, reason=f"{decision.reason}{CODED}")
+    return decision
 
 
 def shared_by(name: str, scope: str | None) -> str | None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qcompress.recipe.complete import refuse_offload as refuse_offload
     from qcompress.recipe.complete import refuse_untrainable as refuse_untrainable
     from qcompress.recipe.complete import trains as trains
+    from qcompress.recipe.flags import lossless_recipe as lossless_recipe
     from qcompress.recipe.flags import recipe_from_flags as recipe_from_flags
     from qcompress.recipe.flags import table_rules as table_rules
     from qcompress.recipe.flags import with_effort as with_effort
@@ -30,7 +31,7 @@ _MODULES = {
     **dict.fromkeys(
         ("refuse_from_scratch", "refuse_missing", "refuse_offload", "refuse_untrainable", "trains"), "complete"
     ),
-    **dict.fromkeys(("recipe_from_flags", "table_rules", "with_effort"), "flags"),
+    **dict.fromkeys(("lossless_recipe", "recipe_from_flags", "table_rules", "with_effort"), "flags"),
     **dict.fromkeys(("BudgetFlag", "parse_recipe", "read_recipe"), "parse"),
     **dict.fromkeys(("recipe_schema", "schema_text"), "schema"),
     **dict.fromkeys(("recipe_hash", "recipe_json", "recipe_yaml"), "show"),

@@ -65,6 +65,11 @@ def recipe_from_flags(
     return Recipe(family, (rule,), target=target, budget=spent, places={"budget": budget.text})
 
 
+def lossless_recipe(family: Family) -> Recipe:
+    """The recipe that keeps every tensor, entropy coded."""
+    return Recipe(family, (Rule("*", None, None, COMMAND_LINE),), keep_coding="auto")
+
+
 def _target(name: str | None) -> Target | None:
     """The target of this name. Raises UsageError for one that is not known."""
     if name is not None and name not in TARGETS:

@@ -241,7 +241,7 @@ def _make_report(artifact: Artifact, figures: Mapping[str, LayerFigures]) -> Rep
     for file in artifact.files:
         tensors = file.manifest.tensors
         layers += [_compressed_layer(file, name, methods[name], figures[name]) for name in tensors]
-        layers += [_kept_layer(file.original(info.name), info.n_bytes) for info in file.kept]
+        layers += [_kept_layer(file.original(info.name), file.kept_bytes(info.name)) for info in file.kept]
         layers += [_kept_layer(info, 0, twin) for info, twin in artifact.copies_of(file).items()]
     index = artifact.path / INDEX_NAME
     index_bytes = index.stat().st_size if artifact.path.is_dir() and index.is_file() else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -99,7 +99,15 @@ class QcompressQuantizer(HfQuantizer):
                     part._tied_weights_keys = part.all_tied_weights_keys = _still_tied(part)
         kept = [info.name for file in self.artifact.files for info in file.kept]
         self.kept = {name: taken.places[name] for name in kept if name in taken.places}
-        later = set(model.state_dict()) - set(self.kept.values()) - set(taken.missing)
+        coded = {name for file in self.artifact.files for name in file.manifest.coded}
+        now = {place for name, place in self.kept.items() if name not in coded}
+        later = set(model.state_dict()) - now - set(taken.missing)
+        # transformers would call a checkpoint corrupted that has none of two names of one weight.
+        self._tied_later = {name: twin for name, twin in model.all_tied_weights_keys.items() if twin in later}
+        model.all_tied_weights_keys = {
+            name: twin for name, twin in model.all_tied_weights_keys.items() if name not in self._tied_later
+        }
+        later |= set(self._tied_later)
         model._keys_to_ignore_on_load_unexpected |= set(STORED)
         model._keys_to_ignore_on_load_missing |= {f"^{re.escape(name)}$" for name in later}
         return model
@@ -107,7 +115,10 @@ class QcompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         config: Any = self.quantization_config
         self._packing.hold_codes(config.kernel)
-        model.load_state_dict(self._packing.values({}), strict=False)
+        coded = {name: file.kept_tensor(name) for file in self.artifact.files for name in file.manifest.coded}
+        model.load_state_dict(self._packing.values(coded), strict=False)
+        _share(model, self._tied_later)
+        model.all_tied_weights_keys |= self._tied_later
         model.save_pretrained = MethodType(_save, model)
         return model
 
@@ -128,10 +139,14 @@ class QcompressQuantizer(HfQuantizer):
 
 def _tie(model: Any, given: set[str]) -> None:
     """Let names of one weight share it now, which transformers does after loading; not two that are both given."""
-    for name, twin in model.all_tied_weights_keys.items():
-        if not {name, twin} <= given:
-            path, _, own = name.rpartition(".")
-            setattr(model.get_submodule(path), own, model.get_parameter(twin))
+    _share(model, {name: twin for name, twin in model.all_tied_weights_keys.items() if not {name, twin} <= given})
+
+
+def _share(model: Any, tied: Mapping[str, str]) -> None:
+    """Let each name be the parameter of the other one."""
+    for name, twin in tied.items():
+        path, _, own = name.rpartition(".")
+        setattr(model.get_submodule(path), own, model.get_parameter(twin))
 
 
 def _still_tied(model: Any) -> dict[str, str]:

@@ -9,7 +9,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Generic, Literal, TypeAlias, get_args
 
@@ -127,16 +127,22 @@ class Budget(Section):
 
 
 KeepDtype: TypeAlias = Literal["f16"]
+KeepCoding: TypeAlias = Literal["auto", "zstd", "ans"]
+"""How what is kept is coded: by what makes it smallest, or by one of these."""
+KEEP_CODINGS: tuple[KeepCoding, ...] = get_args(KeepCoding)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keep(Section):
     """Do not compress the tensors.
 
-    dtype  f16 stores real numbers of more than 16 bits in 16, where their values bear it; they load in their own dtype
+    dtype   f16 stores real numbers of more than 16 bits in 16, where their values bear it; they load in their own dtype
+    coding  auto stores the bytes of real numbers entropy coded where they take fewer then, by zstd or ans, whichever is
+            smaller, or by the one that is named; they load bit for bit
     """
 
     dtype: KeepDtype | None = None
+    coding: KeepCoding | None = None
 
 
 @dataclass(frozen=True)
@@ -310,6 +316,7 @@ class Sections(Section):
     version      of the recipe format
     seed         of everything that is drawn at random
     keep_dtype   store what is not compressed in 16 bits, where its values bear that; it loads in its own dtype
+    keep_coding  store what is not compressed entropy coded, where it takes fewer bytes then; it loads bit for bit
     model        the network that the checkpoint's weights belong to
     data         what the network runs on
     task         what the network is measured by
@@ -323,6 +330,7 @@ class Sections(Section):
     version: Literal[1] = VERSION
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
     keep_dtype: Given[KeepDtype] = None
+    keep_coding: Given[KeepCoding] = None
     model: Given[ModelSettings] = None
     data: Given[DataSettings] = None
     task: Given[Task] = None
@@ -430,10 +438,10 @@ class Decision(Generic[ConfigT]):
     `method` is None and `config` KEPT where it is kept; `config` is Widths where a budget has yet to choose. `axis`
     holds the channel axes: the weight is seen as rows, one a channel. `tied_to` names the tensor that is stored in
     place of this one. `stored` is the dtype in which a kept tensor is stored where its values bear it, and that is not
-    its own. `sensitivity` is what the chosen width of this tensor alone costs, where that was measured. `codebook` says
-    more of a codebook. `role` is what the tensor is in its network. `row_exponents` says that each row has an exponent
-    of its own though the config does not ask for it. `stack` names the tensor of the network that this one is rows of,
-    where the method compresses that one whole.
+    its own; `coding` is how its bytes are coded, if they are. `sensitivity` is what the chosen width of this tensor
+    alone costs, where that was measured. `codebook` says more of a codebook. `role` is what the tensor is in its
+    network. `row_exponents` says that each row has an exponent of its own though the config does not ask for it.
+    `stack` names the tensor of the network that this one is rows of, where the method compresses that one whole.
     """
 
     tensor: TensorInfo
@@ -443,6 +451,7 @@ class Decision(Generic[ConfigT]):
     axis: tuple[int, ...] = (0,)
     tied_to: str | None = None
     stored: str | None = None
+    coding: KeepCoding | None = None
     sensitivity: float | None = None
     codebook: CodebookSpec = field(default_factory=CodebookSpec)
     role: Role = "matrix"
@@ -452,6 +461,11 @@ class Decision(Generic[ConfigT]):
     @property
     def compresses(self) -> bool:
         return self.method is not None
+
+    @property
+    def stored_as(self) -> TensorInfo:
+        """A kept tensor with the dtype in which it is stored."""
+        return self.tensor if self.stored is None else replace(self.tensor, dtype=self.stored)
 
     @property
     def is_open(self) -> bool:
@@ -486,6 +500,8 @@ def shared_groups(decisions: Iterable[Decision]) -> dict[CodebookKey, list[Decis
 
 STORED_AS_F16 = "; stored as F16"
 """What a reason says of a kept tensor that is stored in half precision if its values bear it."""
+CODED = "; entropy coded"
+"""What a reason says of a kept tensor whose bytes are."""
 
 
 @dataclass(frozen=True)

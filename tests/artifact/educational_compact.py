@@ -30,6 +30,8 @@ def compact_header(manifest: Mapping[str, Any]) -> dict[str, Any]:
                 found[codes] = ("U8", [lengths[codes]] if codes in lengths else codes_shape(entries[name]))
     if pool:
         found[".qc.side"] = ("U8", [lengths[".qc.side"]])
+    for name in sorted(name for of in manifest.get("coded", {}).values() for name in of):
+        found[f"{name}.qc.codes"] = ("U8", [lengths[f"{name}.qc.codes"]])
     header, at = {}, 0
     for name, (dtype, shape) in found.items():
         bits = next(int(bits) for bits, dtypes in BITS.items() if dtype in dtypes)

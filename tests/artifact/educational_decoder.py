@@ -11,6 +11,7 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 import zstandard
 
 from artifact.educational_compact import compact_header
+from artifact.educational_kept import kept_bytes
 from artifact.educational_unbounded import pooled_names, unbounded_tensors
 
 PARTS = ("codes", "scale", "zero_point", "offset", "exponent", "subscale", "suboffset", "codebook", "table")
@@ -47,12 +49,13 @@ def expand(path: Path) -> dict[str, Dense]:
         checked = checksums(header, data, manifest)
         for name, found in checked.items():
             assert found == manifest["numbers"]["crc32"][name], name
-        for name, stored in header.items():
-            if ".qc." not in name and name != "qcompress.manifest":
-                own, raw = own_dtype(name, stored, manifest), bytes_of(stored, data)
-                if own != stored["dtype"]:
-                    raw = np.frombuffer(raw, "<f2").astype({"F32": "<f4", "F64": "<f8"}[own]).tobytes()
-                tensors[name] = Dense(own, tuple(stored["shape"]), raw)
+        for name, stored, raw in kept_tensors(header, data, manifest):
+            own = own_dtype(name, stored, manifest)
+            if name in coded_names(manifest):
+                raw = kept_bytes(raw, stored["dtype"], stored["shape"], read_varint, decode_payload)
+            if own != stored["dtype"]:
+                raw = np.frombuffer(raw, "<f2").astype({"F32": "<f4", "F64": "<f8"}[own]).tobytes()
+            tensors[name] = Dense(own, tuple(stored["shape"]), raw)
         entries = manifest["tensors"]
         for name, (_, values) in unbounded_tensors(
             entries, lambda part, h=header, d=data: bytes_of(h[part], d)
@@ -97,6 +100,7 @@ def read_manifest(frame: bytes, header: dict[str, Any]) -> dict[str, Any]:
     others = [name for name in header if name == ".qc.side" or (".qc." not in name and name != "qcompress.manifest")]
     if "kept" in manifest:
         others = ["qcompress.data", *([".qc.side"] if pooled_names(entries) else [])]
+    others += coded_names(manifest)
     rest = sorted([*(name for name in others if name != "__metadata__"), *manifest.get("tied", {})])
     found: dict[str, Any] = {"sha256": numbers[:32].hex(), "input_sha256": numbers[32:64].hex()}
     (found["header_crc32"],), at = struct.unpack_from("<I", numbers, 64), 68
@@ -112,6 +116,7 @@ def read_manifest(frame: bytes, header: dict[str, Any]) -> dict[str, Any]:
     found["lengths"] = {}
     if "kept" in manifest:
         coded = [f"{name}.qc.codes" for name, code in found["coding"].items() if code or is_unbounded(entries[name])]
+        coded += [f"{name}.qc.codes" for name in coded_names(manifest)]
         for name in sorted([*coded, *([".qc.side"] if pooled_names(entries) else [])]):
             found["lengths"][name], at = read_varint(numbers, at)
     assert at == len(numbers)
@@ -152,6 +157,22 @@ def stores_values(entry: dict[str, Any]) -> bool:
     return entry["form"] == "table" and entry["values"] in ("F16", "F32", "I8")
 
 
+def coded_names(manifest: dict[str, Any]) -> list[str]:
+    return [name for names in manifest.get("coded", {}).values() for name in names]
+
+
+def kept_tensors(
+    header: dict[str, Any], data: bytes, manifest: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any], bytes]]:
+    """Name, dtype and shape as stored, and bytes or codes, of each kept tensor."""
+    for name, stored in header.items():
+        if ".qc." not in name and name != "qcompress.manifest":
+            yield name, stored, bytes_of(stored, data)
+    for dtype, names in manifest.get("coded", {}).items():
+        for name, shape in names.items():
+            yield name, {"dtype": dtype, "shape": shape}, bytes_of(header[f"{name}.qc.codes"], data)
+
+
 def own_dtype(name: str, stored: dict[str, Any], manifest: dict[str, Any]) -> str:
     """The dtype in which a kept tensor is given back."""
     named = {one: kind for kind, names in manifest.get("halved", {}).items() for one in names}
@@ -168,16 +189,16 @@ def checksums(header: dict[str, Any], data: bytes, manifest: dict[str, Any]) -> 
             raw += struct.pack("<d", entry["value"])
         said = {key: value for key, value in entry.items() if key != "value"}
         found[name] = zlib.crc32(raw + words(name, said))
-    kept, together = [], b""
-    for name, stored in header.items():
-        if ".qc." not in name and name != "qcompress.manifest":
-            kept.append([name, own_dtype(name, stored, manifest), stored["dtype"], stored["shape"]])
-            together += bytes_of(stored, data)
-            own = own_dtype(name, stored, manifest)
-            said = {"dtype": own, "form": "kept", "shape": stored["shape"], "stored": stored["dtype"]}
-            found[name] = zlib.crc32(bytes_of(stored, data) + words(name, said))
+    kept, together, coded = [], b"", coded_names(manifest)
+    for name, stored, raw in kept_tensors(header, data, manifest):
+        own, form = own_dtype(name, stored, manifest), "coded" if name in coded else "kept"
+        said = {"dtype": own, "form": form, "shape": stored["shape"], "stored": stored["dtype"]}
+        found[name] = zlib.crc32(raw + words(name, said))
+        if form == "kept":
+            kept.append([name, own, stored["dtype"], stored["shape"]])
+            together += raw
     if "kept" in manifest:
-        found = {name: crc32 for name, crc32 in found.items() if name in entries}
+        found = {name: crc32 for name, crc32 in found.items() if name in entries or name in coded}
         found["qcompress.data"] = zlib.crc32(together + words("", {"form": "kept", "of": kept}))
     for name, twin in manifest.get("tied", {}).items():
         found[name] = zlib.crc32(words(name, {"form": "tied", "to": twin}))

@@ -19,7 +19,7 @@ from artifact.educational_decoder import Dense
 from artifact.examples import recipe, rtn, rule, run, save, save_folder
 from artifact.given_method import GivenConfig
 from artifact.unbounded_method import RoundedConfig
-from qcompress.types.plan import Recipe, Rule
+from qcompress.types.plan import KeepCoding, Recipe, Rule
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -97,6 +97,23 @@ def mixed(choice: str) -> Case:
         rule("*"),
     ]
     return Case(tensors, replace(recipe(*rules), keep_dtype="f16"), choice, compact=True)
+
+
+def coded(coding: KeepCoding, *, compact: bool = False) -> Case:
+    """Kept tensors of every dtype that can be coded, one of bits that nothing makes shorter, beside a weight."""
+    noise = torch.tensor([(index * 40503 + 17) % 65521 - 32768 for index in range(2100)], dtype=torch.int16)
+    tensors = {
+        "brain": weights(40, 60, dtype=torch.bfloat16),
+        "double": weights(520, dtype=torch.float64),
+        "half": skewed(2100).half(),
+        "nan": torch.full((1100,), float("nan"), dtype=torch.bfloat16).repeat(2),
+        "noise": noise.view(torch.bfloat16),
+        "single": skewed(30, 40),
+        "small": weights(5),
+        "w": weights(3, 5),
+    }
+    asked = replace(recipe(rule("w", "rtn", bits=3), rule("*")), keep_coding=coding)
+    return Case(tensors, replace(asked, keep_dtype="f16") if compact else asked, "ans", compact)
 
 
 CASES: dict[str, Case] = {
@@ -184,6 +201,9 @@ CASES: dict[str, Case] = {
     "filled-auto": one(torch.zeros(5, 8000), "rtn", "auto", bits=3),
     "unbounded-filled": unbounded_tensors({"w": torch.zeros(5, 8000)}, "ans"),
     **{f"compact-{choice}": mixed(choice) for choice in ("packed", "auto", "ans")},
+    "coded": coded("ans"),
+    "coded-compact": coded("ans", compact=True),
+    "coded-zstd": coded("zstd"),
     "halved": Case(
         {
             "a": weights(4),

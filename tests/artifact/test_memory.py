@@ -24,7 +24,7 @@ from qcompress.compress.load import load_into, load_state_dict
 from qcompress.errors import ResourceError
 from qcompress.report.gather import gather_report
 from qcompress.types.encoded import Blocked
-from qcompress.types.plan import Rule
+from qcompress.types.plan import Keep, Rule
 
 ROWS, COLUMNS = 4096, 8192
 PEAK = """
@@ -76,6 +76,7 @@ LARGE: dict[str, tuple[str, Callable[[], Rule]]] = {
     "unbounded-ans": ("ans", unbounded),
     "unbounded-zstd": ("zstd", unbounded),
     "unbounded-packed": ("packed", unbounded),
+    "coded": ("packed", lambda: Rule("*", None, Keep(coding="auto"), "rule *")),
 }
 
 

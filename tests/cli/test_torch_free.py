@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import Run, process_environment
+from conftest import Run, process_environment, write_checkpoint
 from typer.main import get_command
 
 from qcompress.cli.app import app
@@ -78,4 +79,14 @@ def test_plans_recipes_checks_and_stored_figures(run: Run, checkpoint: Path, tmp
         (["report", other, "--format", "csv"], 0),
         (["report", tmp_path / "a.report.json", "--max-size", "1KB"], 4),
     )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_stored_without_loss(run: Run, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "m.safetensors", {"w": np.linspace(-1, 1, 5000, dtype=np.float32)})
+    artifact = tmp_path / "a.safetensors"
+    assert run("quantize", source, "--lossless", "-o", artifact).code == 0
+    (tmp_path / "a.report.json").unlink()
+    plan = ["quantize", source, "--lossless", "--dry-run"]
+    done = in_one_process((plan, 0), (["verify", artifact], 0), (["report", artifact], 0))
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from qcompress.recipe.flags import BudgetFlag, recipe_from_flags
 from qcompress.report.document import Report
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import Affine
-from qcompress.types.plan import Recipe
+from qcompress.types.plan import Recipe, Rule
 from qcompress.types.ranks import World
 from qcompress.types.run import Options
 
@@ -99,6 +99,20 @@ def test_more_ranks_than_tensors_leave_some_idle(tmp_path: Path) -> None:
     source = read_checkpoint(save(tmp_path / "model.safetensors", {"a": gaussian(8, 32), "b": gaussian(4)}))
     alone, _ = made(source, rtn(), tmp_path / "one" / "a.safetensors")
     assert made(source, rtn(), tmp_path / "many" / "a.safetensors", 5)[0] == alone
+
+
+@pytest.mark.parametrize("choice", ["packed", "ans"])
+@pytest.mark.parametrize("rules", [[rule("*")], [rule("*.weight", "rtn", bits=3), rule("*")]])
+def test_kept_tensors_are_coded_alike(rules: list[Rule], choice: CodingChoice, tmp_path: Path) -> None:
+    """With and without weights that are compressed beside them."""
+    found = {"a.weight": gaussian(40, 40), "b.weight": gaussian(9, 32), "c": gaussian(2000), "d": gaussian(1100)}
+    source = read_checkpoint(save(tmp_path / "model.safetensors", found))
+    asked = replace(recipe(*rules), keep_coding="auto")
+    alone, (report,) = made(source, asked, tmp_path / "one" / "a.safetensors", choice=choice)
+    for size in (2, 5):
+        files, reports = made(source, asked, tmp_path / f"{size}" / "a.safetensors", size, choice=choice)
+        assert files == alone
+        assert reports == [report] * size
 
 
 @pytest.mark.parametrize("budget", [BudgetFlag("--bpw 5", "bpw", 5.0), BudgetFlag("--target-size 5KB", "size", 5000)])

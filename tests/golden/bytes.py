@@ -458,6 +458,8 @@ def command_cases() -> Iterator[tuple[str, Case]]:
     yield "command/effort", compressed(*plain, "--bits", 3, "--method", "mse", "--effort", "normal")
     yield "command/seed", compressed(*plain, "--bits", 3, "--seed", 5)
     yield "command/keep-dtype", compressed(*plain, "--bits", 4, "--keep-dtype", "f16", report=True)
+    yield "command/keep-coding", compressed(*plain, "--bits", 4, "--keep-coding", "ans", report=True)
+    yield "command/lossless", compressed(*plain, "--lossless", report=True)
     halved = bare('{match: "conv.*", keep: {dtype: f16}}', "rtn: {bits: 2}")
     yield "command/keep-rule", compressed(*plain, recipe=halved)
     mixed = ("{match: [conv.weight, linear.weight], squant: {bits: 8}}", "{match: norm.bias, rtn: {bits: 4}}")

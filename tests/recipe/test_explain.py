@@ -19,6 +19,7 @@ TRAINED = {
     "version": 1,
     "seed": 3,
     "keep_dtype": "f16",
+    "keep_coding": "ans",
     "model": {"factory": "a:b", "args": {"width": 2}, "blocks": "layers.*", "input": [3, 8, 8]},
     "data": {
         "calibration": {"images": "folder", "crop": 8},

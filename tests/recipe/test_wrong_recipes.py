@@ -19,8 +19,8 @@ def rtn(options: str) -> str:
 ANY_METHOD = ", ".join(f"`{name}`" for name in ("match", "keep", *registry.METHODS))
 ANY_ACTION = ", ".join(f"`{name}`" for name in ("keep", *registry.METHODS))
 ANY_KEY = (
-    "`version`, `seed`, `keep_dtype`, `model`, `data`, `task`, `activations`, `companions`, `for`, `budget`, "
-    "`gates`, `rules`, `finetune`"
+    "`version`, `seed`, `keep_dtype`, `keep_coding`, `model`, `data`, `task`, `activations`, `companions`, `for`, "
+    "`budget`, `gates`, `rules`, `finetune`"
 )
 ADD_MATCH = 'add `match: "*.weight"`, a glob over tensor names or a list of them'
 GIVE_MATCH = 'give a glob over tensor names or a list of them, as "*.weight"'
@@ -336,13 +336,17 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         'version: 1\nrules:\n  - {match: "*", keep: {dtype: f8}}\n',
         ["r.yaml:3: rules[0].keep.dtype: unknown value `f8`; valid here: `f16`"],
     ),
+    "keep_coding of another code": (
+        'version: 1\nkeep_coding: packed\nrules:\n  - {match: "*", keep: {}}\n',
+        ["r.yaml:2: keep_coding: unknown value `packed`; valid here: `auto`, `zstd`, `ans`"],
+    ),
     "keep_dtype of another dtype": (
         'version: 1\nkeep_dtype: bf16\nrules:\n  - {match: "*", keep: {}}\n',
         ["r.yaml:2: keep_dtype: unknown value `bf16`; did you mean `f16`?"],
     ),
     "keep with options": (
         HEAD + "  - {match: a, keep: {bits: 4}}\n",
-        ["r.yaml:3: rules[0].keep.bits: unknown key `bits`; valid here: `dtype`"],
+        ["r.yaml:3: rules[0].keep.bits: unknown key `bits`; valid here: `dtype`, `coding`"],
     ),
     "keep with nothing": (
         HEAD + "  - {match: a, keep: }\n",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,23 @@ def test_logits_are_those_of_the_dense_export(form: str, dtype: torch.dtype, plu
         assert torch.equal(packed(TOKENS).logits, dense(TOKENS).logits)
     assert packed.lm_head.weight_packed is packed.model.embed_tokens.weight_packed
     assert {value.dtype for value in packed.parameters()} == {dtype}
+
+
+def test_kept_weights_that_are_coded_are_decoded(plugin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All of them, and some beside compressed ones; what is saved is the artifact again."""
+    for place, rules in enumerate(([rule("*")], [rule("*mlp*", "rtn", bits=4), rule("*")])):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        asked = replace(recipe(*rules), keep_coding="auto")
+        dense = compressed("llama-tied", asked, folder, torch.bfloat16)
+        assert any(file.manifest.coded for file in read_artifact(folder / "a").files)
+        packed, info = type(dense).from_pretrained(folder / "a", dtype=torch.bfloat16, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not caplog.records
+        for key, value in dense.state_dict().items():
+            assert torch.equal(attrgetter(key)(packed), value), key
+        assert packed.lm_head.weight is packed.model.embed_tokens.weight
+        packed.save_pretrained(folder / "again")
+        assert read_artifact(folder / "again").sha256 == read_artifact(folder / "a").sha256
 
 
 def test_it_generates_what_the_dense_export_does(plugin: Any, tmp_path: Path) -> None:
