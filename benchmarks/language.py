@@ -11,6 +11,7 @@ logits over their squares, on texts that neither has seen. PYTHON has llmcompres
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -174,7 +175,8 @@ def main() -> None:
     tools = dict.fromkeys(OURS, sys.executable) | ({PEER: options.llmcompressor} if options.llmcompressor else {})
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        make(folder, config)
+        with contextlib.redirect_stdout(sys.stderr):
+            make(folder, config)
         (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "architectures"}))
         found = {tool: measured(tool, folder, python) for tool, python in tools.items()}
     rows = [
