@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompress.budget.exact import ExactWeights
 from qcompress.budget.scales import step_factors
-from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
+from qcompress.checkpoint.checkpoint import Checkpoint, strided_values
 from qcompress.plan.allocate import has_steps
 from qcompress.registry import RdConfig
 from qcompress.report.figures import sample_stride
@@ -183,7 +183,7 @@ def _held(sample: Tensor, least: float) -> Rounding:
 
 def _sample(checkpoint: Checkpoint, decision: Decision, factor: float, most: int) -> Tensor:
     tensor = decision.tensor
-    flat = tensor_view(checkpoint.shard_of(tensor.name), tensor).reshape(-1)
-    taken = flat[:: sample_stride(flat.numel(), most)].float()
+    stride = sample_stride(tensor.numel, most)
+    taken = strided_values(checkpoint.shard_of(tensor.name), tensor, stride).float()
     deviation = root_mean_square(taken)
     return (taken / (deviation**0.5 * factor) if deviation > 0 else torch.zeros_like(taken)).sort().values

@@ -23,8 +23,8 @@ from qcompress.coding.grids import decode_rows, exponent_for
 from qcompress.coding.packing import pack
 from qcompress.coding.payload import encode_payload
 from qcompress.coding.rows import rows_from_weight
-from qcompress.encode.encode_tensor import BLOCK_WEIGHTS
 from qcompress.encode.encode_weight import ContextSources, encode_codes
+from qcompress.encode.job import BLOCK_WEIGHTS
 from qcompress.plan.allocate import Costs, read_costs
 from qcompress.registry import METHODS, GridConfig, MseConfig, RtnConfig
 from qcompress.registry.calibrated import LiveConfig

@@ -271,6 +271,23 @@ def tensor_view(container: Container, info: TensorInfo) -> Tensor:
     return _as_tensor(container.bytes_of(info.name), info.dtype, info.shape)
 
 
+def strided_values(container: Container, info: TensorInfo, stride: int) -> Tensor:
+    """Every so many-th value of a weight in the order of the file, [values] in its own dtype, the first one among them.
+
+    All values are read, and few are held. Raises the container's error.
+    """
+    import torch
+
+    parts, start = [], 0
+    size = info.n_bytes // max(info.numel, 1)
+    for piece in container.pieces_of(info.name):
+        count = len(piece) // size
+        # A copy, for torch warns of bytes that it must not write to.
+        parts.append(_as_tensor(memoryview(bytearray(piece)), info.dtype, (count,))[-start % stride :: stride].clone())
+        start += count
+    return torch.cat(parts) if parts else _as_tensor(memoryview(b""), info.dtype, (0,))
+
+
 def _as_tensor(raw: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     import torch
 

@@ -5,13 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qcompress.types.config import Granularity, Shape
 from qcompress.types.plan import Decision, row_shape
+from qcompress.types.run import Whole
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+
+class Sliced(Protocol):
+    """A weight [rows, ...] in memory or in a file, which gives its rows by slices."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes, rows first."""
+
+    def numel(self) -> int:
+        """How many weights there are."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Some of the rows."""
 
 
 def rows_from_weight(weight: Tensor, axis: tuple[int, ...]) -> Tensor:
@@ -38,6 +54,43 @@ def weight_from_rows(rows: Tensor, shape: Shape, axis: tuple[int, ...]) -> Tenso
     permuted = rows.reshape([shape[index] for index in order])
     back = [order.index(index) for index in range(len(shape))]
     return permuted.permute(back).contiguous()
+
+
+WHOLE_SAMPLE = 1 << 18
+"""Of larger weights not all rows are in a sample."""
+SAMPLED_RUNS = 64
+RUN_WEIGHTS = 1 << 10
+"""Of rows that lie side by side, so that a sample of short rows is not read one by one."""
+MOST_SAMPLED = 1 << 20
+"""Weights of a sample of long rows, which has at least one."""
+
+
+def measure_whole(rows: Sliced, device: torch.device | str, block: int) -> Whole:
+    """What is to be known of all rows [rows, ...] before some are encoded, read about `block` weights at a time.
+
+    The sample lies on the device. Nothing depends on how the weight was cut into blocks but the last bit of a sum.
+    """
+    import torch
+
+    count = rows.shape[0]
+    columns = rows.numel() // max(count, 1)
+    deviation = largest = 0.0
+    for span in row_slices(count if columns else 0, columns, block):
+        values = rows[span].to(torch.float32)
+        deviation = math.hypot(deviation, float(torch.linalg.vector_norm(values, dtype=torch.float64)))
+        largest = max(largest, float(values.abs().amax()))
+    runs = [rows[span].to(device=device, dtype=torch.float32).flatten(1) for span in _spread(count, columns)]
+    return Whole(deviation / math.sqrt(max(1, count * columns)), largest, torch.cat(runs))
+
+
+def _spread(rows: int, columns: int) -> list[slice]:
+    """Runs of rows, evenly spread: all rows where the weights are few."""
+    if rows * columns <= WHOLE_SAMPLE:
+        return [slice(0, rows)]
+    tall = -(-RUN_WEIGHTS // columns)
+    runs = list(spans(rows, tall))
+    wanted = max(1, min(SAMPLED_RUNS, MOST_SAMPLED // (tall * columns)))
+    return [runs[place * len(runs) // wanted] for place in range(min(wanted, len(runs)))]
 
 
 def grid_shape(rows: Shape, granularity: Granularity, group_size: int | None) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import IO
 
 from qcompress.coding.stored import Stored, behind
 
-HELD_BYTES = 1 << 23
+HELD_BYTES = 1 << 21
 """Bytes that wait in memory at most, where there is a folder for more."""
 
 

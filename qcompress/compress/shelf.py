@@ -22,8 +22,8 @@ from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view, write_check
 from qcompress.checkpoint.safetensors_file import Container, read_container
 from qcompress.checkpoint.staging import reporting_resources, staging_folder
 from qcompress.coding.kept import tensor_of
-from qcompress.encode.encode_tensor import refuse_out_of_range, survey_bytes
 from qcompress.encode.encode_weight import ContextSources, encode_weight
+from qcompress.encode.job import refuse_out_of_range, survey_bytes
 from qcompress.errors import CheckpointError
 from qcompress.recipe import recipe_hash
 from qcompress.registry import METHODS

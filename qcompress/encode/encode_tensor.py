@@ -8,143 +8,61 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from itertools import starmap
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from qcompress.artifact.entry import PARTS, Entry, part_name, planned_entry, seal
 from qcompress.artifact.writer import SlotWriter
-from qcompress.checkpoint.checkpoint import StackedRows, StoredRows, tensor_view
-from qcompress.checkpoint.safetensors_file import Container
+from qcompress.checkpoint.checkpoint import tensor_view
 from qcompress.coding.grids import (
     centroid_values,
     decode_rows,
     exponent_for,
     row_spans,
-    step_value,
     take_rows,
     with_entries,
 )
 from qcompress.coding.packing import pack, row_bytes
 from qcompress.coding.payload import encode_payload, least_bytes
-from qcompress.coding.rows import row_slices, rows_from_weight, stored_codebook_shape
+from qcompress.coding.rows import row_slices, stored_codebook_shape
 from qcompress.coding.stored import Stored, in_memory
-from qcompress.coding.unbounded.payload import encode_pool, join_side
-from qcompress.encode.encode_weight import ContextSources, encode_codes, encode_weight
-from qcompress.errors import CheckpointError, Subject
+from qcompress.encode.encode_unbounded import finish_unbounded
+from qcompress.encode.encode_weight import encode_codes, encode_weight
+from qcompress.encode.job import (
+    BLOCK_WEIGHTS,
+    Finished,
+    Job,
+    Rows,
+    Stopped,
+    Survey,
+    coded_on_cpu,
+    float_rows,
+    rows_of,
+    survey_of,
+)
 from qcompress.registry import METHODS
-from qcompress.report.counts import codebook_figures, count_values
-from qcompress.report.document import LayerFigures
+from qcompress.report.counts import codebook_figures
 from qcompress.report.figures import LayerMeter, unclipped_range
 from qcompress.types.config import Coding, CodingChoice
-from qcompress.types.encoded import Codebook, Coded, Compressed, Constant, Encoded, Kept, Unbounded
-from qcompress.types.plan import Decision, TensorInfo, row_shape
+from qcompress.types.encoded import Codebook, Coded, Compressed, Constant, Kept, Unbounded
+from qcompress.types.plan import Decision, row_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-CompressedT = TypeVar("CompressedT", bound=Compressed)
 
-BLOCK_WEIGHTS = 1 << 19
 STACKED_WEIGHTS = 1 << 15
 """Above so many the call that encodes a weight costs little beside the work in it."""
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-FLOAT32_LEAST = float(np.finfo(np.float32).tiny)
 
 FIELDS = {**{part: part for part in PARTS}, "codebook": "centroids", "exponent": "row_exponents", "table": "values"}
 """Part of a stored tensor -> the field of the encoded one that it holds."""
 OF_ALL_ROWS = ("table",)
 """Parts of which all row blocks of a tensor have the same."""
-
-MAGNITUDES = {"F64": ("i8", "u8"), "F32": ("i4", "u4"), "F16": ("i2", "u2"), "BF16": ("i2", "u2")}
-
-
-class Stopped(Exception):
-    """Another part of the run failed or was interrupted."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a pass over a tensor's bytes tells: their CRC-32, and of weights the largest |weight|, maybe NaN or Inf."""
-
-    crc32: int
-    largest: float
-
-    @property
-    def finite(self) -> bool:
-        return self.largest <= FLOAT32_MAX
-
-
-def survey_bytes(pieces: Iterable[memoryview], dtype: str) -> Survey:
-    """The survey of a tensor's bytes, in pieces of whole values; `largest` is 0 for dtypes that are not weights."""
-    crc, signed_top, unsigned_top = 0, 0, 0
-    formats = MAGNITUDES.get(dtype)
-    for piece in pieces:
-        crc = zlib.crc32(piece, crc)
-        if formats is not None:
-            # Bit patterns of floats of one sign are ordered like their magnitudes, NaN and Inf above all.
-            top = int(np.frombuffer(piece, dtype=f"<{formats[0]}").max())
-            signed_top = max(signed_top, top & ((1 << (8 * int(formats[0][1]) - 1)) - 1))
-            unsigned_top = max(unsigned_top, int(np.frombuffer(piece, dtype=f"<{formats[1]}").max()))
-    if formats is None:
-        return Survey(crc, 0.0)
-    size = int(formats[0][1])
-    bits = max(signed_top, unsigned_top & ((1 << (8 * size - 1)) - 1))
-    return Survey(crc, _float_from_bits(bits, dtype, size))
-
-
-def _float_from_bits(bits: int, dtype: str, size: int) -> float:
-    if dtype == "BF16":
-        bits, size = bits << 16, 4
-    return float(np.frombuffer(bits.to_bytes(size, "little"), dtype=f"<f{size}")[0])
-
-
-def count_nonfinite(weight: Tensor) -> int:
-    """How many values are NaN, Inf, or beyond float32."""
-    flat = weight.reshape(-1)
-    parts = (flat[start : start + BLOCK_WEIGHTS] for start in range(0, flat.numel(), BLOCK_WEIGHTS))
-    return sum(part.numel() - int(torch.isfinite(part.float()).sum()) for part in parts)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """One tensor, encoded: what manifest and report say of it, and its codes if they still have to be written.
-
-    unbounded   codes that wait for the others of their pool
-    side_bytes  what of the payload is side information
-    """
-
-    decision: Decision
-    entry: Entry
-    figures: LayerFigures
-    input_crc32: int
-    payload: Stored | None
-    unbounded: Unbounded | None = None
-    side_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One weight to encode.
-
-    ready      its codes, where a method on a live model has chosen them already
-    reference  the float weight that those codes stand for, where that is not the checkpoint's
-    pooled     whether the codes, unbounded ones, wait for others
-    """
-
-    source: Container
-    decision: Decision
-    writer: SlotWriter
-    choice: CodingChoice
-    device: str
-    ready: Encoded | None = None
-    reference: Tensor | None = None
-    sources: ContextSources = field(default_factory=ContextSources)
-    pooled: bool = False
 
 
 class _Block(NamedTuple):
@@ -177,10 +95,6 @@ class _Block(NamedTuple):
             self.packed[start:stop],
             None if within is None else (within[0][start:stop], within[1][start:stop]),
         )
-
-
-Rows: TypeAlias = "Tensor | StoredRows | StackedRows"
-"""A weight [rows, ...], read row block by row block where it lies so that it can be."""
 
 
 def has_rows_of_grids(decision: Decision) -> bool:
@@ -216,7 +130,7 @@ def encode_tensors(jobs: Sequence[Job], stop: threading.Event) -> list[Finished]
         return [encode_tensor(jobs[0], stop)]
     stacks: dict[object, list[tuple[Job, Survey]]] = {}
     for job in jobs:
-        survey = _survey(job)
+        survey = survey_of(job)
         stacks.setdefault((stack_key(job), exponent_for(survey.largest)), []).append((job, survey))
     finished = [one for stack in stacks.values() for one in _encode_stack(stack, stop)]
     order = {job.decision.tensor.name: place for place, job in enumerate(jobs)}
@@ -227,7 +141,7 @@ def _encode_stack(stack: Sequence[tuple[Job, Survey]], stop: threading.Event) ->
     """Weights as the rows of one: a row is encoded by itself, and gets the codes and the grid that it gets alone."""
     first, survey = stack[0]
     exponent, start = exponent_for(survey.largest), 0
-    blocks = [_float_rows(_rows_of(job)[:]) for job, _ in stack]
+    blocks = [float_rows(rows_of(job)[:]) for job, _ in stack]
     context = first.sources.context_of(first.decision, exponent)
     rows = torch.cat(blocks)
     found = coded_on_cpu(encode_codes(rows.to(first.device), first.decision, context))
@@ -243,13 +157,15 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
 
     Raises CheckpointError where the weight holds NaN or Inf; Stopped once `stop` is set.
     """
-    survey = _survey(job)
-    rows = _rows_of(job)
+    survey = survey_of(job)
+    rows = rows_of(job)
+    if job.ready is None and job.decision.config.form == "unbounded":
+        return finish_unbounded(job, rows, None, survey, stop)
     whole = _whole_codes(job, survey.largest)
     if isinstance(whole, Constant):
         return _finish_constant(job, rows, whole, survey)
     if isinstance(whole, Unbounded):
-        return _finish_unbounded(job, rows, whole, survey, stop)
+        return finish_unbounded(job, rows, whole, survey, stop)
     if whole is None:
         exponent = exponent_for(survey.largest)
         return _finish_blocks(job, survey, exponent, starmap(_Block.of, _encoded_blocks(rows, job, exponent)), stop)
@@ -260,14 +176,6 @@ def encode_tensor(job: Job, stop: threading.Event) -> Finished:
     # What is encoded whole knows its exponent, which of float32 centroids is 0.
     finished = _finish_blocks(job, survey, whole.exponent, starmap(_Block.of, _row_blocks(rows, whole)), stop)
     return replace(finished, figures=replace(finished.figures, **about))
-
-
-def _survey(job: Job) -> Survey:
-    """The survey of a job's weight. Raises CheckpointError where float32 does not hold it."""
-    source, tensor = job.source, job.decision.tensor
-    survey = survey_bytes(source.pieces_of(tensor.name), tensor.dtype)
-    refuse_out_of_range(source, tensor, survey)
-    return survey
 
 
 def _finish_blocks(
@@ -302,23 +210,6 @@ def _finish_blocks(
     return Finished(decision, entry, meter.result(), survey.crc32, payload)
 
 
-def _rows_of(job: Job) -> Rows:
-    """What the codes stand for as [rows, ...]: read row block by row block where the channels lead in the file."""
-    if job.reference is not None:
-        return rows_from_weight(job.reference, job.decision.axis)
-    return stored_rows(job.source, job.decision)
-
-
-def stored_rows(source: Container, decision: Decision) -> Rows:
-    """The weight of a decision as [rows, ...], as it lies in its file."""
-    tensor, axis = decision.tensor, decision.axis
-    if len(tensor.shape) > 1 and axis == tuple(range(len(axis))):
-        return StoredRows(source, tensor, row_shape(tensor.shape, axis))
-    if len(tensor.shape) == 3 and axis == (0, 2) and tensor.numel:
-        return StackedRows(source, tensor)
-    return rows_from_weight(tensor_view(source, tensor), axis)
-
-
 def _whole_codes(job: Job, largest: float) -> Compressed | None:
     """The codes of a weight that is encoded in one piece, on the CPU; None for one that goes by row blocks."""
     decision, method = job.decision, METHODS[job.decision.method or ""]
@@ -339,7 +230,7 @@ def _finish_constant(job: Job, rows: Rows, constant: Constant, survey: Survey) -
     entry = replace(planned_entry(decision), value=constant.value)
     meter = LayerMeter(decision.tensor.numel)
     for span in row_slices(rows.shape[0], decision.tensor.numel // rows.shape[0], BLOCK_WEIGHTS):
-        block = _float_rows(rows[span]).reshape(span.stop - span.start, -1)
+        block = float_rows(rows[span]).reshape(span.stop - span.start, -1)
         meter.add(block, torch.full_like(block, constant.value), None)
     codes = bytes(least_bytes(entry.numel))
     job.writer.put(part_name(decision.tensor.name, "codes"), codes)
@@ -348,61 +239,12 @@ def _finish_constant(job: Job, rows: Rows, constant: Constant, survey: Survey) -
     return Finished(decision, entry, meter.result(counts), survey.crc32, None)
 
 
-def _finish_unbounded(job: Job, rows: Rows, unbounded: Unbounded, survey: Survey, stop: threading.Event) -> Finished:
-    """A weight whose codes have no width; they are coded here unless they wait for others."""
-    decision = job.decision
-    meter = LayerMeter(decision.tensor.numel)
-    for block, part in _row_blocks(rows, unbounded):
-        if stop.is_set():
-            raise Stopped
-        meter.add(block, decode_rows(part), None)
-    figures = replace(meter.result(count_values(unbounded.codes.numpy())), step=step_value(unbounded))
-    finished = Finished(decision, planned_entry(decision), figures, survey.crc32, None, unbounded)
-    if job.pooled:
-        return finished
-    coded = encode_pool([unbounded], job.choice)
-    payload = join_side(coded.side, coded.payloads[0])
-    return replace(
-        finished,
-        entry=sealed_unbounded(decision, coded.codings[0], payload),
-        figures=replace(figures, classes=coded.uses[0]),
-        payload=payload,
-        unbounded=None,
-        side_bytes=payload.size - coded.payloads[0].size,
-    )
-
-
-def sealed_unbounded(decision: Decision, coding: Coding, payload: Stored) -> Entry:
-    """The entry of unbounded codes that came to this payload."""
-    entry = replace(planned_entry(decision), coding=coding)
-    return replace(entry, crc32=seal(decision.tensor.name, entry, payload.crc32()))
-
-
-def refuse_out_of_range(source: Container, tensor: TensorInfo, survey: Survey) -> None:
-    """Raise CheckpointError for a weight that is not finite, or whose largest value float32 does not hold any more."""
-    if not survey.finite:
-        raise nonfinite_error(source, tensor, count_nonfinite(tensor_view(source, tensor)))
-    if tensor.dtype == "F64" and 0 < survey.largest < FLOAT32_LEAST:
-        what = f"its largest value, {survey.largest:.3g}, is below those that float32 holds"
-        hint = "scale the weight, or keep it by a rule"
-        cause = "their largest values are below those that float32 holds"
-        raise CheckpointError(str(source.path), what, hint, Subject(tensor.name), cause)
-
-
-def nonfinite_error(source: Container, tensor: TensorInfo, count: int) -> CheckpointError:
-    """What to say of a weight that cannot be compressed because `count` of its values are no numbers."""
-    what = f"{count} of its {tensor.numel} values are NaN, Inf or beyond float32"
-    hint = "repair the checkpoint, or keep such tensors, by rules or, without a model, by --skip-nonfinite"
-    cause = "some of their values are NaN, Inf or beyond float32"
-    return CheckpointError(str(source.path), what, hint, Subject(tensor.name), cause)
-
-
 def _encoded_blocks(rows: Rows, job: Job, exponent: int) -> Iterator[tuple[Tensor, Coded]]:
     """Row blocks as float32 [rows, columns] on the CPU, each encoded by itself."""
     count, context = rows.shape[0], job.sources.context_of(job.decision, exponent)
     step = max(1, BLOCK_WEIGHTS * count // max(rows.numel(), 1))
     for start in range(0, count, step):
-        block = _float_rows(rows[start : start + step])
+        block = float_rows(rows[start : start + step])
         found = encode_codes(block.to(job.device), job.decision, context)
         yield block.reshape(len(block), -1), coded_on_cpu(found)
 
@@ -410,21 +252,8 @@ def _encoded_blocks(rows: Rows, job: Job, exponent: int) -> Iterator[tuple[Tenso
 def _row_blocks(rows: Rows, whole: Coded) -> Iterator[tuple[Tensor, Coded]]:
     """Row blocks of a weight that has its codes already, as `_encoded_blocks` gives them."""
     for start, stop in row_spans(whole, BLOCK_WEIGHTS):
-        block = _float_rows(rows[start:stop])
+        block = float_rows(rows[start:stop])
         yield block.reshape(len(block), -1), take_rows(whole, start, stop)
-
-
-def _float_rows(rows: Tensor) -> Tensor:
-    return rows.to(device="cpu", dtype=torch.float32).contiguous()
-
-
-def coded_on_cpu(encoded: CompressedT) -> CompressedT:
-    """The codes and their grid on the CPU."""
-    if isinstance(encoded, Constant) or encoded.codes.device.type == "cpu":
-        return encoded
-    values: dict[str, Any] = {part.name: getattr(encoded, part.name) for part in fields(encoded)}
-    moved: Any = {name: value.cpu() for name, value in values.items() if isinstance(value, torch.Tensor)}
-    return replace(encoded, **moved)
 
 
 def _collect_grid(grids: dict[str, list[Tensor]], encoded: Coded, *, once: bool) -> None:

@@ -15,19 +15,15 @@ from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.coding.grids import spread_too_far
 from qcompress.coding.planes import BLOCK_VALUES
 from qcompress.coding.rows import row_slices
-from qcompress.encode.encode_tensor import (
-    BLOCK_WEIGHTS,
-    count_nonfinite,
-    has_rows_of_grids,
-    refuse_out_of_range,
-    stored_rows,
-    survey_bytes,
-)
+from qcompress.coding.spool import HELD_BYTES
+from qcompress.encode.encode_tensor import has_rows_of_grids
+from qcompress.encode.encode_unbounded import block_weights
+from qcompress.encode.job import BLOCK_WEIGHTS, count_nonfinite, refuse_out_of_range, stored_rows, survey_bytes
 from qcompress.errors import CheckpointError, InputError, ResourceError, Subject, raise_all
 from qcompress.plan.files import Shard
 from qcompress.types.config import CodingChoice
 from qcompress.types.encoded import Fitted, Grouped, Kept
-from qcompress.types.plan import Decision, Plan, TensorInfo
+from qcompress.types.plan import Decision, Plan, TensorInfo, row_shape
 from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import Options
 
@@ -158,6 +154,12 @@ def _memory_needed(decision: Decision, choice: CodingChoice) -> int:
     weights = decision.tensor.numel
     if not decision.compresses:
         return CODED_COPIES * decision.stored_as.n_bytes * min(weights, BLOCK_VALUES) // weights
+    if decision.config.form == "unbounded":
+        rows = row_shape(decision.tensor.shape, decision.axis)[0]
+        block = min(weights, max(block_weights(decision), weights // max(rows, 1)))
+        # Codes and payload wait, of which files hold what is beyond; rows that do not lead are taken from all of them.
+        read = 0 if decision.axis == tuple(range(len(decision.axis))) else decision.tensor.n_bytes
+        return 4 * BLOCK_COPIES * block + 2 * min(weights, HELD_BYTES) + read
     block = weights if decision.config.unit == "tensor" else min(weights, BLOCK_WEIGHTS)
     gathered = 0 if choice == "packed" else 3 * max(slot.n_bytes for slot in make_slots(decision, choice))
     copies = 6 if decision.config.unit == "tensor" else BLOCK_COPIES

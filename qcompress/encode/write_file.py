@@ -20,8 +20,10 @@ from qcompress.checkpoint.staging import staging_folder
 from qcompress.coding.packing import row_bytes
 from qcompress.coding.stored import in_memory
 from qcompress.coding.unbounded.payload import encode_pool
-from qcompress.encode.encode_tensor import BLOCK_WEIGHTS, Finished, Job, encode_tensors, sealed_unbounded, stack_key
+from qcompress.encode.encode_tensor import encode_tensors, stack_key
+from qcompress.encode.encode_unbounded import sealed_unbounded
 from qcompress.encode.encode_weight import ContextSources
+from qcompress.encode.job import BLOCK_WEIGHTS, Finished, Job
 from qcompress.encode.journal import Journal, Record, run_key
 from qcompress.encode.write_kept import coded_decisions, copy_kept, is_adjusted, report_progress, write_coded
 from qcompress.plan.files import Shard

@@ -39,13 +39,13 @@ class ValueCounter:
         self.counts = np.zeros(0, np.int64)
         """How often each code that occurs does, by ascending code."""
 
-    def add(self, codes: NDArray[np.int32]) -> None:
-        """Count some more."""
+    def add(self, codes: NDArray[Any]) -> None:
+        """Count some more, of any integers."""
         if not codes.size:
             return
         low = int(codes.min())
         if int(codes.max()) - low < WIDE:
-            every = np.bincount(codes.reshape(-1) - low)
+            every = np.bincount(codes.reshape(-1).astype(np.int64) - low)
             places = np.flatnonzero(every)
             values, counts = places + low, every[places]
         else:

@@ -28,6 +28,8 @@ WIDEST_FACTOR = 4 * OCTAVE
 LEAST_STEP, MOST_STEP = 2.0**-140, 2.0**127
 """Steps that leave something of every weight that float32 has."""
 SCALARS_AT_ONCE = 1 << 15
+ZERO_MARGIN = 0.01
+"""More than float32 loses of errors beside bits."""
 SIDE_BITS = 5.0
 """What one factor costs, about."""
 
@@ -239,16 +241,21 @@ def scalar_unbounded(target: Tensor, bit_costs: BitCosts | None) -> Tensor:
     to_next = (price - price[:, every - every.sign() + most]).reshape(-1)
     to_zero = (price - price[:, most : most + 1]).reshape(-1)
     flat, found, classes = target.reshape(-1), codes.reshape(-1), bit_costs.classes.reshape(-1)
+    # Zero can be the best of all only where it saves more than its error is larger, half a step towards it.
+    sizes = every.abs()
+    zero_wins = bool((to_zero.reshape(-1, len(every)) > sizes * (sizes - 1) - ZERO_MARGIN)[:, sizes > 1].any())
     for start in range(0, len(flat), SCALARS_AT_ONCE):
         here = slice(start, start + SCALARS_AT_ONCE)
         t, near = flat[here], found[here]
         at = near.clamp(-most, most).add_(most).int().add_(classes[here].int() * len(every))
         sign = near.sign()
-        # What is saved by another code, less by how much its error is larger.
-        by_next = (t - near).mul_(sign).mul_(-2.0).sub_(1.0).add_(to_next[at])
-        by_zero = (t + t).sub_(near).mul_(near).neg_().add_(to_zero[at])
-        near.sub_(sign.mul_((by_next > 0) & (by_next >= by_zero)))
-        near.masked_fill_((by_zero > 0) & (by_zero > by_next), 0.0)
+        # By how much the error of the next code is larger, against what it saves.
+        larger, saved = (t - near).mul_(sign).mul_(2.0).add_(1.0), to_next.index_select(0, at)
+        if zero_wins:
+            by_zero = (t + t).sub_(near).mul_(near).neg_().add_(to_zero.index_select(0, at))
+            near.masked_fill_((by_zero > 0) & (by_zero > saved - larger), 0.0)
+            sign = near.sign()
+        near.sub_(sign.mul_(larger < saved))
     return codes
 
 

@@ -136,6 +136,22 @@ class Gram:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What a method knows of all rows of a weight while it encodes some of them.
+
+    deviation  of the weights from zero
+    largest    of their magnitudes
+    sample     float32 [rows, columns], evenly spread rows, all of them where they are few
+    kept       what the method keeps from one block of rows to the next
+    """
+
+    deviation: float
+    largest: float
+    sample: Tensor
+    kept: MutableMapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class EncodeContext:
     """What a method that encodes one weight may draw on beside the weight and its config.
 
@@ -146,6 +162,7 @@ class EncodeContext:
                      error of a weight in that column counts; None: all alike
     shared           codebook float [1, entries, dim] and exponent that several tensors have together
     representatives  float [at most 2**bits]: what finetune-reg learned for this tensor
+    whole            all rows, where only some of them are given; None: those that are given are all
     """
 
     exponent: int
@@ -154,6 +171,7 @@ class EncodeContext:
     sensitivity: Tensor | None = None
     shared: tuple[Tensor, int] | None = None
     representatives: Tensor | None = None
+    whole: Whole | None = None
 
 
 @dataclass(frozen=True)

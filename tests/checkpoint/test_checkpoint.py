@@ -13,7 +13,7 @@ from artifact.examples import dense, denses, entry, gaussian, plan_for, rtn, run
 from safetensors.torch import load_file, save_model
 from torch import nn
 
-from qcompress.checkpoint.checkpoint import read_checkpoint, tensor_view
+from qcompress.checkpoint.checkpoint import read_checkpoint, strided_values, tensor_view
 from qcompress.compress.load import load_state_dict
 from qcompress.errors import CheckpointError
 
@@ -296,3 +296,16 @@ def test_ten_thousand_tensors(tmp_path: Path) -> None:
     artifact = verify(tmp_path / "a.safetensors")
     assert len(artifact.files[0].kept) == count - 1111
     assert len(load_state_dict(tmp_path / "a.safetensors")) == count
+
+
+@pytest.mark.parametrize("stride", [1, 3, 7, 100, 5000])
+def test_strided_values_are_those_of_the_whole_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int
+) -> None:
+    """Also where a stride is longer than what is read at a time."""
+    weight = torch.arange(1230).reshape(41, 30).bfloat16()
+    checkpoint = read_checkpoint(save(tmp_path / "m.safetensors", {"w": weight}))
+    monkeypatch.setattr("qcompress.checkpoint.safetensors_file.PIECE_BYTES", 64)
+    (info,) = checkpoint.tensors
+    found = strided_values(checkpoint.shard_of("w"), info, stride)
+    assert torch.equal(found, weight.reshape(-1)[::stride])

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -648,6 +649,36 @@ def test_peak_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) * 1024 - source.stat().st_size)
     assert peaks[1] - peaks[0] < 16 << 20
+
+
+@pytest.mark.slow
+def test_peak_memory_of_rd_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
+    """Eight times the rows, 14 million weights more: their codes and their payload wait in files."""
+    peaks, bits = [], []
+    for rows in (2048, 16384):
+        source = save(tmp_path / f"{rows}.safetensors", {"w": gaussian(rows, 1024)})
+        output = tmp_path / f"a{rows}.safetensors"
+        words = ["quantize", source, "--bpw", "2", "--threads", "1", "--json", "-", "-o", output]
+        command = [sys.executable, "-m", "qcompress", *map(str, words)]
+        report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        peaks.append(report["run"]["peak_memory_bytes"])
+        bits.append(report["size"]["bits_per_weight"])
+    assert peaks[1] - peaks[0] < 24 << 20
+    assert all(1.95 < one <= 2 for one in bits)
+
+
+def test_rd_by_rows_is_refused_for_the_memory_of_its_blocks_alone(tmp_path: Path) -> None:
+    """A tensor takes what a block of its rows takes, however many rows it has; a long row is a block of its own."""
+    needed = {}
+    for name, shape in {"one": (2048, 512), "many": (8192, 512), "long": (2, 1 << 20)}.items():
+        source = save(tmp_path / f"{name}.safetensors", {"w": torch.zeros(shape)})
+        with pytest.raises(ResourceError, match="more than --max-memory 1000") as caught:
+            run(source, tmp_path / f"{name}-a.safetensors", recipe(rule("*", "rd", step=0.5)), max_memory=1000)
+        found = re.search(r"about (\d+) bytes", str(caught.value))
+        assert found
+        needed[name] = int(found[1])
+    assert needed["many"] - needed["one"] <= 2 * 3 * 1024 * 1024 * 2
+    assert needed["long"] > 1.5 * needed["many"]
 
 
 def test_every_byte_of_a_layer_has_an_owner(tmp_path: Path) -> None:

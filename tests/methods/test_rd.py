@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,14 +19,16 @@ from model.networks import live as other_live
 from torch import Tensor, nn
 
 from qcompress.budget.search import LEAST_RATE, MOST_RATE, Search
-from qcompress.coding.grids import decode
+from qcompress.coding.grids import decode, step_value
+from qcompress.coding.rows import measure_whole
 from qcompress.coding.unbounded.lengths import coded_bits
 from qcompress.data.batches import Batch
-from qcompress.methods.rd import encode, fit, free, free_step
-from qcompress.methods.rd.free import MOST_COLUMNS, prior_hessian
+from qcompress.methods.rd import encode, fit, free
+from qcompress.methods.rd.free import MOST_COLUMNS, free_step, prior_hessian
 from qcompress.model.live import LiveModel, fresh_copy, make_live_model
 from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import output_error
+from qcompress.solvers.unbounded import root_mean_square
 from qcompress.types.encoded import Fitted, Kept, Unbounded
 from qcompress.types.run import FitContext
 
@@ -410,11 +413,12 @@ def test_without_a_prior_and_a_price_weights_are_rounded_to_nearest() -> None:
 
 def test_a_step_goes_with_the_root_of_the_deviation() -> None:
     weight = gaussian(8, 40)
-    assert free_step(weight, 0.5) == pytest.approx(0.5 * float(weight.square().mean()) ** 0.25, rel=1e-6)
-    assert free_step(16 * weight, 0.5) == pytest.approx(4 * free_step(weight, 0.5), rel=1e-6)
-    assert free_step(2.0**100 * weight, 0.5) == pytest.approx(2.0**50 * free_step(weight, 0.5), rel=1e-6)
-    assert free_step(2.0**-100 * weight, 0.5) == pytest.approx(2.0**-50 * free_step(weight, 0.5), rel=1e-6)
-    assert free_step(0 * weight, 0.5) > 0
+    held = step_value(encode(weight, RdConfig(step=0.5), CONTEXT))
+    assert held == pytest.approx(0.5 * float(weight.square().mean()) ** 0.25, rel=1e-3)
+    for times, root in ((16.0, 4.0), (2.0**100, 2.0**50), (2.0**-100, 2.0**-50)):
+        step = free_step(root_mean_square(times * weight), 0.5)
+        assert step == pytest.approx(root * free_step(root_mean_square(weight), 0.5), rel=1e-6)
+    assert free_step(0.0, 0.5) > 0
 
 
 @pytest.mark.parametrize("prior", ["flips", "correlated"])
@@ -453,9 +457,8 @@ def test_wide_weights_are_layers_side_by_side(effort: str) -> None:
     for part in range(2):
         own = weight[:, part * channels // 2 : (part + 1) * channels // 2]
         # The step that the whole has: free_step of a part differs.
-        alone = encode(
-            own.contiguous(), RdConfig(effort=effort, step=0.6 * step / free_step(own, 0.6), price=0.0), CONTEXT
-        )
+        factor = 0.6 * step / free_step(root_mean_square(own), 0.6)
+        alone = encode(own.contiguous(), RdConfig(effort=effort, step=factor, price=0.0), CONTEXT)
         assert float(alone.step) * 2.0**alone.exponent == step
         assert torch.equal(alone.codes, unbounded.codes[:, part * 9 * channels // 2 : (part + 1) * 9 * channels // 2])
 
@@ -466,6 +469,22 @@ def test_how_many_rows_are_coded_at_once_changes_nothing(effort: str, monkeypatc
     whole = encode(weight, config, CONTEXT)
     monkeypatch.setattr(free, "ROWS_AT_ONCE", 200)
     assert torch.equal(encode(weight, config, CONTEXT).codes, whole.codes)
+
+
+@pytest.mark.parametrize("shape", [(700, 420), (620, 48, 3, 3), (190, 4)])
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_rows_have_the_codes_that_they_have_among_all(shape: tuple[int, ...], effort: str) -> None:
+    """Also of weights whose sample is some of their rows: what is measured once serves every block."""
+    sizes = torch.linspace(-1, 1, shape[0]).exp().reshape(-1, *[1] * (len(shape) - 1))
+    weight, config = sizes * gaussian(*shape), RdConfig(effort=effort, step=0.6)
+    alone = encode(weight, config, CONTEXT)
+    whole = measure_whole(weight, "cpu", 10_000)
+    assert (len(whole.sample) < len(weight)) == (weight.numel() > 2**18)
+    context = replace(CONTEXT, whole=whole)
+    parts = [encode(weight[start : start + 150], config, context) for start in range(0, len(weight), 150)]
+    assert torch.equal(torch.cat([part.codes for part in parts]), alone.codes)
+    assert {step_value(part) for part in parts} == {step_value(alone)}
+    assert {part.trellis for part in parts} == {alone.trellis}
 
 
 def test_high_effort_is_a_trellis_where_rows_are_one_part_and_not_too_wide() -> None:

@@ -18,6 +18,7 @@ from qcompress.coding.unbounded.tokens import (
     CONTEXTS,
     TOKEN_BITS,
     TOKENS,
+    Levels,
     class_matrix,
     tokens_from_codes,
 )
@@ -68,6 +69,12 @@ def class_costs(unbounded_tensors: Sequence[Unbounded], span: int) -> list[tuple
             classes = class_matrix(levels, *source.shape).copy()
             found[member] = (torch.from_numpy(classes), costs)
     return [one for one in found if one is not None]
+
+
+def sample_costs(sample: Unbounded, span: int) -> tuple[Levels, Tensor]:
+    """Of codes that stand for more of one tensor: their levels, and bits as `class_costs` gives them."""
+    pool, _ = fit_pool([make_source(sample)])
+    return pool.levels[0], torch.from_numpy(_cost_rows(pool, span))
 
 
 def _cost_rows(pool: Pool, span: int) -> NDArray[np.float32]:

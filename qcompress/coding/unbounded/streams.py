@@ -47,6 +47,7 @@ from qcompress.coding.unbounded.tokens import (
     Levels,
     Tokens,
     codes_from_tokens,
+    narrowed,
     raw_bits,
 )
 
@@ -172,7 +173,7 @@ def _decode_job(job: _Job) -> list[NDArray[Any]]:
     if COMPILER.pays(sum(classes.size for *_, classes in job.chunks)):
         codes = decode_in_step(COMPILER.of, job.chunks, job.tables, job.trellis)
     codes = _decode_in_turn(job) if codes is None else codes
-    return [_narrow(part) for part in codes] if job.narrow else codes
+    return [narrowed(part) for part in codes] if job.narrow else codes
 
 
 def decode_in_step(
@@ -232,12 +233,6 @@ def _decode_in_turn(job: _Job) -> list[Codes]:
             raise ValueError("a chunk has raw bits that no code needs")
         done.append(found.T if job.trellis else found)
     return done
-
-
-def _narrow(codes: Codes) -> NDArray[Any]:
-    """The codes in the narrowest of int8, int16 and int32 that holds them."""
-    largest = max(-int(codes.min(initial=0)), int(codes.max(initial=0)))
-    return codes.astype(np.int8 if largest < 2**7 else np.int16 if largest < 2**15 else np.int32)
 
 
 def _parse_index(head: memoryview, chunks: int, size: int) -> list[tuple[int, int, int]]:

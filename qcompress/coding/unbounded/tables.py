@@ -34,6 +34,7 @@ from qcompress.coding.unbounded.tokens import (
     Levels,
     Tokens,
     measure_levels,
+    narrowed,
     tokens_from_codes,
 )
 from qcompress.types.encoded import ClassUse, Unbounded
@@ -146,7 +147,7 @@ class TokenCounts:
 
 def make_source(unbounded: Unbounded) -> Source:
     """The codes of a tensor that are in memory."""
-    codes = np.ascontiguousarray(unbounded.codes.cpu().numpy())
+    codes = narrowed(unbounded.codes.cpu().numpy())
     tall = chunk_rows(codes.shape[1])
 
     def read() -> Iterator[Codes]:

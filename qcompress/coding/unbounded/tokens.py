@@ -9,7 +9,7 @@ levels are side information, so that coder and decoder find the same classes. ar
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,12 @@ def tokens_from_codes(codes: Codes) -> Tokens:
     wide = codes.astype(np.int64)
     tokens: Tokens = (2 * _bins(np.abs(wide)) - (wide > 0)).astype(np.uint8)
     return tokens
+
+
+def narrowed(codes: Codes) -> Codes:
+    """The codes in the narrowest of int8, int16 and int32 that holds them and their magnitudes."""
+    largest = max(-int(codes.min(initial=0)), int(codes.max(initial=0)))
+    return codes.astype(np.int8 if largest < 2**7 else np.int16 if largest < 2**15 else np.int32)
 
 
 def raw_bits(codes: Codes, tokens: Tokens) -> NDArray[np.uint8]:
@@ -251,6 +257,18 @@ class Kinds:
         down = np.zeros_like(self._down) if levels.rows is None else self._down
         along = np.zeros_like(self._along) if levels.channels is None else self._along
         return _class_of((levels.base + down)[:, None].astype(np.int64) + along).reshape(-1).astype(np.int64)
+
+
+def classes_of_rows(levels: Levels, codes: NDArray[np.float32]) -> Contexts:
+    """The classes of codes [rows, columns], whole numbers, of some rows of a matrix, whose rows have other levels.
+
+    Where the levels have none of rows, neither have these.
+    """
+    rows, columns = codes.shape
+    if levels.rows is not None:
+        own = row_levels(np.abs(codes).sum(1, dtype=np.float64), columns)
+        levels = replace(levels, rows=own - levels.base)
+    return class_matrix(levels, rows, columns)
 
 
 def class_matrix(levels: Levels, rows: int, columns: int) -> Contexts:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qcompress.methods.rd.exact import encode_exact
-from qcompress.methods.rd.free import encode_free, free_step
+from qcompress.methods.rd.free import encode_free
 from qcompress.methods.rd.session import Session
 from qcompress.model.live import LiveModel
 from qcompress.registry import ExactConfig, RdConfig
@@ -21,14 +21,14 @@ from qcompress.types.encoded import Codebook, Constant, Fitted, Unbounded
 from qcompress.types.plan import Decision
 from qcompress.types.run import EncodeContext, FitContext
 
-__all__ = ["encode", "fit", "free_step"]
+__all__ = ["encode", "fit"]
 
 
 def encode(weight: Tensor, config: RdConfig | ExactConfig, context: EncodeContext) -> Unbounded | Codebook | Constant:
     """The codes of one weight, float32 [rows, ...], on the grid that its step says, or as it is."""
     if isinstance(config, ExactConfig):
         return encode_exact(weight, config)
-    return encode_free(weight, config)
+    return encode_free(weight, config, context.whole)
 
 
 def fit(live: LiveModel, decisions: Sequence[Decision[RdConfig]], context: FitContext) -> Fitted:

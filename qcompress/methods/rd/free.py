@@ -9,8 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qcompress.coding.rows import measure_whole
 from qcompress.coding.trellis import STATES
-from qcompress.coding.unbounded.lengths import class_costs
+from qcompress.coding.unbounded.lengths import sample_costs
+from qcompress.coding.unbounded.tokens import Levels, classes_of_rows
 from qcompress.registry import RdConfig
 from qcompress.solvers.trellis import trellis_codes
 from qcompress.solvers.unbounded import (
@@ -18,7 +20,6 @@ from qcompress.solvers.unbounded import (
     descend_unbounded,
     feedback_unbounded,
     grid_steps,
-    root_mean_square,
     scalar_unbounded,
     unbounded_grid,
     with_codes,
@@ -26,6 +27,7 @@ from qcompress.solvers.unbounded import (
 )
 from qcompress.types.config import Shape
 from qcompress.types.encoded import Unbounded
+from qcompress.types.run import Whole
 
 MEAN, VARIANCE = 0.4, 0.34
 """Of a standard normal variable behind a ReLU: 1 / sqrt(2 pi) and 1/2 - 1 / (2 pi)."""
@@ -113,64 +115,88 @@ MOST_TRELLIS_COLUMNS = 1 << 12
 """Wider rows take scalar codes: the time and memory of a trellis go with the square of a row."""
 
 
-def free_step(weight: Tensor, factor: float) -> float:
-    """The step of a weight: `factor` times the square root of its deviation.
+def free_step(deviation: float, factor: float) -> float:
+    """The step of a weight of this deviation: `factor` times its square root.
 
     Between equal steps for all tensors and steps in proportion to the weights: a tensor of large weights stands in
     front of more of the same, but its errors also weigh more (measured, docs/methods.md).
     """
-    deviation = root_mean_square(weight)
     return factor * deviation**0.5 if deviation > 0 else 1.0
 
 
-def encode_free(weight: Tensor, config: RdConfig) -> Unbounded:
+def encode_free(weight: Tensor, config: RdConfig, whole: Whole | None) -> Unbounded:
     """The codes of one weight, float32 [rows, ...], on the grid that `config.step` says.
 
     On a trellis where the effort is high and rows are not too wide for it; else as with normal effort. Steps are no
     finer than FINEST_STEP of the largest weight; their exponent is their own.
+
+    whole  all rows, where `weight` is some of them; the codes of a row are the same
     """
-    assert config.step is not None
-    shape = tuple(weight.shape)
-    rows = weight.reshape(shape[0], math.prod(shape[1:]))
-    size = (rows.shape[0], rows.shape[1])
-    largest = float(rows.abs().max()) if rows.numel() else 0.0
-    grid = unbounded_grid(shape, (0,), "F32", rows=None, columns=None, size=size)
-    grid = with_step(grid, max(free_step(weight, config.step), FINEST_STEP * largest))
-    if not rows.numel():
-        return with_codes(grid, rows)
-    octaves = math.frexp(largest)[1]
-    if abs(octaves) > FARTHEST_OCTAVE:
-        # Squares of steps would leave float32: codes do not depend on the unit.
-        rows, grid = _times_power(rows, -octaves), replace(grid, exponent=grid.exponent - octaves)
-        return replace(_coded(rows, grid, shape, config), exponent=grid.exponent + octaves)
-    return _coded(rows, grid, shape, config)
+    if whole is None:
+        whole = measure_whole(weight, weight.device, ROWS_AT_ONCE)
+    coder = whole.kept.get("rd")
+    if not isinstance(coder, _Coder):
+        coder = whole.kept["rd"] = _Coder(whole, tuple(weight.shape), config)
+    return coder.code(weight)
+
+
+class _Coder:
+    """Codes the rows of one weight on one grid, at prices that a sample of them tells."""
+
+    def __init__(self, whole: Whole, shape: Shape, config: RdConfig) -> None:
+        """`shape` is that of any rows of the weight."""
+        self.shape = shape
+        if not whole.sample.numel():
+            config = replace(config, prior="none", effort="fast", price=0.0)
+        assert config.step is not None
+        # Squares of steps would leave float32 at its ends: codes do not depend on the unit.
+        octaves = math.frexp(whole.largest)[1]
+        self.octaves = octaves if abs(octaves) > FARTHEST_OCTAVE else 0
+        size = (1, math.prod(shape[1:]))
+        grid = unbounded_grid(shape, (0,), "F32", rows=None, columns=None, size=size)
+        grid = with_step(grid, max(free_step(whole.deviation, config.step), FINEST_STEP * whole.largest))
+        grid = replace(grid, exponent=grid.exponent - self.octaves)
+        device = whole.sample.device
+        self.steps = grid_steps(grid, device)
+        self.hessian = _hessian(shape, config).to(device)
+        if config.trellis and not _is_trellis(self.hessian, size[1]):
+            config = replace(config, effort="normal")
+        if config.trellis and config.price is None:
+            config = replace(config, price=TRELLIS_PRICE)
+        if config.trellis and self.hessian.shape[-1] == 1:
+            self.hessian = torch.eye(size[1], dtype=torch.float64, device=device).unsqueeze(0)
+        self.flips = config.prior == "flips" and len(shape) > 2
+        self.config, self.grid = config, replace(grid, trellis=config.trellis and not self.flips)
+        self.levels, self.bits = Levels(0), whole.sample.new_zeros(0)
+        if config.lam > 0 and not self.flips:
+            sample = with_codes(self.grid, self._scaled(whole.sample) / self.steps)
+            self.levels, bits = sample_costs(replace(sample, shape=(len(whole.sample), *shape[1:])), PRICED_CODES)
+            self.bits = bits.to(device)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return _times_power(rows, -self.octaves) if self.octaves else rows
+
+    def code(self, weight: Tensor) -> Unbounded:
+        """The codes of some rows [rows, ...]."""
+        rows = self._scaled(weight.reshape(len(weight), math.prod(self.shape[1:])))
+        grid = replace(self.grid, shape=tuple(weight.shape), exponent=self.grid.exponent + self.octaves)
+        return with_codes(grid, self._codes(rows) if rows.numel() else rows)
+
+    def _codes(self, rows: Tensor) -> Tensor:
+        if self.flips:
+            return flip_unbounded(rows / self.steps, math.prod(self.shape[1:2]))
+        bit_costs = None
+        if self.config.lam > 0:
+            classes = classes_of_rows(self.levels, (rows / self.steps).round().cpu().numpy())
+            bit_costs = BitCosts(torch.from_numpy(classes.copy()).to(rows.device), self.bits, self.config.lam)
+        if self.hessian.shape[-1] == 1 and not self.config.trellis:
+            return scalar_unbounded(rows / self.steps, bit_costs)
+        return _codes(rows, self.steps, self.hessian, bit_costs, self.config)
 
 
 def _times_power(rows: Tensor, power: int) -> Tensor:
     """rows * 2**power, where 2**power may be beyond float32."""
     return rows * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
-
-
-def _coded(rows: Tensor, grid: Unbounded, shape: Shape, config: RdConfig) -> Unbounded:
-    """The grid, of one step, with the codes of rows [rows, columns] of a weight."""
-    steps, size = grid_steps(grid, rows.device), (rows.shape[0], rows.shape[1])
-    if config.prior == "flips" and len(shape) > 2:
-        return with_codes(grid, flip_unbounded(rows / steps, math.prod(shape[1:2])))
-    hessian = _hessian(shape, config).to(rows.device)
-    if config.trellis and not _is_trellis(hessian, size[1]):
-        config = replace(config, effort="normal")
-    if config.trellis and config.price is None:
-        config = replace(config, price=TRELLIS_PRICE)
-    grid = replace(grid, trellis=config.trellis)
-    if config.trellis and hessian.shape[-1] == 1:
-        hessian = torch.eye(size[1], dtype=torch.float64, device=rows.device).unsqueeze(0)
-    bit_costs = None
-    if config.lam > 0:
-        ((classes, bits),) = class_costs([with_codes(grid, rows / steps)], PRICED_CODES)
-        bit_costs = BitCosts(classes.to(rows.device), bits.to(rows.device), config.lam)
-    if hessian.shape[-1] == 1 and not config.trellis:
-        return with_codes(grid, scalar_unbounded(rows / steps, bit_costs))
-    return with_codes(grid, _codes(rows, steps, hessian, bit_costs, config))
 
 
 def _hessian(shape: Shape, config: RdConfig) -> Tensor:
