@@ -4,6 +4,7 @@
     python benchmarks/commands.py budgets CHECKPOINT       a budget without data against fixed widths
     python benchmarks/commands.py layers                   a network of 1,000 layers
     python benchmarks/commands.py resnet50 CHECKPOINT      the weights of ResNet-50
+    python benchmarks/commands.py large CHECKPOINT         a budget without data, of a checkpoint of any size
 
 The commands take turns, so that a machine that slows down slows all of them; figures are medians, imports included.
 `ratio` is to the command whose ratio is 1. One thread a process.
@@ -54,6 +55,7 @@ SETS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "report": REPORT,
         "report as html": (*REPORT, "--format", "html", "-o", "PAGE", "-q"),
     },
+    "large": {"rd, 2 bits a weight": (*QUANTIZE, "--bpw", "2", *REPORTED)},
     "resnet50": {"squant, 4 bits": (*QUANTIZE, "--method", "squant", "--bits", "4", *REPORTED)},
 }
 """Set -> title of a command -> its words behind python. The first has the ratio 1."""
@@ -114,7 +116,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", metavar="FILE|-")
     options = parser.parse_args()
-    if options.set in ("budgets", "resnet50") and options.checkpoint is None:
+    if options.set in ("budgets", "large", "resnet50") and options.checkpoint is None:
         parser.error(f"{options.set} needs a checkpoint; benchmarks/make_checkpoint.py writes one")
     rows = measure(options.set, options.checkpoint, options.turns)
     show(rows, render(rows), options.json)

@@ -6,9 +6,11 @@ from ledger import Row
 from tables import Cell, Table, figure_of
 
 F32, BF16, RESNET50 = "$WORK/f32.safetensors", "$WORK/bf16.safetensors", "$WORK/resnet50.safetensors"
+LARGE = "$WORK/large.safetensors"
 MAKE = {
     F32: f"python benchmarks/make_checkpoint.py {F32} --dtype F32 --size 100MB",
     BF16: f"python benchmarks/make_checkpoint.py {BF16} --dtype BF16 --size 1.9GB",
+    LARGE: f"python benchmarks/make_checkpoint.py {LARGE} --dtype BF16 --size 2GB",
     RESNET50: f"python benchmarks/make_checkpoint.py {RESNET50} --resnet50",
 }
 SMALL = "$WORK/bf16-60.safetensors"
@@ -42,6 +44,7 @@ ROWS = (
     ),
     row("reading", f"reading.py {F32}", 220, F32),
     row("budgets", f"commands.py budgets {F32}", 250, F32),
+    row("large", f"commands.py large {LARGE} --turns 1", 400, LARGE),
     row("layers", "commands.py layers", 100),
     row("resnet50", f"commands.py resnet50 {RESNET50}", 15, RESNET50),
     row("gptq", "gptq.py", 150),
