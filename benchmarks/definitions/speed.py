@@ -15,6 +15,13 @@ MAKE = {
 }
 SMALL = "$WORK/bf16-60.safetensors"
 DECODING = f"benchmarks/decoding.py {SMALL} --json -"
+REAL = {
+    "ResNet-20": "cifar10/resnet20",
+    "ResNet-32": "cifar10/resnet32",
+    "MobileNetV1 0.75": "imagenet/mobilenet_v1_075_224",
+    "DS-CNN": "kws/dscnn",
+    "stories260K": "stories/stories260K",
+}
 NEAR = 0.25
 """Times of a second run differ by so much on a busy machine; errors and sizes do not, but stand beside them."""
 
@@ -40,6 +47,21 @@ ROWS = (
         commands=(f"python benchmarks/make_checkpoint.py {SMALL} --dtype BF16 --size 60MB", f"$NUMBA {DECODING}"),
         figures={"all": "1"},
         seconds=70,
+        tolerance=NEAR,
+    ),
+    row(
+        "lossless-sizes",
+        "lossless.py sizes " + " ".join(f"'{name}=$QCOMPRESS_DATA/{path}.safetensors'" for name, path in REAL.items()),
+        60,
+    ),
+    Row(
+        name="speed/lossless",
+        commands=(
+            f"python benchmarks/make_checkpoint.py {SMALL} --dtype BF16 --size 60MB",
+            f"$NUMBA benchmarks/lossless.py speed {SMALL} --turns 3 --json -",
+        ),
+        figures={"all": "1"},
+        seconds=60,
         tolerance=NEAR,
     ),
     row("reading", f"reading.py {F32}", 220, F32),
@@ -217,6 +239,33 @@ TABLES = (
         },
         {f"`{coding}`": coding for coding in ("packed", "zstd", "ans")} | {"`rd` at 2 bits, entropy coded": "rd"},
         "codes",
+    ),
+    figures(
+        "lossless-sizes",
+        "lossless sizes",
+        {
+            "bfloat16": ("BF16|lossless", ".1%"),
+            "zstd -3": ("BF16|zstd -3", ".1%"),
+            "zstd -19": ("BF16|zstd -19", ".1%"),
+            "float16": ("F16|lossless", ".1%"),
+            "float32": ("F32|lossless", ".1%"),
+            "zstd -19 of it": ("F32|zstd -19", ".1%"),
+        },
+        {name: name for name in REAL},
+        "network",
+    ),
+    figures(
+        "lossless",
+        "lossless",
+        {"bytes": ("share", ".1%"), "write": ("write", ".0f"), "read": ("read", ".0f")},
+        {
+            "safetensors, cloned": "safetensors",
+            "zstd -3 of the file": "zstd -3 of the file",
+            "`--lossless --coding zstd`": "zstd",
+            "`--lossless`": "auto",
+            "`--lossless`, with numba": "auto, numba",
+        },
+        "way",
     ),
     figures(
         "budgets",

@@ -50,7 +50,7 @@ from qcompress.types.plan import (
 
 WEIGHT_ROLES: tuple[Role, ...] = ("matrix", "convolution", "depthwise", "embedding", "head", "expert", "router")
 """What gets another method where a rule's own cannot take it; all else is kept."""
-LEAST_CODED = 1 << 12
+LEAST_CODED = 1 << 10
 """Bytes of a kept tensor that is worth coding: a smaller one saves little more than its entry in a manifest takes."""
 HALVED = ("F32", "F64")
 """The dtypes that `keep_dtype: f16` changes: bfloat16 would lose range and gain nothing."""
