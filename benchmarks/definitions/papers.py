@@ -15,11 +15,10 @@ from ledger import Row
 from tables import Cell, Table, mean, plain_mean
 
 from . import clusters, methods, qar, qat, scratch, text, training
+from .words import CHANCE
 
 ROWS: tuple[Row, ...] = ()
 NETWORKS = {"resnet20": "ResNet-20", "mobilenet": "MobileNetV1"}
-CHANCE = 0.15
-"""Of ten classes, and half as much again."""
 
 
 def seeds_of(network: str, *names: str) -> tuple[int, ...]:
@@ -290,7 +289,7 @@ def codebooks(
             continue
         for levels in chosen:
             rows = (
-                [qar.clustered(network, name, levels, scope, seed) for name in names for seed in qar.SEEDS]
+                [qar.clustered(network, name, levels, scope, seed) for name in names for seed in qar.seeds_of(scope)]
                 for names in (ours, base)
             )
             layers = "" if scope == "all" else f" {scope}"
@@ -442,11 +441,11 @@ def figure_3(when: str) -> Table:
     lines: dict[str, list[str | Cell]] = {}
     for (network, about), scope in itertools.product(qar.NETWORKS.items(), qar.SCOPES):
         for levels in about.levels:
-            base = tuple(qar.clustered(network, qar.NONE, levels, scope, seed) for seed in qar.SEEDS)
+            base = tuple(qar.clustered(network, qar.NONE, levels, scope, seed) for seed in qar.seeds_of(scope))
             title, figure = f"{about.title}, {levels} entries, {scope}", qar.WHEN[when]
             cells: list[str | Cell] = [title, Cell(base, mean(figure, ".2f"))]
             for name in qar.REGULARIZERS:
-                own = tuple(qar.clustered(network, name, levels, scope, seed) for seed in qar.SEEDS)
+                own = tuple(qar.clustered(network, name, levels, scope, seed) for seed in qar.seeds_of(scope))
                 cells.append(Cell((*own, *base), qar.ratio(figure, f"qar/{network}/{qar.NONE}/")))
             cells.append(Cell(base, plain_mean("bytes", ",.0f")))
             lines[title] = cells

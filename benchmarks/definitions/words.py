@@ -10,6 +10,8 @@ MOBILENET = "$QCOMPRESS_DATA/imagenet/mobilenet_v1_075_224.safetensors"
 STORIES = "$QCOMPRESS_DATA/stories/stories260K.safetensors"
 
 TOP1 = {"top1": "0.accuracy.top1.artifact", "fp32": "0.accuracy.top1.baseline"}
+CHANCE = 0.15
+"""Top-1 of ten classes below which nothing was learned: half as much again as guessing gives."""
 SIZE = {"bpw": "0.size.bits_per_weight", "bytes": "0.size.artifact_bytes"}
 
 

@@ -7,20 +7,25 @@ from torch import Tensor, nn
 
 
 class AlexNet(nn.Module):
-    """Takes [samples, 3, 32, 32]; `width` scales every channel and the two hidden dense layers."""
+    """Takes [samples, 3, 32, 32].
 
-    def __init__(self, classes: int, width: float) -> None:
+    width   scales every channel and the two hidden dense layers
+    stride  of the first convolution; with 1 the others see four times as many places
+    """
+
+    def __init__(self, classes: int, width: float, stride: int, dropout: float) -> None:
         super().__init__()
         first, second, third, fourth, fifth, hidden = (
             max(1, round(size * width)) for size in (64, 192, 384, 256, 256, 4096)
         )
-        self.conv1 = nn.Conv2d(3, first, 3, 2, 1)
+        self.conv1 = nn.Conv2d(3, first, 3, stride, 1)
         self.conv2 = nn.Conv2d(first, second, 3, 1, 1)
         self.conv3 = nn.Conv2d(second, third, 3, 1, 1)
         self.conv4 = nn.Conv2d(third, fourth, 3, 1, 1)
         self.conv5 = nn.Conv2d(fourth, fifth, 3, 1, 1)
-        self.dropout = nn.Dropout(0.5)
-        self.fc1 = nn.Linear(4 * fifth, hidden)
+        self.dropout = nn.Dropout(dropout)
+        side = 4 // stride
+        self.fc1 = nn.Linear(side * side * fifth, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, classes)
         for layer in self.children():
@@ -38,5 +43,5 @@ class AlexNet(nn.Module):
         return self.fc3(F.relu(self.fc2(self.dropout(x))))
 
 
-def alexnet(classes: int = 10, width: float = 1.0) -> nn.Module:
-    return AlexNet(classes, width)
+def alexnet(classes: int = 10, width: float = 1.0, stride: int = 2, dropout: float = 0.5) -> nn.Module:
+    return AlexNet(classes, width, stride, dropout)
