@@ -1,4 +1,7 @@
-"""Several ranks in one process: a thread each, that meet as processes do which torchrun started."""
+"""Several ranks in one process: a thread each, that meet as processes do which torchrun started.
+
+Only one of them runs at a time, because tracing a network patches what all threads share.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,25 @@ class Room:
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=60)
         self.given: list[object] = [None] * size
+        self.turn = threading.Lock()
 
     def meet(self, rank: int, own: Result) -> list[Result]:
         """What each rank gives, in their order."""
         try:
             self.given[rank] = own
-            self.barrier.wait()
+            self._wait()
             found = list(self.given)
-            self.barrier.wait()
+            self._wait()
         except threading.BrokenBarrierError:
             raise OtherRankFailed(3) from None
         return found  # type: ignore[return-value]
+
+    def _wait(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
 
 @dataclass(frozen=True)
@@ -59,12 +70,13 @@ def together(size: int, function: Callable[[World], Result]) -> list[Result]:
     failed: list[BaseException] = []
 
     def ran(rank: int) -> Result:
-        try:
-            return function(ThreadWorld(rank, size, room=room))
-        except BaseException as error:
-            failed.append(error)
-            room.barrier.abort()
-            raise
+        with room.turn:
+            try:
+                return function(ThreadWorld(rank, size, room=room))
+            except BaseException as error:
+                failed.append(error)
+                room.barrier.abort()
+                raise
 
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(ran, rank) for rank in range(size)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from qcompress.artifact.layout import INDEX_NAME, Layout, Slot, header_room, index_text, manifest_slot
 from qcompress.artifact.manifest import MANIFEST_NAME
 from qcompress.checkpoint.safetensors_file import is_hidden
-from qcompress.coding.stored import Stored, in_memory
+from qcompress.coding.stored import Stored
 from qcompress.errors import CheckpointError, ResourceError, raise_all
 from qcompress.types.config import Shape
 from qcompress.types.files import is_there, real_path
@@ -110,12 +110,13 @@ class SlotWriter:
         for piece in stored.pieces():
             self._write(name, piece)
 
-    def put_planned(self, name: str, data: bytes, shape: tuple[int, ...]) -> None:
+    def put_planned(self, name: str, stored: Stored, shape: tuple[int, ...]) -> None:
         """Write all bytes of a slot at once, whether the plan fixed its size or not; see `put` and `put_varying`."""
-        if name in self._start:
-            self.put(name, data)
-        else:
-            self.put_varying(name, in_memory(data), shape)
+        if name not in self._start:
+            self.put_varying(name, stored, shape)
+            return
+        for piece in stored.pieces():
+            self.put(name, piece)
 
     def put_pieces(self, name: str, pieces: Iterable[Buffer], most: int) -> bool:
         """Write a slot in pieces that come to `most` bytes at most; False, with the slot still empty, where to more.

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 import torch
@@ -42,7 +42,7 @@ from qcompress.plan.sensitivity import (
 )
 from qcompress.recipe import recipe_json
 from qcompress.registry import METHODS
-from qcompress.report.figures import run_figures
+from qcompress.report.figures import add_up_ranks, run_figures
 from qcompress.types.encoded import for_tensor
 from qcompress.types.plan import Decision, Plan, Widths
 from qcompress.types.run import ModelRun, Options, Say, start_clock
@@ -192,7 +192,7 @@ def live_costs(
     options: Options,
     say: Say = lambda _: None,
 ) -> Costs:
-    """The divergence of every open tensor at each of its widths, measured on a few samples.
+    """The divergence of every open tensor at each of its widths, measured on a few samples; ranks divide the tensors.
 
     Widths above MEASURED_WIDTH are not run: their divergence is that of the widest that was, times the ratio of the
     relative errors. What the network holds as a part of another tensor is taken to cost, for its relative error, what
@@ -204,16 +204,18 @@ def live_costs(
     opened = [decision for decision in plan.decisions if decision.is_open]
     decisions = [decision for decision in opened if decision.tensor.name not in live.names.merged]
     say(f"sensitivity of {len(decisions)} tensors on {probe.samples} samples")
-    costs: dict[str, dict[int, float]] = {}
-    scales: list[float] = []
-    for decision, tried in _tried(live, decisions):
+    lines: list[tuple[str, list[tuple[int, float]], float]] = []
+    for decision, tried in _tried(live, _own(live, decisions)):
+        live.world.check()
         name, widths = decision.tensor.name, list(decision.widths.configs)
         run = [bits for bits in widths if bits <= MEASURED_WIDTH] or widths[:1]
         found = {bits: probe.divergence(tried(bits)) for bits in run}
         last = run[-1]
         scale = found[last] / errors[name][last] if errors[name][last] else 0.0
-        costs[name] = {bits: found.get(bits, scale * errors[name][bits]) for bits in widths}
-        scales.append(scale)
+        lines.append((name, [(bits, found.get(bits, scale * errors[name][bits])) for bits in widths], scale))
+    told = [line for part in live.world.tell(lines) for line in part]
+    costs = {name: dict(found) for name, found, _ in told}
+    scales = [scale for _, _, scale in told]
     typical = median(scales) if scales else 1.0
     for decision in opened:
         name = decision.tensor.name
@@ -234,7 +236,7 @@ def measure_sensitivity(
     """The divergence and the task's metrics that each open tensor of the plan alone costs at each of its widths.
 
     Divergences are measured on the first `samples` samples of the calibration data (without any, of the eval data),
-    metrics on those of the eval data. Activation quantizers are not in place.
+    metrics on those of the eval data. Activation quantizers are not in place. Ranks divide the tensors.
     """
     clock = start_clock()
     probe = make_probe(live, model_run, samples)
@@ -242,26 +244,36 @@ def measure_sensitivity(
     before = _measured(live.module, batches, model_run)
     decisions = [decision for decision in plan.decisions if decision.is_open]
     _refuse_merged(live, decisions)
-    layers = []
-    for index, (decision, tried) in enumerate(_tried(live, decisions)):
+    measured: dict[str, list[dict[str, object]]] = {}
+    own = _own(live, decisions)
+    for index, (decision, tried) in enumerate(_tried(live, own)):
+        live.world.check()
         name = decision.tensor.name
-        say(f"{name}: {index + 1} of {len(decisions)}")
+        say(f"{name}: {index + 1} of {len(own)}")
         place = live.names.place(name)
         rounded = round_weight(find_tensor(live.module, place), decision, decision.widths.configs, plan.recipe.seed)
-        widths = []
+        measured[name] = []
         for bits, config in decision.widths.configs.items():
             module = tried(bits)
-            widths.append(
-                WidthCost(
-                    bits=bits,
-                    bytes=sum(slot.n_bytes for slot in make_slots(replace(decision, config=config), "packed")),
-                    relative_error=rounded[bits].error,
-                    divergence=probe.divergence(module),
-                    metrics={one.metric: one.value for one in _measured(module, batches, model_run)},
-                )
+            cost = WidthCost(
+                bits=bits,
+                bytes=sum(slot.n_bytes for slot in make_slots(replace(decision, config=config), "packed")),
+                relative_error=rounded[bits].error,
+                divergence=probe.divergence(module),
+                metrics={one.metric: one.value for one in _measured(module, batches, model_run)},
             )
-        shape, method, grid = decision.tensor.shape, decision.method or "", grid_words(decision)
-        layers.append(LayerCosts(name=name, shape=shape, method=method, grid=grid, widths=tuple(widths)))
+            measured[name].append(asdict(cost))
+    told = {name: costs for part in live.world.tell(measured) for name, costs in part.items()}
+    layers = [
+        LayerCosts(
+            name=d.tensor.name,
+            shape=d.tensor.shape,
+            method=d.method or "",
+            grid=grid_words(d),
+            widths=tuple(WidthCost(**cost) for cost in told[d.tensor.name]),
+        )
+        for d in decisions
+    ]
     return Sensitivity(
         checkpoint=checkpoint.path.name,
         input_sha256=checkpoint_sha256(checkpoint),
@@ -273,8 +285,13 @@ def measure_sensitivity(
         higher={one.metric: one.higher for one in before},
         baseline={one.metric: one.value for one in before},
         layers=tuple(layers),
-        run=run_figures(clock, str(model_run.device)),
+        run=add_up_ranks(run_figures(clock, str(model_run.device)), live.world),
     )
+
+
+def _own(live: LiveModel, decisions: Sequence[Decision]) -> list[Decision]:
+    """The decisions that this rank looks at: each takes as long as the network does, whatever the weight."""
+    return [decisions[place] for place in live.world.share([1] * len(decisions))]
 
 
 def _refuse_merged(live: LiveModel, decisions: Sequence[Decision]) -> None:

@@ -19,6 +19,7 @@ from qcompress.model.moments import input_moments
 from qcompress.model.products import product_of
 from qcompress.model.sweep import refuse_unusable, run_stage, sweep
 from qcompress.types.encoded import ActivationGrid
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.settings import ActivationSettings
 
 INPUT_BITS = 8
@@ -114,23 +115,31 @@ def measure_activations(
         if live.at is not None:
             run_stage(live.stages[0], live.quantized, live.at.alone)
             return
-        for batch in live.calibration:
+        for batch in live.own_batches:
+            live.world.check()
             live.quantized(*batch.args, **batch.kwargs)
 
-    return grids_of_inputs(live.quantized, run, settings, bits)
+    return grids_of_inputs(live.quantized, run, settings, bits, live.world)
 
 
 def grids_of_inputs(
-    module: nn.Module, run: Callable[[], object], settings: ActivationSettings, bits: Mapping[str, int]
+    module: nn.Module,
+    run: Callable[[], object],
+    settings: ActivationSettings,
+    bits: Mapping[str, int],
+    world: World = ALONE,
 ) -> dict[str, ActivationGrid]:
     """The quantizers of the layers that `bits` names, from their inputs while `run` runs parts of `module`, twice.
 
+    world   the ranks whose inputs count together
     raises  DataError where an input holds NaN or Inf
     """
-    ranges = _measure_ranges(module, run, [*bits])
+    ranges = _of_all_ranks(_measure_ranges(module, run, [*bits]), [*bits], world)
     if settings.range == "minmax":
         return {name: activation_grid(*one, bits[name]) for name, one in ranges.items()}
     counts = _measure_histograms(module, run, ranges)
+    for name in ranges:
+        world.sum(counts[name])
     choose: Callable[[Tensor, float, float, int], tuple[float, float]]
     if settings.range == "percentile":
         share = (settings.percentile or 100.0) / 100.0
@@ -203,6 +212,15 @@ def _measure_ranges(
     with watched_inputs(module, names, watch):
         run()
     return ranges
+
+
+def _of_all_ranks(
+    ranges: Mapping[str, tuple[float, float]], names: Sequence[str], world: World
+) -> dict[str, tuple[float, float]]:
+    """The ranges that hold those of every rank, of the layers that some rank has one of, in the order of `names`."""
+    told = world.tell(ranges)
+    found = {name: [part[name] for part in told if name in part] for name in names}
+    return {name: (min(low for low, _ in ends), max(high for _, high in ends)) for name, ends in found.items() if ends}
 
 
 def _widen(ranges: dict[str, tuple[float, float]], name: str, x: Tensor) -> None:

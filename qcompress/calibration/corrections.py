@@ -16,6 +16,7 @@ from qcompress.model.moments import input_moments
 from qcompress.model.operations import BatchNorm
 from qcompress.model.stages import Stage, State
 from qcompress.model.sweep import LayerStep, layer_inputs, run_stage
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.settings import Companion
 
 
@@ -96,17 +97,16 @@ def run_companions(live: LiveModel, companions: Sequence[Companion]) -> Correcte
     that the batch norm gives what it gave: with statistics measured on both networks, few samples do. A layer with
     neither is skipped and named (Nagel et al. 2019, arXiv 1906.04721, section 4.2; Sun et al. 2019 for batch norms).
     """
-    stages = live.stages
-    clean = [stages[0].begin(batch) for batch in live.calibration]
-    noisy = list(clean)
+    stages, world = live.stages, live.world
+    clean, noisy = live.begin()
     changed: dict[str, Tensor] = {}
     notes: list[str] = []
     for stage in stages:
         for name in stage.layers:
             if matrix_layer(live.module.get_submodule(name)) is None:
                 continue
-            before = output_moments(stage, live.module, clean, name)
-            after = output_moments(stage, live.quantized, noisy, name)
+            before = output_moments(stage, live.module, clean, name, world)
+            after = output_moments(stage, live.quantized, noisy, name, world)
             if before is None or after is None:
                 continue
             updates = _correct(live, name, before, after, companions)
@@ -138,8 +138,11 @@ def match_outputs(live: LiveModel, step: LayerStep) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def output_moments(stage: Stage, module: nn.Module, states: Sequence[State], name: str) -> _Moments | None:
-    """Mean and variance of a layer's output over all positions of all batches; None where it is not called."""
+def output_moments(
+    stage: Stage, module: nn.Module, states: Sequence[State], name: str, world: World = ALONE
+) -> _Moments | None:
+    """Mean and variance of a layer's output over all positions of all batches of all ranks; None where no rank calls
+    it."""
     layer = matrix_layer(module.get_submodule(name))
     assert layer is not None
     sums = _Sums()
@@ -152,6 +155,7 @@ def output_moments(stage: Stage, module: nn.Module, states: Sequence[State], nam
         run_stage(stage, module, states)
     finally:
         handle.remove()
+    sums.add_up(world)
     return sums.moments() if sums.count else None
 
 
@@ -166,6 +170,19 @@ class _Sums:
         rows = output.double()
         self.total, self.squares = self.total + rows.sum(0), self.squares + rows.square().sum(0)
         self.count += len(rows)
+
+    def add_up(self, world: World) -> None:
+        """Make them those of all ranks."""
+        if world.size == 1:
+            return
+        told = world.tell([self.count, self.total.tolist(), self.squares.tolist()])
+        filled = [one for one in told if one[0]]
+        self.count = sum(count for count, _, _ in filled)
+        if filled:
+            self.total, self.squares = (
+                torch.tensor([one[part] for one in filled], dtype=torch.float64).sum(0).to(self.total.device)
+                for part in (1, 2)
+            )
 
     def moments(self) -> _Moments:
         mean = self.total / self.count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,12 +15,14 @@ from qcompress.cli.panels import INPUT, RUNNING
 from qcompress.cli.recipe import read_given
 from qcompress.errors import GateFailed, UsageError, raise_all
 from qcompress.report.words import size_words
+from qcompress.types.ranks import join_world
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qcompress.compress.evaluate import PackedRun
     from qcompress.data.measurement import Measurement
+    from qcompress.types.plan import Gates
     from qcompress.types.run import Json
 
 
@@ -64,12 +66,11 @@ def evaluate(
     qcompress eval model-w2.safetensors -r recipe.yaml --packed
     """
     from qcompress.checkpoint.hub import local_path
-    from qcompress.cli.run import make_model_run
+    from qcompress.cli.run import find_device, make_model_run
     from qcompress.compress.evaluate import evaluate as measure
     from qcompress.compress.evaluate import evaluate_packed
     from qcompress.recipe import refuse_missing
     from qcompress.report.document_json import report_path
-    from qcompress.report.gates import check_metrics, raise_failed
 
     refuse_mixed(streams.json_to, streams.quiet)
     if recipe is None:
@@ -81,9 +82,19 @@ def evaluate(
     refuse_harm(reads, [], streams.json_to, recipe=asked, force=force)
     raise_all(refuse_missing(asked, measures=True))
     gates = make_gates(asked.gates, GateFlags(min_metric=min_metric))
-    model_run = make_model_run(asked, device, allow_code, streams, threads)
-    run = evaluate_packed(path, model_run, limit) if packed else None
-    measured = measure(path, model_run, limit, strip_prefix) if run is None else run.measured
+    with join_world(find_device(device, live=True)) as world:
+        heard = replace(streams, quiet=streams.quiet or not world.is_first)
+        model_run = replace(make_model_run(asked, device, allow_code, heard, threads), world=world)
+        run = evaluate_packed(path, model_run, limit) if packed else None
+        measured = measure(path, model_run, limit, strip_prefix) if run is None else run.measured
+        if world.is_first:
+            _print(path, measured, run, gates, streams)
+
+
+def _print(path: Path, measured: Sequence[Measurement], run: PackedRun | None, gates: Gates, streams: Streams) -> None:
+    """Say what was measured, and hold the gates. Raises GateFailed."""
+    from qcompress.report.gates import check_metrics, raise_failed
+
     results = check_metrics(gates.min_metric, {one.metric: one.value for one in measured})
     if streams.json_to is not None:
         document = {

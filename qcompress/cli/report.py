@@ -24,6 +24,7 @@ from qcompress.cli.panels import GATES, INPUT, OUTPUT
 from qcompress.cli.sensitivity import SensitivityFlags, find_sensitivity, print_sensitivity
 from qcompress.errors import Refusals, ReportError, Subject, UnmeasuredError, UsageError, raise_all
 from qcompress.types.plan import Gates
+from qcompress.types.ranks import join_world
 
 if TYPE_CHECKING:
     from qcompress.checkpoint.checkpoint import Checkpoint
@@ -149,6 +150,8 @@ def report(
     qcompress report model-w2.safetensors --baseline-report main.report.json --max-growth 2%
 
     qcompress report model.safetensors --sensitivity -r recipe.yaml
+
+    torchrun --nproc-per-node 2 -m qcompress report model.safetensors --sensitivity -r recipe.yaml
     """
     from qcompress.checkpoint.checkpoint import read_checkpoint
     from qcompress.report.document_json import report_path
@@ -175,8 +178,13 @@ def report(
     _refuse_given(others, "goes with artifacts, not with --sensitivity", "leave it out")
     if len(artifacts) != 1:
         raise UsageError("--sensitivity", f"takes one checkpoint, not {len(artifacts)}", "name one")
-    found = find_sensitivity(artifacts[0], measuring, writes, files.force, streams, strip_prefix)
-    print_sensitivity(found, files.form, files.output, streams)
+    from qcompress.cli.run import find_device
+
+    with join_world(find_device(measuring.device, live=True)) as world:
+        heard = streams if world.is_first else replace(streams, quiet=True)
+        found = find_sensitivity(artifacts[0], measuring, writes, files.force, heard, strip_prefix, world)
+        if world.is_first:
+            print_sensitivity(found, files.form, files.output, streams)
 
 
 def _refuse_outputs(files: ReportFlags, inputs: Sequence[Path | None], quiet: bool) -> list[Write]:

@@ -223,6 +223,8 @@ def _run(request: Request, source: Checkpoint, streams: Streams) -> None:
         # Threads encode tensors beside one another; only training has steps that are worth several.
         threads = request.running.threads if trains(recipe) else None
         model_run = make_model_run(recipe, request.running.device, request.allow_code, streams, threads)
+        # What trains divides the samples of its steps, and the first rank does all else.
+        model_run = replace(model_run, world=ALONE if trains(recipe) else request.world)
     plan, learned = _make_plan(source, request, model_run)
     options = replace(options, representatives=learned)
     figures = target_figures(plan)
@@ -403,21 +405,15 @@ def _compress_live(
     return compress_live(source, plan, options, model_run, how)
 
 
-def _with_all_ranks(report: Report | None, world: World) -> Report | None:
-    """The report with the processor seconds of all ranks, and the peak of the one that took the most memory."""
-    run = None if report is None else report.run
-    told = world.tell(None if run is None else [run.cpu_seconds, run.peak_memory_bytes])
-    if report is None or run is None:
-        return report
-    seconds, peaks = zip(*(one for one in told if one is not None), strict=True)
-    return replace(report, run=replace(run, cpu_seconds=sum(seconds), peak_memory_bytes=max(peaks)))
-
-
 def _finish(report: Report | None, request: Request, target: Path, streams: Streams) -> None:
     """Hold the gates, write the report beside the artifact, and print it: the first rank does. Raises GateFailed."""
-    report = _with_all_ranks(report, request.world)
+    from qcompress.report.figures import add_up_ranks, run_figures
+
+    took = None if report is None else report.run
+    took = add_up_ranks(took or run_figures(start_clock(), "cpu"), request.world)
     if report is None or not request.world.is_first:
         return
+    report = replace(report, run=took)
     try:
         report = replace(report, gates=check_gates(request.recipe.gates, report))
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ from qcompress.cli import options as opt
 from qcompress.cli.output import Streams, print_rendered, refuse_harm, write_text
 from qcompress.cli.recipe import read_given
 from qcompress.errors import RecipeError, UsageError, raise_all
+from qcompress.types.ranks import ALONE, World
 
 if TYPE_CHECKING:
     from qcompress.checkpoint.outputs import Write
@@ -113,12 +114,14 @@ def find_sensitivity(
     force: bool,
     streams: Streams,
     strip_prefix: str | None = None,
+    world: World = ALONE,
 ) -> Sensitivity:
     """What the cache holds of just this, else what is measured now, and cached. Raises UsageError, InputError.
 
     writes        what the command writes, but --json and the cache
     force         replaces a cache of something else
     strip_prefix  see read_checkpoint
+    world         the ranks that divide the layers
     """
     from qcompress.budget.sensitivity import SAMPLES
     from qcompress.checkpoint.checkpoint import read_checkpoint
@@ -142,7 +145,7 @@ def find_sensitivity(
     refuse_harm(reads, writes, streams.json_to, recipe=recipe, force=force)
     source = read_checkpoint(checkpoint, strip_prefix)
     widths = None if flags.widths is None else parse_widths(flags.widths)
-    model_run = make_model_run(recipe, flags.device, flags.allow_code, streams)
+    model_run = replace(make_model_run(recipe, flags.device, flags.allow_code, streams), world=world)
     samples = flags.samples or SAMPLES
     return read_or_measure(source, model_run, cache, samples, widths, force=force, say=streams.say)
 

@@ -11,6 +11,7 @@ from qcompress.calibration.activations import batch_norm_grids, measure_activati
 from qcompress.calibration.corrections import run_companions
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.coding.grids import decode
+from qcompress.coding.message import share_codes
 from qcompress.encode.encode_weight import ContextSources, encode_weight, make_shared_codebooks
 from qcompress.errors import InputError, ModelError, RecipeError, Subject, raise_all
 from qcompress.model.build import take
@@ -125,9 +126,16 @@ def _encode_weights(live: LiveModel, decisions: Sequence[Decision], sources: Con
     def weight_of(decision: Decision) -> Tensor:
         return live.weight(decision.tensor.name).cpu()
 
-    sources = replace(sources, codebooks=make_shared_codebooks(decisions, weight_of, sources))
-    weights = ((one, live.weight(one.tensor.name)) for one in decisions)
-    return Fitted({one.tensor.name: encode_weight(value, one, sources, value.device) for one, value in weights})
+    world = live.world
+    sources = replace(sources, codebooks=make_shared_codebooks(decisions, weight_of, sources, world))
+    own = [decisions[place] for place in world.share([one.tensor.numel for one in decisions])]
+    weights = ((one, live.weight(one.tensor.name)) for one in own)
+    found: dict[str, Encoded] = {}
+    for one, value in weights:
+        world.check()
+        found[one.tensor.name] = encode_weight(value, one, sources, value.device)
+    told, _ = share_codes(found, {}, world)
+    return Fitted({one.tensor.name: told[one.tensor.name] for one in decisions})
 
 
 def _joined(before: Fitted, after: Fitted) -> Fitted:

@@ -19,7 +19,6 @@ from qcompress.budget.weight_costs import file_costs, weight_costs
 from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view
 from qcompress.checkpoint.outputs import refuse_own_input
 from qcompress.checkpoint.staging import refuse_existing, staged_output
-from qcompress.compress.shelf import encode_unbounded
 from qcompress.encode.encode_weight import (
     ContextSources,
     WeightOf,
@@ -36,7 +35,7 @@ from qcompress.encode.preflight import (
     too_wide_for_f16,
 )
 from qcompress.encode.write_file import Run, WrittenShard
-from qcompress.encode.write_files import goes_by_tensors, write_files
+from qcompress.encode.write_files import write_files
 from qcompress.errors import ResourceError
 from qcompress.plan.allocate import limits_steps, most_bytes, refuse_infeasible
 from qcompress.plan.files import make_shards
@@ -91,10 +90,7 @@ def compress_to(
     budget_bytes = most_bytes(checkpoint, plan, options.choice) if limits_steps(plan) else None
     refuse_full_disk(options.output, shards, budget_bytes)
     folder = checkpoint.is_folder
-    ready = fitted
-    if world.size > 1 and goes_by_tensors(shards, options):
-        ready = encode_unbounded(checkpoint, plan, sources, options)
-    done = write_files(shards, lambda shard: place / shard.file if folder else place, Run(ready, sources, options))
+    done = write_files(shards, lambda shard: place / shard.file if folder else place, Run(fitted, sources, options))
     for source in checkpoint.shards:
         source.refuse_changed()
     index_bytes = 0

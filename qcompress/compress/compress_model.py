@@ -25,20 +25,23 @@ from qcompress.compress.tune_codebooks import CodebookTuner, measure_kmeans
 from qcompress.data.measurement import Measurement
 from qcompress.encode.encode_weight import ContextSources, unweighed
 from qcompress.encode.preflight import refuse_nonfinite
-from qcompress.errors import BudgetError, UsageError, raise_all
+from qcompress.errors import BudgetError, QcompressError, UsageError, raise_all
 from qcompress.model.graph import batch_norm_of
 from qcompress.model.live import LiveModel, fresh_copy, layer_name
 from qcompress.plan.allocate import Costs, is_open, refuse_infeasible
 from qcompress.recipe import refuse_offload, trains
+from qcompress.registry import METHODS
 from qcompress.report.document import Report
 from qcompress.report.figures import run_figures
 from qcompress.report.training_report import training_path
 from qcompress.training.loop import Watch
 from qcompress.training.trainer import Trainer
 from qcompress.types.plan import Gates, Plan
-from qcompress.types.ranks import ALONE, World
+from qcompress.types.ranks import World
 from qcompress.types.run import FitContext, ModelRun, Options, start_clock
 
+NEEDS_ALL_SAMPLES = ("adaround", "pdquant")
+"""Methods that are fitted on samples drawn from all calibration data."""
 NETWORKS = 2
 """That are in memory at once: as it was, and as it will be."""
 
@@ -63,25 +66,26 @@ def compress_live(
     """Write the artifact and return its report, with accuracy where the recipe has a task and eval data.
 
     The accuracy is that of the artifact as it lies on the disk, with its activation quantizers. No gates yet. Under a
-    budget the widths are chosen by what each layer costs on the calibration data. Of several ranks only the first
-    writes, and has a report.
+    budget the widths are chosen by what each layer costs on the calibration data. Of several ranks that train only the
+    first writes, and has a report; others divide samples and layers, see docs/ranks.md.
 
     raises  BudgetError for a budget that is too small, and what `compress`, `fit` and `evaluate` raise
     """
     clock = start_clock()
-    world = options.world
+    world, divided = options.world, model_run.world.size > 1
     _refuse_early(checkpoint, plan, options, world)
     blocks = _blocks(options, model_run, how)
     if blocks:
         return compress_by_blocks(checkpoint, plan, options, model_run, blocks, how.say, how.save_statistics)
     live = open_live(checkpoint, plan, model_run)
     refuse_untrained(live, plan)
-    measures = world.is_first and _measures(model_run)
+    measures = (world.is_first or divided) and _measures(model_run)
     before = measure_task(live.module, model_run, "before") if measures else []
-    if how.save_statistics is not None and world.is_first:
+    if how.save_statistics is not None and (world.is_first or divided):
         how.say("statistics of the layers' inputs")
         found = live.names.statistics(measure_statistics(live), (HESSIAN, MEAN))
-        save_statistics(found, how.save_statistics)
+        if world.is_first:
+            save_statistics(found, how.save_statistics)
 
     kept: dict[str, object] = {}
 
@@ -94,13 +98,12 @@ def compress_live(
             fresh = fresh_copy(live)
             merged = encode_merged(checkpoint, plan, fresh, sources)
             fitted = fit(fresh, own, sources, FitContext(options.rate, trainer, how.say, kept), tuner)
-            if not world.is_first:
+            if not (world.is_first or divided):
                 return None
             kmeans = measure_kmeans(fresh, own, model_run, tuner.untuned, sources) if measures else ()
             fitted = live.names.outward(fitted)
             fitted = replace(fitted, encoded={**fitted.encoded, **merged})
-            # The codes are there: what is left is to write them.
-            report = compress_to(place, checkpoint, plan, replace(options, world=ALONE), fitted)
+            report = compress_to(place, checkpoint, plan, replace(options, world=model_run.world), fitted)
         return replace(report, warnings=report.warnings + fitted.notes), tuner, kmeans
 
     def measured(
@@ -135,6 +138,9 @@ def _blocks(options: Options, model_run: ModelRun, how: LiveOptions) -> tuple[st
     settings = model_run.recipe.model
     assert settings is not None
     blocks = choose_blocks(model_run, NETWORKS, options.max_memory)
+    if blocks and options.world.size > 1:
+        what = "the network goes block by block, which one process does"
+        raise UsageError("torchrun", what, "give it --max-memory for the whole network, or run qcompress by itself")
     errors = refuse_offload(model_run.recipe) if blocks else []
     if settings.offload == "blocks":
         raise_all(errors)
@@ -156,12 +162,8 @@ def _batch_norms(live: LiveModel, plan: Plan) -> dict[str, str] | None:
 
 def _refuse_early(checkpoint: Checkpoint, plan: Plan, options: Options, world: World) -> None:
     """Raise what is known to be wrong before the network is built, and long before anything is trained."""
-    if world.size > 1 and not trains(plan.recipe):
-        what = "calibrated methods are not divided over several processes in this version"
-        raise UsageError("torchrun", what, "run qcompress by itself")
-    if world.size > 1 and plan.recipe.budget is not None:
-        what = "a budget is spent by one process, and this run has several ranks"
-        raise BudgetError(plan.recipe.place("budget"), what, "give each rule its bits, or run one process")
+    if world.size > 1:
+        raise_all(_refuse_ranks(plan))
     refuse_own_input(checkpoint.path, options.output)
     if world.is_first:
         refuse_existing(options.output, options.force, checkpoint.is_folder)
@@ -170,6 +172,29 @@ def _refuse_early(checkpoint: Checkpoint, plan: Plan, options: Options, world: W
     refuse_infeasible(checkpoint, plan, options.choice)
     refuse_nonfinite(checkpoint, plan)
     unweighed(plan, options.statistics)
+
+
+def _refuse_ranks(plan: Plan) -> list[QcompressError]:
+    """Why several processes cannot do what a plan asks for."""
+    recipe = plan.recipe
+    if trains(recipe):
+        what = "a budget is spent on widths before training, by one process, and this run has several"
+        hint = "give each rule its bits, or run qcompress by itself"
+        return [BudgetError(recipe.place("budget"), what, hint)] if recipe.budget is not None else []
+    compressed = [decision for decision in plan.decisions if decision.compresses]
+    calibrated = recipe.data is not None and recipe.data.calibration is not None
+    used = sorted({decision.method or "" for decision in compressed})
+    whole = [name for name in used if name in NEEDS_ALL_SAMPLES or (METHODS[name].rates and calibrated)]
+    tuned = [decision.tensor.name for decision in compressed if getattr(decision.config, "tune", None) is not None]
+    hint = "run qcompress by itself, or calibrate with gptq, which several processes divide"
+    found: list[QcompressError] = [
+        UsageError("torchrun", f"{name} sees all calibration samples at once, and one process has a part", hint)
+        for name in whole
+    ]
+    if tuned:
+        what = f"the codebook of {tuned[0]!r} is to be tuned, which one process does"
+        found.append(UsageError("torchrun", what, "leave `tune` out, or run qcompress by itself"))
+    return found
 
 
 def _costs(

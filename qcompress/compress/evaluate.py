@@ -29,7 +29,7 @@ from qcompress.data.batches import Batch, run_model
 from qcompress.data.measurement import Measurement
 from qcompress.data.sources import open_batches
 from qcompress.data.tasks import Run, measure, paired_drop
-from qcompress.errors import ArtifactError, CheckpointError, RecipeError, ReportError
+from qcompress.errors import ArtifactError, CheckpointError, DataError, RecipeError, ReportError
 from qcompress.model.build import build_network, example_batch, load_weights, take_shapes
 from qcompress.model.live import LiveModel, make_live_model
 from qcompress.model.offload import Offloaded, refuse_no_chain, run_blocks
@@ -197,8 +197,10 @@ def measure_task(module: nn.Module, model_run: ModelRun, what: str, run: Run | N
     def advance(done: int) -> None:
         model_run.progress(what, done, batches.samples)
 
-    root, allow_code = model_run.root, model_run.allow_code
-    return measure(task, module, batches, model_run.device, advance, root=root, allow_code=allow_code, run=run)
+    root, allow_code, world = model_run.root, model_run.allow_code, model_run.world
+    return measure(
+        task, module, batches, model_run.device, advance, root=root, allow_code=allow_code, run=run, world=world
+    )
 
 
 def compare(
@@ -254,6 +256,10 @@ def open_live(checkpoint: Checkpoint, plan: Plan, model_run: ModelRun) -> LiveMo
     calibration: Sequence[Batch] = ()
     if data is not None and data.calibration is not None:
         calibration = [batch.to(model_run.device) for batch in open_batches(model_run, "calibration")]
+        if len(calibration) < model_run.world.size:
+            what = f"has {len(calibration)} batches for {model_run.world.size} processes, which divide them"
+            hint = "ask for more samples or a smaller batch_size, or start fewer processes"
+            raise DataError(model_run.place("data.calibration"), what, hint)
     return make_live_model(
         module,
         names.inward(plan).decisions,
@@ -265,6 +271,7 @@ def open_live(checkpoint: Checkpoint, plan: Plan, model_run: ModelRun) -> LiveMo
         blocks=recipe.model.blocks,
         place=model_run.place("model"),
         names=names,
+        world=model_run.world,
     )
 
 
@@ -292,7 +299,8 @@ def read_or_measure(
             return kept
     live = open_live(source, plan, model_run)
     found = measure_sensitivity(live, source, plan, model_run, samples, say)
-    write_whole(SENSITIVITY.text(found), kept_in)
+    if model_run.world.is_first:
+        write_whole(SENSITIVITY.text(found), kept_in)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Codes that were chosen lie in files beside the output, block by block, from which a later run may go on.
+"""What was chosen for the blocks that are done lies in files beside the output, from which a later run may go on.
 
 One safetensors file a block, read tensor by tensor when asked for, and a small one beside it that says, once the first
 is whole, what run it belongs to and its SHA-256.
@@ -10,42 +10,24 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from qcompress.checkpoint.checkpoint import Checkpoint, tensor_view, write_checkpoint
+from qcompress.checkpoint.checkpoint import write_checkpoint
 from qcompress.checkpoint.safetensors_file import Container, read_container
-from qcompress.checkpoint.staging import reporting_resources, staging_folder
+from qcompress.checkpoint.staging import reporting_resources
 from qcompress.coding.kept import tensor_of
-from qcompress.encode.encode_weight import ContextSources, encode_weight
-from qcompress.encode.job import refuse_out_of_range, survey_bytes
+from qcompress.coding.message import flatten, restore
 from qcompress.errors import CheckpointError
-from qcompress.recipe import recipe_hash
-from qcompress.registry import METHODS
-from qcompress.types import VERSION
-from qcompress.types.encoded import (
-    ActivationGrid,
-    Affine,
-    Blocked,
-    Codebook,
-    Constant,
-    Encoded,
-    Fitted,
-    Kept,
-    Table,
-    Unbounded,
-)
-from qcompress.types.plan import Plan
-from qcompress.types.run import Options, Say
+from qcompress.types.encoded import ActivationGrid, Encoded, Fitted
+from qcompress.types.run import Say
 
 KEY = "qcompress-block"
 """The key of a file's metadata with the JSON document of all that is no tensor."""
-KINDS = {kind.__name__: kind for kind in (Kept, Affine, Table, Blocked, Codebook, Unbounded, Constant)}
 
 Value = TypeVar("Value")
 
@@ -108,10 +90,9 @@ class Shelf:
         tensors: dict[str, Tensor] = {}
         entries: list[dict[str, object]] = []
         for name, encoded in fitted.encoded.items():
-            values = {one.name: getattr(encoded, one.name) for one in fields(encoded)}
-            tensors |= {f"{len(entries)}.{key}": one for key, one in values.items() if isinstance(one, Tensor)}
-            plain = {key: one for key, one in values.items() if not isinstance(one, Tensor)}
-            entries.append({"name": name, "kind": type(encoded).__name__, "values": plain})
+            document, parts = flatten(encoded)
+            tensors |= {f"{len(entries)}.{key}": one for key, one in parts.items()}
+            entries.append({"name": name, **document})
         for name, value in fitted.references.items():
             tensors[f"reference.{name}"] = value
         activations = {name: asdict(grid) for name, grid in fitted.activations.items()}
@@ -163,51 +144,9 @@ class Shelf:
         self._done.add(index)
 
 
-def encode_unbounded(checkpoint: Checkpoint, plan: Plan, sources: ContextSources, options: Options) -> Fitted:
-    """The codes without a width of a plan, each chosen by one rank and read by the first when they are asked for.
-
-    They lie where the artifact is built; with --resume a run of as many ranks goes on with them.
-
-    raises  CheckpointError for a weight that is not finite, and what methods raise
-    """
-    world, folder = options.world, staging_folder(options.output)
-    unbounded = [decision for decision in plan.decisions if decision.compresses and decision.config.form == "unbounded"]
-    if not unbounded:
-        return Fitted({})
-    own = [unbounded[place] for place in world.share([decision.tensor.numel for decision in unbounded])]
-    crcs = [checkpoint.shard_of(one.tensor.name).crc32_of(one.tensor.name) for one in own]
-    about = [VERSION, torch.__version__, options.device, recipe_hash(plan.recipe), [*map(repr, own)], crcs]
-    key = hashlib.sha256(f"{about}".encode()).hexdigest()
-    shelf = Shelf(folder / f"{options.output.name}.codes-{world.rank}-of-{world.size}", key, options.say)
-    for index, decision in enumerate(own):
-        world.check()
-        if not shelf.has(index):
-            source, tensor = checkpoint.shard_of(decision.tensor.name), decision.tensor
-            survey = survey_bytes(source.pieces_of(tensor.name), tensor.dtype)
-            refuse_out_of_range(source, tensor, survey)
-            # What stands in for a live model is on the CPU.
-            device = options.device if METHODS[decision.method or ""].needs == "weights" else "cpu"
-            codes = encode_weight(tensor_view(source, tensor), decision, sources, device, survey.largest)
-            shelf.add(index, Fitted({tensor.name: codes}))
-    keys = world.tell(key)
-    everything: OnDemand[Encoded] = OnDemand()
-    for rank, own_key in enumerate(keys if world.is_first else ()):
-        one = Shelf(folder / f"{options.output.name}.codes-{rank}-of-{world.size}", own_key)
-        for name in one.fitted.encoded:
-            everything.add(name, partial(one.fitted.encoded.__getitem__, name))
-    return Fitted(everything)
-
-
 def _encoded(container: Container, prefix: str, entry: Mapping[str, Any]) -> Encoded:
-    values = {key: tuple(one) if isinstance(one, list) else one for key, one in entry["values"].items()}
-    values |= {
-        info.name.removeprefix(prefix): _tensor(container, info.name)
-        for info in container.tensors
-        if info.name.startswith(prefix)
-    }
-    kind: Any = KINDS[entry["kind"]]
-    found: Encoded = kind(**values)
-    return found
+    names = [info.name for info in container.tensors if info.name.startswith(prefix)]
+    return restore(entry, {name.removeprefix(prefix): _tensor(container, name) for name in names})
 
 
 def _tensor(container: Container, name: str) -> Tensor:

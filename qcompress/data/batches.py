@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qcompress.data.foreign import find_file
 from qcompress.errors import DataError, ModelError, QcompressError
 from qcompress.types.data_settings import Normalize
+from qcompress.types.ranks import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,11 @@ class Batches:
         return -(-self.samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, self.samples, self.batch_size):
+        return self.of_rank(ALONE)
+
+    def of_rank(self, world: World) -> Iterator[Batch]:
+        """Every `size`-th batch, from this rank's own on: together the ranks have all of them."""
+        for start in range(world.rank * self.batch_size, self.samples, world.size * self.batch_size):
             yield self.read(range(start, min(start + self.batch_size, self.samples)))
 
     def shuffled(self, generator: torch.Generator, world: int = 1, *, skip: int = 0) -> Iterator[list[int]]:

@@ -16,6 +16,7 @@ from qcompress.data.batches import Batch, Batches, run_model
 from qcompress.data.measurement import Measurement, Values, mean_interval, wilson
 from qcompress.data.user_code import find_callable
 from qcompress.errors import DataError
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.settings import (
     CausalLm,
     Classification,
@@ -46,32 +47,34 @@ def measure(
     root: Path = Path(),
     allow_code: bool = False,
     run: Run | None = None,
+    world: World = ALONE,
 ) -> list[Measurement]:
     """Every metric of the task, the headline first.
 
     advance  called with the samples that are done
     run      gives what the module makes of batches, in their order; where absent the module runs on one by one
+    world    the ranks that divide the batches; each then knows what all have measured
     raises   DataError for labels that do not fit the outputs; ModelError for a model that does not run on the data
     """
     module.eval()
     if isinstance(task, Translation):
         from qcompress.data.translation import measure_translation
 
-        return measure_translation(task, module, batches, device, advance)
+        return measure_translation(task, module, batches, device, advance, world)
     score = _scorer(task, root, allow_code)
-    rows: list[dict[str, tuple[Tensor, Tensor]]] = []
+    own: list[dict[str, list[list[float]]]] = []
     done = 0
-    here = (batch.to(device) for batch in batches)
+    here = (batch.to(device) for batch in batches.of_rank(world))
     with torch.inference_mode():
         for output, batch in ((run_model(module, one), one) for one in here) if run is None else run(here):
-            rows.append(score(output, batch))
-            done += batch.size
-            advance(done)
+            world.check()
+            own.append({metric: [one.tolist() for one in both] for metric, both in score(output, batch).items()})
+            done += batch.size * world.size
+            advance(min(done, batches.samples))
+    rows = world.tell_in_turn(own)
     found = []
     for metric in rows[0]:
-        values, weights = (
-            np.concatenate([row[metric][part].double().cpu().numpy() for row in rows]) for part in (0, 1)
-        )
+        values, weights = (np.concatenate([np.array(row[metric][part], np.float64) for row in rows]) for part in (0, 1))
         found.append(_measurement(metric, values, weights, task))
     return found
 

@@ -15,6 +15,7 @@ from qcompress.data.measurement import Measurement
 from qcompress.data.text import Sentences
 from qcompress.data.user_code import import_package
 from qcompress.errors import DataError
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.settings import Translation
 
 RESAMPLES = 200
@@ -30,6 +31,7 @@ def measure_translation(
     batches: Batches,
     device: torch.device,
     advance: Callable[[int], None],
+    world: World = ALONE,
 ) -> list[Measurement]:
     """Corpus BLEU by sacrebleu; its interval from resampled sentences (Koehn 2004).
 
@@ -42,15 +44,18 @@ def measure_translation(
     raises  DataError for data without references, and where begin, end or the text of ids is known to neither
     """
     bleu = import_package("sacrebleu").BLEU
-    hypotheses: list[str] = []
-    references: list[str] = []
+    own: list[tuple[Sequence[str], Sequence[str]]] = []
+    done = 0
     with torch.inference_mode():
-        for batch in batches:
+        for batch in batches.of_rank(world):
+            world.check()
             if not batch.texts:
                 raise DataError("data.eval", "has no reference sentences", "name the file of translations as `target`")
-            hypotheses += _translate(task, module, batch.to(device))
-            references += batch.texts
-            advance(len(references))
+            own.append((_translate(task, module, batch.to(device)), batch.texts))
+            done += len(batch.texts) * world.size
+            advance(min(done, batches.samples))
+    rows = world.tell_in_turn(own)
+    hypotheses, references = ([text for row in rows for text in row[part]] for part in (0, 1))
     value = float(bleu().corpus_score(hypotheses, [references]).score)
     sentence = bleu(effective_order=True)
     each = [sentence.sentence_score(h, [r]) for h, r in zip(hypotheses, references, strict=True)]

@@ -9,15 +9,17 @@ the plan. What all ranks write lies in one folder, which all of them see.
 from __future__ import annotations
 
 import contextlib
-import zlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from qcompress.artifact.layout import Layout, Slot
-from qcompress.artifact.writer import SlotWriter, Written
+from qcompress.artifact.manifest import pool_names
+from qcompress.artifact.writer import Filled, SlotWriter, Written
 from qcompress.checkpoint.staging import staging_folder
+from qcompress.coding.stored import Stored
 from qcompress.encode.journal import Record, parse_record
 from qcompress.encode.write_file import (
     Run,
@@ -48,7 +50,7 @@ def write_files(shards: Sequence[Shard], path_of: Callable[[Shard], Path], run: 
     world, options = run.options.world, run.options
     if world.size == 1:
         return [write_shard(shard, path_of(shard), run) for shard in shards]
-    if goes_by_tensors(shards, options):
+    if len(shards) < world.size:
         return [_write_together(shard, path_of(shard), run) for shard in shards]
     sizes = [shard.source.file_bytes for shard in shards]
     own = world.share(sizes)
@@ -56,11 +58,6 @@ def write_files(shards: Sequence[Shard], path_of: Callable[[Shard], Path], run: 
     done = {str(place): _document(write_shard(shards[place], path_of(shards[place]), run)) for place in own}
     found = {place: document for part in world.tell(done) for place, document in part.items()}
     return [_parse_written(shard, found[str(place)]) for place, shard in enumerate(shards)]
-
-
-def goes_by_tensors(shards: Sequence[Shard], options: Options) -> bool:
-    """Whether ranks divide the tensors of each file, because there are too few files for all ranks."""
-    return len(shards) < options.world.size
 
 
 def _for_all(options: Options, own: int, everything: int) -> Options:
@@ -74,8 +71,9 @@ def _for_all(options: Options, own: int, everything: int) -> Options:
 def _write_together(shard: Shard, path: Path, run: Run) -> WrittenShard:
     """Write one file by all ranks."""
     world = run.options.world
-    # Codes without a width wait for one another: they come as ready ones, and the first rank codes them.
-    parted = [decision for decision in in_order(shard) if decision.config.form != "unbounded"]
+    # Those that share a pool wait for one another: the first rank encodes them, who has the parts.
+    sharing = set(pool_names(shard.manifest.tensors))
+    parted = [decision for decision in in_order(shard) if decision.tensor.name not in sharing]
     hands = deal([decision.tensor.numel for decision in parted], world.size)
     own = tuple(parted[place] for place in hands[world.rank])
     if shard.layout.exact and world.is_first:
@@ -142,14 +140,22 @@ def _take(writer: SlotWriter, record: Record, part: Path | None) -> None:
     if part is not None:
         with part.open("rb") as file:
             for name, filled in record.slots.items():
-                file.seek(filled.start)
-                data = file.read(filled.n_bytes)
-                whole = whole and (len(data), zlib.crc32(data)) == (filled.n_bytes, filled.crc32)
+                stored = _stored(file.fileno(), filled)
+                whole = whole and stored.crc32() == filled.crc32
                 if whole:
-                    writer.put_planned(name, data, filled.shape)
+                    writer.put_planned(name, stored, filled.shape)
     if not whole:
         what = f"the first rank reads other bytes of tensor {record.tensor!r} than another rank wrote"
         raise ResourceError(str(part or writer.path), what, "let all ranks write to one folder that all of them see")
+
+
+def _stored(descriptor: int, filled: Filled) -> Stored:
+    """What a slot of a part holds, read when it is asked for."""
+
+    def fetch(start: int, stop: int) -> memoryview:
+        return memoryview(os.pread(descriptor, stop - start, filled.start + start))
+
+    return Stored(filled.n_bytes, fetch)
 
 
 def _document(one: WrittenShard) -> dict[str, Any]:

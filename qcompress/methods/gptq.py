@@ -7,15 +7,16 @@ squares target is rounded), on a grid chosen under the Hessian, and ends in coor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from qcompress.coding.grids import exponent_for
+from qcompress.coding.message import share_codes
 from qcompress.coding.rows import rows_from_weight, weight_from_rows
 from qcompress.model.live import LiveModel
-from qcompress.model.sweep import sweep
+from qcompress.model.sweep import LayerStep, sweep
 from qcompress.registry import GptqConfig
 from qcompress.solvers.feedback import descend, make_feedback, nearest_codes
 from qcompress.solvers.hessian import (
@@ -28,7 +29,7 @@ from qcompress.solvers.hessian import (
 )
 from qcompress.types.encoded import Affine, Encoded, Fitted, for_tensor
 from qcompress.types.plan import Decision
-from qcompress.types.run import EncodeContext, FitContext
+from qcompress.types.run import EncodeContext, FitContext, Gram
 
 HOLD = 0.01
 """How firmly the least squares target is held at the weights, as a share of the Hessian's mean diagonal."""
@@ -45,18 +46,37 @@ def fit(live: LiveModel, decisions: Sequence[Decision[GptqConfig]], context: Fit
     for sequential in (True, False):
         wanted = {d.tensor.name: d for d in decisions if d.config.sequential is sequential}
         paired = any(d.config.asymmetric for d in wanted.values())
+        group: list[tuple[LayerStep, Gram]] = []
         for step in sweep(live, wanted, sequential=sequential, paired=paired) if wanted else ():
-            decision = wanted[step.tensor]
-            weight = live.weight(decision.tensor.name)
-            rows = rows_from_weight(weight, decision.axis)
-            own = EncodeContext(exponent_for(float(rows.abs().max())), step.generator, step.gram())
-            name, target = decision.tensor.name, _target(rows, decision.config, own)
-            found = for_tensor(_rounded(rows, target, decision.config, own), decision)
-            encoded[name] = found
-            if target is not None:
-                references[name] = weight_from_rows(target.cpu(), decision.tensor.shape, decision.axis)
-            live.put({name: found})
+            group.append((step, step.gram()))
+            # Ranks divide layers that see the same inputs; one process has no use for waiting.
+            if step.following and live.world.size > 1:
+                continue
+            found, targets = _solved(live, wanted, group)
+            encoded |= found
+            references |= targets
+            live.put(found)
+            group.clear()
     return Fitted(encoded, references=references)
+
+
+def _solved(
+    live: LiveModel, decisions: Mapping[str, Decision[GptqConfig]], group: Sequence[tuple[LayerStep, Gram]]
+) -> tuple[dict[str, Encoded], dict[str, Tensor]]:
+    """The codes of layers of which none sees what becomes of another, and their references; each found by one rank."""
+    encoded: dict[str, Encoded] = {}
+    references: dict[str, Tensor] = {}
+    for place in live.world.share([decisions[step.tensor].tensor.numel for step, _ in group]):
+        step, gram = group[place]
+        decision = decisions[step.tensor]
+        weight = live.weight(decision.tensor.name)
+        rows = rows_from_weight(weight, decision.axis)
+        own = EncodeContext(exponent_for(float(rows.abs().max())), step.generator, gram)
+        name, target = decision.tensor.name, _target(rows, decision.config, own)
+        encoded[name] = for_tensor(_rounded(rows, target, decision.config, own), decision)
+        if target is not None:
+            references[name] = weight_from_rows(target.cpu(), decision.tensor.shape, decision.axis)
+    return share_codes(encoded, references, live.world)
 
 
 def encode(weight: Tensor, config: GptqConfig, context: EncodeContext) -> Affine:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import Gram
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -109,10 +110,21 @@ Inputs: TypeAlias = "Tensor | Parts"
 """What a call gives a product: a layer's input as it comes, or that of an inner product in parts."""
 
 
+MeasureGram: TypeAlias = Callable[
+    [MatrixLayer, Sequence[Tensor], "Sequence[Tensor] | None", torch.Generator], "Gram | None"
+]
+"""As `measure_gram`; None where there are no inputs."""
+
+
 def drawn_places(layer: MatrixLayer, inputs: Sequence[Tensor], generator: torch.Generator) -> int:
     """How many places of each sample a Gram is measured at."""
     samples = sum(len(x) for x in inputs)
     width = layer.columns(inputs[0][:1], 1, generator).shape[-1]
+    return needed_places(width, samples)
+
+
+def needed_places(width: int, samples: int) -> int:
+    """How many places of each of so many samples are enough for a Gram of so many columns."""
     return -(-max(GRAM_ROWS, GRAM_ROWS_A_COLUMN * width) // samples)
 
 
@@ -129,6 +141,7 @@ def measure_gram(
     clean: Sequence[Tensor] | None,
     generator: torch.Generator,
     places: int | None = None,
+    draws: Sequence[Tensor] | None = None,
 ) -> Gram:
     """The Gram of a layer from its inputs, batch by batch; `clean` None where there is only one network.
 
@@ -136,11 +149,14 @@ def measure_gram(
     batch and in float64 over batches.
 
     places  how many of each sample, where `drawn_places` has told it already
+    draws   states of the generator before each batch, where they are not one after another
     """
     places = drawn_places(layer, noisy, generator) if places is None else places
     sums: dict[str, Tensor] = {}
     count = 0
     for index, x in enumerate(noisy):
+        if draws is not None:
+            generator.set_state(draws[index])
         state = generator.get_state()
         columns = layer.columns(x.float(), places, generator)
         count += columns.shape[1]
@@ -184,9 +200,15 @@ def measure_inner_gram(
     noisy: Sequence[Parts],
     clean: Sequence[Parts] | None,
     generator: torch.Generator,
+    world: World = ALONE,
+    measure: MeasureGram | None = None,
 ) -> tuple[Gram, int]:
-    """The Gram of an inner product, and how many of its rows no input reaches: theirs is that of plain rounding."""
-    spans = sorted({span for parts in noisy for span in parts})
+    """The Gram of an inner product, and how many of its rows no input reaches: theirs is that of plain rounding.
+
+    world, measure  the ranks that have inputs, and what gives the Gram of all of theirs
+    """
+    own = sorted({span for parts in noisy for span in parts})
+    spans = sorted({(low, high) for told in world.tell(own) for low, high in told})
     size = math.gcd(layer.rows, *(end for span in spans for end in span))
     plain, found = MatrixLayer(nn.Identity(), 1), {}
     for span in spans:
@@ -195,7 +217,11 @@ def measure_inner_gram(
         ]
         xs = [x.unsqueeze(0) for x, _ in both if x.numel()]
         others = [x.unsqueeze(0) for _, x in both if x is not None and x.numel()]
-        if xs:
+        if measure is not None:
+            gram_of_all = measure(plain, xs, others or None, generator)
+            if gram_of_all is not None:
+                found[span] = gram_of_all
+        elif xs:
             found[span] = measure_gram(plain, xs, others or None, generator)
     starts = range(0, layer.rows, size)
     reached = {start: gram for (low, high), gram in found.items() for start in range(low, high, size)}

@@ -30,6 +30,7 @@ from qcompress.model.stages import (
 from qcompress.model.trace import Untraceable, trace
 from qcompress.types.encoded import Encoded
 from qcompress.types.plan import Decision
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import seeded_generator
 from qcompress.types.settings import ActivationSettings
 
@@ -66,6 +67,7 @@ class LiveModel:
     offloaded    both networks where their weights come and go block by block, see model.offload
     cut          the stages, where they are known already
     at           where a network that goes block by block stands
+    world        the ranks that divide the calibration batches; both networks are the same on all
     """
 
     module: nn.Module
@@ -84,6 +86,12 @@ class LiveModel:
     offloaded: tuple[Offloaded, Offloaded] | None = None
     cut: tuple[Stage, ...] | None = None
     at: Position | None = None
+    world: World = ALONE
+
+    @property
+    def own_batches(self) -> Sequence[Batch]:
+        """This rank's share of the calibration batches: every `size`-th; all of them where there is one process."""
+        return self.calibration[self.world.rank :: self.world.size]
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers for one layer."""
@@ -127,10 +135,11 @@ class LiveModel:
         return make_stages(self) if self.cut is None else self.cut
 
     def begin(self) -> tuple[list[State], list[State]]:
-        """What flows into the first stage in the full-precision network and in the quantized one, for each batch."""
+        """What flows into the first stage in the full-precision network and in the quantized one, for each batch that
+        is this rank's."""
         if self.at is not None:
             return [*self.at.clean], [*self.at.noisy]
-        states = [self.stages[0].begin(batch) for batch in self.calibration]
+        states = [self.stages[0].begin(batch) for batch in self.own_batches]
         return states, [*states]
 
     def weight(self, name: str) -> Tensor:
@@ -185,6 +194,7 @@ def make_live_model(
     blocks: tuple[str, ...] = (),
     place: str = "model",
     names: Names | None = None,
+    world: World = ALONE,
 ) -> LiveModel:
     """The live model of a built module with its weights loaded; nothing in it works in place.
 
@@ -213,6 +223,7 @@ def make_live_model(
         blocks=blocks,
         place=place,
         names=names or Names(),
+        world=world,
     )
     # The trace may leave constants on the module, which its copy needs too.
     _ = live.traced

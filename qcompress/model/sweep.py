@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from qcompress.errors import DataError, ModelError
 from qcompress.model.graph import batch_norm_of, layer_call, node_shapes, single_consumer
+from qcompress.model.joint import joint_gram
 from qcompress.model.layers import (
     InnerProduct,
     MatrixLayer,
@@ -28,6 +30,7 @@ from qcompress.model.operations import inputs_of, kind_of
 from qcompress.model.products import Call, Product, product_of
 from qcompress.model.routing import Tape
 from qcompress.model.stages import BlockStage, Stage, State, TracedStage
+from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import Gram
 
 LARGEST_INPUT = 1e18
@@ -48,6 +51,8 @@ class LayerStep:
                where the networks do not pass the same samples
     unreached  rows of the weight that no input reaches; set by `gram`
     grams      of the steps before, which those that see the same inputs share
+    following  how many of the modules after this one are called with the same inputs, whatever is put in its place
+    world      the ranks that each have some of the inputs
     stage      that its module lies in, before which both networks stand at `noisy_states` and `clean_states`; None for
                a module that no calibration sample reaches
     """
@@ -64,24 +69,39 @@ class LayerStep:
     clean_states: Sequence[State] = ()
     unreached: set[str] = field(default_factory=set)
     grams: GramMemory = field(default_factory=lambda: GramMemory())
+    following: int = 0
+    world: World = ALONE
 
     @property
     def is_reached(self) -> bool:
         return bool(self.noisy)
 
     def gram(self) -> Gram:
-        """The Gram of the inputs; where nothing reaches the weight that of plain rounding, and `unreached` names it."""
+        """The Gram of the inputs, those of all ranks; where nothing reaches the weight that of plain rounding, and
+        `unreached` names it."""
         clean = None if self.clean is self.noisy else self.clean
         if isinstance(self.layer, InnerProduct):
-            found, missed = measure_inner_gram(self.layer, self.columns, self.noisy, clean, self.generator)
+            world = self.world
+            measure = None if world.size == 1 else partial(joint_gram, world=world)
+            found, missed = measure_inner_gram(
+                self.layer, self.columns, self.noisy, clean, self.generator, world, measure
+            )
             if missed:
                 of = "" if missed == self.layer.rows else f" {missed} of the {self.layer.rows} rows of"
                 self.unreached.add(f"{of} {self.tensor}".strip())
             return found
+        if self.world.size > 1:
+            known = self.grams.known(self.noisy, clean)
+            if not all(self.world.tell(known is not None)):
+                known = joint_gram(self.layer, self.noisy, clean, self.generator, self.world)
+            if known is None:
+                return self._blank(self.layer)
+            positions = sum(self.world.tell(sum(x[..., 0].numel() for x in self.noisy)))
+            if known.count == positions and are_all_looked_at(self.layer, self.noisy, known.count):
+                self.grams.keep(self.noisy, clean, known)
+            return known
         if not self.noisy:
-            self.unreached.add(self.tensor)
-            groups = 1 if self.layer.joined else self.layer.groups
-            return blank_gram(groups, self.columns, self.generator.device)
+            return self._blank(self.layer)
         # Places are drawn from the generator in any case, so that what is drawn after them is the same.
         places = drawn_places(self.layer, self.noisy, self.generator)
         if not are_all_looked_at(self.layer, self.noisy, places):
@@ -91,6 +111,11 @@ class LayerStep:
             known = measure_gram(self.layer, self.noisy, clean, self.generator, places)
             self.grams.keep(self.noisy, clean, known)
         return known
+
+    def _blank(self, layer: MatrixLayer) -> Gram:
+        """The Gram of a weight that nothing reaches."""
+        self.unreached.add(self.tensor)
+        return blank_gram(1 if layer.joined else layer.groups, self.columns, self.generator.device)
 
 
 class GramMemory:
@@ -154,15 +179,20 @@ def sweep(
             if sequential and name not in from_noisy:
                 grams.forget()
                 alike = _with_one_input(names[place:], first_calls)
+                # Ranks whose samples go other ways, as to experts, agree on those that are alike on all.
+                alike = alike[: min(live.world.tell(len(alike)))]
                 once = all(len(first_calls[one]) == batches for one in alike)
                 from_noisy = noisy_runs.next_calls(alike, names[place:]) if once else noisy_runs.calls(alike)
             calls = first_calls.pop(name)
             also = from_noisy.pop(name) if sequential else calls
-            for product in _in_order(live, waiting.pop(name)):
+            own = _in_order(live, waiting.pop(name))
+            # The products of one module see what those before them in it now give.
+            following = len(from_noisy) if len(own) == 1 else 0
+            for product in own:
                 of_noisy = product_inputs(product, live.quantized, also) if sequential else None
                 of_clean = product_inputs(product, live.module, calls) if paired else None
                 pair = _paired(of_clean, of_noisy)
-                yield _step(live, product, pair, grams, stage, (clean, noisy))
+                yield _step(live, product, pair, grams, stage, (clean, noisy), following)
         if stage is stages[-1]:
             break
         clean = clean_runs.after() if paired else clean
@@ -190,6 +220,7 @@ def _step(
     grams: GramMemory,
     stage: Stage | None = None,
     states: tuple[Sequence[State], Sequence[State]] = ((), ()),
+    following: int = 0,
 ) -> LayerStep:
     """The step of a product; its inputs and the states before its stage are of the clean and of the noisy network."""
     weight = find_tensor(live.module, product.tensor)
@@ -207,6 +238,8 @@ def _step(
         clean_states=states[0],
         unreached=live.unreached,
         grams=grams,
+        following=following,
+        world=live.world,
     )
 
 

@@ -27,6 +27,7 @@ from qcompress.report.document import BINS, LayerFigures, LayerReport
 from qcompress.types import VERSION
 from qcompress.types.encoded import Affine, Coded
 from qcompress.types.plan import Decision
+from qcompress.types.ranks import World
 from qcompress.types.run import Clock, RunFigures
 
 Sample: TypeAlias = NDArray[Any]
@@ -371,3 +372,13 @@ def run_figures(clock: Clock, device: str) -> RunFigures:
             "numpy": np.__version__,
         },
     )
+
+
+def add_up_ranks(run: RunFigures, world: World) -> RunFigures:
+    """What a run has taken, with the processor seconds of all ranks, and the peak of that which took the most memory.
+
+    Every rank calls it.
+    """
+    told = world.tell([run.cpu_seconds, run.peak_memory_bytes])
+    seconds, peaks = zip(*told, strict=True)
+    return replace(run, cpu_seconds=sum(seconds), peak_memory_bytes=max(peaks))

@@ -38,12 +38,14 @@ class ModelRun:
     """A recipe whose model and data are used, and where they run.
 
     allow_code  whether files that the recipe names may be run
+    world       the ranks that divide samples
     """
 
     recipe: Recipe
     device: torch.device
     allow_code: bool = False
     progress: SampleProgress = lambda *_: None
+    world: World = ALONE
 
     @property
     def root(self) -> Path:

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from artifact.examples import gaussian, save
+from colours import write_colours, write_learned
 from conftest import Run, files_under, run_ranks
 
+from qcompress.artifact.reader import read_artifact
+from qcompress.types.encoded import Affine
+
 pytestmark = pytest.mark.slow
+
+NET = """
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
+"""
+RECIPE = """
+version: 1
+model: {factory: "net.py:net"}
+data:
+  calibration: {npz: data.npz, samples: 40, batch_size: 8}
+  eval: {npz: data.npz, batch_size: 16}
+  normalize: {mean: [0.5], std: [0.25]}
+task: {classification: {metric: top1}}
+rules: [{match: "*.weight", gptq: {bits: 4}}]
+activations: {bits: 8}
+"""
 
 KILLED_ONCE = """
 import os, signal
@@ -68,3 +91,22 @@ def test_a_killed_process_is_restarted_and_goes_on_to_the_same_bytes(run: Run, t
     assert done.code == 0, done.err
     assert output.read_bytes() == alone
     assert "SIGKILL" in done.err or "-9" in done.err, "a process was killed"
+
+
+def test_two_processes_calibrate_and_measure_what_one_does(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    write_learned(tmp_path, write_colours(tmp_path, 60), 30)
+    recipe, output = tmp_path / "r.yaml", tmp_path / "a.safetensors"
+    recipe.write_text(RECIPE)
+    words = ["quantize", tmp_path / "m.safetensors", "-r", recipe, "-o", output, "--allow-code", "--force", "-q"]
+    found = []
+    for done in (run(*words), run_ranks(2, *words)):
+        assert (done.code, done.out) == (0, f"{output}\n"), done.err
+        accuracy = json.loads(output.with_suffix(".report.json").read_text())["accuracy"][0]
+        found.append((read_artifact(output).files[0].read_encoded("0.weight"), accuracy))
+    (alone, before), (ranks, after) = found
+    assert isinstance(alone, Affine) and isinstance(ranks, Affine)
+    torch.testing.assert_close(ranks.scale.float(), alone.scale.float(), rtol=1e-3, atol=0)
+    # A target on the edge between two levels may fall either way.
+    assert float((ranks.codes != alone.codes).float().mean()) < 0.02
+    assert after["baseline"] == before["baseline"] and after["samples"] == 60

@@ -86,6 +86,16 @@ def test_ranks_share_the_tensors_of_one_file(
         assert reports == [report] * size, "every rank knows what all have made"
 
 
+def test_codes_that_share_tables_and_others_go_their_own_ways(
+    single: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank encodes those of the pool, whoever the others."""
+    monkeypatch.setattr("qcompress.coding.unbounded.tables.POOLED_WEIGHTS", 400)
+    alone, (report,) = made(single, RECIPES["steps"], tmp_path / "one" / "a.safetensors")
+    files, reports = made(single, RECIPES["steps"], tmp_path / "many" / "a.safetensors", 3)
+    assert files == alone and reports == [report] * 3
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", ["rtn", "shared codebook", "steps"])
 def test_ranks_share_the_files_of_a_folder(name: str, size: int, folder: Checkpoint, tmp_path: Path) -> None:
