@@ -223,39 +223,70 @@ def feedback_unbounded(
     return feedback.codes(target, on_tensors(cheapest), block)
 
 
+class Prices:
+    """Chooses codes whose errors do not spread: the nearest, the next one towards zero, or zero.
+
+    bits  float32 [contexts, 2 * span + 1], as those of BitCosts
+    """
+
+    def __init__(self, bits: Tensor) -> None:
+        # The last of the codes stand for all beyond.
+        span = bits.shape[-1] // 2
+        self._most = most = span + 1
+        every = torch.arange(-most, most + 1, device=bits.device)
+        price = bits[:, every.clamp(-span, span) + span]
+        self._to_next = (price - price[:, every - every.sign() + most]).reshape(-1)
+        to_zero = price - price[:, most : most + 1]
+        # Zero can be the best of all only where it saves more than its error is larger, half a step towards it.
+        sizes = every.abs()
+        least = (sizes * (sizes - 1) - ZERO_MARGIN) / to_zero.clamp_min(1e-6)
+        self._zero_wins_from = float(least[:, sizes > 1].min())
+        self._to_zero, self._bits = to_zero.reshape(-1), price.reshape(-1)
+
+    def cheapest(self, wanted: Tensor, classes: Tensor, lam: float, old: Tensor | None = None) -> Tensor:
+        """The code of least squared error and bits of each weight in steps, integers in its dtype.
+
+        wanted   [weights]
+        classes  integers [weights]: the context of each
+        lam      what a bit counts against a squared step
+        old      codes that are kept where all others are worse
+        """
+        near = wanted.round()
+        at = self._places(near, classes)
+        sign = near.sign()
+        # By how much the error of the next code is larger, against what it saves.
+        larger, saved = (wanted - near).mul_(sign).mul_(2.0).add_(1.0), self._to_next.index_select(0, at).mul_(lam)
+        if lam > self._zero_wins_from:
+            by_zero = (wanted + wanted).sub_(near).mul_(near).neg_().add_(self._to_zero.index_select(0, at).mul_(lam))
+            near.masked_fill_((by_zero > 0) & (by_zero > saved - larger), 0.0)
+            sign = near.sign()
+        near.sub_(sign.mul_(larger < saved))
+        if old is None:
+            return near
+        costs = [
+            (wanted - code).square_().add_(self._bits.index_select(0, self._places(code, classes)), alpha=lam)
+            for code in (near, old)
+        ]
+        return torch.where(costs[1] < costs[0], old, near)
+
+    def _places(self, codes: Tensor, classes: Tensor) -> Tensor:
+        most = self._most
+        return codes.clamp(-most, most).add_(most).int().add_(classes.int() * (2 * most + 1))
+
+
 def scalar_unbounded(target: Tensor, bit_costs: BitCosts | None) -> Tensor:
     """The codes where every weight is a layer for itself: what feedback and descent give under a Hessian of one.
-
-    A code is the nearest, the next one towards zero, or zero: whichever has the least squared error and bits together.
 
     target   float32 weights in steps [rows, columns]
     returns  integers alike
     """
-    codes = target.round()
     if bit_costs is None or bit_costs.lam <= 0:
-        return codes
-    # The last of the codes stand for all beyond.
-    span, most = bit_costs.span, bit_costs.span + 1
-    every = torch.arange(-most, most + 1, device=target.device)
-    price = bit_costs.lam * bit_costs.bits[:, every.clamp(-span, span) + span]
-    to_next = (price - price[:, every - every.sign() + most]).reshape(-1)
-    to_zero = (price - price[:, most : most + 1]).reshape(-1)
+        return target.round()
+    prices, codes = Prices(bit_costs.bits), torch.empty_like(target)
     flat, found, classes = target.reshape(-1), codes.reshape(-1), bit_costs.classes.reshape(-1)
-    # Zero can be the best of all only where it saves more than its error is larger, half a step towards it.
-    sizes = every.abs()
-    zero_wins = bool((to_zero.reshape(-1, len(every)) > sizes * (sizes - 1) - ZERO_MARGIN)[:, sizes > 1].any())
     for start in range(0, len(flat), SCALARS_AT_ONCE):
         here = slice(start, start + SCALARS_AT_ONCE)
-        t, near = flat[here], found[here]
-        at = near.clamp(-most, most).add_(most).int().add_(classes[here].int() * len(every))
-        sign = near.sign()
-        # By how much the error of the next code is larger, against what it saves.
-        larger, saved = (t - near).mul_(sign).mul_(2.0).add_(1.0), to_next.index_select(0, at)
-        if zero_wins:
-            by_zero = (t + t).sub_(near).mul_(near).neg_().add_(to_zero.index_select(0, at))
-            near.masked_fill_((by_zero > 0) & (by_zero > saved - larger), 0.0)
-            sign = near.sign()
-        near.sub_(sign.mul_(larger < saved))
+        found[here] = prices.cheapest(flat[here], classes[here], bit_costs.lam)
     return codes
 
 

@@ -24,9 +24,10 @@ from qcompress.coding.rows import measure_whole
 from qcompress.coding.unbounded.lengths import coded_bits
 from qcompress.data.batches import Batch
 from qcompress.methods.rd import encode, fit, free
-from qcompress.methods.rd.free import MOST_COLUMNS, free_step, prior_hessian
+from qcompress.methods.rd.free import MOST_COLUMNS, free_step, guess_inputs
 from qcompress.model.live import LiveModel, fresh_copy, make_live_model
 from qcompress.registry import RdConfig
+from qcompress.solvers.alike import AlikeChannels
 from qcompress.solvers.hessian import output_error
 from qcompress.solvers.unbounded import root_mean_square
 from qcompress.types.encoded import Fitted, Kept, Unbounded
@@ -436,8 +437,9 @@ def test_errors_of_output_channels_sum_to_little(prior: str) -> None:
 @pytest.mark.parametrize("effort", ["fast", "normal", "high"])
 def test_the_prior_lowers_the_error_that_it_foresees(effort: str) -> None:
     weight = gaussian(32, 8, 3, 3)
-    hessian = prior_hessian((32, 8, 3, 3))
-    assert hessian is not None
+    inputs = guess_inputs((32, 8, 3, 3))
+    assert isinstance(inputs, AlikeChannels)
+    hessian = inputs.dense()
     errors = [
         float(output_error((decode(unbounded) - weight).flatten(1), hessian.unsqueeze(0)).sum())
         for unbounded in (

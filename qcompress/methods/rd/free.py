@@ -14,6 +14,7 @@ from qcompress.coding.trellis import STATES
 from qcompress.coding.unbounded.lengths import sample_costs
 from qcompress.coding.unbounded.tokens import Levels, classes_of_rows
 from qcompress.registry import RdConfig
+from qcompress.solvers.alike import AlikeChannels, descend_alike, feedback_alike
 from qcompress.solvers.trellis import trellis_codes
 from qcompress.solvers.unbounded import (
     BitCosts,
@@ -37,13 +38,15 @@ COLOURS = 0.9
 """The correlation of an image's channels, whose mean was taken away."""
 MOST_COLOURS = 4
 MOST_COLUMNS = 1152
-"""Wider weights are taken for several layers side by side: little is left to win, and Hessians cost their cube."""
+"""Wider weights are taken for several layers side by side: little is left to win, and columns wait for one another."""
 
 
-def prior_hessian(shape: Shape) -> Tensor | None:
-    """The second moments of a convolution's inputs, float64 [columns, columns]; None for a weight of two dimensions.
+def guess_inputs(shape: Shape) -> AlikeChannels | Tensor | None:
+    """What a convolution's inputs are taken to be; None for a weight of two dimensions.
 
-    Without a kernel nothing says what the inputs are, and a layer may stand behind a normalization to mean zero.
+    Channels are alike and have a mean; of an image, whose mean is zero, they go together: their second moments are
+    float64 [columns, columns]. Without a kernel nothing says what the inputs are, and a layer may stand behind a
+    normalization to mean zero.
 
     shape  of the weight, rows first: [rows, channels of a group, *kernel]
     """
@@ -56,10 +59,7 @@ def prior_hessian(shape: Shape) -> Tensor | None:
     if channels <= MOST_COLOURS and math.prod(kernel) > 1 and channels > 1:
         colours = COLOURS + (1 - COLOURS) * torch.eye(channels, dtype=torch.float64)
         return torch.kron(colours, taps)
-    columns = channels * len(places)
-    return VARIANCE * torch.kron(torch.eye(channels, dtype=torch.float64), taps) + MEAN**2 * torch.ones(
-        columns, columns, dtype=torch.float64
-    )
+    return AlikeChannels(VARIANCE * taps, MEAN, channels)
 
 
 def split_channels(shape: Shape) -> int:
@@ -158,13 +158,14 @@ class _Coder:
         grid = replace(grid, exponent=grid.exponent - self.octaves)
         device = whole.sample.device
         self.steps = grid_steps(grid, device)
-        self.hessian = _hessian(shape, config).to(device)
-        if config.trellis and not _is_trellis(self.hessian, size[1]):
+        self.inputs = guess_inputs(_part_of(shape)) if len(shape) > 2 and config.prior == "correlated" else None
+        parts = split_channels(shape) if self.inputs is not None else size[1]
+        if config.trellis and not _is_trellis(size[1] // max(parts, 1), size[1]):
             config = replace(config, effort="normal")
         if config.trellis and config.price is None:
             config = replace(config, price=TRELLIS_PRICE)
-        if config.trellis and self.hessian.shape[-1] == 1:
-            self.hessian = torch.eye(size[1], dtype=torch.float64, device=device).unsqueeze(0)
+        if config.trellis and self.inputs is None:
+            self.inputs = torch.eye(size[1], dtype=torch.float64)
         self.flips = config.prior == "flips" and len(shape) > 2
         self.config, self.grid = config, replace(grid, trellis=config.trellis and not self.flips)
         self.levels, self.bits = Levels(0), whole.sample.new_zeros(0)
@@ -189,9 +190,9 @@ class _Coder:
         if self.config.lam > 0:
             classes = classes_of_rows(self.levels, (rows / self.steps).round().cpu().numpy())
             bit_costs = BitCosts(torch.from_numpy(classes.copy()).to(rows.device), self.bits, self.config.lam)
-        if self.hessian.shape[-1] == 1 and not self.config.trellis:
+        if self.inputs is None:
             return scalar_unbounded(rows / self.steps, bit_costs)
-        return _codes(rows, self.steps, self.hessian, bit_costs, self.config)
+        return _codes(rows, self.steps, self.inputs, bit_costs, self.config)
 
 
 def _times_power(rows: Tensor, power: int) -> Tensor:
@@ -199,35 +200,43 @@ def _times_power(rows: Tensor, power: int) -> Tensor:
     return rows * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
 
 
-def _hessian(shape: Shape, config: RdConfig) -> Tensor:
-    """What the inputs are taken to be, float64 [1, columns, columns]: of a part of the row, or 1 where nothing is."""
-    guess = None
-    if len(shape) > 2 and config.prior == "correlated":
-        guess = prior_hessian((shape[0], shape[1] // split_channels(shape), *shape[2:]))
-    return torch.ones(1, 1, 1, dtype=torch.float64) if guess is None else guess.unsqueeze(0)
+def _part_of(shape: Shape) -> Shape:
+    """The shape of one of the parts of a row that are taken for layers side by side."""
+    return (shape[0], shape[1] // split_channels(shape), *shape[2:])
 
 
-def _is_trellis(hessian: Tensor, columns: int) -> bool:
+def _is_trellis(width: int, columns: int) -> bool:
     """Whether a path can run along whole rows: it cannot from part to part, and each survivor holds the rest of one."""
-    return hessian.shape[-1] in (1, columns) and columns <= MOST_TRELLIS_COLUMNS
+    return width in (1, columns) and columns <= MOST_TRELLIS_COLUMNS
 
 
-def _codes(rows: Tensor, steps: Tensor, hessian: Tensor, bit_costs: BitCosts | None, config: RdConfig) -> Tensor:
-    """Codes of rows that are cut into parts of the Hessian's width, each a layer for itself."""
-    width = hessian.shape[-1]
+def _codes(
+    rows: Tensor, steps: Tensor, inputs: AlikeChannels | Tensor, bit_costs: BitCosts | None, config: RdConfig
+) -> Tensor:
+    """Codes of rows that are cut into parts as wide as the inputs, each a layer for itself."""
+    width = inputs.columns if isinstance(inputs, AlikeChannels) else inputs.shape[-1]
     target = rows.reshape(-1, width)
     count = max(1, ROWS_AT_ONCE // (STATES * width if config.trellis else width))
     parts = []
     for start in range(0, len(target), count):
-        stop = start + count
-        own = None
+        part, own = target[start : start + count], None
         if bit_costs is not None:
-            own = BitCosts(bit_costs.classes.reshape(-1, width)[start:stop], bit_costs.bits, bit_costs.lam)
-        if config.trellis:
-            part = trellis_codes(target[start:stop], steps, hessian, own, damping=config.damping)
-        else:
-            part = feedback_unbounded(target[start:stop], steps, hessian, own, damping=config.damping)
-            if config.sweeps:
-                part = descend_unbounded(part, target[start:stop], steps, hessian, own, sweeps=config.sweeps)
-        parts.append(part)
+            classes = bit_costs.classes.reshape(-1, width)[start : start + count]
+            own = BitCosts(classes, bit_costs.bits, bit_costs.lam)
+        parts.append(_part_codes(part, steps, inputs, own, config))
     return torch.cat(parts).reshape(rows.shape)
+
+
+def _part_codes(
+    target: Tensor, steps: Tensor, inputs: AlikeChannels | Tensor, bit_costs: BitCosts | None, config: RdConfig
+) -> Tensor:
+    damping, sweeps = config.damping, config.sweeps
+    if isinstance(inputs, AlikeChannels) and not config.trellis:
+        step = float(steps)
+        codes = feedback_alike(target, step, inputs, bit_costs, damping=damping)
+        return descend_alike(codes, target, step, inputs, bit_costs, sweeps=sweeps) if sweeps else codes
+    hessian = (inputs.dense() if isinstance(inputs, AlikeChannels) else inputs).to(target.device).unsqueeze(0)
+    if config.trellis:
+        return trellis_codes(target, steps, hessian, bit_costs, damping=damping)
+    codes = feedback_unbounded(target, steps, hessian, bit_costs, damping=damping)
+    return descend_unbounded(codes, target, steps, hessian, bit_costs, sweeps=sweeps) if sweeps else codes
