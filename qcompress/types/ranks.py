@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qcompress.errors import OtherRankFailed, QcompressError, ResourceError
+from qcompress.errors import OtherRankFailed, QcompressError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+LAUNCHED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets beside WORLD_SIZE, and ranks need to meet."""
 PATIENCE = timedelta(days=30)
 """How long a rank waits for the others: one of them may be at a tensor that takes hours, and torchrun sees who dies."""
 LEAVE_SECONDS = 20.0
@@ -214,10 +216,15 @@ def join_world(device: str) -> Iterator[World]:
     A rank that fails ends them all: it raises its error, and the others OtherRankFailed with its exit code.
 
     device  "cpu" or "cuda"
+    raises  UsageError where variables of torchrun are set in part only
     """
     if launched_size() == 1:
         yield ALONE
         return
+    missing = [name for name in LAUNCHED if not os.environ.get(name)]
+    if missing:
+        what = f"is {launched_size()}, and {', '.join(missing)} of torchrun not set"
+        raise UsageError("WORLD_SIZE", what, "start several processes with torchrun, or unset WORLD_SIZE for one")
     import torch
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore

@@ -11,6 +11,7 @@ from worlds import together
 
 from qcompress.data.augment import Draw
 from qcompress.data.batches import Batch, Batches
+from qcompress.errors import UsageError
 from qcompress.training.loop import Data
 from qcompress.types.ranks import ALONE, World, deal, join_world, launched_here, launched_rank, launched_size
 
@@ -87,3 +88,15 @@ def test_torchrun_says_who_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
     assert (launched_rank(), launched_size()) == (0, 1)
+
+
+def test_a_world_that_torchrun_did_not_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedulers of clusters set WORLD_SIZE too."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(UsageError, match=r"^WORLD_SIZE: is 2, and RANK, MASTER_ADDR, MASTER_PORT .* not set"),
+        join_world("cpu"),
+    ):
+        pass
