@@ -204,6 +204,14 @@ CASES: dict[str, Case] = {
     "coded": coded("ans"),
     "coded-compact": coded("ans", compact=True),
     "coded-zstd": coded("zstd"),
+    **{
+        f"coded-small{'-compact' * compact}": Case(
+            {"a": skewed(24, 25).bfloat16(), "b": skewed(300), "c": weights(5)},
+            replace(recipe(rule("*")), keep_coding="ans"),
+            compact=compact,
+        )
+        for compact in (False, True)
+    },
     "halved": Case(
         {
             "a": weights(4),

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from worlds import together
 
 import qcompress
+from qcompress.artifact.reader import read_artifact
+from qcompress.checkpoint.checkpoint import read_checkpoint
 from qcompress.cli.pipeline import read_components, write_pipeline
 from qcompress.compress.compress import compress
 from qcompress.report.document import Report
@@ -70,6 +72,18 @@ NAMES = {
     "vae/decoder.conv_in.weight",
     "text_encoder/text_model.q_proj.weight",
 }
+
+
+def test_every_component_is_stored_without_loss(run: Run, pipeline: Path, tmp_path: Path) -> None:
+    assert run("quantize", pipeline, "--lossless", "-q").code == 0
+    for part in ("unet", "vae"):
+        made = read_artifact(tmp_path / "sd-lossless" / part)
+        source = read_checkpoint(pipeline / part)
+        assert any(file.manifest.coded for file in made.files)
+        for info in source.tensors:
+            raw = b"".join(source.shard_of(info.name).pieces_of(info.name))
+            assert b"".join(made.file_of(info.name).kept_pieces(info.name)) == raw
+    assert run("verify", tmp_path / "sd-lossless").code == 0
 
 
 def test_every_component_comes_into_one_folder_with_one_report(run: Run, pipeline: Path, tmp_path: Path) -> None:
