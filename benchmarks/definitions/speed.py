@@ -282,6 +282,13 @@ TABLES = (
         "command",
     ),
     figures(
+        "large",
+        "speed large",
+        {"CPU s": ("cpu", ".0f"), "peak memory, MB": ("peak MB", ".0f"), "bits a weight": ("bits", ".2f")},
+        {"`--bpw 2`": "rd, 2 bits a weight"},
+        "command",
+    ),
+    figures(
         "start",
         "start",
         {"CPU s": ("cpu", ".2f"), "ratio": ("ratio", ".2f")},
