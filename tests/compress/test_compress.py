@@ -653,7 +653,7 @@ def test_peak_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_peak_memory_of_rd_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
-    """Eight times the rows, 14 million weights more: their codes and their payload wait in files."""
+    """Eight times the rows, 59 MB more of weights: not one copy of them is held, nor of their codes as integers."""
     peaks, bits = [], []
     for rows in (2048, 16384):
         source = save(tmp_path / f"{rows}.safetensors", {"w": gaussian(rows, 1024)})
@@ -663,7 +663,7 @@ def test_peak_memory_of_rd_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
         report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         peaks.append(report["run"]["peak_memory_bytes"])
         bits.append(report["size"]["bits_per_weight"])
-    assert peaks[1] - peaks[0] < 24 << 20
+    assert peaks[1] - peaks[0] < 40e6
     assert all(1.95 < one <= 2 for one in bits)
 
 
