@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+"""Where torchrun says how often it has restarted the ranks."""
 LAUNCHED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets beside WORLD_SIZE, and ranks need to meet."""
 PATIENCE = timedelta(days=30)
@@ -232,9 +234,11 @@ def join_world(device: str) -> Iterator[World]:
 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-    store, rank, size = next(iter(rendezvous("env://")))
+    shared, rank, size = next(iter(rendezvous("env://")))
+    # The store outlives the ranks: what those before a restart left there, where to find them above all, is not for us.
+    store = PrefixStore(f"qcompress/attempt/{os.environ.get(ATTEMPT, 0)}", shared)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    group_store = PrefixStore("qcompress/group", store)
+    group_store = PrefixStore("group", store)
     distributed.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=PATIENCE)
     world = World(rank, size, store)
     try:

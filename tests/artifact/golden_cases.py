@@ -208,7 +208,8 @@ CASES: dict[str, Case] = {
         f"coded-small{'-compact' * compact}": Case(
             {"a": skewed(24, 25).bfloat16(), "b": skewed(300), "c": weights(5)},
             replace(recipe(rule("*")), keep_coding="ans"),
-            compact=compact,
+            "ans",
+            compact,
         )
         for compact in (False, True)
     },

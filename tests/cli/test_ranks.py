@@ -75,8 +75,9 @@ def test_an_error_of_one_process_is_told_once_and_ends_all(tmp_path: Path) -> No
     assert done.code != 0 and done.out == ""
     assert re.findall(r"^(error|bug|terminated).*", done.err, re.MULTILINE) == ["error"]
     assert re.search(r"^error: .*layer3.weight.*NaN", done.err, re.MULTILINE)
-    # What torchrun saw: both have left with the exit code of the error.
-    assert set(re.findall(r"exitcode +: (-?\d+)", done.err)) == {"3"}
+    # What torchrun saw: each has left with the exit code of the error, or was still on its way out when torchrun, which
+    # had seen the other go, ended it by SIGTERM.
+    assert "3" in (codes := re.findall(r"exitcode +: (-?\d+)", done.err)) and {*codes} <= {"3", "-15"}
     assert set(files_under(tmp_path)) == {"model.safetensors"}
 
 

@@ -100,3 +100,20 @@ def test_a_world_that_torchrun_did_not_start_is_refused(monkeypatch: pytest.Monk
         join_world("cpu"),
     ):
         pass
+
+
+def test_ranks_that_are_started_again_hear_nothing_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun keeps one store for all restarts; in it stands where to find ranks that are gone."""
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.rendezvous.rendezvous", lambda _: iter([(store, 0, 1)]))
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        with join_world("cpu") as world:
+            assert world.store is not None
+            assert not world.store.check(["left"])
+            world.store.set("left", "here")
+            world.check()
