@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -109,7 +111,9 @@ def test_ranks_that_are_started_again_hear_nothing_of_those_before(monkeypatch: 
     store = HashStore()
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("torch.distributed.rendezvous.rendezvous", lambda _: iter([(store, 0, 1)]))
+    # The package holds a function of the module's name.
+    module = importlib.import_module("torch.distributed.rendezvous")
+    monkeypatch.setattr(module, "rendezvous", lambda _: iter([(store, 0, 1)]))
     for attempt in range(2):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
         with join_world("cpu") as world:
