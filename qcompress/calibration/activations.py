@@ -17,7 +17,8 @@ from qcompress.checkpoint.side_files import HESSIAN, MEAN
 from qcompress.model.live import LiveModel
 from qcompress.model.moments import input_moments
 from qcompress.model.products import product_of
-from qcompress.model.sweep import refuse_unusable, run_stage, sweep
+from qcompress.model.runs import refuse_unusable, run_stage
+from qcompress.model.sweep import sweep
 from qcompress.types.encoded import ActivationGrid
 from qcompress.types.ranks import ALONE, World
 from qcompress.types.settings import ActivationSettings

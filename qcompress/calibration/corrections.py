@@ -14,8 +14,9 @@ from qcompress.model.layers import MatrixLayer, matrix_layer
 from qcompress.model.live import LiveModel, find_tensor, put_tensors
 from qcompress.model.moments import input_moments
 from qcompress.model.operations import BatchNorm
+from qcompress.model.runs import layer_inputs, run_stage
 from qcompress.model.stages import Stage, State
-from qcompress.model.sweep import LayerStep, layer_inputs, run_stage
+from qcompress.model.sweep import LayerStep
 from qcompress.types.ranks import ALONE, World
 from qcompress.types.settings import Companion
 

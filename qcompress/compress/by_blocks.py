@@ -30,8 +30,8 @@ from qcompress.model.live import LiveModel, Position, make_offloaded_model
 from qcompress.model.offload import OUTER, Blueprint
 from qcompress.model.products import caller_of
 from qcompress.model.routing import Tape
+from qcompress.model.runs import run_stage
 from qcompress.model.stages import Stage
-from qcompress.model.sweep import run_stage
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
 from qcompress.report.figures import run_figures

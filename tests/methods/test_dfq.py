@@ -37,7 +37,7 @@ from qcompress.model.chains import equalization_links
 from qcompress.model.fold import kernels
 from qcompress.model.graph import batch_norm_of
 from qcompress.model.live import LiveModel, find_tensor, put_tensors
-from qcompress.model.sweep import layer_inputs, run_stage
+from qcompress.model.runs import layer_inputs, run_stage
 from qcompress.registry import METHODS, DfqConfig
 from qcompress.solvers.equalize import DEAD
 from qcompress.types.encoded import Affine, Fitted, Kept

@@ -19,8 +19,8 @@ from qcompress.methods.pdquant.block import Block, Loss
 from qcompress.methods.pdquant.inputs import Inputs, make_inputs
 from qcompress.model.graph import make_blocks
 from qcompress.model.live import LiveModel, layer_name, make_live_model
+from qcompress.model.runs import run_stage
 from qcompress.model.stages import Stage
-from qcompress.model.sweep import run_stage
 from qcompress.registry import PdquantConfig
 from qcompress.solvers.rounding import soft
 from qcompress.types.settings import ActivationSettings

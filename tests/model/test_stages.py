@@ -10,8 +10,9 @@ from model.networks import Mlp, Residual, Separable, Untraceable, batches, decis
 from qcompress.data.batches import Batch
 from qcompress.errors import ModelError
 from qcompress.model.live import LiveModel, make_live_model, put_tensors
+from qcompress.model.runs import layer_inputs, run_stage
 from qcompress.model.stages import last_output
-from qcompress.model.sweep import layer_inputs, run_stage, sweep
+from qcompress.model.sweep import sweep
 from qcompress.model.trace import Untraceable as CannotTrace
 from qcompress.model.trace import run, trace
 

@@ -13,7 +13,8 @@ from qcompress.data.batches import Batch
 from qcompress.errors import DataError
 from qcompress.model.layers import MatrixLayer, blank_gram, drawn_places, measure_gram
 from qcompress.model.live import LiveModel, find_tensor, make_live_model
-from qcompress.model.sweep import LARGEST_INPUT, layer_calls, refuse_unusable, sweep
+from qcompress.model.runs import LARGEST_INPUT, layer_calls, refuse_unusable
+from qcompress.model.sweep import sweep
 from qcompress.registry import METHODS
 from qcompress.types.run import FitContext, Gram
 from qcompress.types.settings import ActivationSettings

@@ -15,8 +15,8 @@ from qcompress.errors import ModelError
 from qcompress.methods.pdquant.block import Block, round_unreached
 from qcompress.model.graph import make_blocks
 from qcompress.model.live import LiveModel, layer_name
+from qcompress.model.runs import run_stage
 from qcompress.model.stages import Stage
-from qcompress.model.sweep import run_stage
 from qcompress.registry import PdquantConfig
 from qcompress.types.encoded import ActivationGrid, Encoded, Fitted
 from qcompress.types.plan import Decision

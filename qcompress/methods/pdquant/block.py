@@ -21,8 +21,9 @@ from qcompress.methods.pdquant.prediction import Prediction, Rest, make_predicti
 from qcompress.model.graph import inputs_of_network
 from qcompress.model.layers import blank_gram, matrix_layer, measure_gram
 from qcompress.model.live import LiveModel, find_tensor, layer_name
+from qcompress.model.runs import run_stage
 from qcompress.model.stages import Stage, State, stage_output
-from qcompress.model.sweep import paired_inputs, run_stage
+from qcompress.model.sweep import paired_inputs
 from qcompress.registry import PdquantConfig
 from qcompress.solvers.grids import Grid
 from qcompress.solvers.hessian import choose_grid, encoded_rows, grid_exponent, least_squares_target, row_levels

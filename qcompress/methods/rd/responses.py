@@ -14,8 +14,9 @@ from qcompress.data.batches import Batch
 from qcompress.model.graph import batch_norm_of
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
 from qcompress.model.products import caller_of
+from qcompress.model.runs import layer_inputs, run_stage
 from qcompress.model.stages import Stage, State, last_output
-from qcompress.model.sweep import layer_inputs, run_stage, sweep
+from qcompress.model.sweep import sweep
 from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import output_error
 from qcompress.solvers.unbounded import conditional_energies, feedback_unbounded

@@ -16,8 +16,9 @@ from qcompress.coding.unbounded.lengths import class_costs, coded_bits
 from qcompress.methods.rd.responses import Response, is_lookup, measure_responses
 from qcompress.model.layers import MatrixLayer
 from qcompress.model.live import LiveModel, find_tensor, put_tensors
+from qcompress.model.runs import run_stage
 from qcompress.model.stages import last_output
-from qcompress.model.sweep import LayerStep, measure_skip, run_stage, sweep
+from qcompress.model.sweep import LayerStep, measure_skip, sweep
 from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import least_squares_target
 from qcompress.solvers.trellis import trellis_codes
