@@ -14,7 +14,7 @@ from qcompress.errors import DataError
 from qcompress.model.layers import MatrixLayer, blank_gram, drawn_places, measure_gram
 from qcompress.model.live import LiveModel, find_tensor, make_live_model
 from qcompress.model.runs import LARGEST_INPUT, layer_calls, refuse_unusable
-from qcompress.model.sweep import sweep
+from qcompress.model.sweep import GramMemory, sweep
 from qcompress.registry import METHODS
 from qcompress.types.run import FitContext, Gram
 from qcompress.types.settings import ActivationSettings
@@ -211,3 +211,14 @@ def test_what_weights_of_one_gram_share_is_made_once() -> None:
     found = [gram.once(what, lambda what=what: make(what)) for gram in (one, one, other) for what in ("a", "b", "a")]
     assert found == ["a", "b", "a"] * 3
     assert made == ["a", "b"] * 2
+
+
+def test_a_gram_is_that_of_the_inputs_of_both_networks() -> None:
+    noisy, clean, other = ([torch.ones(2, 3)] for _ in range(3))
+    gram, memory = blank_gram(1, 3, torch.device("cpu")), GramMemory()
+    assert memory.known(noisy, clean) is None
+    memory.keep(noisy, clean, gram)
+    assert memory.known([*noisy], [*clean]) is gram
+    assert memory.known(noisy, other) is memory.known(noisy, None) is memory.known(other, clean) is None
+    memory.forget()
+    assert memory.known(noisy, clean) is None
