@@ -32,7 +32,7 @@ data:
 task: causal-lm
 rules:
   - {{match: "@embedding", mse: {{bits: 8}}}}
-  - {{match: "*_proj.weight", gptq: {{bits: 4}}}}
+  - {{match: "*_proj.weight", gptq: {{bits: 4, preset: paper}}}}
 """
 POLL_SECONDS = 0.2
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompress.solvers.hessian import cholesky, damped, grouped
+from qcompress.solvers.hessian import damped, factorize, grouped
 
 BLOCK_COLUMNS = 128
 
@@ -97,7 +97,7 @@ def descend(
     linear           C [groups, rows a group, columns]
     """
     groups, dtype = hessian.shape[0], weight.dtype
-    quadratic = damped(hessian, damping).to(dtype)
+    quadratic = damped(hessian, damping, dtype)
     scales, lows, bottoms, tops = (
         grouped(torch.as_tensor(one, dtype=dtype, device=weight.device).expand(weight.shape), groups)
         for one in (scale, low, lowest, highest)
@@ -170,7 +170,7 @@ class Feedback:
 def make_feedback(hessian: Tensor, damping: float, dtype: torch.dtype, *, act_order: bool = True) -> Feedback:
     """The feedback under Hessians float64 [groups, columns, columns], in the order of falling activity or as it is."""
     order = _column_order(hessian, act_order)
-    return Feedback(order, inverse_factor(_permuted(hessian, order), damping).to(dtype))
+    return Feedback(order, inverse_factor(hessian, order, damping, dtype))
 
 
 def sweep_columns(
@@ -261,16 +261,20 @@ def _take_columns(values: Tensor, order: Tensor) -> Tensor:
     return values.gather(2, order.unsqueeze(1).expand_as(values))
 
 
-def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
-    """The Hessians with rows and columns in the given order."""
-    rows = hessian.gather(1, order.unsqueeze(2).expand_as(hessian))
-    return rows.gather(2, order.unsqueeze(1).expand_as(hessian))
+def inverse_factor(hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+    """The upper Cholesky factor of the inverse of damped Hessians whose rows and columns are in the given order.
 
-
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse."""
+    hessian  float64 [groups, columns, columns]
+    order    int64 [groups, columns]
+    """
     # With J the reversal, J H J = L L^T gives H^-1 = U^T U for U = J L^-1 J: one factorization, one triangular solve.
-    factor, _ = cholesky(hessian.flip(1, 2), damping)
-    identity = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device).expand_as(hessian)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False).flip(1, 2)
-    return inverse
+    # Of a wide layer each of these squares is large: no more than two are there at once beside the Hessian.
+    back = order.flip(1)
+    groups = torch.arange(len(order), device=order.device).reshape(-1, 1, 1)
+    reversed_hessian = hessian[groups, back.unsqueeze(2), back.unsqueeze(1)]
+    factor = factorize(reversed_hessian, damping)
+    inverse = reversed_hessian.zero_()
+    inverse.diagonal(dim1=1, dim2=2).fill_(1.0)
+    torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+    del factor
+    return inverse.to(dtype).flip(1, 2)

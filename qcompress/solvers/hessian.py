@@ -72,20 +72,24 @@ MOST_DAMPING = 1e100
 """A share of the mean diagonal beyond which no more helps."""
 
 
-def damped(hessian: Tensor, share: float) -> Tensor:
+def damped(hessian: Tensor, share: float, dtype: torch.dtype = torch.float64) -> Tensor:
     """The Hessian with `share` of its mean diagonal added to the diagonal; the mean itself where no input is active.
 
     hessian  float64 [groups, columns, columns]
+    returns  a copy of it in `dtype`
     """
-    raised = hessian.clone()
-    diagonal = raised.diagonal(dim1=1, dim2=2)
-    dead = diagonal <= 0
+    raised = hessian.to(dtype, copy=True)
+    raised.diagonal(dim1=1, dim2=2).copy_(_damped_diagonal(hessian.diagonal(dim1=1, dim2=2), share))
+    return raised
+
+
+def _damped_diagonal(diagonal: Tensor, share: float) -> Tensor:
+    """What `damped` makes of a diagonal, [groups, columns]."""
     mean = diagonal.mean(1, keepdim=True)
-    diagonal.add_(share * mean)
+    raised = diagonal + share * mean
     # In the unit of the others, since what steps and bits weigh is summed over columns and groups.
     mean = torch.where(mean > 0, mean, mean.mean())
-    diagonal.copy_(torch.where(dead, torch.where(mean > 0, mean, 1.0), diagonal))
-    return raised
+    return torch.where(diagonal <= 0, torch.where(mean > 0, mean, 1.0), raised)
 
 
 def cholesky(hessian: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -93,14 +97,25 @@ def cholesky(hessian: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
     raises  ValueError for a Hessian that is not finite, or so far from any sum of squares that no damping helps
     """
-    if not bool(hessian.isfinite().all()):
+    raised = hessian.clone()
+    return factorize(raised, share), raised
+
+
+def factorize(hessian: Tensor, share: float) -> Tensor:
+    """The factor that `cholesky` gives of a Hessian whose diagonal is overwritten by the damped one.
+
+    raises  as `cholesky`
+    """
+    if not all(bool(bound.isfinite()) for bound in hessian.aminmax()):
         raise ValueError("a Hessian holds NaN or Inf")
-    share = max(share, 1e-10)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    plain, share = diagonal.clone(), max(share, 1e-10)
     while share < MOST_DAMPING:
-        raised = damped(hessian, share)
-        factor, failed = torch.linalg.cholesky_ex(raised)
+        diagonal.copy_(_damped_diagonal(plain, share))
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         if not bool(failed.any()):
-            return factor, raised
+            return factor
+        del factor
         share *= 10
     raise ValueError("a Hessian is no sum of squares")
 
@@ -265,7 +280,7 @@ def _factors(hessian: Tensor, length: int, generator: torch.Generator) -> Tensor
     groups, columns = hessian.shape[:2]
     split = hessian.reshape(groups, columns // length, length, columns // length, length)
     own = split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, length, length)
-    factor, _ = cholesky(own, SEARCH_DAMPING)
+    factor = cholesky(own, SEARCH_DAMPING)[0]
     if length > SKETCH_COLUMNS:
         shape = (length, SKETCH_COLUMNS)
         drawn = torch.randn(shape, generator=generator, device=hessian.device, dtype=torch.float32)

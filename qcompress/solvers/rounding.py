@@ -140,7 +140,7 @@ def round_by_gram(
     weight  float32 [rows, columns]
     """
     # As raised as the Cholesky factors are elsewhere: columns that were seldom active must not move at random.
-    quadratic = damped(hessian, GRAM_DAMPING).to(weight.dtype)
+    quadratic = damped(hessian, GRAM_DAMPING, weight.dtype)
     linear = None if cross is None else linear_term(weight, hessian, cross).to(weight.dtype)
     v = _adam_on_gram(weight, neighbours, quadratic, linear, iterations, learning_rate, strength, warm_up)
     learned = torch.where(v >= 0, neighbours.ceiling, neighbours.floor)

@@ -33,7 +33,8 @@ def trellis_codes(
     between neighbouring values of both union quantizers.
     """
     groups, columns = hessian.shape[:2]
-    upper = inverse_factor(hessian, damping).to(target.dtype)
+    order = torch.arange(columns, device=hessian.device).expand(groups, columns)
+    upper = inverse_factor(hessian, order, damping, target.dtype)
     scales = grouped(steps.to(target.dtype).expand(target.shape), groups)
     pivots = upper.diagonal(dim1=1, dim2=2).unsqueeze(1)
     # Costs in a unit near their own: their squares must not vanish, or paths are as good as any other.

@@ -308,7 +308,7 @@ def descend_unbounded(
     codes  [rows, columns], integers in the target's dtype; returned alike
     """
     groups, dtype = hessian.shape[0], target.dtype
-    quadratic = damped(hessian, damping).to(dtype)
+    quadratic = damped(hessian, damping, dtype)
     scales = grouped(steps.to(dtype).expand(target.shape), groups)
     weighed = None
     if bit_costs is not None and bit_costs.lam > 0:
