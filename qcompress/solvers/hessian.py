@@ -112,6 +112,7 @@ def factorize(hessian: Tensor, share: float) -> Tensor:
     plain, share = diagonal.clone(), max(share, 1e-10)
     while share < MOST_DAMPING:
         diagonal.copy_(_damped_diagonal(plain, share))
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if not bool(failed.any()):
             return factor
