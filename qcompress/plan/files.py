@@ -89,11 +89,11 @@ def carried_out(decision: Decision, outcomes: Outcomes) -> Decision:
         decision = replace(decision, codebook=replace(decision.codebook, entries=outcomes.entries[name]))
         return _with_wide_codebooks(decision) if name in outcomes.spread else decision
     if name in outcomes.aimed:
-        return replace(decision, reason=f"{reason}; errors are those against the weights that its codes stand for")
+        reason = f"{reason}; errors are those against the weights that its codes stand for"
+        decision = replace(decision, reason=reason)
     if name in outcomes.spread:
-        return replace(
-            decision, row_exponents=True, reason=f"{reason}; an exponent a row, which differ too much for one"
-        )
+        reason = f"{reason}; an exponent a row, which differ too much for one"
+        return replace(decision, reason=reason, row_exponents=True)
     if name in outcomes.too_wide:
         reason = reason.replace(STORED_AS_F16, "; float16 cannot hold its values")
         decision = replace(decision, stored=None, reason=reason)

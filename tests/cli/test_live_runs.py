@@ -161,6 +161,19 @@ def test_errors_of_gptq_are_those_against_what_its_codes_stand_for(run: Run, tra
     assert sqnrs["true"] > 35 and sqnrs["false"] > 35
 
 
+def test_gptq_stores_an_exponent_a_row_where_rows_lie_too_far_apart(run: Run, trained: Path, tmp_path: Path) -> None:
+    """Also where its codes stand for other weights than the checkpoint's."""
+    spread = load_file(trained / "m.safetensors")
+    spread["conv2.weight"][1] *= 2.0**-40
+    checkpoint, output = tmp_path / "spread.safetensors", tmp_path / "o.safetensors"
+    save_file(spread, checkpoint)
+    done = run("quantize", str(checkpoint), "-r", str(trained / "gptq.yaml"), "--allow-code", "-o", str(output))
+    assert done.code == 0, done.err
+    rows = qcompress.load_state_dict(output)["conv2.weight"].flatten(1).double()
+    wanted = spread["conv2.weight"].flatten(1).double()
+    assert 0 < float(rows[1].norm()) < 2 * float(wanted[1].norm())
+
+
 def test_a_recipe_without_rules_measures_on_several_threads(run: Run, trained: Path, tmp_path: Path) -> None:
     text = (trained / "gptq.yaml").read_text()
     kept = [

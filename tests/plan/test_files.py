@@ -63,6 +63,14 @@ def test_an_adjusted_tensor_says_so_whatever_else_came_of_it(plan: Plan) -> None
     assert (both.stored, both.reason) == (None, "no rule matches; float16 cannot hold its values; values adjusted")
 
 
+def test_a_tensor_that_stands_for_another_may_have_an_exponent_a_row(plan: Plan) -> None:
+    before = named(plan.decisions)["v"]
+    names = frozenset({"v"})
+    after = carried_out(before, Outcomes(aimed=names, spread=names))
+    assert after.row_exponents and not carried_out(before, Outcomes(aimed=names)).row_exponents
+    assert "its codes stand for" in after.reason and "an exponent a row" in after.reason
+
+
 def test_files_are_laid_out_with_the_outcomes_and_the_plan_stays_as_it_was(checkpoint: Checkpoint, plan: Plan) -> None:
     again = plan_for(checkpoint, plan.recipe)
     outcomes = Outcomes({"w": 5}, frozenset({"bias"}), frozenset({"norm"}))
