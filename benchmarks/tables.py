@@ -12,12 +12,11 @@ from typing import Literal
 
 from ledger import FOLDER, Ledger, Line, look_up
 
-Mark = Literal["old", "padding", "changed"]
+Mark = Literal["old", "changed"]
 
 MARKS: Mapping[Mark, tuple[str, str]] = {
     "old": ("†", "older, without hash and commit: not run again"),
-    "padding": ("‡", "to be run again: trained when `crop4` padded with the mean colour, where networks know black"),
-    "changed": ("§", "run before its command or recipe was changed"),
+    "changed": ("‡", "run before its command or recipe was changed"),
 }
 """What stands behind a figure that is not of a row as it is defined now, and what it means."""
 

@@ -211,16 +211,16 @@ def test_a_spread_is_of_runs_that_differ(tmp_path: Path) -> None:
 
 
 def test_marks_say_what_was_not_run(tmp_path: Path) -> None:
-    old = {("t", "b", "top1"): ("0.4", "padding")}
+    old = {("t", "b", "top1"): ("0.4", "old")}
     table, ledger = seeds(tmp_path)
     assert Pages(ledger, {}).cell(table, "b", 1).marked == "-"
-    assert Pages(ledger, old).cell(table, "b", 1).marked == "0.4 ‡"  # type: ignore[arg-type]
-    assert "to be run again" in Pages(ledger, old).render(table)  # type: ignore[arg-type]
+    assert Pages(ledger, old).cell(table, "b", 1).marked == "0.4 †"  # type: ignore[arg-type]
+    assert "not run again" in Pages(ledger, old).render(table)  # type: ignore[arg-type]
     table, ledger = seeds(tmp_path, {})
     assert Pages(ledger, old).cell(table, "b", 1).marked == "0.5000"  # type: ignore[arg-type]
     assert "a.jsonl" in Pages(ledger, {}).render(table) and "abcdef" in Pages(ledger, {}).render(table)
     table, ledger = seeds(tmp_path, {"definition": "of before"})
-    assert Pages(ledger, {}).cell(table, "b", 1).marked == "0.5000 §"
+    assert Pages(ledger, {}).cell(table, "b", 1).marked == "0.5000 ‡"
 
 
 def test_an_older_figure_goes_when_its_row_is_run(tmp_path: Path) -> None:
@@ -235,10 +235,10 @@ def test_an_older_figure_goes_when_its_row_is_run(tmp_path: Path) -> None:
 
 def test_a_page_names_cells_that_are_there() -> None:
     pages = Pages(Ledger(ROWS))
-    for text in ("{{no table}}", "{{training | none | FP32}}", "{{training | no regularizer | W9}}", "{{qat | DSMM}}"):
+    for text in ("{{no table}}", "{{rd resnet20 | none | top1}}", "{{rd resnet20 | gptq W2 | W9}}", "{{qat | DSMM}}"):
         with pytest.raises(PageError):
             render_page(text, pages)
-    assert render_page("{{training | no regularizer | FP32}}", pages)[0] == "0"
+    assert render_page("{{rd resnet20 | gptq W2 | top1}}", pages)[0] == "0"
 
 
 def test_what_differs_is_named() -> None:

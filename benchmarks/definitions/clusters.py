@@ -39,10 +39,9 @@ class Start(NamedTuple):
 STARTS = {
     "resnet20": Start("ResNet-20, the checkpoint", RESNET20),
     "min_squared": Start("trained to two representatives a layer", start("min_squared"), dkm=((1, 1),)),
-    "kurtosis": Start("fine-tuned with kurtosis", start("kurtosis")),
     "dsmm": Start("fine-tuned with DSMM", start("dsmm"), dkm=SHARED),
     "linf": Start("fine-tuned with L-infinity", start("linf"), settings=SHARED, dkm=SHARED),
-    "mobilenet": Start("MobileNetV1 0.75", MOBILENET, "imagenet/mobilenet_v1_075", ()),
+    "mobilenet": Start("MobileNetV1 0.75", MOBILENET, "imagenet/mobilenet_v1_075", (), ((4, 1),), ((4, 1),)),
     "mobilenet_channel": Start(
         "MobileNetV1 0.75, a codebook a channel",
         MOBILENET,
@@ -51,13 +50,6 @@ STARTS = {
         ((2, 1), (4, 1)),
         (),
         ("rules.0.kmeans.granularity=channel",),
-    ),
-    "mobilenet_dsmm": Start(
-        "MobileNetV1 0.75, fine-tuned with DSMM",
-        start("mobilenet_dsmm"),
-        "imagenet/mobilenet_v1_075",
-        (),
-        dkm=((4, 1),),
     ),
 }
 FAST = (("resnet20", (2, 1)), ("min_squared", (1, 1)))
