@@ -28,6 +28,8 @@ INPUT_BITS = 8
 LEAST_SCALE = 2.0**-100
 """A range below it is nothing; the reciprocal of a smaller scale might not fit float32."""
 BINS = 2048
+COUNTED_VALUES = 1 << 16
+"""Values that are counted at a time."""
 SHRINK_STEPS = 40
 NOISE_SAMPLES = 64
 NOISE_SIGMAS = {2: 12.0, 3: 12.0, 4: 12.0, 5: 13.0, 6: 14.0, 7: 19.5, 8: 25.0}
@@ -241,8 +243,11 @@ def _measure_histograms(
     def watch(name: str, x: Tensor) -> None:
         low, high = ranges[name]
         if high > low:
-            bins = (x.reshape(-1) - low).mul_(BINS / (high - low)).long().clamp_(0, BINS - 1)
-            counts[name] += torch.bincount(bins, minlength=BINS).cpu()
+            # A part at a time, so that its bins stay in the cache: they take three times the memory of x.
+            size = COUNTED_VALUES if x.device.type == "cpu" else x.numel()
+            for part in torch.split(x.reshape(-1), size):
+                bins = (part - low).mul_(BINS / (high - low)).long().clamp_(0, BINS - 1)
+                counts[name] += torch.bincount(bins, minlength=BINS).cpu()
 
     with watched_inputs(module, list(ranges), watch):
         run()

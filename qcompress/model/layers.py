@@ -23,6 +23,9 @@ GRAM_ROWS_A_COLUMN = 64
 CACHED_VALUES = 1 << 15
 """Numbers that are added at a time, so that their float64 form stays in the cache."""
 
+GATHERED_VALUES = 1 << 18
+"""Numbers that are gathered at a time, for the same reason."""
+
 Choice: TypeAlias = Callable[[tuple[int, ...], torch.device], tuple[Tensor, ...]]
 """Sizes of the output -> one index tensor for each of its dimensions: the places that are looked at."""
 
@@ -47,9 +50,11 @@ class MatrixLayer:
         """
         module: Any = self.module
         if isinstance(module, CONVOLUTIONS):
-            return _as_columns(_patches(module, x), module.groups, _chosen(places, generator))
+            padded, windows = _windows(module, _batched(x, len(module.kernel_size)))
+            return _as_columns(padded, windows, module.groups, _chosen(places, generator))
         if isinstance(module, TRANSPOSED):
-            return _as_columns(_spread_patches(module, x), module.groups, _chosen(places, generator))
+            x = _batched(x, len(module.kernel_size))
+            return _as_columns(x, _spread_windows(module, x), module.groups, _chosen(places, generator))
         rows = x.reshape(len(x), -1, x.shape[-1])
         (chosen,) = _chosen(places, generator)((rows.shape[1],), rows.device)
         return rows[:, chosen].reshape(1, -1, x.shape[-1])
@@ -262,49 +267,89 @@ def _chosen(places: int | None, generator: torch.Generator | None) -> Choice:
     return choose
 
 
-def _patches(module: Any, x: Tensor) -> Tensor:
-    """What each place of the output sees, as a view [samples, channels, *places, *kernel]."""
-    x = _batched(x, len(module.kernel_size))
+@dataclass(frozen=True)
+class _Window:
+    """What a place of the output sees along one dimension: taps at place * step + tap * spacing - before, in units of
+    1 / `spread` of an input place; what lies between places, or beyond the first or the last one, is zero.
+
+    places  of the output
+    """
+
+    places: int
+    taps: int
+    step: int
+    spacing: int
+    before: int
+    spread: int = 1
+
+    def seen(self, chosen: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """For chosen places int64 [n] what of an input of so many places each tap sees, int64 [n, taps], and whether
+        there is any."""
+        taps = torch.arange(self.taps, device=chosen.device)
+        units = chosen.unsqueeze(1) * self.step + taps * self.spacing - self.before
+        there = (units >= 0) & (units <= (size - 1) * self.spread) & (units % self.spread == 0)
+        return torch.where(there, units.div(self.spread, rounding_mode="floor"), 0), there
+
+
+def _windows(module: Any, x: Tensor) -> tuple[Tensor, list[_Window]]:
+    """The input of a convolution, padded unless by zeros, and what its places see of it along each dimension."""
     padding = module._reversed_padding_repeated_twice
-    if any(padding):
-        x = F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-    return _unfold(x, module.kernel_size, module.stride, module.dilation)
+    if any(padding) and module.padding_mode != "zeros":
+        x = F.pad(x, padding, mode=module.padding_mode)
+        padding = [0] * len(padding)
+    windows = []
+    for axis, (taps, step, spacing) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        # Paddings are listed from the last dimension to the first.
+        before, behind = padding[len(padding) - 2 * axis - 2 :][:2]
+        places = (x.shape[2 + axis] + before + behind - spacing * (taps - 1) - 1) // step + 1
+        windows.append(_Window(places, taps, step, spacing, before))
+    return x, windows
 
 
-def _spread_patches(module: Any, x: Tensor) -> Tensor:
+def _spread_windows(module: Any, x: Tensor) -> list[_Window]:
     """A transposed convolution is a convolution with the mirrored kernel over inputs spread by its stride."""
-    dimensions = len(module.kernel_size)
-    x = _batched(x, dimensions)
-    sizes = [(size - 1) * stride + 1 for size, stride in zip(x.shape[2:], module.stride, strict=True)]
-    spread = x.new_zeros(*x.shape[:2], *sizes)
-    spread[(slice(None), slice(None), *(slice(None, None, stride) for stride in module.stride))] = x
-    padding: list[int] = []
-    for kernel, dilation, pad, more in zip(
-        module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True
-    ):
-        edge = dilation * (kernel - 1) - pad
-        padding = [edge, edge + more, *padding]
-    patches = _unfold(F.pad(spread, padding), module.kernel_size, (1,) * dimensions, module.dilation)
-    return patches.flip(list(range(2 + dimensions, 2 + 2 * dimensions)))
+    windows = []
+    sides = zip(x.shape[2:], module.kernel_size, module.stride, module.dilation, module.padding, strict=True)
+    for (size, taps, spread, spacing, padding), more in zip(sides, module.output_padding, strict=True):
+        places = (size - 1) * spread - 2 * padding + spacing * (taps - 1) + more + 1
+        # Its first tap is the last one of the mirrored kernel.
+        windows.append(_Window(places, taps, 1, -spacing, -padding, spread))
+    return windows
 
 
 def _batched(x: Tensor, dimensions: int) -> Tensor:
     return x if x.ndim == dimensions + 2 else x.unsqueeze(0)
 
 
-def _unfold(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    for axis, (size, step, spacing) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
-        # Unfolded dimensions come last, one after another, in the order of the kernel's.
-        x = x.unfold(axis, spacing * (size - 1) + 1, step)[..., ::spacing]
-    return x
+def _as_columns(x: Tensor, windows: Sequence[_Window], groups: int, choose: Choice) -> Tensor:
+    """What chosen places see of x [samples, channels, *sizes], [groups, samples * chosen, channels / groups * taps].
+
+    Only that is read, and a few samples at a time, so that what is gathered stays in the cache.
+    """
+    samples, channels = x.shape[:2]
+    chosen = choose(tuple(window.places for window in windows), x.device)
+    index = torch.zeros(len(chosen[0]), 1, dtype=torch.int64, device=x.device)
+    there = torch.ones_like(index, dtype=torch.bool)
+    for window, at, size in zip(windows, chosen, x.shape[2:], strict=True):
+        seen, inside = window.seen(at, size)
+        index = (index.unsqueeze(2) * size + seen.unsqueeze(1)).flatten(1)
+        there = (there.unsqueeze(2) & inside.unsqueeze(1)).flatten(1)
+    count, taps = index.shape
+    index, absent = index.flatten(), ~there.flatten()
+    any_absent = bool(absent.any())
+    columns = x.new_empty(groups, samples, count, channels // groups, taps)
+    few = max(1, GATHERED_VALUES // (channels * max(len(index), 1)))
+    for start in range(0, samples, few):
+        part = _take(x[start : start + few].flatten(2), index)
+        if any_absent:
+            part.masked_fill_(absent, 0.0)
+        part = part.view(len(part), groups, channels // groups, count, taps)
+        columns[:, start : start + few].copy_(part.permute(1, 0, 3, 2, 4))
+    return columns.view(groups, samples * count, -1)
 
 
-def _as_columns(patches: Tensor, groups: int, choose: Choice) -> Tensor:
-    """Patches [samples, channels, *places, *kernel] as [groups, samples * chosen, channels / groups * kernel]."""
-    dimensions = (patches.ndim - 2) // 2
-    samples, channels = patches.shape[:2]
-    chosen = choose(tuple(patches.shape[2 : 2 + dimensions]), patches.device)
-    index: Any = (slice(None), slice(None), *chosen)
-    picked = patches[index]
-    picked = picked.reshape(samples, groups, channels // groups, len(chosen[0]), -1)
-    return picked.permute(1, 0, 3, 2, 4).reshape(groups, samples * len(chosen[0]), -1)
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """values[..., index]; on the CPU numpy reads single numbers several times as fast as torch."""
+    if values.device.type != "cpu":
+        return values[..., index]
+    return torch.from_numpy(values.detach().numpy().take(index.numpy(), axis=-1, mode="clip"))

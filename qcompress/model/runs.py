@@ -24,7 +24,8 @@ def refuse_unusable(name: str, x: Tensor) -> None:
 
     x  floats or, of a lookup, integers
     """
-    if x.is_floating_point() and x.numel() and not float(x.abs().amax()) <= LARGEST_INPUT:
+    # Of NaN both ends are NaN. The absolute values would take as much memory again.
+    if x.is_floating_point() and x.numel() and not all(abs(float(end)) <= LARGEST_INPUT for end in torch.aminmax(x)):
         what = f"its inputs hold NaN, Inf or values beyond {LARGEST_INPUT:g}"
         raise DataError(f"layer {name}", what, "check data.calibration and data.normalize, and the checkpoint")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
@@ -61,11 +62,20 @@ class TracedStage:
 
     def run(self, module: nn.Module, state: State) -> State:
         values = dict(state)
-        for node in self.nodes:
+        for node, spent in zip(self.nodes, self._spent_by, strict=True):
             values[node] = step(module, node, values)
-        for node in self.spent:
-            values.pop(node, None)
+            for one in spent:
+                values.pop(one, None)
         return values
+
+    @cached_property
+    def _spent_by(self) -> tuple[tuple[fx.Node, ...], ...]:
+        """For each node the values that nothing needs once it has run."""
+        last = {one: index for index, node in enumerate(self.nodes) for one in (node, *node.all_input_nodes)}
+        groups: dict[int, list[fx.Node]] = {}
+        for one in self.spent:
+            groups.setdefault(last.get(one, len(self.nodes) - 1), []).append(one)
+        return tuple(tuple(groups.get(index, ())) for index in range(len(self.nodes)))
 
 
 @dataclass(frozen=True)
