@@ -42,6 +42,8 @@ ROW_VALUES = 2**20
 BIN_BITS = 20
 """Leading bits of a float32 that name its bin: sign, exponent, 11 of the significand; 16-bit floats have no more."""
 COUNTED_AT_ONCE = 2**21
+SHORT_VECTOR = 4
+"""Up to so many terms torch adds one after another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +331,7 @@ def plus_plus(points: Tensor, mass: Tensor, clusters: int, generator: torch.Gene
     mass     float64 [sets, n], not negative
     returns  float64 [sets, clusters, dim], in the order in which they were drawn
     """
-    distance = torch.ones_like(mass)
+    distance, by_axis = torch.ones_like(mass), points.movedim(2, 0).contiguous()
     chosen = points.new_empty(len(points), clusters, points.shape[2])
     for k in range(clusters):
         share = torch.rand(len(points), 1, dtype=torch.float64, generator=generator)
@@ -337,6 +339,17 @@ def plus_plus(points: Tensor, mass: Tensor, clusters: int, generator: torch.Gene
         # Where all distances are 0 any point will do.
         drawn = torch.searchsorted(sums, sums[:, -1:] * share, right=True).clamp_(max=points.shape[1] - 1)
         chosen[:, k : k + 1] = points.gather(1, drawn.unsqueeze(2).expand(-1, -1, points.shape[2]))
-        nearer = (points - chosen[:, k : k + 1]).square_().sum(2)
+        nearer = _squared_distance(points, by_axis, chosen[:, k])
         distance = nearer if k == 0 else torch.minimum(distance, nearer)
     return chosen
+
+
+def _squared_distance(points: Tensor, by_axis: Tensor, centre: Tensor) -> Tensor:
+    """Of points [sets, n, dim], which are also given as [dim, sets, n], from a centre [sets, dim] of each set."""
+    if len(by_axis) > SHORT_VECTOR:
+        return (points - centre.unsqueeze(1)).square_().sum(2)
+    # Sums of so few terms are the same in whole passes over all points, which take a third of the time.
+    total = (by_axis[0] - centre[:, :1]).square_()
+    for axis in range(1, len(by_axis)):
+        total += (by_axis[axis] - centre[:, axis : axis + 1]).square_()
+    return total

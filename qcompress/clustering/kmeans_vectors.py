@@ -12,17 +12,21 @@ from typing import Any, Literal, TypeAlias, assert_never
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from qcompress.clustering.kmeans import MOST_CLUSTERS, Clustering, Start, plus_plus
 from qcompress.clustering.lines import Floats
-from qcompress.coding.rows import row_slices, spans
+from qcompress.coding.rows import spans
 
 VectorStart: TypeAlias = Literal["k-means++", "random", "split"]
 Codes: TypeAlias = NDArray[np.int16]
 
-DISTANCES = 2**21
+DISTANCES = 2**17
+"""Distances at once: they stay in a core's cache."""
+FEW_CENTROIDS = 32
+"""Up to so many, the nearest are found centroid by centroid for many points at once, above that point by point."""
 PIECE = 2**18
 SAMPLE = 2**16
 SAMPLE_EACH = 64
@@ -121,13 +125,34 @@ def _nearest(points: Tensor, centroids: Floats) -> Codes:
     dtype = _exact(points.dtype)
     centre = torch.from_numpy(centroids.mean(0))
     offset = torch.from_numpy(centroids) - centre
-    norms, directions = offset.square().sum(1).to(dtype), (-2 * offset.T).to(dtype).contiguous()
+    # The norm is the last of a product's terms, beside a point's last coordinate of 1.
+    terms = torch.cat((-2 * offset, offset.square().sum(1, keepdim=True)), 1).to(dtype).numpy()
+    few = len(centroids) <= FEW_CENTROIDS
+    factors = terms if few else np.ascontiguousarray(terms.T)
     codes = np.empty(len(points), np.int16)
-    for span in row_slices(len(points), len(centroids), DISTANCES):
-        piece = points[span].to(dtype) - centre.to(dtype)
-        # numpy finds the least along rows some three times as fast as torch.
-        codes[span] = torch.addmm(norms, piece, directions).numpy().argmin(1)
+    most = max(1, DISTANCES // len(centroids))
+    room = np.empty(min(most, len(points)) * len(centroids), terms.dtype)
+    for span in spans(len(points), most):
+        piece = F.pad(points[span].to(dtype) - centre.to(dtype), (0, 1), value=1.0).numpy()
+        distances = room[: len(piece) * len(centroids)]
+        if few:
+            codes[span] = _least_row(np.matmul(factors, piece.T, out=distances.reshape(-1, len(piece))))
+        else:
+            # numpy finds the least along rows some three times as fast as torch.
+            codes[span] = np.matmul(piece, factors, out=distances.reshape(len(piece), -1)).argmin(1)
     return codes
+
+
+def _least_row(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """The row that holds the least of each column, the first of equals: uint8 [n] of float [up to 256, n]."""
+    least, place = values[0], np.zeros(values.shape[1], np.uint8)
+    less, own = np.empty(values.shape[1], np.bool_), np.empty_like(place)
+    for row in range(1, len(values)):
+        np.less(values[row], least, out=less)
+        np.minimum(values[row], least, out=least)
+        # A later row that is less has the larger number.
+        np.maximum(place, np.multiply(less.view(np.uint8), np.uint8(row), out=own), out=place)
+    return place
 
 
 def _means(points: Tensor, mass: Floats | None, codes: NDArray[Any], centroids: Floats) -> tuple[Floats, Floats]:
