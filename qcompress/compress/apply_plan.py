@@ -17,8 +17,9 @@ from qcompress.errors import InputError, ModelError, RecipeError, Subject, raise
 from qcompress.model.build import take
 from qcompress.model.graph import inputs_of_network
 from qcompress.model.live import LiveModel, put_tensors
+from qcompress.model.moments import convolution_moments
 from qcompress.model.products import caller_of, product_of
-from qcompress.registry import METHODS
+from qcompress.registry import METHODS, RdConfig
 from qcompress.types.encoded import ActivationGrid, Encoded, Fitted, Kept
 from qcompress.types.plan import Decision, Plan
 from qcompress.types.run import FitContext
@@ -127,7 +128,10 @@ def _encode_weights(live: LiveModel, decisions: Sequence[Decision], sources: Con
         return live.weight(decision.tensor.name).cpu()
 
     world = live.world
-    sources = replace(sources, codebooks=make_shared_codebooks(decisions, weight_of, sources, world))
+    guessed = _guessed_inputs(decisions)
+    moments = {name: found for name, found in convolution_moments(live).items() if name in guessed} if guessed else {}
+    codebooks = make_shared_codebooks(decisions, weight_of, sources, world)
+    sources = replace(sources, codebooks=codebooks, moments=moments)
     own = [decisions[place] for place in world.share([one.tensor.numel for one in decisions])]
     weights = ((one, live.weight(one.tensor.name)) for one in own)
     found: dict[str, Encoded] = {}
@@ -135,7 +139,20 @@ def _encode_weights(live: LiveModel, decisions: Sequence[Decision], sources: Con
         world.check()
         found[one.tensor.name] = encode_weight(value, one, sources, value.device)
     told, _ = share_codes(found, {}, world)
-    return Fitted({one.tensor.name: told[one.tensor.name] for one in decisions})
+    encoded = {one.tensor.name: told[one.tensor.name] for one in decisions}
+    if not guessed:
+        return Fitted(encoded)
+    known = f"rd without data takes the inputs of {len(moments)} of {len(guessed)} convolutions from batch norms"
+    return Fitted(encoded, notes=(f"{known}, and guesses those of others",))
+
+
+def _guessed_inputs(decisions: Sequence[Decision]) -> set[str]:
+    """The weights with a kernel whose inputs rd looks for in batch norms."""
+    return {
+        one.tensor.name
+        for one in decisions
+        if isinstance(one.config, RdConfig) and one.config.prior == "correlated" and len(one.tensor.shape) > 2
+    }
 
 
 def _joined(before: Fitted, after: Fitted) -> Fitted:

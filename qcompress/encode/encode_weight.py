@@ -31,7 +31,7 @@ from qcompress.types.encoded import (
 )
 from qcompress.types.plan import CodebookKey, Decision, Plan, codebook_key, row_shape, shared_groups
 from qcompress.types.ranks import ALONE, World
-from qcompress.types.run import EncodeContext, Json, seeded_generator
+from qcompress.types.run import EncodeContext, InputMoments, Json, seeded_generator
 
 SharedCodebooks: TypeAlias = Mapping[CodebookKey, tuple[Tensor, int]]
 """Codebook float [1, entries, dim] and exponent of every key."""
@@ -46,12 +46,14 @@ class ContextSources:
     statistics       the file of the layers' input statistics, for methods that can work from them
     representatives  the file of what finetune-reg has learned
     codebooks        those that several tensors share
+    moments          of the inputs of convolutions, by the weight's name
     """
 
     seed: int = 0
     statistics: Path | None = None
     representatives: Path | None = None
     codebooks: SharedCodebooks = field(default_factory=dict)
+    moments: Mapping[str, InputMoments] = field(default_factory=dict)
 
     def context_of(self, decision: Decision, exponent: int) -> EncodeContext:
         """What encoding one weight may draw on. Raises DataError where statistics hold nothing of it, or do not fit."""
@@ -68,6 +70,7 @@ class ContextSources:
             exponent=exponent,
             generator=seeded_generator(self.seed, name, "cpu"),
             gram=gram,
+            moments=self.moments.get(name),
             sensitivity=None if known is None or method.family != "cluster" else sensitivity_of(decision, known),
             shared=None if key is None else self.codebooks[key],
             representatives=learned,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,10 @@ from torch import Tensor, fx, nn
 
 from qcompress.model.chains import keeps_channels
 from qcompress.model.graph import node_numbers, node_shapes
+from qcompress.model.layers import CONVOLUTIONS, TRANSPOSED
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.operations import BatchNorm, batch_norm_at, clip_bounds, inputs_of, kind_of, option, padding_at
+from qcompress.types.run import InputMoments
 
 RANGE_DEVIATIONS = 6.0
 
@@ -138,6 +141,26 @@ def input_moments(
         if value is not None:
             cap = walk.caps.get(str(node.target)) if node.op == "call_module" else None
             walk.known[node] = value if cap is None else value.clipped(high=cap.double())
+    return found
+
+
+def convolution_moments(live: LiveModel) -> dict[str, InputMoments]:
+    """The moments of what convolutions see in the network as it was, by the weight's name.
+
+    Those whose input no batch norm tells of are left out, and so are all of a network that cannot be traced. A max-pool
+    is taken to leave a channel's moments as they are.
+    """
+    found: dict[str, InputMoments] = {}
+    for name, model in (input_moments(live, live.module) if live.traced else {}).items():
+        module: Any = live.module.get_submodule(name)
+        if not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) or len(model.mean) != module.in_channels:
+            continue
+        if isinstance(module, TRANSPOSED) and module.groups > 1:
+            continue
+        mean, variance = (moment.reshape(module.groups, -1).cpu() for moment in model.moments)
+        energy = mean.square() + variance
+        if bool(energy.isfinite().all() and energy.any()):
+            found[f"{name}.weight"] = InputMoments(mean, variance)
     return found
 
 

@@ -219,8 +219,9 @@ class RdConfig(MethodConfig):
     columns     with data: steps that vary over input channels and places of the kernel; where absent where it pays,
                 above 1.2 bits a weight
     match       with data: batch norms and biases matched to what the full-precision network gives
-    prior       without data: inputs of convolutions are taken for `correlated`, or the errors of each kernel and of
-                each channel are summed to nothing by `flips`, or `none`
+    prior       without data: inputs of convolutions are taken for `correlated`, with a model each channel with the mean
+                and variance that the batch norms before it tell, without one, or as `alike`, all with those behind a
+                ReLU; or the errors of each kernel and of each channel are summed to nothing by `flips`, or `none`
     damping     added to the Hessian's diagonal, as a share of its mean
     step        without data: the step of each tensor in units of the square root of its deviation; where absent the
                 budget's
@@ -233,7 +234,7 @@ class RdConfig(MethodConfig):
     descent: Annotated[int, Ge(0)] | None = None
     columns: bool | None = None
     match: bool = True
-    prior: Literal["correlated", "flips", "none"] = "correlated"
+    prior: Literal["correlated", "alike", "flips", "none"] = "correlated"
     damping: Annotated[float, Gt(0)] = 0.01
     step: Annotated[float, Gt(0)] | None = None
     axis: int | tuple[int, ...] | None = None

@@ -138,6 +138,14 @@ class Gram:
 
 
 @dataclass(frozen=True)
+class InputMoments:
+    """Means and variances of a convolution's input channels: float64 [groups, channels of a group]."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True)
 class Whole:
     """What a method knows of all rows of a weight while it encodes some of them.
 
@@ -160,6 +168,7 @@ class EncodeContext:
     exponent         scales, offsets and centroids of half precision count in units of 2**exponent
     generator        random numbers of this tensor
     gram             second moments of the layer's inputs, for methods that work from saved statistics
+    moments          of a convolution's input channels, as the batch norms before it tell them
     sensitivity      float64 [columns] or, one a group of channels, [groups, columns], not negative: what a squared
                      error of a weight in that column counts; None: all alike
     shared           codebook float [1, entries, dim] and exponent that several tensors have together
@@ -170,6 +179,7 @@ class EncodeContext:
     exponent: int
     generator: torch.Generator
     gram: Gram | None = None
+    moments: InputMoments | None = None
     sensitivity: Tensor | None = None
     shared: tuple[Tensor, int] | None = None
     representatives: Tensor | None = None

@@ -27,7 +27,7 @@ from qcompress.methods.rd import encode, fit, free
 from qcompress.methods.rd.free import MOST_COLUMNS, free_step, guess_inputs
 from qcompress.model.live import LiveModel, fresh_copy, make_live_model
 from qcompress.registry import RdConfig
-from qcompress.solvers.alike import AlikeChannels
+from qcompress.solvers.channels import ChannelInputs
 from qcompress.solvers.hessian import output_error
 from qcompress.solvers.unbounded import root_mean_square
 from qcompress.types.encoded import Fitted, Kept, Unbounded
@@ -438,7 +438,7 @@ def test_errors_of_output_channels_sum_to_little(prior: str) -> None:
 def test_the_prior_lowers_the_error_that_it_foresees(effort: str) -> None:
     weight = gaussian(32, 8, 3, 3)
     inputs = guess_inputs((32, 8, 3, 3))
-    assert isinstance(inputs, AlikeChannels)
+    assert isinstance(inputs, ChannelInputs)
     hessian = inputs.dense()
     errors = [
         float(output_error((decode(unbounded) - weight).flatten(1), hessian.unsqueeze(0)).sum())

@@ -24,7 +24,7 @@ from model.graph_networks import (
 from qcompress.calibration.activations import batch_norm_grids
 from qcompress.model.fold import fold_batch_norms
 from qcompress.model.graph import batch_norm_of, input_layers
-from qcompress.model.moments import clipped_moments, input_moments, normal
+from qcompress.model.moments import clipped_moments, convolution_moments, input_moments, normal
 
 INFINITE = math.inf
 
@@ -206,3 +206,23 @@ def test_the_network_s_input_spans_the_example() -> None:
     grid = batch_norm_grids(live, 4, input_layers(live), live.layers)["conv1"]
     assert grid.scale * 255 == pytest.approx(float(x.max() - x.min()), rel=1e-6)
     assert inputs(Basic, 2).equal(x)
+
+
+def test_convolutions_have_the_moments_of_the_norms_before_them_group_by_group() -> None:
+    live = live_of(InvertedRelu)
+    found, models = convolution_moments(live), input_moments(live, live.module)
+    convolutions = {n: m for n, m in live.module.named_modules() if isinstance(m, nn.Conv2d)}
+    first, *others = convolutions
+    assert {f"{name}.weight" for name in others} == {*found}
+    for name in others:
+        known, module = found[f"{name}.weight"], convolutions[name]
+        assert known.mean.shape == known.variance.shape == (module.groups, module.in_channels // module.groups)
+        mean, variance = models[name].moments
+        assert torch.equal(known.mean.flatten(), mean) and torch.equal(known.variance.flatten(), variance)
+    assert first not in models
+
+
+def test_nothing_is_known_of_convolutions_without_norms_or_whose_inputs_are_all_zero() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    nn.init.zeros_(module[3].weight)
+    assert not convolution_moments(live_model(module.double().eval(), torch.randn(2, 3, 2, 2).double()))

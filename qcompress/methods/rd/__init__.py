@@ -28,7 +28,7 @@ def encode(weight: Tensor, config: RdConfig | ExactConfig, context: EncodeContex
     """The codes of one weight, float32 [rows, ...], on the grid that its step says, or as it is."""
     if isinstance(config, ExactConfig):
         return encode_exact(weight, config)
-    return encode_free(weight, config, context.whole)
+    return encode_free(weight, config, context.whole, context.moments)
 
 
 def fit(live: LiveModel, decisions: Sequence[Decision[RdConfig]], context: FitContext) -> Fitted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from qcompress.coding.trellis import STATES
 from qcompress.coding.unbounded.lengths import sample_costs
 from qcompress.coding.unbounded.tokens import Levels, classes_of_rows
 from qcompress.registry import RdConfig
-from qcompress.solvers.alike import AlikeChannels, descend_alike, feedback_alike
+from qcompress.solvers.channels import ChannelInputs, descend_channels, feedback_channels
 from qcompress.solvers.trellis import trellis_codes
 from qcompress.solvers.unbounded import (
     BitCosts,
@@ -28,7 +29,7 @@ from qcompress.solvers.unbounded import (
 )
 from qcompress.types.config import Shape
 from qcompress.types.encoded import Unbounded
-from qcompress.types.run import Whole
+from qcompress.types.run import InputMoments, Whole
 
 MEAN, VARIANCE = 0.4, 0.34
 """Of a standard normal variable behind a ReLU: 1 / sqrt(2 pi) and 1/2 - 1 / (2 pi)."""
@@ -41,7 +42,7 @@ MOST_COLUMNS = 1152
 """Wider weights are taken for several layers side by side: little is left to win, and columns wait for one another."""
 
 
-def guess_inputs(shape: Shape) -> AlikeChannels | Tensor | None:
+def guess_inputs(shape: Shape) -> ChannelInputs | Tensor | None:
     """What a convolution's inputs are taken to be; None for a weight of two dimensions.
 
     Channels are alike and have a mean; of an image, whose mean is zero, they go together: their second moments are
@@ -53,13 +54,32 @@ def guess_inputs(shape: Shape) -> AlikeChannels | Tensor | None:
     if len(shape) < 3:
         return None
     channels, kernel = shape[1], shape[2:]
-    places = torch.tensor(list(itertools.product(*map(range, kernel))), dtype=torch.float64)
-    distances = (places.unsqueeze(1) - places.unsqueeze(0)).abs().sum(2)
-    taps = NEIGHBOURS**distances
+    taps = _alike_taps(kernel)
     if channels <= MOST_COLOURS and math.prod(kernel) > 1 and channels > 1:
         colours = COLOURS + (1 - COLOURS) * torch.eye(channels, dtype=torch.float64)
         return torch.kron(colours, taps)
-    return AlikeChannels(VARIANCE * taps, MEAN, channels)
+    return ChannelInputs(VARIANCE * taps.unsqueeze(0), torch.full((channels,), MEAN, dtype=torch.float64))
+
+
+def inputs_of_moments(shape: Shape, moments: InputMoments) -> ChannelInputs:
+    """What a convolution's inputs are taken to be whose channels have these moments, [groups, channels of a group].
+
+    All groups of a convolution share the mean of theirs, each group of energy 1: what rows see differently is left out.
+
+    shape  as `guess_inputs` has it
+    """
+    energy = (moments.variance + moments.mean.square()).sum(1, keepdim=True)
+    share = torch.where(energy > 0, energy, torch.inf).reciprocal()
+    sign = moments.mean.sum(0).sign()
+    means = sign * (moments.mean.square() * share).mean(0).sqrt()
+    return ChannelInputs((moments.variance * share).mean(0).reshape(-1, 1, 1) * _alike_taps(shape[2:]), means)
+
+
+def _alike_taps(kernel: Shape) -> Tensor:
+    """The correlations of a kernel's places, float64 [taps, taps]."""
+    places = torch.tensor(list(itertools.product(*map(range, kernel))), dtype=torch.float64)
+    distances = (places.unsqueeze(1) - places.unsqueeze(0)).abs().sum(2)
+    return NEIGHBOURS**distances
 
 
 def split_channels(shape: Shape) -> int:
@@ -124,26 +144,29 @@ def free_step(deviation: float, factor: float) -> float:
     return factor * deviation**0.5 if deviation > 0 else 1.0
 
 
-def encode_free(weight: Tensor, config: RdConfig, whole: Whole | None) -> Unbounded:
+def encode_free(
+    weight: Tensor, config: RdConfig, whole: Whole | None, moments: InputMoments | None = None
+) -> Unbounded:
     """The codes of one weight, float32 [rows, ...], on the grid that `config.step` says.
 
     On a trellis where the effort is high and rows are not too wide for it; else as with normal effort. Steps are no
     finer than FINEST_STEP of the largest weight; their exponent is their own.
 
-    whole  all rows, where `weight` is some of them; the codes of a row are the same
+    whole    all rows, where `weight` is some of them; the codes of a row are the same
+    moments  of a convolution's inputs, where they are known
     """
     if whole is None:
         whole = measure_whole(weight, weight.device, ROWS_AT_ONCE)
     coder = whole.kept.get("rd")
     if not isinstance(coder, _Coder):
-        coder = whole.kept["rd"] = _Coder(whole, tuple(weight.shape), config)
+        coder = whole.kept["rd"] = _Coder(whole, tuple(weight.shape), config, moments)
     return coder.code(weight)
 
 
 class _Coder:
     """Codes the rows of one weight on one grid, at prices that a sample of them tells."""
 
-    def __init__(self, whole: Whole, shape: Shape, config: RdConfig) -> None:
+    def __init__(self, whole: Whole, shape: Shape, config: RdConfig, moments: InputMoments | None) -> None:
         """`shape` is that of any rows of the weight."""
         self.shape = shape
         if not whole.sample.numel():
@@ -158,14 +181,14 @@ class _Coder:
         grid = replace(grid, exponent=grid.exponent - self.octaves)
         device = whole.sample.device
         self.steps = grid_steps(grid, device)
-        self.inputs = guess_inputs(_part_of(shape)) if len(shape) > 2 and config.prior == "correlated" else None
-        parts = split_channels(shape) if self.inputs is not None else size[1]
+        self.inputs = _inputs_of(shape, config, moments)
+        parts = split_channels(shape) if self.inputs else size[1]
         if config.trellis and not _is_trellis(size[1] // max(parts, 1), size[1]):
             config = replace(config, effort="normal")
         if config.trellis and config.price is None:
             config = replace(config, price=TRELLIS_PRICE)
-        if config.trellis and self.inputs is None:
-            self.inputs = torch.eye(size[1], dtype=torch.float64)
+        if config.trellis and not self.inputs:
+            self.inputs = [torch.eye(size[1], dtype=torch.float64)]
         self.flips = config.prior == "flips" and len(shape) > 2
         self.config, self.grid = config, replace(grid, trellis=config.trellis and not self.flips)
         self.levels, self.bits = Levels(0), whole.sample.new_zeros(0)
@@ -190,9 +213,29 @@ class _Coder:
         if self.config.lam > 0:
             classes = classes_of_rows(self.levels, (rows / self.steps).round().cpu().numpy())
             bit_costs = BitCosts(torch.from_numpy(classes.copy()).to(rows.device), self.bits, self.config.lam)
-        if self.inputs is None:
+        if not self.inputs:
             return scalar_unbounded(rows / self.steps, bit_costs)
-        return _codes(rows, self.steps, self.inputs, bit_costs, self.config)
+        if len(self.inputs) == 1:
+            return _codes(rows, self.steps, self.inputs[0], bit_costs, self.config)
+        width, found = rows.shape[1] // len(self.inputs), []
+        for start, inputs in zip(range(0, rows.shape[1], width), self.inputs, strict=True):
+            part, own = slice(start, start + width), None
+            if bit_costs is not None:
+                own = BitCosts(bit_costs.classes[:, part], bit_costs.bits, bit_costs.lam)
+            found.append(_codes(rows[:, part], self.steps, inputs, own, self.config))
+        return torch.cat(found, 1)
+
+
+def _inputs_of(shape: Shape, config: RdConfig, moments: InputMoments | None) -> Sequence[ChannelInputs | Tensor]:
+    """What the inputs of each part of the rows are taken to be, one for all that are alike; none without a guess."""
+    if len(shape) < 3 or config.prior in ("flips", "none"):
+        return []
+    if config.prior == "correlated" and moments is not None:
+        inputs = inputs_of_moments(shape, moments)
+        width = max(1, shape[1] // split_channels(shape))
+        return [inputs.part(slice(start, start + width)) for start in range(0, shape[1], width)]
+    guess = guess_inputs(_part_of(shape))
+    return [] if guess is None else [guess]
 
 
 def _times_power(rows: Tensor, power: int) -> Tensor:
@@ -211,10 +254,10 @@ def _is_trellis(width: int, columns: int) -> bool:
 
 
 def _codes(
-    rows: Tensor, steps: Tensor, inputs: AlikeChannels | Tensor, bit_costs: BitCosts | None, config: RdConfig
+    rows: Tensor, steps: Tensor, inputs: ChannelInputs | Tensor, bit_costs: BitCosts | None, config: RdConfig
 ) -> Tensor:
     """Codes of rows that are cut into parts as wide as the inputs, each a layer for itself."""
-    width = inputs.columns if isinstance(inputs, AlikeChannels) else inputs.shape[-1]
+    width = inputs.columns if isinstance(inputs, ChannelInputs) else inputs.shape[-1]
     target = rows.reshape(-1, width)
     count = max(1, ROWS_AT_ONCE // (STATES * width if config.trellis else width))
     parts = []
@@ -228,14 +271,14 @@ def _codes(
 
 
 def _part_codes(
-    target: Tensor, steps: Tensor, inputs: AlikeChannels | Tensor, bit_costs: BitCosts | None, config: RdConfig
+    target: Tensor, steps: Tensor, inputs: ChannelInputs | Tensor, bit_costs: BitCosts | None, config: RdConfig
 ) -> Tensor:
     damping, sweeps = config.damping, config.sweeps
-    if isinstance(inputs, AlikeChannels) and not config.trellis:
+    if isinstance(inputs, ChannelInputs) and not config.trellis:
         step = float(steps)
-        codes = feedback_alike(target, step, inputs, bit_costs, damping=damping)
-        return descend_alike(codes, target, step, inputs, bit_costs, sweeps=sweeps) if sweeps else codes
-    hessian = (inputs.dense() if isinstance(inputs, AlikeChannels) else inputs).to(target.device).unsqueeze(0)
+        codes = feedback_channels(target, step, inputs, bit_costs, damping=damping)
+        return descend_channels(codes, target, step, inputs, bit_costs, sweeps=sweeps) if sweeps else codes
+    hessian = (inputs.dense() if isinstance(inputs, ChannelInputs) else inputs).to(target.device).unsqueeze(0)
     if config.trellis:
         return trellis_codes(target, steps, hessian, bit_costs, damping=damping)
     codes = feedback_unbounded(target, steps, hessian, bit_costs, damping=damping)
