@@ -119,7 +119,7 @@ class _Reconstruction:
     the rest."""
 
     def __init__(self, live: LiveModel, step: LayerStep, weight: Tensor, batch_size: int) -> None:
-        self._noisy, self._clean = torch.cat(step.noisy), torch.cat(step.clean)
+        self._noisy, self._clean = torch.cat([*step.noisy]), torch.cat([*step.clean])
         self._module = live.quantized.get_submodule(step.name)
         self._weight = weight
         self._after = _what_follows(live, step.name)

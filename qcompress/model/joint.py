@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qcompress.model.layers import MatrixLayer, measure_gram, needed_places
+from qcompress.model.layers import MatrixLayer, measure_gram, needed_places, shapes_of
 from qcompress.types.ranks import World
 from qcompress.types.run import Gram
 
@@ -23,7 +23,7 @@ def joint_gram(
 
     Places are those that one process would draw for the batches in their order, as far as each gives one input.
     """
-    told = world.tell([[list(x.shape) for x in noisy], clean is not None])
+    told = world.tell([[*map(list, shapes_of(noisy))], clean is not None])
     order = [(index, rank) for rank, (shapes, _) in enumerate(told) for index in range(len(shapes))]
     if not order:
         return None

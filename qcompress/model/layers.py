@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,39 @@ Inputs: TypeAlias = "Tensor | Parts"
 """What a call gives a product: a layer's input as it comes, or that of an inner product in parts."""
 
 
+class InputsAnew(Sequence[Tensor]):
+    """What flows into a layer, one tensor a call, computed anew whenever it is asked for.
+
+    compute  gives that of a call
+    shapes   of the tensors
+    """
+
+    def __init__(self, compute: Callable[[int], Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+        self._compute = compute
+        self.shapes = [*shapes]
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if index >= len(self):
+            raise IndexError(index)
+        return self._compute(index)
+
+
+def shapes_of(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Of the tensors, none of which is computed for it."""
+    return inputs.shapes if isinstance(inputs, InputsAnew) else [tuple(x.shape) for x in inputs]
+
+
 MeasureGram: TypeAlias = Callable[
     [MatrixLayer, Sequence[Tensor], "Sequence[Tensor] | None", torch.Generator], "Gram | None"
 ]
@@ -123,7 +156,7 @@ MeasureGram: TypeAlias = Callable[
 
 def drawn_places(layer: MatrixLayer, inputs: Sequence[Tensor], generator: torch.Generator) -> int:
     """How many places of each sample a Gram is measured at."""
-    samples = sum(len(x) for x in inputs)
+    samples = sum(shape[0] for shape in shapes_of(inputs))
     width = layer.columns(inputs[0][:1], 1, generator).shape[-1]
     return needed_places(width, samples)
 
@@ -137,7 +170,7 @@ def are_all_looked_at(layer: MatrixLayer, inputs: Sequence[Tensor], places: int)
     """Whether so many places of each sample are all that a layer has which does not slide."""
     if isinstance(layer.module, (*CONVOLUTIONS, *TRANSPOSED)):
         return False
-    return all(x.numel() <= places * len(x) * x.shape[-1] for x in inputs)
+    return all(math.prod(shape) <= places * shape[0] * shape[-1] for shape in shapes_of(inputs))
 
 
 def measure_gram(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from qcompress.errors import DataError
+from qcompress.model.flow import CallsAnew, Flow, call_of, first_call
 from qcompress.model.memory import Memory
 from qcompress.model.products import Call
 from qcompress.model.routing import Tape
 from qcompress.model.stages import BlockStage, Stage, State, TracedStage
 
+Calls: TypeAlias = Mapping[str, Sequence[Call]]
+"""Every call of some modules, by their names."""
 LARGEST_INPUT = 1e18
 """A magnitude whose square float32 still holds."""
 
@@ -46,7 +49,7 @@ class Runs:
         self._after: list[State] | None = None
         self._memory: Memory | None = None
 
-    def calls(self, names: Sequence[str], *, last: bool = False) -> dict[str, list[Call]]:
+    def calls(self, names: Sequence[str], *, last: bool = False) -> Calls:
         """Every call of the named modules in a run of the whole stage.
 
         last  whether no weight changes any more, so that what the run ends in is kept for `after`
@@ -61,7 +64,7 @@ class Runs:
         self._after = after if last else None
         return seen
 
-    def next_calls(self, names: Sequence[str], waiting: Sequence[str]) -> dict[str, list[Call]]:
+    def next_calls(self, names: Sequence[str], waiting: Sequence[str]) -> Calls:
         """Every call of the named modules, each of which is called once by a state, as far as is known.
 
         waiting  modules whose weights will change before the next run, those named among them
@@ -95,15 +98,14 @@ class Runs:
                 self._after = [self._run(place) for place in range(len(self._states))]
         return self._after
 
-    def _known_calls(self, names: Sequence[str]) -> dict[str, list[Call]]:
+    def _known_calls(self, names: Sequence[str]) -> Calls:
         """The calls of the layer that a traced stage begins with, which its states hold; none where it has others."""
-        stage = self._stage
-        if not isinstance(stage, TracedStage) or [*names] != [*stage.layers] or len(names) != 1:
+        first = first_call(self._stage)
+        if first is None or [*names] != [*self._stage.layers]:
             return {}
-        first, *others = stage.nodes
-        if any(node.target == names[0] for node in others):
-            return {}
-        return {names[0]: [_call_of(first, state) for state in self._states]}
+        if isinstance(self._states, Flow) and not self._states.is_held:
+            return {names[0]: CallsAnew(first, self._states)}
+        return {names[0]: [call_of(first, state) for state in self._states]}
 
     def _answering(self, waiting: Sequence[str]) -> AbstractContextManager[None]:
         return nullcontext() if self._memory is None else self._memory.answering(waiting)
@@ -141,20 +143,13 @@ def run_stage(
 
 def layer_calls(
     stage: Stage, module: nn.Module, states: Sequence[State], names: Sequence[str], tapes: Sequence[Tape] | None = None
-) -> dict[str, list[Call]]:
+) -> Calls:
     """Every call of the named modules while the stage runs."""
     return Runs(stage, module, states, tapes).calls(names)
 
 
 class _AllSeen(Exception):
     """Every module that is waited for was called."""
-
-
-def _call_of(node: fx.Node, state: State) -> Call:
-    def value(one: fx.Node) -> Any:
-        return state[one]
-
-    return Call(fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value))
 
 
 def layer_inputs(

@@ -24,6 +24,11 @@ State: TypeAlias = Any
 """What flows from stage to stage, for one batch; opaque but to the stages."""
 
 
+RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""Whose outputs are tensors of their own."""
+
+
 class Stage(Protocol):
     """A part of the network.
 
@@ -63,7 +68,8 @@ class TracedStage:
     def run(self, module: nn.Module, state: State) -> State:
         values = dict(state)
         for node, spent in zip(self.nodes, self._spent_by, strict=True):
-            values[node] = step(module, node, values)
+            with self._in_place(module, node):
+                values[node] = step(module, node, values)
             for one in spent:
                 values.pop(one, None)
         return values
@@ -76,6 +82,25 @@ class TracedStage:
         for one in self.spent:
             groups.setdefault(last.get(one, len(self.nodes) - 1), []).append(one)
         return tuple(tuple(groups.get(index, ())) for index in range(len(self.nodes)))
+
+    @contextmanager
+    def _in_place(self, module: nn.Module, node: fx.Node) -> Iterator[None]:
+        """A rectifier overwrites what a layer of this stage gave it alone, and needs no memory of its own."""
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if torch.is_grad_enabled() or not isinstance(source, fx.Node) or source.op != "call_module":
+            yield
+            return
+        rectifier: Any = module.get_submodule(str(node.target))
+        layer = module.get_submodule(str(source.target))
+        alone = source in self.nodes and len(source.users) == 1
+        in_place = alone and type(rectifier) in RECTIFIERS and type(layer) in LAYERS
+        if in_place:
+            rectifier.inplace = True
+        try:
+            yield
+        finally:
+            if in_place:
+                rectifier.inplace = False
 
 
 @dataclass(frozen=True)

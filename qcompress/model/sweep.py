@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,17 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qcompress.data.batches import Batch
 from qcompress.errors import ModelError
+from qcompress.model.flow import CallsAnew, Flow
 from qcompress.model.graph import batch_norm_of, layer_call, node_shapes, single_consumer
 from qcompress.model.joint import joint_gram
 from qcompress.model.layers import (
     InnerProduct,
+    InputsAnew,
     MatrixLayer,
     are_all_looked_at,
     blank_gram,
     drawn_places,
     measure_gram,
     measure_inner_gram,
+    shapes_of,
 )
 from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.operations import inputs_of, kind_of
@@ -58,8 +63,8 @@ class LayerStep:
     tensor: str
     layer: MatrixLayer | InnerProduct
     columns: int
-    noisy: list[Any]
-    clean: list[Any]
+    noisy: Sequence[Any]
+    clean: Sequence[Any]
     generator: torch.Generator
     stage: Stage | None = None
     noisy_states: Sequence[State] = ()
@@ -93,7 +98,7 @@ class LayerStep:
                 known = joint_gram(self.layer, self.noisy, clean, self.generator, self.world)
             if known is None:
                 return self._blank(self.layer)
-            positions = sum(self.world.tell(sum(x[..., 0].numel() for x in self.noisy)))
+            positions = sum(self.world.tell(sum(math.prod(shape[:-1]) for shape in shapes_of(self.noisy))))
             if known.count == positions and are_all_looked_at(self.layer, self.noisy, known.count):
                 self.grams.keep(self.noisy, clean, known)
             return known
@@ -159,19 +164,20 @@ def sweep(
     for product in products.values():
         waiting.setdefault(product.caller, []).append(product)
     stages = live.stages
-    clean, noisy = live.begin()
+    begun = live.begin()
+    clean, noisy = Flow(live.module, begun[0]), Flow(live.quantized, begun[1])
     noisy = noisy if sequential else clean
     grams = GramMemory()
     paired = paired or not sequential or live.routes
-    for stage in stages:
+    for stage, behind in itertools.zip_longest(stages, stages[1:]):
         names = [name for name in stage.layers if name in waiting]
         tapes = [Tape() for _ in clean] if live.routes else None
         clean_runs, noisy_runs = Runs(stage, live.module, clean, tapes), Runs(stage, live.quantized, noisy, tapes)
         # How often a module is called, and which see one input, the first batch tells too.
         first_runs = clean_runs if paired else Runs(stage, live.quantized, noisy[:1])
-        first_calls = first_runs.calls(names, last=paired)
+        first_calls = {**first_runs.calls(names, last=paired)}
         batches = len(clean) if paired else 1
-        from_noisy: dict[str, list[Call]] = {}
+        from_noisy: dict[str, Sequence[Call]] = {}
         for place, name in enumerate(names):
             if sequential and name not in from_noisy:
                 grams.forget()
@@ -179,7 +185,7 @@ def sweep(
                 # Ranks whose samples go other ways, as to experts, agree on those that are alike on all.
                 alike = alike[: min(live.world.tell(len(alike)))]
                 once = all(len(first_calls[one]) == batches for one in alike)
-                from_noisy = noisy_runs.next_calls(alike, names[place:]) if once else noisy_runs.calls(alike)
+                from_noisy = {**(noisy_runs.next_calls(alike, names[place:]) if once else noisy_runs.calls(alike))}
             calls = first_calls.pop(name)
             also = from_noisy.pop(name) if sequential else calls
             own = _in_order(live, waiting.pop(name))
@@ -190,13 +196,31 @@ def sweep(
                 of_clean = product_inputs(product, live.module, calls) if paired else None
                 pair = _paired(of_clean, of_noisy)
                 yield _step(live, product, pair, grams, stage, (clean, noisy), following)
-        if stage is stages[-1]:
+        if behind is None:
             break
-        clean = clean_runs.after() if paired else clean
-        noisy = noisy_runs.after() if sequential else clean
+        later = _deferred(live, stage, behind, *((clean,) if paired else ()), *((noisy,) if sequential else ()))
+        clean = next(later) or Flow(live.module, clean_runs.after()) if paired else clean
+        noisy = next(later) or Flow(live.quantized, noisy_runs.after()) if sequential else clean
     for products_left in waiting.values():
         for product in products_left:
             yield _step(live, product, _paired([], None), grams)
+
+
+def _deferred(live: LiveModel, stage: Stage, behind: Stage, *flows: Flow) -> Iterator[Flow | None]:
+    """For each network the states behind a stage, to be computed anew; None where they are held."""
+    example, samples = _shapes_of_samples(live.example), live.example.size
+    alike = all(_shapes_of_samples(batch) == example for batch in live.own_batches)
+    # Of one sample it is not seen which dimension the samples run along.
+    if not live.traced or live.routes or not alike or samples == 1:
+        return itertools.repeat(None)
+    shapes = {node: shape[1:] for node, shape in node_shapes(live).items() if shape[:1] == (samples,)}
+    sizes = [batch.size for batch in live.own_batches]
+    found = [flow.deferred(stage, behind, shapes, sizes, len(flows)) for flow in flows]
+    return iter(found if all(found) else [None] * len(flows))
+
+
+def _shapes_of_samples(batch: Batch) -> list[tuple[int, ...]]:
+    return [tuple(x.shape[1:]) for x in (*batch.args, *batch.kwargs.values())]
 
 
 def _with_one_input(names: Sequence[str], calls: Mapping[str, Sequence[Call]]) -> list[str]:
@@ -213,7 +237,7 @@ def _with_one_input(names: Sequence[str], calls: Mapping[str, Sequence[Call]]) -
 def _step(
     live: LiveModel,
     product: Product,
-    inputs: tuple[list[Any], list[Any]],
+    inputs: tuple[Sequence[Any], Sequence[Any]],
     grams: GramMemory,
     stage: Stage | None = None,
     states: tuple[Sequence[State], Sequence[State]] = ((), ()),
@@ -257,8 +281,10 @@ def product_at(live: LiveModel, tensor: str) -> Product:
     return product
 
 
-def product_inputs(product: Product, network: nn.Module, calls: Sequence[Call]) -> list[Any]:
+def product_inputs(product: Product, network: nn.Module, calls: Sequence[Call]) -> Sequence[Any]:
     """What flows into a product in these calls. Raises DataError where no statistics can be made of it."""
+    if isinstance(calls, CallsAnew) and isinstance(product.layer, MatrixLayer):
+        return InputsAnew(partial(_input_anew, product.caller, calls), calls.shapes)
     found = product.inputs(network, calls)
     for x in found:
         for part in [x] if isinstance(x, Tensor) else x.values():
@@ -266,12 +292,18 @@ def product_inputs(product: Product, network: nn.Module, calls: Sequence[Call]) 
     return found
 
 
-def _paired(clean: list[Any] | None, noisy: list[Any] | None) -> tuple[list[Any], list[Any]]:
+def _input_anew(name: str, calls: CallsAnew, index: int) -> Tensor:
+    x: Tensor = calls[index].first
+    refuse_unusable(name, x)
+    return x
+
+
+def _paired(clean: Sequence[Any] | None, noisy: Sequence[Any] | None) -> tuple[Sequence[Any], Sequence[Any]]:
     """The inputs of both networks, without calls that get none; twice one's where the other's do not pair or are None.
 
     Where they do not pair they are the quantized network's.
     """
-    if clean is None or noisy is None or [*map(_sizes, clean)] != [*map(_sizes, noisy)]:
+    if clean is None or noisy is None or _sizes(clean) != _sizes(noisy):
         one = _filled(noisy if noisy is not None else clean or [])
         return one, one
     return _filled(clean), _filled(noisy)
@@ -279,7 +311,7 @@ def _paired(clean: list[Any] | None, noisy: list[Any] | None) -> tuple[list[Any]
 
 def paired_inputs(
     live: LiveModel, stage: Stage, name: str, clean: Sequence[State], noisy: Sequence[State]
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[Sequence[Any], Sequence[Any]]:
     """What flows into a layer of a stage in the full-precision network and in the quantized one, see LayerStep."""
     tapes = [Tape() for _ in clean] if live.routes else None
     networks = ((live.module, clean), (live.quantized, noisy))
@@ -290,11 +322,18 @@ def paired_inputs(
     return _paired(first, second)
 
 
-def _sizes(x: Any) -> Any:
-    return x.shape if isinstance(x, Tensor) else {span: part.shape for span, part in x.items()}
+def _sizes(inputs: Sequence[Any]) -> list[Any]:
+    if isinstance(inputs, InputsAnew):
+        return [*inputs.shapes]
+    return [
+        tuple(x.shape) if isinstance(x, Tensor) else {span: tuple(part.shape) for span, part in x.items()}
+        for x in inputs
+    ]
 
 
-def _filled(inputs: list[Any]) -> list[Any]:
+def _filled(inputs: Sequence[Any]) -> Sequence[Any]:
+    if isinstance(inputs, InputsAnew):
+        return inputs
     return [x for x in inputs if (x.numel() if isinstance(x, Tensor) else x)]
 
 
@@ -308,15 +347,16 @@ def measure_skip(live: LiveModel, step: LayerStep) -> Tensor | None:
     if not live.traced or not isinstance(step.stage, TracedStage) or not isinstance(step.layer, MatrixLayer):
         return None
     other = _other_side(live, step.name)
-    states = list(zip(step.clean_states, step.noisy_states, strict=True))
-    if other is None or len(states) != len(step.noisy) or not all(other in a and other in b for a, b in states):
+    if other is None or len(step.clean_states) != len(step.noisy):
         return None
     gains = _gains(live, step.name)
     total: Tensor | None = None
     count = 0
     generator = live.generator(step.name)
     places = drawn_places(step.layer, step.noisy, generator)
-    for (clean, noisy), x in zip(states, step.noisy, strict=True):
+    for clean, noisy, x in zip(step.clean_states, step.noisy_states, step.noisy, strict=True):
+        if other not in clean or other not in noisy:
+            return None
         lack = (clean[other] - noisy[other]).float()
         lack = torch.where(gains != 0, lack / gains, 0.0)
         state = generator.get_state()

@@ -67,6 +67,23 @@ def test_a_stage_leaves_the_state_it_was_given() -> None:
         states = after
 
 
+def test_rectifiers_overwrite_what_a_layer_gave_them_alone_and_nothing_else() -> None:
+    """What a stage gives is what the network computes out of place, and its rectifiers are as they were."""
+    for kind in (Residual, Separable, Mlp):
+        found = live(kind)
+        (batch,) = found.calibration[:1]
+        state = found.stages[0].begin(batch)
+        for stage in found.stages:
+            before = {node: value.clone() for node, value in state.items() if isinstance(value, torch.Tensor)}
+            with torch.no_grad():
+                after = stage.run(found.module, state)
+            kept = stage.run(found.module, state)
+            assert all(torch.equal(state[node], value) for node, value in before.items())
+            assert all(torch.equal(after[node], kept[node]) for node in after if isinstance(after[node], torch.Tensor))
+            state = after
+        assert not any(getattr(part, "inplace", False) for part in found.module.modules())
+
+
 def test_a_state_holds_nothing_that_is_no_longer_needed() -> None:
     found = live(Mlp)
     state = found.stages[0].begin(found.calibration[0])

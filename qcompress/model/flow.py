@@ -1,0 +1,136 @@
+"""What flows through a traced network, batch by batch: held, or computed anew where that would take much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, overload
+
+import torch
+from torch import fx, nn
+
+from qcompress.model.products import Call
+from qcompress.model.stages import Stage, State, TracedStage
+
+HELD_BYTES = 400_000_000
+"""Of the states before a stage: more are computed anew, from those before an earlier stage, when they are needed."""
+MOST_DEFERRED = 4
+"""Stages in a row whose states are computed anew: each takes the time of all before it again."""
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+class Flow(Sequence[State]):
+    """The states before a stage, one a batch.
+
+    held    before the first of `passed`
+    passed  stages that lie between, in which no weight changes any more
+    shapes  of the values of nodes without their samples; needed where stages lie between
+    sizes   samples of each batch, likewise
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        held: Sequence[State],
+        passed: tuple[TracedStage, ...] = (),
+        shapes: Mapping[fx.Node, Shape] | None = None,
+        sizes: Sequence[int] = (),
+    ) -> None:
+        self._module = module
+        self._held = [*held]
+        self._passed = passed
+        self._shapes = shapes or {}
+        self._sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @overload
+    def __getitem__(self, index: int) -> State: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[State]: ...
+
+    @torch.no_grad()
+    def __getitem__(self, index: int | slice) -> State | list[State]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        state = self._held[index]
+        for stage in self._passed:
+            state = stage.run(self._module, state)
+        return state
+
+    @property
+    def is_held(self) -> bool:
+        return not self._passed
+
+    def shapes_of(self, node: fx.Node) -> list[Shape]:
+        """Of the value of a node in each state that is computed anew."""
+        return [(size, *self._shapes[node]) for size in self._sizes]
+
+    def deferred(
+        self, stage: Stage, behind: Stage, shapes: Mapping[fx.Node, Shape], sizes: Sequence[int], flows: int
+    ) -> Flow | None:
+        """The states behind a stage, to be computed anew; None where they are rather held.
+
+        behind  the stage after it
+        flows   how many networks' states there are
+        """
+        if not self._held or len(self._passed) == MOST_DEFERRED or not isinstance(stage, TracedStage):
+            return None
+        if not (first_call(stage) and first_call(behind)):
+            return None
+        passed = (*self._passed, stage)
+        nodes = {*self._held[0], *(node for one in passed for node in one.nodes)}
+        nodes -= {node for one in passed for node in one.spent}
+        if not nodes <= {*shapes}:
+            return None
+        numbers = sum(sizes) * sum(torch.Size(shapes[node]).numel() for node in nodes)
+        if flows * numbers * torch.float32.itemsize <= HELD_BYTES:
+            return None
+        return Flow(self._module, self._held, passed, shapes, sizes)
+
+
+def first_call(stage: Stage) -> fx.Node | None:
+    """The one call of a compressed layer in a traced stage where that is what the stage begins with, else None."""
+    if not isinstance(stage, TracedStage) or len(stage.layers) != 1:
+        return None
+    first, *others = stage.nodes
+    return None if any(node.target == stage.layers[0] for node in others) else first
+
+
+def call_of(node: fx.Node, state: State) -> Call:
+    """The call that a node makes from a state before it."""
+
+    def value(one: fx.Node) -> Any:
+        return state[one]
+
+    return Call(fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value))
+
+
+class CallsAnew(Sequence[Call]):
+    """The calls that the first node of a stage makes from states that are computed anew.
+
+    shapes  of their first argument
+    """
+
+    def __init__(self, node: fx.Node, states: Flow) -> None:
+        self._node = node
+        self._states = states
+        first = next(iter((*node.args, *node.kwargs.values())))
+        assert isinstance(first, fx.Node)
+        self.shapes = states.shapes_of(first)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    @overload
+    def __getitem__(self, index: int) -> Call: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Call]: ...
+
+    def __getitem__(self, index: int | slice) -> Call | list[Call]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return call_of(self._node, self._states[index])
