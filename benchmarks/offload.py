@@ -2,10 +2,11 @@
 
     python benchmarks/offload.py --work DIR [--layers 4 8] [--hidden 1024 --inner 2816] [--kills 2]
     python benchmarks/offload.py --work DIR --layers 22 --hidden 2048 --inner 5632 --max-memory 3GB
+    python benchmarks/offload.py --work DIR --method rd --hidden 256 --inner 704 --vocabulary 4096
 
-Each is quantized by gptq from 8 random texts of 256 tokens, in a process of its own; the last one again, killed some
-times with SIGKILL once more blocks are done, and resumed. The second line is a Llama of 1.2e9 weights. Prints a table;
-exit 1 where bytes differ.
+Each is quantized by gptq, or by rd to 3 bits a weight, from 8 random texts of 256 tokens, in a process of its own; the
+last one again, killed some times with SIGKILL once more blocks are done, and resumed. The second line is a Llama of
+1.2e9 weights. Prints a table; exit 1 where bytes differ.
 """
 
 from __future__ import annotations
@@ -30,21 +31,31 @@ data:
   calibration: {{npz: texts.npz, inputs: {{input_ids: ids}}, samples: {texts}, batch_size: 1}}
   eval: {{npz: texts.npz, inputs: {{input_ids: ids}}, samples: 2, batch_size: 1}}
 task: causal-lm
-rules:
-  - {{match: "@embedding", mse: {{bits: 8}}}}
-  - {{match: "*_proj.weight", gptq: {{bits: 4, preset: paper}}}}
+{rules}
 """
+RULES = {
+    "gptq": """\
+rules:
+  - {match: "@embedding", mse: {bits: 8}}
+  - {match: "*_proj.weight", gptq: {bits: 4, preset: paper}}""",
+    "rd": """\
+budget: {bpw: 3}
+rules:
+  - {match: "*_proj.weight", rd: {}}
+  - {match: "@embedding", rd: {}}""",
+}
 POLL_SECONDS = 0.2
 
 
-def make(folder: Path, layers: int, hidden: int, inner: int, vocabulary: int) -> Path:
+def make(folder: Path, method: str, layers: int, hidden: int, inner: int, vocabulary: int) -> Path:
     """A random Llama in a folder, beside its texts and its recipe."""
     heads = hidden // 64
     config = RANDOM | {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
     config |= {"vocab_size": vocabulary, "num_attention_heads": heads, "num_key_value_heads": heads}
     folder.mkdir(parents=True, exist_ok=True)
     args = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
-    (folder / "recipe.yaml").write_text(RECIPE.format(args=json.dumps(args), texts=TEXTS), encoding="utf-8")
+    recipe = RECIPE.format(args=json.dumps(args), texts=TEXTS, rules=RULES[method])
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     ids = np.random.default_rng(0).integers(0, vocabulary, (TEXTS, TOKENS))
     np.savez(folder / "texts.npz", ids=ids)
     if not (folder / "m" / "model.safetensors").is_file():
@@ -73,6 +84,7 @@ def killed(folder: Path, output: str, memory: str, blocks: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--method", choices=[*RULES], default="gptq")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--inner", type=int, default=2816)
@@ -84,7 +96,8 @@ def main() -> None:
     memory = options.max_memory
     print("layers  weights  network twice  peak memory  processor seconds")
     for layers in options.layers:
-        folder = make(options.work / f"{layers}", layers, options.hidden, options.inner, options.vocabulary)
+        sizes = (layers, options.hidden, options.inner, options.vocabulary)
+        folder = make(options.work / f"{layers}", options.method, *sizes)
         subprocess.run(command(folder, "o", memory), check=True, stdout=subprocess.DEVNULL)
         report = json.loads((folder / "o.report.json").read_text(encoding="utf-8"))
         weights = (folder / "m" / "model.safetensors").stat().st_size // 2

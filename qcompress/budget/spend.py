@@ -63,13 +63,15 @@ Measure: TypeAlias = Callable[[Report, Path], Report]
 class Workshop:
     """How artifacts are made and measured, whom to tell, and what a live model tells of its batch norms.
 
-    behind  weight -> the running variance of the batch norm behind it; None: as names tell
+    behind   weight -> the running variance of the batch norm behind it; None: as names tell
+    resumes  whether attempts go on from what those of a killed run have left beside the output
     """
 
     make: Make
     measure: Measure = lambda report, _: report
     say: Say = lambda _: None
     behind: Mapping[str, str] | None = None
+    resumes: bool = False
 
 
 def spend(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs, shop: Workshop) -> Report:
@@ -89,8 +91,11 @@ def spend(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs, sh
     if options.world.is_first:
         refuse_existing(options.output, options.force, checkpoint.is_folder)
     force, folder, world = options.force, checkpoint.is_folder, options.world
-    with staged_output(options.output, force=force, folder=folder, world=world) as staged:
+    with staged_output(options.output, force=force, folder=folder, resume=shop.resumes, world=world) as staged:
         drafts = Drafts(staged.parent / "attempts", options, shop)
+        if shop.resumes:
+            # Artifacts are made anew, from what their making has left.
+            shutil.rmtree(drafts.folder, ignore_errors=True)
         dial = make_dial(checkpoint, plan, options, costs, shop)
         if budget.minimize is None:
             limit = limit_of(checkpoint, narrowest(plan, options.choice), options.choice)
@@ -99,7 +104,7 @@ def spend(checkpoint: Checkpoint, plan: Plan, options: Options, costs: Costs, sh
             best = _minimize(drafts, dial, plan)
         if world.is_first:
             if folder:
-                staged.rmdir()
+                shutil.rmtree(staged)
             best.path.rename(staged)
     return best.report if best.is_measured else shop.measure(best.report, options.output)
 

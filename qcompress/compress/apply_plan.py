@@ -52,7 +52,7 @@ def fit(
         own = [decision for decision in decisions if decision.method == name]
         context.say(f"{name}: {len(own)} tensors")
         method = METHODS[name]
-        if method.needs == "weights" and not (method.rates and live.calibration):
+        if method.needs == "weights" and not _has_rates(live, own[0]):
             found = _encode_weights(live, own, sources)
         else:
             found = method.load_fit()(live, own, context)
@@ -71,6 +71,22 @@ def fit(
         context.say("activation ranges")
         done = _joined(done, Fitted({}, activations=_activation_grids(live, live.activations, bare)))
     return done
+
+
+def measure_stage(live: LiveModel, decisions: Sequence[Decision], context: FitContext) -> Fitted:
+    """What methods measure of a stage of a network that goes block by block, before any of it is encoded."""
+    own = [decision for decision in decisions if decision.compresses and _has_rates(live, decision)]
+    return METHODS[own[0].method or ""].load_fit()(live, own, replace(context, measured=None)) if own else Fitted({})
+
+
+def is_measured_first(live: LiveModel, decisions: Sequence[Decision]) -> bool:
+    """Whether `measure_stage` has something to measure: steps are chosen for all stages together."""
+    return any(decision.compresses and _has_rates(live, decision) for decision in decisions)
+
+
+def _has_rates(live: LiveModel, decision: Decision) -> bool:
+    """Whether a method chooses steps by what calibration data tell."""
+    return METHODS[decision.method or ""].rates and bool(live.calibration)
 
 
 def encode_merged(checkpoint: Checkpoint, plan: Plan, live: LiveModel, sources: ContextSources) -> dict[str, Encoded]:
@@ -168,6 +184,7 @@ def _joined(before: Fitted, after: Fitted) -> Fitted:
         {**before.activations, **after.activations},
         {**before.caps, **after.caps},
         before.notes + after.notes,
+        {**before.measured, **after.measured},
     )
 
 

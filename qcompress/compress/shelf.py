@@ -26,6 +26,8 @@ from qcompress.errors import CheckpointError
 from qcompress.types.encoded import ActivationGrid, Encoded, Fitted
 from qcompress.types.run import Say
 
+REFERENCE, MEASURED = "reference.", "measured."
+"""What stands before the names of weights that codes stand for, and of what a method has measured."""
 KEY = "qcompress-block"
 """The key of a file's metadata with the JSON document of all that is no tensor."""
 
@@ -40,6 +42,12 @@ class OnDemand(Mapping[str, Value]):
 
     def add(self, name: str, make: Callable[[], Value]) -> None:
         self._makers[name] = make
+
+    def beside(self, others: OnDemand[Value]) -> OnDemand[Value]:
+        """All that both have, those of the first before the others."""
+        both: OnDemand[Value] = OnDemand()
+        both._makers = {**self._makers, **others._makers}
+        return both
 
     def __getitem__(self, name: str) -> Value:
         return self._makers[name]()
@@ -57,7 +65,8 @@ class OnDemand(Mapping[str, Value]):
 class Shelf:
     """What was chosen for the blocks that are done, by numbers; `fitted` is all of it together.
 
-    key  of the run: what another run has left is dropped
+    key       of the run: what another run has left is dropped
+    measured  what methods have measured of these blocks, read when it is asked for
     """
 
     def __init__(self, folder: Path, key: str, say: Say = lambda _: None) -> None:
@@ -66,6 +75,7 @@ class Shelf:
         self._done: set[int] = set()
         self._encoded: OnDemand[Encoded] = OnDemand()
         self._references: OnDemand[Tensor] = OnDemand()
+        self.measured: OnDemand[Tensor] = OnDemand()
         self._activations: dict[str, ActivationGrid] = {}
         self._notes: list[str] = []
         with reporting_resources(folder):
@@ -93,8 +103,8 @@ class Shelf:
             document, parts = flatten(encoded)
             tensors |= {f"{len(entries)}.{key}": one for key, one in parts.items()}
             entries.append({"name": name, **document})
-        for name, value in fitted.references.items():
-            tensors[f"reference.{name}"] = value
+        tensors |= {f"{REFERENCE}{name}": value for name, value in fitted.references.items()}
+        tensors |= {f"{MEASURED}{name}": value for name, value in fitted.measured.items()}
         activations = {name: asdict(grid) for name, grid in fitted.activations.items()}
         document = {"entries": entries, "activations": activations, "notes": fitted.notes}
         # Each tensor gets storage of its own: the format stores none twice.
@@ -135,10 +145,10 @@ class Shelf:
         document = json.loads(container.metadata[KEY])
         for place, entry in enumerate(document["entries"]):
             self._encoded.add(entry["name"], partial(_encoded, container, f"{place}.", entry))
-        for info in container.tensors:
-            name = info.name.removeprefix("reference.")
-            if name != info.name:
-                self._references.add(name, partial(_tensor, container, info.name))
+        for prefix, mapping in ((REFERENCE, self._references), (MEASURED, self.measured)):
+            for info in container.tensors:
+                if info.name.startswith(prefix):
+                    mapping.add(info.name.removeprefix(prefix), partial(_tensor, container, info.name))
         self._activations |= {name: ActivationGrid(**grid) for name, grid in document["activations"].items()}
         self._notes += [note for note in document["notes"] if note not in self._notes]
         self._done.add(index)

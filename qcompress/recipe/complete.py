@@ -14,7 +14,8 @@ DATA_FREE_RANGES = ("batch-norm", "noise")
 LEARNED_INPUTS = ("lsq", "pact")
 """Methods that train the quantizers of inputs too, which start on data.train."""
 BY_BLOCKS = ("gptq", "adaround")
-"""Methods that need calibration data, and see no more of a network than a block at a time."""
+"""Methods that need calibration data, and see no more of a network than a block at a time; rd is one that may have
+them."""
 
 
 def trains(recipe: Recipe) -> bool:
@@ -54,15 +55,15 @@ def _needs_whole(recipe: Recipe) -> Iterator[tuple[str, str]]:
         method = None if rule.method is None else METHODS[rule.method]
         if method is None:
             continue
-        alone = method.needs == "weights" and not method.rates and method.family == "quantize"
+        alone = method.needs == "weights" and method.family == "quantize"
         if not alone and method.name not in BY_BLOCKS:
             yield rule.where, f"{method.name} works on the whole network"
         elif _folds(rule):
             yield rule.where, "folding batch norms needs the graph of the whole network"
     if recipe.companions:
         yield _place(recipe, "companions"), "they correct the whole network"
-    if recipe.budget is not None:
-        yield _place(recipe, "budget"), "its sensitivities are measured on the whole network"
+    if recipe.budget is not None and not all(METHODS[rule.method].rates for rule in recipe.rules if rule.method):
+        yield _place(recipe, "budget"), "the sensitivities that it is spent by are measured on the whole network"
     if recipe.activations is not None and (
         recipe.activations.range in DATA_FREE_RANGES or not _has_calibration(recipe)
     ):

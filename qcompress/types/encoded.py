@@ -217,6 +217,7 @@ class Fitted:
     activations  module name -> the quantizer at its input, from a method that chooses it itself
     caps         module name -> the largest value of each channel (dimension 1) of its output, float32 [channels]
     notes        what was skipped and why, one line each
+    measured     by names of the method's own, what it is to be told when it sees other blocks of the same network
     """
 
     encoded: Mapping[str, Encoded]
@@ -224,6 +225,7 @@ class Fitted:
     activations: Mapping[str, ActivationGrid] = field(default_factory=dict)
     caps: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

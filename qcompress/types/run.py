@@ -190,16 +190,19 @@ class EncodeContext:
 class FitContext:
     """What a method on a live model may draw on beside the model and its decisions.
 
-    rate     bits a weight that codes without widths are to take, about, where a budget says so
-    trainer  a training.trainer.Trainer, for the methods that need training
-    say      called with a line on what begins
-    kept     what a method keeps for the next attempt at a budget on the same network, by the method's name
+    rate      bits a weight that codes without widths are to take, about, where a budget says so
+    trainer   a training.trainer.Trainer, for the methods that need training
+    say       called with a line on what begins
+    kept      what a method keeps for the next attempt at a budget on the same network, by the method's name
+    measured  of a network that goes block by block: what the method has returned as `Fitted.measured` so far; None
+              where it sees the blocks for the first time, and is to measure them and to encode nothing
     """
 
     rate: float | None = None
     trainer: object = None
     say: Say = lambda _: None
     kept: MutableMapping[str, object] = field(default_factory=dict)
+    measured: Mapping[str, Tensor] | None = None
 
 
 def forked_seed(seed: int, name: str) -> int:

@@ -237,7 +237,7 @@ def test_networks_that_cannot_go_block_by_block_are_refused(run: Run, tmp_path: 
     ("words", "error"),
     [
         (("--set", "companions=[bias_correction]"), "companions"),
-        (("--set", "budget={bpw: 3}", "--set", "rules=[{match: '*.weight', rd: {}}]"), "rd works on the whole network"),
+        (("--set", "budget={bpw: 3}", "--set", "rules=[{match: '*.weight', gptq: {}}]"), "that it is spent by"),
         (("--set", "activations.range=noise"), "ranges without calibration data need the whole network"),
         (("--set", "rules=[{match: '*.weight', dfq: {bits: 4}}]"), "dfq works on the whole network"),
     ],
@@ -248,6 +248,64 @@ def test_what_needs_the_whole_network_is_refused(run: Run, tmp_path: Path, words
     for more in ((), ("--dry-run",)):
         done = quantize(run, tmp_path, "o.safetensors", *words, *more)
         assert done.code == 3 and error in done.err and "block by block" not in done.err, done.err
+
+
+RD = ("--set", "rules=[{match: '*.weight', rd: {}}]")
+
+
+@pytest.mark.parametrize(
+    ("words", "error"), [(("--bpw", "3"), 0), (("--target-size", "4KB"), 0), (("--set", "budget={bpw: 0.1}"), 3)]
+)
+def test_rd_keeps_a_budget_block_by_block_and_says_what_it_weighed(
+    run: Run, tmp_path: Path, words: tuple[str, ...], error: int
+) -> None:
+    write(tmp_path)
+    recipe(tmp_path)
+    done = quantize(run, tmp_path, "o.safetensors", *RD, *words, "--json", "-")
+    assert done.code == error, done.err
+    if error:
+        assert "are too few" in done.err
+        return
+    report = json.loads(done.out)
+    size = report["size"]
+    assert size["bits_per_weight"] <= 3 if words[0] == "--bpw" else size["artifact_bytes"] <= 4000
+    assert size["bits_per_weight"] > 2
+    assert "by the relative error of its block's output" in report["warnings"][0]
+    assert abs(report["accuracy"][0]["artifact"] / report["accuracy"][0]["baseline"] - 1) < 0.5
+
+
+def test_a_killed_run_of_rd_goes_on_to_the_same_bytes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while blocks are measured and while they are coded; what is done of either is done once."""
+    write(tmp_path)
+    recipe(tmp_path)
+    keep, added = Shelf.add, [0]
+
+    def killed_at(last: int) -> Any:
+        def add(shelf: Shelf, index: int, fitted: Any) -> None:
+            if added[0] == last:
+                raise Killed
+            added[0] += 1
+            keep(shelf, index, fitted)
+
+        return add
+
+    words = (*RD, "--bpw", "3", "--resume")
+    monkeypatch.setattr(Shelf, "add", killed_at(-1))
+    assert quantize(run, tmp_path, "whole.safetensors", *words).code == 0
+    in_all, added[0] = added[0], 0
+    # Five stages are measured, then five are coded at each attempt.
+    for last in (2, 7, in_all - 1):
+        monkeypatch.setattr(Shelf, "add", killed_at(last))
+        with pytest.raises(Killed):
+            quantize(run, tmp_path, "o.safetensors", *words)
+    monkeypatch.setattr(Shelf, "add", killed_at(-1))
+    done = quantize(run, tmp_path, "o.safetensors", *words)
+    assert done.code == 0 and "finished blocks are taken up" in done.err, done.err
+    assert added[0] == in_all
+    assert (tmp_path / "o.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_training_needs_the_whole_network(run: Run, tmp_path: Path) -> None:

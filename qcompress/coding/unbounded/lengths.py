@@ -45,6 +45,16 @@ def coded_bits(unbounded_tensors: Sequence[Unbounded]) -> float:
     return total
 
 
+def foretold_bits(some_rows: Unbounded, rows: int) -> float:
+    """About the bits that `coded_bits` gives for a tensor of so many rows like some that are known."""
+    shape = some_rows.codes.shape
+    pool, counts = fit_pool([make_source(some_rows)])
+    dense = total_counts(counts)
+    stream = sum(float(dense[context, : len(bits)] @ bits) for context, bits in bits_of_tables(pool).items())
+    side = len(side_bytes([grid_of_unbounded(some_rows)], pool))
+    return stream * rows / max(1, shape[0]) + 8 * side + overhead_bits(chunk_count(rows, shape[1]))
+
+
 def make_pools(unbounded_tensors: Sequence[Unbounded]) -> list[tuple[list[int], bool]]:
     """Which tensors of one file share tables, and whether a tensor's side information lies with its own codes."""
     shared = pooled([unbounded.codes.numel() for unbounded in unbounded_tensors])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from qcompress.methods.rd.blocks import code_block, measure_block
 from qcompress.methods.rd.exact import encode_exact
 from qcompress.methods.rd.free import encode_free
 from qcompress.methods.rd.session import Session
@@ -35,7 +36,10 @@ def fit(live: LiveModel, decisions: Sequence[Decision[RdConfig]], context: FitCo
     """Codes on steps under which rounding would take the context's rate, norms and biases matched to them.
 
     What was measured of the network serves all attempts at a budget, and each takes its prices from the one before.
+    Where the network goes block by block a first visit measures each block, and a second one codes it.
     """
+    if live.at is not None:
+        return measure_block(live, decisions) if context.measured is None else code_block(live, decisions, context)
     assert context.rate is not None
     session = context.kept.get("rd")
     if not isinstance(session, Session):

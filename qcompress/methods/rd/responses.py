@@ -15,7 +15,7 @@ from qcompress.model.graph import batch_norm_of
 from qcompress.model.live import LiveModel, find_tensor, layer_name, put_tensors
 from qcompress.model.products import caller_of
 from qcompress.model.runs import layer_inputs, run_stage
-from qcompress.model.stages import Stage, State, last_output
+from qcompress.model.stages import Stage, State, TailStage, last_output, stage_output
 from qcompress.model.sweep import sweep
 from qcompress.registry import RdConfig
 from qcompress.solvers.hessian import output_error
@@ -25,6 +25,9 @@ from qcompress.types.plan import Decision
 PROBED_SAMPLES = 256
 PROBED_VALUES = 1 << 24
 """Values of a network's input that its probes see at most."""
+PROBED_OUTPUTS = 1 << 24
+"""Values of a block's output that its probes see, about."""
+SQUARED_AT_ONCE = 1 << 20
 LINEAR_SHARE = 0.005
 """The change of the output that a probe aims at, as a share of its variance: more is no longer in proportion."""
 MOST_OFTEN = 2.0
@@ -55,62 +58,58 @@ class Response:
 
 
 def measure_responses(
-    live: LiveModel, decisions: Mapping[str, Decision[RdConfig]], *, damping: float
+    live: LiveModel, decisions: Mapping[str, Decision[RdConfig]], *, damping: float, slopes: bool = True
 ) -> dict[str, Response]:
     """The response of every weight that a decision is given for, by its name, in the order in which they run.
 
-    The output error is that of the logits without their mean over classes. A layer is probed with the errors of its
-    own rounding, on grids so fine that twice the error does twice the harm.
+    The output error is that of the logits without their mean over classes; where the network goes block by block, that
+    of the block's output, as a share of what it gives. A layer is probed with the errors of its own rounding, on grids
+    so fine that twice the error does twice the harm.
+
+    slopes  whether layers are probed at all; else slopes are 0
     """
     stages = live.stages
-    begun: Sequence[State] = [stages[0].begin(batch) for batch in live.calibration]
-    probed = _probed_samples(live.calibration)
-    scratch = copy.deepcopy(live.module)
-    wanted = _centred(_outputs(scratch, stages, begun[:probed]))
-    variance = float(wanted.square().mean())
-    found = _measure_tables(live, decisions, scratch, wanted, variance, damping)
+    target = _Target(live) if slopes else None
+    found = _measure_tables(live, decisions, target, damping)
     products = [name for name in decisions if not is_lookup(live, name)]
     for step in sweep(live, products, sequential=False):
         decision = decisions[step.tensor]
-        rows = rows_from_weight(find_tensor(live.module, step.tensor), decision.axis).flatten(1).contiguous()
+        rows = rows_from_weight(live.weight(step.tensor), decision.axis).flatten(1).contiguous()
         hessian, gains = step.gram().hessian, _gains(live, step.name, len(rows))
         reached = (conditional_energies(hessian, damping), output_error(rows, hessian), gains)
         if step.stage is None or not step.is_reached:
             found[step.tensor] = Response(*reached, 0.0, 0.0, reached=False)
             continue
-        after = stages[stages.index(step.stage) :]
-        probe = _Probe(scratch, after, step.clean_states[:probed], wanted, variance)
-        found[step.tensor] = Response(*reached, *probe.slopes(decision, rows, hessian, gains))
+        own = (0.0, 0.0)
+        if target is not None:
+            probe = _Probe(target, stages[stages.index(step.stage) :], step.clean_states)
+            own = probe.slopes(decision, rows, hessian, gains)
+        found[step.tensor] = Response(*reached, *own)
     callers = [name for stage in stages for name in stage.layers]
     places = {name: callers.index(one) for name in found if (one := caller_of(live.module, name)) in callers}
     return {name: found[name] for name in sorted(found, key=lambda name: places.get(name, len(callers)))}
 
 
 def _measure_tables(
-    live: LiveModel,
-    decisions: Mapping[str, Decision[RdConfig]],
-    scratch: nn.Module,
-    wanted: Tensor,
-    variance: float,
-    damping: float,
+    live: LiveModel, decisions: Mapping[str, Decision[RdConfig]], target: _Target | None, damping: float
 ) -> dict[str, Response]:
     """The responses of the weights that are looked up in."""
     stages, found = live.stages, {}
-    probed = _probed_samples(live.calibration)
-    clean: Sequence[State] = [stages[0].begin(batch) for batch in live.calibration]
+    clean, _ = live.begin()
     tables = {layer_name(name): name for name in decisions if is_lookup(live, name)}
     for index, stage in enumerate(stages if tables else ()):
         names = [name for name in stage.layers if name in tables]
         inputs = layer_inputs(stage, live.module, clean, names)
         for name in names:
             decision = decisions[tables[name]]
-            rows = rows_from_weight(find_tensor(live.module, tables[name]), decision.axis).flatten(1).contiguous()
-            hessian = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device).unsqueeze(0)
+            rows = rows_from_weight(live.weight(tables[name]), decision.axis).flatten(1).contiguous()
             gains = _lookups(inputs[name], len(rows))
-            probe = _Probe(scratch, stages[index:], clean[:probed], wanted, variance)
-            slopes = probe.slopes(decision, rows, hessian, gains)
-            response = Response(conditional_energies(hessian, damping), output_error(rows, hessian), gains, *slopes)
-            found[tables[name]] = response
+            own = (0.0, 0.0)
+            if target is not None:
+                own = _Probe(target, stages[index:], clean).slopes(decision, rows, None, gains)
+            # As the conditional energies of inputs that have nothing in common.
+            energies = torch.full((1, rows.shape[1]), 1.0 + damping, dtype=torch.float64, device=rows.device)
+            found[tables[name]] = Response(energies, _row_errors(rows, None), gains, *own)
         clean = run_stage(stage, live.module, clean)
     for name in sorted({*tables.values()} - {*found}):
         size = find_tensor(live.module, name).shape
@@ -120,6 +119,14 @@ def _measure_tables(
         )
         live.unreached.add(name)
     return found
+
+
+def _row_errors(rows: Tensor, hessian: Tensor | None) -> Tensor:
+    """What `output_error` gives; without a Hessian the sum of each row's squares."""
+    if hessian is not None:
+        return output_error(rows, hessian)
+    few = max(1, SQUARED_AT_ONCE // max(1, rows.shape[1]))
+    return torch.cat([part.double().square_().sum(1) for part in torch.split(rows, few)])
 
 
 def is_lookup(live: LiveModel, tensor: str) -> bool:
@@ -147,11 +154,38 @@ def _probed_samples(batches: Sequence[Batch]) -> int:
     return len(batches)
 
 
-def _outputs(module: nn.Module, stages: Sequence[Stage], states: Sequence[State]) -> Tensor:
-    after = list(states)
-    for stage in stages:
-        after = run_stage(stage, module, after)
-    return torch.cat([last_output(state).flatten(0, -2).float() for state in after])
+class _Target:
+    """What the probed samples make of the network as it was, or of the one block that is looked at."""
+
+    def __init__(self, live: LiveModel) -> None:
+        # Of a network that goes block by block there is no copy; its weights are put back to what they were.
+        self.module = live.module if live.offloaded is not None else copy.deepcopy(live.module)
+        self._of_block = live.at is not None
+        states, _ = live.begin()
+        self.probed = _probed_samples(live.calibration)
+        if self._of_block:
+            first = self.outputs(live.stages, states[:1])
+            self.probed = min(self.probed, max(1, PROBED_OUTPUTS // max(1, first.numel())))
+        self.wanted = self.outputs(live.stages, states[: self.probed])
+        self.variance = float(self.wanted.square().mean())
+
+    def outputs(self, stages: Sequence[Stage], states: Sequence[State]) -> Tensor:
+        """[positions, channels]: hidden values behind a block, or logits without their mean."""
+        after = list(states)
+        for stage in stages:
+            after = run_stage(stage, self.module, after)
+        if self._of_block and not isinstance(stages[-1], TailStage):
+            return torch.cat([stage_output(stages[-1], state).flatten(0, -2).float() for state in after])
+        return _centred(torch.cat([last_output(state).flatten(0, -2).float() for state in after]))
+
+    def harm(self, found: Tensor) -> tuple[float, float]:
+        """Of other outputs: the change as a share of the outputs' variance, and what counts as harm.
+
+        Harm is summed over classes; that of a block is the share, so that all blocks count alike.
+        """
+        mean = float((found - self.wanted).square().mean())
+        share = mean / max(self.variance, 1e-300)
+        return share, share if self._of_block else mean * found.shape[-1]
 
 
 def _centred(logits: Tensor) -> Tensor:
@@ -179,37 +213,45 @@ class _Probe:
     """The network from one layer on, whose weights may be changed for a while.
 
     states  before the first of `stages`
-    wanted  the full-precision logits without their mean, [positions, classes], and the `variance` of all
     """
 
-    module: nn.Module
+    target: _Target
     stages: Sequence[Stage]
     states: Sequence[State]
-    wanted: Tensor
-    variance: float
 
-    def slopes(self, decision: Decision[RdConfig], rows: Tensor, hessian: Tensor, gains: Tensor) -> tuple[float, float]:
-        """(slope, normed slope) of a layer with these weight rows."""
-        energies = conditional_energies(hessian, 0.01)
-        power = float(output_error(rows, hessian).sum())
-        step = (0.1 * power / max(float(energies.sum()) * len(rows) / len(hessian), 1e-300)) ** 0.5 or 1.0
+    def slopes(
+        self, decision: Decision[RdConfig], rows: Tensor, hessian: Tensor | None, gains: Tensor
+    ) -> tuple[float, float]:
+        """(slope, normed slope) of a layer with these weight rows; without a Hessian they are looked up."""
+        if hessian is None:
+            count, energy = len(rows), 1.01 * rows.shape[1]
+        else:
+            energies = conditional_energies(hessian, 0.01)
+            count, energy = len(rows) // len(hessian), float(energies.sum())
+        power = float(_row_errors(rows, hessian).sum())
+        step = (0.1 * power / max(energy * count, 1e-300)) ** 0.5 or 1.0
         for attempt in range(3):
-            steps = torch.full((1, 1), step, dtype=rows.dtype, device=rows.device)
-            error = feedback_unbounded(rows, steps, hessian) * step - rows
+            error = _rounding_error(rows, step, hessian)
             share, harm = self._harm(decision, rows + error)
             if share <= 2 * LINEAR_SHARE or attempt == 2:
                 break
             step *= (LINEAR_SHARE / share) ** 0.5
-        own = output_error(error, hessian)
+        own = _row_errors(error, hessian)
         total, normed = float(own.sum()), float((own * gains.square()).sum())
         return harm / max(total, 1e-300), harm / max(normed, 1e-300)
 
     def _harm(self, decision: Decision[RdConfig], rows: Tensor) -> tuple[float, float]:
-        """What these rows do to the logits: as a share of their variance, and summed over classes."""
-        name = decision.tensor.name
-        own = find_tensor(self.module, name).detach().clone()
-        put_tensors(self.module, {name: weight_from_rows(rows, tuple(own.shape), decision.axis)})
-        found = _centred(_outputs(self.module, self.stages, self.states))
-        put_tensors(self.module, {name: own})
-        mean = float((found - self.wanted).square().mean())
-        return mean / max(self.variance, 1e-300), mean * found.shape[-1]
+        """What these rows do, see `_Target.harm`."""
+        name, module = decision.tensor.name, self.target.module
+        own = find_tensor(module, name).detach().clone()
+        put_tensors(module, {name: weight_from_rows(rows, tuple(own.shape), decision.axis)})
+        found = self.target.outputs(self.stages, self.states[: self.target.probed])
+        put_tensors(module, {name: own})
+        return self.target.harm(found)
+
+
+def _rounding_error(rows: Tensor, step: float, hessian: Tensor | None) -> Tensor:
+    if hessian is None:
+        return (rows / step).round_().mul_(step).sub_(rows)
+    steps = torch.full((1, 1), step, dtype=rows.dtype, device=rows.device)
+    return feedback_unbounded(rows, steps, hessian) * step - rows
