@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from qcompress.clustering.kmeans import Clustering, assign_scalars, cluster_scalars
-from qcompress.clustering.kmeans_vectors import VectorStart, assign_vectors, cluster_vectors, recentre_vectors
+from qcompress.clustering.kmeans import Clustering, assign_scalars, cluster_scalars, plus_plus
+from qcompress.clustering.kmeans_vectors import (
+    DISTANCES,
+    VectorStart,
+    assign_vectors,
+    cluster_vectors,
+    recentre_vectors,
+)
 
 STARTS = get_args(VectorStart)
 
@@ -167,7 +173,7 @@ def test_a_sample_starts_what_all_points_finish(start):
 
 
 @pytest.mark.parametrize("dim", [1, 2, 8])
-@pytest.mark.parametrize("clusters", [1, 256, 257])
+@pytest.mark.parametrize("clusters", [1, 7, 32, 33, 256, 257])
 def test_codes_name_the_nearest_centroid(dim, clusters):
     points, centroids = bell(500, dim).double() + 1000, bell(clusters, dim, seed=1).double() + 1000
     distances = (points.unsqueeze(1) - centroids).square().sum(2)
@@ -178,6 +184,31 @@ def test_codes_name_the_nearest_centroid(dim, clusters):
     short = assign_vectors(points.float(), centroids.float()).long()
     chosen = distances.gather(1, short.unsqueeze(1)).squeeze(1)
     assert bool((chosen.sqrt() <= distances.amin(1).sqrt() + 1e-3).all())
+
+
+@pytest.mark.parametrize("clusters", [6, 32, 40, 300])
+def test_of_equally_near_centroids_the_first_is_named(clusters):
+    # Every centroid stands there several times, and there are more points than distances are computed for at once.
+    own = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    centroids = own.repeat(-(-clusters // 3), 1)[:clusters]
+    points = own[torch.arange(DISTANCES // clusters * 2 + 5) % 3]
+    assert torch.equal(assign_vectors(points, centroids).long(), torch.arange(len(points)) % 3)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 4, 5])
+def test_starts_are_drawn_by_the_distance_to_the_nearest_drawn_before(dim):
+    points = bell(2 * 300, dim).double().reshape(2, 300, dim)
+    mass = bell(2, 300, seed=1).double().abs()
+    drawn = plus_plus(points, mass, 9, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    for k in range(9):
+        shares = torch.rand(2, 1, dtype=torch.float64, generator=generator)
+        for one in range(2):
+            before = drawn[one, :k]
+            least = [min((sum((p - c) ** 2) for c in before.numpy()), default=1.0) for p in points[one].numpy()]
+            sums = np.cumsum(mass[one].numpy() * np.array([float(d) for d in least]))
+            place = int(np.searchsorted(sums, sums[-1] * float(shares[one]), "right"))
+            assert torch.equal(drawn[one, k], points[one, place])
 
 
 def test_recentred_centroids_are_weighted_means():
