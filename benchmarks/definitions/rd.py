@@ -22,6 +22,7 @@ class Network:
 
     fixed     stem of a recipe of a fixed width, whose rules the rows set
     table     the rule of an embedding, which calibrated methods do not know
+    entquant  bits a weight that EntQuant's scheme is held against rd without data at
     seconds   about, of a run of rd, of one without data, and of one of a fixed width
     """
 
@@ -34,6 +35,7 @@ class Network:
     seeds: tuple[int, ...]
     rivals: tuple[str, ...]
     table: str = ""
+    entquant: tuple[float, ...] = ()
     seconds: tuple[int, int, int] = (85, 15, 25)
 
 
@@ -47,6 +49,7 @@ NETWORKS = {
         rates=(1.0, 1.5, 2.0, 2.5, 3.0),
         seeds=(0, 1, 2),
         rivals=tuple(f"{method}/w{bits}" for bits in (4, 3, 2) for method in ("rtn", "squant", "gptq", "huffman")),
+        entquant=(2.0, 3.0),
     ),
     "stories": Network(
         title="stories260K, 300 texts",
@@ -58,6 +61,7 @@ NETWORKS = {
         seeds=(0, 1, 2),
         rivals=tuple(f"{method}/w{bits}" for bits in (4, 3, 2) for method in ("rtn", "gptq")),
         table='{match: "tok_embeddings.weight", mse: {bits: BITS}}, {match: "*norm.weight", keep: {}}, ',
+        entquant=(2.0, 3.0, 4.0),
         seconds=(120, 10, 18),
     ),
     "mobilenet": Network(
@@ -150,6 +154,17 @@ def rivals(key: str, network: Network) -> Iterator[tuple[str, str, list[Row]]]:
         method, _, bits = name.partition("/w")
         title = f"k-means, {bits} bits, Huffman" if method == "huffman" else f"{method}, {bits} bits a channel"
         yield f"{method} W{bits}", title, [rival(key, network, name)]
+    for rate in network.entquant:
+        row = Row(
+            name=f"rd/{key}/entquant/{rate}",
+            commands=(
+                f"python benchmarks/entquant.py {network.checkpoint} --bpw {rate} -o $OUT",
+                against(network),
+            ),
+            figures={"bpw": "0.bpw", "bytes": "0.bytes"} | of_outputs(1, network.metric),
+            seconds=50,
+        )
+        yield f"entquant {rate}", f"EntQuant's scheme, {rate}", [row]
     for qp in NNCODEC_QPS if key == "resnet20" else ():
         row = Row(
             name=f"rd/{key}/nncodec/qp{-qp}",
