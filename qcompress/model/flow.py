@@ -20,7 +20,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class Flow(Sequence[State]):
-    """The states before a stage, one a batch.
+    """The states before a stage, one a batch, until those behind the stage are held.
 
     held    before the first of `passed`
     passed  stages that lie between, in which no weight changes any more
@@ -31,13 +31,13 @@ class Flow(Sequence[State]):
     def __init__(
         self,
         module: nn.Module,
-        held: Sequence[State],
+        held: list[State],
         passed: tuple[TracedStage, ...] = (),
         shapes: Mapping[fx.Node, Shape] | None = None,
         sizes: Sequence[int] = (),
     ) -> None:
         self._module = module
-        self._held = [*held]
+        self._held = held
         self._passed = passed
         self._shapes = shapes or {}
         self._sizes = sizes
@@ -60,12 +60,14 @@ class Flow(Sequence[State]):
             state = stage.run(self._module, state)
         return state
 
-    @property
-    def is_held(self) -> bool:
-        return not self._passed
+    def let_go(self, index: int) -> None:
+        """Hold the state of a batch no longer."""
+        self._held[index] = None
 
     def shapes_of(self, node: fx.Node) -> list[Shape]:
-        """Of the value of a node in each state that is computed anew."""
+        """Of the value of a node in each state."""
+        if not self._passed:
+            return [tuple(state[node].shape) for state in self._held]
         return [(size, *self._shapes[node]) for size in self._sizes]
 
     def deferred(
@@ -109,7 +111,7 @@ def call_of(node: fx.Node, state: State) -> Call:
 
 
 class CallsAnew(Sequence[Call]):
-    """The calls that the first node of a stage makes from states that are computed anew.
+    """The calls that the first node of a stage makes, each made when it is asked for.
 
     shapes  of their first argument
     """

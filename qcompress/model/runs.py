@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qcompress.errors import DataError
 from qcompress.model.flow import CallsAnew, Flow, call_of, first_call
@@ -95,7 +95,11 @@ class Runs:
         """The states after the stage."""
         if self._after is None:
             with self._answering(()):
-                self._after = [self._run(place) for place in range(len(self._states))]
+                self._after = []
+                for place in range(len(self._states)):
+                    self._after.append(self._run(place))
+                    if isinstance(self._states, Flow):
+                        self._states.let_go(place)
         return self._after
 
     def _known_calls(self, names: Sequence[str]) -> Calls:
@@ -103,7 +107,7 @@ class Runs:
         first = first_call(self._stage)
         if first is None or [*names] != [*self._stage.layers]:
             return {}
-        if isinstance(self._states, Flow) and not self._states.is_held:
+        if isinstance(self._states, Flow) and isinstance(next(iter((*first.args, *first.kwargs.values()))), fx.Node):
             return {names[0]: CallsAnew(first, self._states)}
         return {names[0]: [call_of(first, state) for state in self._states]}
 

@@ -13,7 +13,6 @@ from model.networks import Residual, Separable, decisions, live
 from qcompress.coding.grids import decode
 from qcompress.data.batches import Batch
 from qcompress.model import flow
-from qcompress.model.layers import InputsAnew
 from qcompress.model.live import make_live_model
 from qcompress.model.sweep import sweep
 from qcompress.registry import METHODS
@@ -53,7 +52,7 @@ def test_states_are_held_again_after_some_stages(most: int, monkeypatch: pytest.
     monkeypatch.setattr(flow, "HELD_BYTES", 0)
     monkeypatch.setattr(flow, "MOST_DEFERRED", most)
     found = live(Separable)
-    anew = [isinstance(step.noisy, InputsAnew) for step in sweep(found, found.weights)]
+    anew = [step.noisy[0] is not step.noisy[0] for step in sweep(found, found.weights)]
     assert len(anew) > 3
     # The first layer sees what all start from.
     assert anew == [bool(place % (most + 1)) for place in range(len(anew))]
@@ -61,7 +60,7 @@ def test_states_are_held_again_after_some_stages(most: int, monkeypatch: pytest.
 
 def test_states_that_take_little_memory_are_held() -> None:
     found = live(Separable)
-    assert not any(isinstance(step.noisy, InputsAnew) for step in sweep(found, found.weights))
+    assert all(step.noisy[0] is step.noisy[0] for step in sweep(found, found.weights))
 
 
 class Picky(nn.Module):
