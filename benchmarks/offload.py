@@ -65,7 +65,9 @@ def make(folder: Path, method: str, layers: int, hidden: int, inner: int, vocabu
 
 def command(folder: Path, output: str, memory: str) -> list[str]:
     words = ["quantize", folder / "m", "-r", folder / "recipe.yaml", "-o", folder / output, "--force", "--resume"]
-    return [sys.executable, "-m", "qcompress", *map(str, words), "--coding", "packed", "--max-memory", memory]
+    if "\nbudget:" not in (folder / "recipe.yaml").read_text(encoding="utf-8"):
+        words += ["--coding", "packed"]
+    return [sys.executable, "-m", "qcompress", *map(str, words), "--max-memory", memory]
 
 
 def finished_blocks(folder: Path, output: str) -> int:
