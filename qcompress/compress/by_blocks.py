@@ -28,7 +28,7 @@ from qcompress.data.sources import open_batches
 from qcompress.encode.encode_weight import ContextSources, encode_weight
 from qcompress.model.build import example_batch
 from qcompress.model.live import LiveModel, Position, make_offloaded_model
-from qcompress.model.offload import OUTER, Blueprint
+from qcompress.model.offload import OUTER, Blueprint, return_unused_memory
 from qcompress.model.products import caller_of
 from qcompress.model.routing import Tape
 from qcompress.model.runs import run_stage
@@ -199,10 +199,10 @@ def fit_by_blocks(live: LiveModel, checkpoint: Checkpoint, plan: Plan, shelf: Sh
             at = replace(at, inputs=frozenset(live.layers[:1]) & frozenset(stage.layers))
             if isinstance(surveyed, OnDemand):
                 context = replace(context, measured=surveyed.beside(shelf.measured))
-            fitted = _fit_stage(live, stage, at, replace(own, decisions=mine), sources, apart, context)
-            shelf.add(index, fitted)
+            shelf.add(index, _fit_stage(live, stage, at, replace(own, decisions=mine), sources, apart, context))
         if index + 1 < count:
             at = _after(live, stage, at)
+        return_unused_memory()
 
 
 def measure_by_stages(live: LiveModel, shelf: Shelf) -> None:
@@ -239,6 +239,7 @@ def _visit(live: LiveModel, shelf: Shelf, look: Callable[[LiveModel], Fitted]) -
             shelf.add(index, look(part))
         if index + 1 < count:
             at = run_stage(stage, live.module, at)
+        return_unused_memory()
 
 
 def _uses_data(live: LiveModel, plan: Plan) -> bool:
