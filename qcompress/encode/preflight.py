@@ -94,8 +94,7 @@ def _is_spread(checkpoint: Checkpoint, decision: Decision) -> bool:
     rows = stored_rows(checkpoint.shard_of(tensor.name), decision)
     columns = tensor.numel // rows.shape[0]
     spans = row_slices(rows.shape[0], columns, BLOCK_WEIGHTS)
-    ends = [(block.amin(1), block.amax(1)) for block in (rows[span].flatten(1) for span in spans)]
-    largest = torch.cat([torch.maximum(-low, high).double() for low, high in ends])
+    largest = torch.cat([rows[span].flatten(1).abs().amax(1).double() for span in spans])
     return spread_too_far(largest, config.code_bits)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -129,10 +129,6 @@ def _refuse_foreign(method: registry.Method, typed: Document) -> None:
 
 def _refuse_missing(method: registry.Method, typed: Document, decided: str | None) -> None:
     """Raise UsageError for a flag that the method cannot do without, but for one that a budget decides."""
-    given = {*typed.data[method.name], decided}
-    # To make the schema takes longer than all else that is done with flags.
-    if all(one.name in given or one.default is not MISSING for one in fields(method.config) if one.init):
-        return
     schema = fragment(method.config, {}, ())
     for name in schema.get("required", ()):
         if name not in typed.data[method.name] and name != decided:
