@@ -198,6 +198,8 @@ def sweep(
                 yield _step(live, product, pair, grams, stage, (clean, noisy), following)
         if behind is None:
             break
+        # What is noted of inputs would ask for states that are let go.
+        grams.forget()
         later = _deferred(live, stage, behind, *((clean,) if paired else ()), *((noisy,) if sequential else ()))
         clean = next(later) or Flow(live.module, clean_runs.after()) if paired else clean
         noisy = next(later) or Flow(live.quantized, noisy_runs.after()) if sequential else clean

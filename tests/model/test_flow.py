@@ -63,6 +63,19 @@ def test_states_that_take_little_memory_are_held() -> None:
     assert all(step.noisy[0] is step.noisy[0] for step in sweep(found, found.weights))
 
 
+@pytest.mark.parametrize("sequential", [True, False])
+def test_each_dense_layer_has_the_gram_of_its_own_inputs(sequential: bool) -> None:
+    """Also when the states before the layer before it are let go."""
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    data = [Batch((torch.randn(6, 4),)) for _ in range(2)]
+    found = make_live_model(module, decisions(module, "gptq", bits=4), data, data[0], device=torch.device("cpu"))
+    inputs = torch.cat([batch.args[0] for batch in data])
+    for layer, step in zip(module, sweep(found, found.weights, sequential=sequential), strict=True):
+        assert torch.allclose(step.gram().hessian[0].float(), inputs.T @ inputs / len(inputs), atol=1e-6)
+        inputs = layer(inputs)
+
+
 class Picky(nn.Module):
     """How many samples reach its second layer depends on their values."""
 
