@@ -17,7 +17,7 @@ from qcompress.checkpoint.side_files import HESSIAN, MEAN
 from qcompress.model.live import LiveModel
 from qcompress.model.moments import input_moments
 from qcompress.model.products import product_of
-from qcompress.model.runs import refuse_unusable, run_stage
+from qcompress.model.runs import refuse_unusable, run_through
 from qcompress.model.sweep import sweep
 from qcompress.types.encoded import ActivationGrid
 from qcompress.types.ranks import ALONE, World
@@ -116,7 +116,7 @@ def measure_activations(
 
     def run() -> None:
         if live.at is not None:
-            run_stage(live.stages[0], live.quantized, live.at.alone)
+            run_through(live.stages[0], live.quantized, live.at.alone)
             return
         for batch in live.own_batches:
             live.world.check()

@@ -14,7 +14,7 @@ from qcompress.model.layers import MatrixLayer, matrix_layer
 from qcompress.model.live import LiveModel, find_tensor, put_tensors
 from qcompress.model.moments import input_moments
 from qcompress.model.operations import BatchNorm
-from qcompress.model.runs import layer_inputs, run_stage
+from qcompress.model.runs import layer_inputs, run_stage, run_through
 from qcompress.model.stages import Stage, State
 from qcompress.model.sweep import LayerStep
 from qcompress.types.ranks import ALONE, World
@@ -153,7 +153,7 @@ def output_moments(
 
     handle = module.get_submodule(name).register_forward_hook(watch)
     try:
-        run_stage(stage, module, states)
+        run_through(stage, module, states)
     finally:
         handle.remove()
     sums.add_up(world)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcompress.budget.spend import Workshop, spend
 from qcompress.calibration.activations import measure_statistics
@@ -17,6 +17,7 @@ from qcompress.checkpoint.side_files import HESSIAN, MEAN, save_statistics
 from qcompress.checkpoint.staging import staging_folder
 from qcompress.coding.grids import decode
 from qcompress.compress.apply_plan import fit, is_measured_first, measure_stage
+from qcompress.compress.block_memory import choose_filed
 from qcompress.compress.blueprints import checkpoint_blueprint, checkpoint_reader
 from qcompress.compress.compress import compress_to, staged
 from qcompress.compress.evaluate import compare, evaluate_by_blocks, is_measured, measure_by_blocks
@@ -27,12 +28,13 @@ from qcompress.data.measurement import Measurement
 from qcompress.data.sources import open_batches
 from qcompress.encode.encode_weight import ContextSources, encode_weight
 from qcompress.model.build import example_batch
+from qcompress.model.filed import FiledStates
 from qcompress.model.live import LiveModel, Position, make_offloaded_model
 from qcompress.model.offload import OUTER, Blueprint, return_unused_memory
 from qcompress.model.products import caller_of
 from qcompress.model.routing import Tape
-from qcompress.model.runs import run_stage
-from qcompress.model.stages import Stage
+from qcompress.model.runs import Runs
+from qcompress.model.stages import Stage, State
 from qcompress.plan.allocate import Costs
 from qcompress.registry import METHODS
 from qcompress.report.document import Report
@@ -101,6 +103,10 @@ class _Work:
             shelf = Shelf(folder, f"{key} {options.rate}", say)
             blueprint = checkpoint_blueprint(checkpoint, self._model_run, self._blocks)
             live = _open(checkpoint, plan, self._model_run, blueprint, shelf)
+            inward = live.names.inward(plan).decisions
+            live.filed = choose_filed(live, inward, options.max_memory, checkpoint.path, folder.parent)
+            if live.filed is not None:
+                say("what flows between blocks waits in files beside the output")
             self._measure_first(live, key)
             context = FitContext(options.rate, say=say, kept=self._kept)
             if is_measured_first(live, plan.decisions):
@@ -238,7 +244,7 @@ def _visit(live: LiveModel, shelf: Shelf, look: Callable[[LiveModel], Fitted]) -
             part = replace(live, layers=stage.layers, weights=weights, unreached=set(), cut=(stage,), at=here)
             shelf.add(index, look(part))
         if index + 1 < count:
-            at = run_stage(stage, live.module, at)
+            at = _behind(live, stage, live.module, at)
         return_unused_memory()
 
 
@@ -271,10 +277,17 @@ def _fit_stage(
 def _after(live: LiveModel, stage: Stage, at: Position) -> Position:
     """Where the networks stand when a stage has run."""
     tapes = [Tape() for _ in at.clean] if live.routes else None
-    clean = run_stage(stage, live.module, at.clean, tapes)
-    noisy = run_stage(stage, live.quantized, at.noisy, tapes)
+    clean = _behind(live, stage, live.module, at.clean, tapes)
+    noisy = _behind(live, stage, live.quantized, at.noisy, tapes)
     free = live.routes and live.activations is not None
-    return Position(clean, noisy, run_stage(stage, live.quantized, at.alone) if free else noisy)
+    return Position(clean, noisy, _behind(live, stage, live.quantized, at.alone) if free else noisy)
+
+
+def _behind(
+    live: LiveModel, stage: Stage, module: nn.Module, states: Sequence[State], tapes: Sequence[Tape] | None = None
+) -> Sequence[State]:
+    """The states behind a stage, in memory or in a file; see `run_stage`."""
+    return Runs(stage, module, states, tapes, None if live.filed is None else FiledStates(live.filed)).after()
 
 
 def _stage_of(live: LiveModel, tensor: str) -> int:

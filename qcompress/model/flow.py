@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import fx, nn
 
+from qcompress.model.filed import FiledStates
 from qcompress.model.products import Call
 from qcompress.model.stages import Stage, State, TracedStage
 
@@ -31,7 +32,7 @@ class Flow(Sequence[State]):
     def __init__(
         self,
         module: nn.Module,
-        held: list[State],
+        held: Sequence[State],
         passed: tuple[TracedStage, ...] = (),
         shapes: Mapping[fx.Node, Shape] | None = None,
         sizes: Sequence[int] = (),
@@ -60,9 +61,15 @@ class Flow(Sequence[State]):
             state = stage.run(self._module, state)
         return state
 
+    @property
+    def filed(self) -> bool:
+        """Whether the states wait in a file."""
+        return isinstance(self._held, FiledStates)
+
     def let_go(self, index: int) -> None:
         """Hold the state of a batch no longer."""
-        self._held[index] = None
+        if isinstance(self._held, list):
+            self._held[index] = None
 
     def shapes_of(self, node: fx.Node) -> list[Shape]:
         """Of the value of a node in each state."""
@@ -110,21 +117,26 @@ def call_of(node: fx.Node, state: State) -> Call:
     return Call(fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value))
 
 
-class CallsAnew(Sequence[Call]):
-    """The calls that the first node of a stage makes, each made when it is asked for.
+def calls_of(node: fx.Node, states: Flow) -> CallsAnew:
+    """The calls that the first node of a stage makes, each from the state before it when it is asked for."""
+    first = next(iter((*node.args, *node.kwargs.values())))
+    assert isinstance(first, fx.Node)
+    return CallsAnew(lambda index: call_of(node, states[index]), states.shapes_of(first))
 
+
+class CallsAnew(Sequence[Call]):
+    """Calls of a module, one a batch, each made anew whenever it is asked for.
+
+    make    gives that of a batch
     shapes  of their first argument
     """
 
-    def __init__(self, node: fx.Node, states: Flow) -> None:
-        self._node = node
-        self._states = states
-        first = next(iter((*node.args, *node.kwargs.values())))
-        assert isinstance(first, fx.Node)
-        self.shapes = states.shapes_of(first)
+    def __init__(self, make: Callable[[int], Call], shapes: Sequence[Shape]) -> None:
+        self._make = make
+        self.shapes = [*shapes]
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self.shapes)
 
     @overload
     def __getitem__(self, index: int) -> Call: ...
@@ -135,4 +147,6 @@ class CallsAnew(Sequence[Call]):
     def __getitem__(self, index: int | slice) -> Call | list[Call]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        return call_of(self._node, self._states[index])
+        if index >= len(self):
+            raise IndexError(index)
+        return self._make(index)

@@ -120,11 +120,13 @@ class InputsAnew(Sequence[Tensor]):
 
     compute  gives that of a call
     shapes   of the tensors
+    source   what they are computed of: of the same source they are the same
     """
 
-    def __init__(self, compute: Callable[[int], Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, compute: Callable[[int], Tensor], shapes: Sequence[tuple[int, ...]], source: object) -> None:
         self._compute = compute
         self.shapes = [*shapes]
+        self.source = source
 
     def __len__(self) -> int:
         return len(self.shapes)

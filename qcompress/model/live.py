@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from qcompress.coding.grids import decode
 from qcompress.data.batches import Batch
 from qcompress.errors import ModelError
+from qcompress.model.filed import FiledStates
 from qcompress.model.offload import Blueprint, Offloaded, Read, refuse_no_chain
 from qcompress.model.pretrained import Names
 from qcompress.model.products import caller_of
@@ -67,6 +69,7 @@ class LiveModel:
     offloaded    both networks where their weights come and go block by block, see model.offload
     cut          the stages, where they are known already
     at           where a network that goes block by block stands
+    filed        the folder where states between blocks wait in files; None: they are held in memory
     world        the ranks that divide the calibration batches; both networks are the same on all
     """
 
@@ -86,6 +89,7 @@ class LiveModel:
     offloaded: tuple[Offloaded, Offloaded] | None = None
     cut: tuple[Stage, ...] | None = None
     at: Position | None = None
+    filed: Path | None = None
     world: World = ALONE
 
     @property
@@ -134,11 +138,11 @@ class LiveModel:
         """The network cut into stages, each beginning with a compressed layer where it could be traced."""
         return make_stages(self) if self.cut is None else self.cut
 
-    def begin(self) -> tuple[list[State], list[State]]:
+    def begin(self) -> tuple[Sequence[State], Sequence[State]]:
         """What flows into the first stage in the full-precision network and in the quantized one, for each batch that
         is this rank's."""
         if self.at is not None:
-            return [*self.at.clean], [*self.at.noisy]
+            return _own(self.at.clean), _own(self.at.noisy)
         states = [self.stages[0].begin(batch) for batch in self.own_batches]
         return states, [*states]
 
@@ -154,6 +158,11 @@ class LiveModel:
             for name in tensors:
                 self.offloaded[1].hold_of(name)
         put_tensors(self.quantized, {name: decode(one) for name, one in tensors.items()})
+
+
+def _own(states: Sequence[State]) -> Sequence[State]:
+    """States that may be let go one by one, while others still hold them."""
+    return states if isinstance(states, FiledStates) else [*states]
 
 
 def fresh_copy(live: LiveModel) -> LiveModel:

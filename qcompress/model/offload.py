@@ -90,6 +90,11 @@ class Offloaded:
         """The block that a tensor or a module lies in, by its name, or OUTER."""
         return next((one for one in self.blocks if tensor == one or tensor.startswith(f"{one}.")), OUTER)
 
+    def bytes_of(self, block: str) -> int:
+        """What the weights of a block take."""
+        names = {self._ties.get(name, name) for name in self._groups.get(block, ())}
+        return sum(torch.float32.itemsize * self._bare[name].numel() for name in names)
+
     def hold(self, block: str) -> None:
         """Read the weights of a block, unless they are there, in place of those of another."""
         if block in self._held:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompress.errors import DataError
-from qcompress.model.flow import CallsAnew, Flow, call_of, first_call
+from qcompress.model.filed import FiledStates
+from qcompress.model.flow import CallsAnew, Flow, call_of, calls_of, first_call
 from qcompress.model.memory import Memory
 from qcompress.model.products import Call
 from qcompress.model.routing import Tape
@@ -36,17 +37,24 @@ def refuse_unusable(name: str, x: Tensor) -> None:
 class Runs:
     """Runs of one stage of one network over the same states, as many as there are layers to look at.
 
-    tapes  one a batch, keep or give what the network decides by values
+    tapes   one a batch, keep or give what the network decides by values
+    behind  takes the states behind the stage
     """
 
     def __init__(
-        self, stage: Stage, module: nn.Module, states: Sequence[State], tapes: Sequence[Tape] | None = None
+        self,
+        stage: Stage,
+        module: nn.Module,
+        states: Sequence[State],
+        tapes: Sequence[Tape] | None = None,
+        behind: list[State] | FiledStates | None = None,
     ) -> None:
         self._stage = stage
         self._module = module
         self._states = states
         self._tapes = tapes
-        self._after: list[State] | None = None
+        self._behind: list[State] | FiledStates = [] if behind is None else behind
+        self._after: Sequence[State] | None = None
         self._memory: Memory | None = None
 
     def calls(self, names: Sequence[str], *, last: bool = False) -> Calls:
@@ -56,7 +64,7 @@ class Runs:
         """
         if not names:
             return {}
-        if known := self._known_calls(names):
+        if known := self._known_calls(names) or self._calls_again(names):
             return known
         seen: dict[str, list[Call]] = {name: [] for name in names}
         with _watching(self._module, names, lambda name, call: seen[name].append(call)):
@@ -91,16 +99,69 @@ class Runs:
         alike = all(len(calls) == len(self._states) for calls in seen.values())
         return seen if alike else self.calls(names)
 
-    def after(self) -> list[State]:
+    def after(self) -> Sequence[State]:
         """The states after the stage."""
         if self._after is None:
             with self._answering(()):
-                self._after = []
                 for place in range(len(self._states)):
-                    self._after.append(self._run(place))
+                    self._behind.append(self._run(place))
                     if isinstance(self._states, Flow):
                         self._states.let_go(place)
+            self._after = self._behind
         return self._after
+
+    @property
+    def repeats(self) -> bool:
+        """Whether each batch runs again for every layer: there is no memory for what the layers of all batches see."""
+        return isinstance(self._states, Flow) and self._states.filed and self._tapes is None
+
+    def anew(self, name: str, shapes: Sequence[tuple[int, ...]]) -> CallsAnew:
+        """The calls of a module, one a batch and each from a run of its own.
+
+        shapes  of their first arguments
+        """
+
+        def make(place: int) -> Call:
+            seen: list[Call] = []
+
+            def watch(_: str, call: Call) -> None:
+                seen.append(call)
+                raise _AllSeen
+
+            with _watching(self._module, [name], watch), suppress(_AllSeen):
+                self._run(place)
+            return seen[0]
+
+        return CallsAnew(make, shapes)
+
+    def _calls_of(self, place: int, names: Sequence[str]) -> dict[str, list[Call]]:
+        """The calls of the named modules in the run of one batch."""
+        seen: dict[str, list[Call]] = {name: [] for name in names}
+        with _watching(self._module, names, lambda name, call: seen[name].append(call)):
+            self._run(place)
+        return seen
+
+    def _calls_again(self, names: Sequence[str]) -> Calls:
+        """The calls of modules that each batch calls once, made anew when they are needed; none where that is not so.
+
+        Modules that always see one input have the same calls.
+        """
+        if not self.repeats:
+            return {}
+        shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+        like = {name: set(names) for name in names}
+        for place in range(len(self._states)):
+            seen = self._calls_of(place, names)
+            for name, calls in seen.items():
+                if len(calls) != 1 or not isinstance(calls[0].first, Tensor):
+                    return {}
+                shapes[name].append(tuple(calls[0].first.shape))
+                like[name] = {one for one in like[name] if one == name or calls[0].is_like(seen[one][0])}
+        found: dict[str, CallsAnew] = {}
+        for name in names:
+            twin = next((one for one in names if one in like[name] and one in found), name)
+            found[name] = found.get(twin) or self.anew(name, shapes[name])
+        return found
 
     def _known_calls(self, names: Sequence[str]) -> Calls:
         """The calls of the layer that a traced stage begins with, which its states hold; none where it has others."""
@@ -108,7 +169,7 @@ class Runs:
         if first is None or [*names] != [*self._stage.layers]:
             return {}
         if isinstance(self._states, Flow) and isinstance(next(iter((*first.args, *first.kwargs.values()))), fx.Node):
-            return {names[0]: CallsAnew(first, self._states)}
+            return {names[0]: calls_of(first, self._states)}
         return {names[0]: [call_of(first, state) for state in self._states]}
 
     def _answering(self, waiting: Sequence[str]) -> AbstractContextManager[None]:
@@ -139,10 +200,20 @@ def _watching(module: nn.Module, names: Sequence[str], see: Callable[[str, Call]
 
 
 def run_stage(
-    stage: Stage, module: nn.Module, states: Sequence[State], tapes: Sequence[Tape] | None = None
+    stage: Stage,
+    module: nn.Module,
+    states: Sequence[State],
+    tapes: Sequence[Tape] | None = None,
 ) -> list[State]:
     """The states after a stage; `tapes`, one a batch, keep or give what the network decides by values."""
-    return Runs(stage, module, states, tapes).after()
+    return [*Runs(stage, module, states, tapes).after()]
+
+
+@torch.no_grad()
+def run_through(stage: Stage, module: nn.Module, states: Sequence[State]) -> None:
+    """Run a stage for what is watched in it: nothing that is behind it is kept."""
+    for state in states:
+        stage.run(module, state)
 
 
 def layer_calls(

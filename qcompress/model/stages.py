@@ -5,7 +5,7 @@ Traced networks are cut before every compressed layer. Others run by the blocks 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from qcompress.data.batches import Batch, first_tensor, run_model
 from qcompress.errors import ModelError
@@ -118,13 +119,17 @@ class WholeStage:
 
 
 @dataclass(frozen=True)
-class _BlockState:
+class BlockState:
     """Between blocks: the next block's arguments, and what the last one gave."""
 
     batch: Batch
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     output: Any = None
+
+    def changed(self, change: Callable[[Any], Any]) -> BlockState:
+        """The state with what `change` makes of each tensor, or of what stands for one, between the blocks."""
+        return BlockState(self.batch, *tree_map(change, (self.args, self.kwargs, self.output)))
 
 
 class _Reached(Exception):
@@ -140,7 +145,7 @@ class HeadStage:
     layers: tuple[str, ...]
 
     def begin(self, batch: Batch) -> State:
-        return _BlockState(batch)
+        return BlockState(batch)
 
     def run(self, module: nn.Module, state: State) -> State:
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -151,7 +156,7 @@ class HeadStage:
             module(*state.batch.args, **state.batch.kwargs)
         except _Reached as reached:
             args, kwargs = reached.call
-            return _BlockState(state.batch, args, kwargs)
+            return BlockState(state.batch, args, kwargs)
         finally:
             handle.remove()
         raise ModelError(f"block {self.name}", "the model never calls it", "name blocks that a forward pass calls")
@@ -165,12 +170,12 @@ class BlockStage:
     layers: tuple[str, ...]
 
     def begin(self, batch: Batch) -> State:
-        return _BlockState(batch)
+        return BlockState(batch)
 
     def run(self, module: nn.Module, state: State) -> State:
         output = module.get_submodule(self.name)(*state.args, **state.kwargs)
         hidden = output if isinstance(output, Tensor) else output[0]
-        return _BlockState(state.batch, (hidden, *state.args[1:]), state.kwargs, output)
+        return BlockState(state.batch, (hidden, *state.args[1:]), state.kwargs, output)
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ class TailStage:
     blocks: tuple[str, ...]
 
     def begin(self, batch: Batch) -> State:
-        return _BlockState(batch)
+        return BlockState(batch)
 
     def run(self, module: nn.Module, state: State) -> State:
         with _answering(module, self.blocks, state.output):
@@ -281,7 +286,7 @@ def stage_output(stage: Stage, state: State) -> Tensor:
     """What a stage hands on, from the state after it: its last value, a block's hidden state, or the logits."""
     if isinstance(stage, TracedStage):
         return first_tensor(state[stage.nodes[-1]])
-    if isinstance(state, _BlockState):
+    if isinstance(state, BlockState):
         return first_tensor(state.args[0])
     return first_tensor(state)
 
@@ -305,7 +310,7 @@ def join_states(states: Sequence[State], sizes: Sequence[int]) -> State:
         return {key: join_states([state[key] for state in states], sizes) for key in first}
     if isinstance(first, (tuple, list)):
         return type(first)(join_states(parts, sizes) for parts in zip(*states, strict=True))
-    if isinstance(first, (_BlockState, Batch)):
+    if isinstance(first, (BlockState, Batch)):
         parts = {one.name: join_states([getattr(state, one.name) for state in states], sizes) for one in fields(first)}
         return type(first)(**parts)
     return first
@@ -322,7 +327,7 @@ def pick_samples(state: State, chosen: Tensor, samples: int) -> State:
         return {key: pick_samples(value, chosen, samples) for key, value in state.items()}
     if isinstance(state, (tuple, list)):
         return type(state)(pick_samples(value, chosen, samples) for value in state)
-    if isinstance(state, (_BlockState, Batch)):
+    if isinstance(state, (BlockState, Batch)):
         parts = {one.name: pick_samples(getattr(state, one.name), chosen, samples) for one in fields(state)}
         return type(state)(**parts)
     return state

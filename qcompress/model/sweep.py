@@ -32,7 +32,7 @@ from qcompress.model.live import LiveModel, find_tensor
 from qcompress.model.operations import inputs_of, kind_of
 from qcompress.model.products import Call, Product, product_of
 from qcompress.model.routing import Tape
-from qcompress.model.runs import Runs, layer_calls, refuse_unusable
+from qcompress.model.runs import Calls, Runs, layer_calls, refuse_unusable
 from qcompress.model.stages import Stage, State, TracedStage
 from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import Gram
@@ -144,6 +144,8 @@ class GramMemory:
 def _are_same(some: Sequence[Tensor] | None, others: Sequence[Tensor] | None) -> bool:
     if some is None or others is None:
         return some is others
+    if isinstance(some, InputsAnew) or isinstance(others, InputsAnew):
+        return getattr(some, "source", some) is getattr(others, "source", others)
     return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
@@ -174,9 +176,10 @@ def sweep(
         tapes = [Tape() for _ in clean] if live.routes else None
         clean_runs, noisy_runs = Runs(stage, live.module, clean, tapes), Runs(stage, live.quantized, noisy, tapes)
         # How often a module is called, and which see one input, the first batch tells too.
-        first_runs = clean_runs if paired else Runs(stage, live.quantized, noisy[:1])
+        every = paired or noisy_runs.repeats
+        first_runs = clean_runs if paired else noisy_runs if every else Runs(stage, live.quantized, noisy[:1])
         first_calls = {**first_runs.calls(names, last=paired)}
-        batches = len(clean) if paired else 1
+        batches = len(clean) if every else 1
         from_noisy: dict[str, Sequence[Call]] = {}
         for place, name in enumerate(names):
             if sequential and name not in from_noisy:
@@ -185,7 +188,7 @@ def sweep(
                 # Ranks whose samples go other ways, as to experts, agree on those that are alike on all.
                 alike = alike[: min(live.world.tell(len(alike)))]
                 once = all(len(first_calls[one]) == batches for one in alike)
-                from_noisy = {**(noisy_runs.next_calls(alike, names[place:]) if once else noisy_runs.calls(alike))}
+                from_noisy = {**_noisy_calls(noisy_runs, alike, first_calls[name], names[place:] if once else ())}
             calls = first_calls.pop(name)
             also = from_noisy.pop(name) if sequential else calls
             own = _in_order(live, waiting.pop(name))
@@ -206,6 +209,17 @@ def sweep(
     for products_left in waiting.values():
         for product in products_left:
             yield _step(live, product, _paired([], None), grams)
+
+
+def _noisy_calls(runs: Runs, names: Sequence[str], first: Sequence[Call], waiting: Sequence[str]) -> Calls:
+    """The calls of modules that see one input in the quantized network.
+
+    first    calls of one of them in a network with the same inputs' shapes
+    waiting  see `next_calls`; none where they may be called more or less often than once a batch
+    """
+    if runs.repeats and isinstance(first, CallsAnew):
+        return dict.fromkeys(names, runs.anew(names[0], first.shapes))
+    return runs.next_calls(names, waiting) if waiting else runs.calls(names)
 
 
 def _deferred(live: LiveModel, stage: Stage, behind: Stage, *flows: Flow) -> Iterator[Flow | None]:
@@ -231,6 +245,8 @@ def _with_one_input(names: Sequence[str], calls: Mapping[str, Sequence[Call]]) -
 
     def is_like(name: str) -> bool:
         own = calls[name]
+        if isinstance(first, CallsAnew) or isinstance(own, CallsAnew):
+            return own is first
         return len(own) == len(first) > 0 and all(a.is_like(b) for a, b in zip(first, own, strict=True))
 
     return [names[0], *itertools.takewhile(is_like, names[1:])]
@@ -286,7 +302,7 @@ def product_at(live: LiveModel, tensor: str) -> Product:
 def product_inputs(product: Product, network: nn.Module, calls: Sequence[Call]) -> Sequence[Any]:
     """What flows into a product in these calls. Raises DataError where no statistics can be made of it."""
     if isinstance(calls, CallsAnew) and isinstance(product.layer, MatrixLayer):
-        return InputsAnew(partial(_input_anew, product.caller, calls), calls.shapes)
+        return InputsAnew(partial(_input_anew, product.caller, calls), calls.shapes, calls)
     found = product.inputs(network, calls)
     for x in found:
         for part in [x] if isinstance(x, Tensor) else x.values():

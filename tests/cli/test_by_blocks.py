@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Collecting(Text):
 
 class Deep(Text):
     def __init__(self):
-        super().__init__(depth=8)
+        super().__init__(depth=40)
 
 class Random(Text):
     def __init__(self):
@@ -88,6 +89,7 @@ rules:
   - {match: "*.weight", METHOD}
 """
 ADAROUND = "adaround: {bits: 4, iterations: 20, range: mse}"
+RD = ("--set", "rules=[{match: '*.weight', rd: {}}]")
 
 
 def write(folder: Path, factory: str = "Text") -> None:
@@ -145,16 +147,53 @@ def test_an_artifact_is_that_of_the_network_in_memory(run: Run, tmp_path: Path, 
     assert figures[0] == figures[1]
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("gptq: {bits: 3}", ()),
+        ("gptq: {bits: 3, preset: paper}", ()),
+        (ADAROUND, ()),
+        ("gptq: {bits: 3}", (*RD, "--bpw", "3")),
+        ("gptq: {bits: 3}", ("--save-statistics", "s.safetensors")),
+    ],
+)
+def test_what_waits_in_files_changes_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qcompress.model.filed.SMALLEST_BYTES", 1)
+    write(tmp_path)
+    recipe(tmp_path, method=method)
+    for output in ("held", "filed"):
+        if output == "filed":
+            monkeypatch.setattr("qcompress.compress.by_blocks.choose_filed", lambda *_: tmp_path)
+        done = quantize(run, tmp_path, f"{output}.safetensors", *words)
+        assert done.code == 0 and ("waits in files" in done.err) is (output == "filed"), done.err
+        if "--save-statistics" in words:
+            (tmp_path / "s.safetensors").rename(tmp_path / f"{output}.statistics")
+    assert (tmp_path / "held.safetensors").read_bytes() == (tmp_path / "filed.safetensors").read_bytes()
+    found = [path.read_bytes() for path in tmp_path.glob("*.statistics")]
+    assert found == found[:1] * len(found)
+
+
 def test_a_network_beyond_max_memory_goes_block_by_block_to_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    """Whole; with what flows between blocks in memory, then in files; and refused where a block alone takes more."""
     write(tmp_path, "Deep")
     recipe(tmp_path, "Deep", offload="")
     module = find_callable("net.py:Deep", tmp_path, True, "model")()
     both = 2 * 4 * sum(value.numel() for value in module.parameters())
-    for output, memory in (("a.safetensors", both), ("b.safetensors", both - 1)):
-        done = quantize(run, tmp_path, output, "--max-memory", str(memory), "--coding", "packed")
+    refused = quantize(run, tmp_path, "none.safetensors", "--max-memory", "1000")
+    assert refused.code == 5 and "blocks.0.down.weight" in refused.err, refused.err
+    least = int(re.findall(r"takes about ([\d,]+) bytes", refused.err)[0].replace(",", ""))
+    assert least < both
+    assert quantize(run, tmp_path, "none.safetensors", "--max-memory", str(least - 1)).code == 5
+    for output, memory in (("whole", both), ("held", both - 1), ("filed", least)):
+        done = quantize(run, tmp_path, f"{output}.safetensors", "--max-memory", str(memory), "--coding", "packed")
         assert done.code == 0, done.err
-        assert ("goes block by block: 8 blocks" in done.err) is (memory < both)
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+        assert ("goes block by block: 40 blocks" in done.err) is (output != "whole")
+        assert ("waits in files" in done.err) is (output == "filed")
+    found = [(tmp_path / f"{output}.safetensors").read_bytes() for output in ("whole", "held", "filed")]
+    assert found[0] == found[1] == found[2]
 
 
 class Killed(BaseException):
@@ -248,9 +287,6 @@ def test_what_needs_the_whole_network_is_refused(run: Run, tmp_path: Path, words
     for more in ((), ("--dry-run",)):
         done = quantize(run, tmp_path, "o.safetensors", *words, *more)
         assert done.code == 3 and error in done.err and "block by block" not in done.err, done.err
-
-
-RD = ("--set", "rules=[{match: '*.weight', rd: {}}]")
 
 
 @pytest.mark.parametrize(

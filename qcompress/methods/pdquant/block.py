@@ -21,7 +21,7 @@ from qcompress.methods.pdquant.prediction import Prediction, Rest, make_predicti
 from qcompress.model.graph import inputs_of_network
 from qcompress.model.layers import blank_gram, matrix_layer, measure_gram
 from qcompress.model.live import LiveModel, find_tensor, layer_name
-from qcompress.model.runs import run_stage
+from qcompress.model.runs import run_through
 from qcompress.model.stages import Stage, State, stage_output
 from qcompress.model.sweep import paired_inputs
 from qcompress.registry import PdquantConfig
@@ -271,7 +271,7 @@ class Block:
             settings = ActivationSettings(bits=settings.bits)
 
         def run() -> None:
-            run_stage(self.stage, self.live.quantized, self.noisy)
+            run_through(self.stage, self.live.quantized, self.noisy)
 
         for name, grid in grids_of_inputs(self.live.quantized, run, settings, bits).items():
             step = Step(grid, self.live.device)
