@@ -45,7 +45,11 @@ def save_npz(path: Path, compress: bool = False) -> None:
 
 
 @pytest.mark.parametrize("compress", [False, True], ids=["stored", "deflated"])
-def test_no_damage_to_an_npz_file_is_a_bug_or_changes_a_value_unseen(tmp_path: Path, compress: bool) -> None:
+@pytest.mark.parametrize("held", [0, 1 << 20], ids=["rows", "held"])
+def test_no_damage_to_an_npz_file_is_a_bug_or_changes_a_value_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: bool, held: int
+) -> None:
+    monkeypatch.setattr("qcompress.data.npz.HELD_BYTES", held)
     path = tmp_path / "x.npz"
     save_npz(path, compress)
     whole = path.read_bytes()
@@ -81,7 +85,7 @@ def test_an_array_that_declares_more_than_there_is_takes_no_memory(tmp_path: Pat
 
 
 def test_more_data_than_memory_is_refused_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_npz(tmp_path / "x.npz")
+    save_npz(tmp_path / "x.npz", compress=True)
     monkeypatch.setattr(os, "sysconf", lambda name: 16)
     with pytest.raises(ResourceError, match="256 of memory"):
         read_all(tmp_path, NpzData(npz="x.npz"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -51,6 +53,41 @@ def test_normalization_is_by_channel(folder: Path) -> None:
         torch.testing.assert_close(normal.args[0][:, channel], (plain.args[0][:, channel] - mean) / std)
     with pytest.raises(DataError, match="names 2 channels, and the data have 3"):
         list(read(folder, NpzData(npz="images.npz"), Normalize(mean=(0.1, 0.2), std=(1.0, 1.0))))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_of_large_arrays_are_those_that_a_held_one_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[..., None], order: str
+) -> None:
+    x = np.random.default_rng(0).standard_normal((50, 7, 3)).astype(np.float32)
+    save(tmp_path / "x.npz", other=np.zeros(3), x=np.asarray(x, order=order), y=np.arange(50))
+    monkeypatch.setattr("qcompress.data.npz.HELD_BYTES", 0)
+    monkeypatch.setattr("qcompress.data.npz.CHECKED_BYTES", 200)
+    batches = read(tmp_path, NpzData(npz="x.npz", batch_size=16))
+    assert torch.equal(torch.cat([batch.args[0] for batch in batches]), torch.from_numpy(x))
+    for batch in read(tmp_path, NpzData(npz="x.npz", batch_size=16, samples=30, shuffle=True)):
+        assert torch.equal(batch.args[0], torch.from_numpy(x[batch.labels.numpy()]))
+
+
+def test_a_large_array_is_read_in_little_memory_and_its_last_rows_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qcompress.data.npz.HELD_BYTES", 1 << 20)
+    x = np.zeros((2000, 5000), np.float32)
+    np.savez(tmp_path / "large.npz", x=x)
+    tracemalloc.start()
+    try:
+        batches = read(tmp_path, NpzData(npz="large.npz", batch_size=10))
+        first = next(iter(batches))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert first.args[0].shape == (10, 5000) and peak < x.nbytes // 4
+    x[-1, -1] = np.inf
+    np.savez(tmp_path / "large.npz", x=x)
+    with pytest.raises(DataError, match="holds NaN or Inf, first in sample 1999"):
+        read(tmp_path, NpzData(npz="large.npz"))
 
 
 def test_integers_are_scaled_or_stay_ids(folder: Path) -> None:
