@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -21,6 +22,8 @@ from qcompress.report.document import sqnr_db
 from qcompress.report.figures import LayerMeter
 from qcompress.report.training_report import WeightFigures
 from qcompress.types.run import EncodeContext
+
+SUMMED_AT_ONCE = 1 << 20
 
 Measure: TypeAlias = Callable[[nn.Module], Sequence[Measurement]]
 """Module -> the task's metrics, the headline first."""
@@ -63,30 +66,31 @@ def measure_weights(
 
     names  parameters of two dimensions or more
     """
-    state = {name: value.detach().cpu().float() for name, value in module.state_dict().items() if name in set(names)}
-    energies = {name: _energy(value) for name, value in state.items()}
+    weights = {name: value.detach() for name, value in module.state_dict().items() if name in set(names)}
+    energies = {name: _energy(value) for name, value in weights.items()}
     axes = channel_axes(module)
-    ratios: dict[str, dict[str, float | None]] = {name: {} for name in state}
+    ratios: dict[str, dict[str, float | None]] = {name: {} for name in weights}
     metrics: dict[Trial, float] = {}
     totals: dict[Trial, float | None] = {}
+    tried = copy.deepcopy(module) if measure is not None and [*trials] else None
     for trial in trials:
         kind, bits = trial
-        rounded = {
-            name: _naive(value, axes[name].axes if name in axes else (0,), bits)
-            if kind == "naive"
-            else _clustered(value, bits)
-            for name, value in state.items()
-        }
-        errors = {name: _energy(rounded[name] - value) for name, value in state.items()}
+        errors: dict[str, float] = {}
+        # One weight at a time: what is tried takes the memory of one network more, whatever its size.
+        for name, value in weights.items():
+            weight = value.cpu().float()
+            axis = axes[name].axes if name in axes else (0,)
+            rounded = _naive(weight, axis, bits) if kind == "naive" else _clustered(weight, bits)
+            errors[name] = _difference(rounded, weight)
+            if tried is not None:
+                put_tensors(tried, {name: rounded})
         if kind == "naive":
-            for name in state:
+            for name in weights:
                 ratios[name][str(bits)] = _decibels(energies[name], errors[name])
         totals[trial] = _decibels(sum(energies.values()), sum(errors.values()))
-        if measure is not None:
-            quantized = copy.deepcopy(module)
-            put_tensors(quantized, rounded)
-            metrics[trial] = measure(quantized)[0].value
-    figures = {name: _figures(value, ratios[name]) for name, value in state.items()}
+        if tried is not None and measure is not None:
+            metrics[trial] = measure(tried)[0].value
+    figures = {name: _figures(value.cpu().float(), ratios[name]) for name, value in weights.items()}
     return WeightStats(figures, metrics, totals)
 
 
@@ -113,19 +117,36 @@ def _figures(weight: Tensor, ratios: Mapping[str, float | None]) -> WeightFigure
     meter = LayerMeter(weight.numel())
     meter.add(flat, flat, None)
     found = meter.result()
-    deviation = float(weight.double().std(correction=0))
+    deviation = _deviation(weight)
     low, high = (float(end) for end in torch.aminmax(weight))
     return WeightFigures(
         range=high - low,
-        range_over_std=(high - low) / deviation if deviation > 0 else None,
+        range_over_std=(high - low) / deviation if high > low else None,
         outlier_share=found.outlier_share or 0.0,
         kurtosis=found.kurtosis,
         sqnr_db=ratios,
     )
 
 
-def _energy(weight: Tensor) -> float:
-    return float(weight.double().square().sum())
+def _parts(values: Tensor) -> Sequence[Tensor]:
+    """All values, some at a time, whose float64 forms take little memory."""
+    return torch.split(values.reshape(-1), SUMMED_AT_ONCE)
+
+
+def _energy(values: Tensor) -> float:
+    return sum(float(part.double().square().sum()) for part in _parts(values))
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """The sum of the squares of what values differ by."""
+    return sum(_energy(a - b) for a, b in zip(_parts(one), _parts(other), strict=True))
+
+
+def _deviation(weight: Tensor) -> float:
+    """The standard deviation of all weights from their mean."""
+    mean = sum(float(part.double().sum()) for part in _parts(weight)) / weight.numel()
+    variance = sum(float((part.double() - mean).square().sum()) for part in _parts(weight)) / weight.numel()
+    return math.sqrt(variance)
 
 
 def _decibels(energy: float, error: float) -> float | None:

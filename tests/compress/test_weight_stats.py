@@ -40,7 +40,9 @@ def net() -> Net:
     return Net()
 
 
-def test_spread_is_that_of_the_weights(net: Net) -> None:
+@pytest.mark.parametrize("at_once", [1 << 20, 7])
+def test_spread_is_that_of_the_weights(net: Net, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("qcompress.compress.weight_stats.SUMMED_AT_ONCE", at_once)
     found = measure_weights(net, NAMES, Trials()).weights
     assert list(found) == NAMES
     for name, figures in found.items():
@@ -86,9 +88,11 @@ def test_more_bits_leave_less_error_and_kmeans_less_than_one_grid_of_as_many(net
 def test_each_trial_measures_all_weights_at_once_and_leaves_the_module_alone(net: Net) -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     levels: list[dict[str, int]] = []
+    copies: set[int] = set()
 
     def measure(module: nn.Module) -> Sequence[Measurement]:
         assert module is not net
+        copies.add(id(module))
         weights = {name: rows_of(name, module) for name in NAMES}
         levels.append({name: len(rows.unique()) for name, rows in weights.items()})
         if len(levels) == 1:
@@ -100,6 +104,7 @@ def test_each_trial_measures_all_weights_at_once_and_leaves_the_module_alone(net
     assert found.metrics == {("naive", 1): 1.0, ("k-means", 1): 2.0, ("k-means", 2): 3.0}
     assert levels[1:] == [dict.fromkeys(NAMES, 2), dict.fromkeys(NAMES, 4)]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert len(copies) == 1, "one copy of the network serves all trials"
 
 
 def test_kmeans_of_few_values_is_exact() -> None:
