@@ -120,8 +120,12 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _nearest(points: Tensor, centroids: Floats) -> Codes:
-    """int16 [n]: the least of |c|**2 - 2 p.c, seen from the centroids' mean so that little cancels."""
+    """int16 [n]: the least of |c|**2 - 2 p.c, seen from the centroids' mean so that little cancels.
+
+    Between numbers near the largest that there is distances are infinite, of which numpy would warn.
+    """
     dtype = _exact(points.dtype)
     centre = torch.from_numpy(centroids.mean(0))
     offset = torch.from_numpy(centroids) - centre
