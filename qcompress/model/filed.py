@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompress.errors import ResourceError
+from qcompress.model.anew import Anew
 from qcompress.model.stages import BlockState
 
 SMALLEST_BYTES = 1 << 12
@@ -28,7 +29,7 @@ class _Piece:
     like: Tensor
 
 
-class FiledStates(Sequence[BlockState]):
+class FiledStates(Anew[BlockState]):
     """The states before a block, one a batch, each read anew whenever it is asked for.
 
     The file has no name, and goes with this object or with the process. Tensors that do not lie in one piece stay in
@@ -60,15 +61,7 @@ class FiledStates(Sequence[BlockState]):
 
         self._states.append(state.changed(put))
 
-    @overload
-    def __getitem__(self, index: int) -> BlockState: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[BlockState]: ...
-
-    def __getitem__(self, index: int | slice) -> BlockState | list[BlockState]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def make(self, index: int) -> BlockState:
         known: dict[int, Tensor] = {}
 
         def get(value: Any) -> Any:

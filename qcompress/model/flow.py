@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
 
+from qcompress.model.anew import Anew
 from qcompress.model.filed import FiledStates
 from qcompress.model.products import Call
 from qcompress.model.stages import Stage, State, TracedStage
@@ -20,7 +21,7 @@ MOST_DEFERRED = 4
 Shape: TypeAlias = tuple[int, ...]
 
 
-class Flow(Sequence[State]):
+class Flow(Anew[State]):
     """The states before a stage, one a batch, until those behind the stage are held.
 
     held    before the first of `passed`
@@ -46,16 +47,8 @@ class Flow(Sequence[State]):
     def __len__(self) -> int:
         return len(self._held)
 
-    @overload
-    def __getitem__(self, index: int) -> State: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[State]: ...
-
     @torch.no_grad()
-    def __getitem__(self, index: int | slice) -> State | list[State]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def make(self, index: int) -> State:
         state = self._held[index]
         for stage in self._passed:
             state = stage.run(self._module, state)
@@ -124,7 +117,7 @@ def calls_of(node: fx.Node, states: Flow) -> CallsAnew:
     return CallsAnew(lambda index: call_of(node, states[index]), states.shapes_of(first))
 
 
-class CallsAnew(Sequence[Call]):
+class CallsAnew(Anew[Call]):
     """Calls of a module, one a batch, each made anew whenever it is asked for.
 
     make    gives that of a batch
@@ -138,15 +131,5 @@ class CallsAnew(Sequence[Call]):
     def __len__(self) -> int:
         return len(self.shapes)
 
-    @overload
-    def __getitem__(self, index: int) -> Call: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Call]: ...
-
-    def __getitem__(self, index: int | slice) -> Call | list[Call]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        if index >= len(self):
-            raise IndexError(index)
+    def make(self, index: int) -> Call:
         return self._make(index)

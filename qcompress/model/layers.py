@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcompress.model.anew import Anew
 from qcompress.types.ranks import ALONE, World
 from qcompress.types.run import Gram
 
@@ -115,7 +116,7 @@ Inputs: TypeAlias = "Tensor | Parts"
 """What a call gives a product: a layer's input as it comes, or that of an inner product in parts."""
 
 
-class InputsAnew(Sequence[Tensor]):
+class InputsAnew(Anew[Tensor]):
     """What flows into a layer, one tensor a call, computed anew whenever it is asked for.
 
     compute  gives that of a call
@@ -131,17 +132,7 @@ class InputsAnew(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.shapes)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        if index >= len(self):
-            raise IndexError(index)
+    def make(self, index: int) -> Tensor:
         return self._compute(index)
 
 
