@@ -145,7 +145,7 @@ def step_overhead(calls: int) -> dict[str, float]:
         penalties = attach_penalties(module, [Rule("*.weight", name, config, "benchmark")])
 
         def add(penalties: Any = penalties) -> None:
-            penalties.add(0, 1)
+            penalties.add(0, 1, 0.0)
             penalties.after(0, 1, 0.0)
 
         found[case] = seconds_of(add, calls, warm=True)

@@ -36,7 +36,7 @@ class RegularizerConfig(PenaltyConfig):
     layers           weights of all convolutions and dense layers, or of one kind; other tensors only where named
     layer_reduction  over the layers of this rule
     normalize        divide by the weight's standard deviation or variance, which the gradient takes for constants
-    coupling         `coupled`: part of the loss; `decoupled`: a step of its own at the learning rate, after the
+    coupling         `coupled`: part of the loss; `decoupled`: a step of its own at the learning rate, beside the
                      optimizer's; `proximal`: the exact minimum near the weight, where there is a closed form
     every            it is applied every so many steps, scaled by their number
     learning_rate    of what the regularizer learns; where absent the optimizer's

@@ -17,8 +17,68 @@ from qcompress.regularizers.penalty import Evaluated, Penalty, matrix_of, scale_
 from qcompress.regularizers.periodic import SAMPLED, find_range, minima_of
 
 LLOYD_STEPS = 50
+COMPARED = 8
+"""Representatives up to which comparing a weight with all of them takes less time than a search."""
 
 RepresentativesT_co = TypeVar("RepresentativesT_co", bound=RepresentativesConfig, covariant=True)
+
+
+class _Searched:
+    """The cell of every weight, found by binary search: for many cells.
+
+    weights  any shape
+    borders  [cells - 1], sorted; a weight on one belongs below it
+    """
+
+    def __init__(self, weights: Tensor, borders: Tensor) -> None:
+        self._cells = torch.bucketize(weights, borders)
+        self._number = len(borders) + 1
+
+    def take(self, values: Tensor) -> Tensor:
+        """The value of each weight's cell."""
+        return values.take(self._cells)
+
+    def counts(self) -> Tensor:
+        """Weights of each cell."""
+        return torch.bincount(self._cells.flatten(), minlength=self._number)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Of one value a weight, over each cell."""
+        return torch.bincount(self._cells.flatten(), weights=values.flatten(), minlength=self._number)
+
+
+class _Compared:
+    """As _Searched, by comparing every weight with every border: for few cells.
+
+    Arithmetic takes a fraction of what masks and indices take: 1 above a border and 0 elsewhere, as numbers.
+    """
+
+    def __init__(self, weights: Tensor, borders: Tensor) -> None:
+        self._above = [(weights - border).sign_().clamp_min_(0) for border in borders]
+        self._number = weights.numel()
+
+    def take(self, values: Tensor) -> Tensor:
+        first, *others = values
+        found = torch.full_like(self._above[0], float(first))
+        for above, value in zip(self._above, others, strict=True):
+            # With 0 and 1 both ends of the interpolation are exact.
+            found.lerp_(value, above)
+        return found
+
+    def counts(self) -> Tensor:
+        # Exact: a tile has fewer weights than float32 has whole numbers.
+        above = torch.stack([one.sum() for one in self._above]).double()
+        return _between(above.new_tensor([self._number]), above)
+
+    def sums(self, values: Tensor) -> Tensor:
+        flat = values.flatten()
+        above = torch.stack([one.flatten().dot(flat) for one in self._above]).double()
+        return _between(flat.sum().double().view(1), above)
+
+
+def _between(whole: Tensor, above: Tensor) -> Tensor:
+    """Of each cell, from the whole and from what lies above each border."""
+    return -torch.cat((whole, above, torch.zeros_like(whole))).diff()
 
 
 class Representatives:
@@ -107,21 +167,20 @@ class ToRepresentatives(Penalty[RepresentativesT_co]):
         matrix = matrix_of(weight)
         into = None if gradient is None else matrix_of(gradient)
         scale = scale_of(weight, config.normalize, config.reduction, weight.numel())
-        levels = len(centres)
+        cells_of = _Compared if len(centres) <= COMPARED else _Searched
         total = torch.zeros((), dtype=torch.float64, device=weight.device)
-        pulls = torch.zeros(levels, dtype=torch.float64, device=weight.device)
-        counts = torch.zeros(levels, dtype=torch.float64, device=weight.device)
+        pulls = torch.zeros(len(centres), dtype=torch.float64, device=weight.device)
+        counts = torch.zeros(len(centres), dtype=torch.float64, device=weight.device)
         for rows, columns in tiles_of(matrix):
             part = matrix[rows, columns]
-            nearest = torch.bucketize(part, borders, out_int32=True)
-            distance = part - centres.take(nearest.long())
-            height, slope = self.bend(distance)
+            cells = cells_of(part, borders)
+            height, slope = self.bend(part - cells.take(centres))
             total += height.sum()
             if into is not None:
                 into[rows, columns].add_(slope, alpha=factor * scale)
-            flat = nearest.flatten()
-            pulls += torch.bincount(flat, weights=slope.flatten(), minlength=levels)
-            counts += torch.bincount(flat, minlength=levels)
+            counts += cells.counts()
+            if config.learnable:
+                pulls += cells.sums(slope)
         self.representatives.dead = int((counts == 0).sum())
         slopes, members = torch.empty_like(pulls), torch.empty_like(counts)
         slopes[order] = -scale * pulls

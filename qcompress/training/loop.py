@@ -248,7 +248,7 @@ def _step(run: _Run, batches: Sequence[Batch]) -> tuple[float, float, float]:
     loss = _backward(run, batches)
     if scaler is not None:
         scaler.unscale_(optimizer)
-    penalty = penalties.add(step, run.total)
+    penalty = penalties.add(step, run.total, rate)
     if training.clip_norm is not None:
         nn.utils.clip_grad_norm_(trainee.module.parameters(), training.clip_norm)
     if scaler is None:

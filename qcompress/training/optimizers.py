@@ -14,6 +14,9 @@ from qcompress.types.settings import AdamW, Constant, Cosine, Optimizer, Schedul
 Group: TypeAlias = Mapping[str, Any]
 """Parameters with settings of their own: {"params": [...]}, "lr", "momentum" and "weight_decay" where they differ."""
 
+FUSED_DEVICES = ("cpu", "cuda")
+"""On which torch has a step that goes through the memory once."""
+
 
 def make_optimizer(
     settings: Optimizer,
@@ -37,18 +40,37 @@ def make_optimizer(
     ]
     groups = [group for group in every if group["params"]]
     refuse_decay(groups, (p for group in learned for p in group["params"]))
+    fused = all(_fits_fused(parameter) for group in groups for parameter in group["params"])
     match settings:
         case Sgd():
             # Nesterov asks for momentum in every group, which groups of their own may be without.
             for group in groups:
                 group["nesterov"] = settings.nesterov and group.get("momentum", settings.momentum) > 0
-            return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+            made: torch.optim.Optimizer = torch.optim.SGD(
+                groups, lr=settings.lr, momentum=settings.momentum, fused=fused
+            )
         case AdamW():
             for group in groups:
                 group.pop("momentum", None)
-            return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.epsilon)
+            made = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.epsilon, fused=fused)
         case _:
             assert_never(settings)
+    if fused:
+        made.register_step_pre_hook(_lay_gradients)
+    return made
+
+
+def _fits_fused(parameter: Tensor) -> bool:
+    """Whether a step may go through its memory in one pass: dense, and where torch has such a step."""
+    return parameter.device.type in FUSED_DEVICES and torch.empty_like(parameter).stride() == parameter.stride()
+
+
+def _lay_gradients(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Fused steps go through parameters and gradients as they lie in memory, and do not look whether they lie alike."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
 
 
 def refuse_decay(groups: Iterable[Group], learned: Iterable[Tensor]) -> None:

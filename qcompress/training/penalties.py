@@ -79,6 +79,25 @@ class Regularized:
         into.add_(buffer if self.order is None else buffer.permute(*(self.order.index(i) for i in range(into.ndim))))
         return found
 
+    def act(self, factor: float, rate: float) -> Evaluated:
+        """The penalty; its gradient is added to the weight's own, or takes a step of its own at the learning rate.
+
+        Such a step is taken as AdamW takes its decay: before the optimizer's, so that both are of the same weights.
+
+        raises  as accumulate
+        """
+        if not self.weight.requires_grad or self.config.coupling == "proximal":
+            return self.accumulate(None, factor)
+        if self.config.coupling == "coupled":
+            if self.weight.grad is None:
+                self.weight.grad = torch.zeros_like(self.weight)
+            return self.accumulate(self.weight.grad, factor)
+        change = torch.zeros_like(self.weight)
+        found = self.accumulate(change, -factor * rate)
+        with torch.no_grad():
+            self.weight.add_(change)
+        return found
+
     def factor(self, step: int, total: int) -> float:
         """What the penalty is multiplied by in a step; 0 where it is not applied."""
         if step % self.config.every:
@@ -134,8 +153,11 @@ class Penalties:
                 }
         return list(groups.values())
 
-    def add(self, step: int, total: int) -> float:
-        """Add the gradients of this step; the penalty that it has, strengths included. Nothing where none is due."""
+    def add(self, step: int, total: int, rate: float) -> float:
+        """Before the optimizer's step at rate `rate`: add gradients, or take the steps that are the penalties' own.
+
+        Both are of the weights as they are, as the loss's gradient is. Gives the penalty, strengths included.
+        """
         self.last = {}
         value = 0.0
         for one in self.regularized:
@@ -143,13 +165,7 @@ class Penalties:
             if not factor:
                 continue
             self._begin(one)
-            if one.config.coupling == "coupled" and one.weight.requires_grad:
-                if one.weight.grad is None:
-                    one.weight.grad = torch.zeros_like(one.weight)
-                found = one.accumulate(one.weight.grad, factor)
-            else:
-                found = one.accumulate(None, factor)
-            self.last[one.name] = found
+            found = self.last[one.name] = one.act(factor, rate)
             value += factor / one.config.every * float(found.value)
         self._add_terms(step, total)
         return value
@@ -176,20 +192,16 @@ class Penalties:
             term.grad = slope.to(term.dtype)
 
     def after(self, step: int, total: int, rate: float) -> None:
-        """After the optimizer's step at rate `rate`: the penalties' own steps, and the bounds of what they learn."""
+        """After the optimizer's step at rate `rate`: proximal steps, and the bounds of what penalties learn."""
         merged: dict[int, Evaluated] = {}
         for one in self.regularized:
             found = self.last.get(one.name)
             if found is None:
                 continue
             factor = one.factor(step, total) * rate
-            with torch.no_grad():
-                if one.config.coupling == "decoupled":
-                    change = torch.zeros_like(one.weight)
-                    one.accumulate(change, -factor)
-                    one.weight.add_(change)
-                elif one.config.coupling == "proximal":
-                    _refuse_runaway(one.name, factor)
+            if one.config.coupling == "proximal":
+                _refuse_runaway(one.name, factor)
+                with torch.no_grad():
                     one.penalty.shrink(one.weight, factor)
             before = merged.get(id(one.penalty.shared))
             if before is not None and before.counts is not None and found.counts is not None:

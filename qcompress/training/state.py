@@ -159,8 +159,8 @@ def _load(trainee: Trainee, tensors: Mapping[str, Tensor], document: Mapping[str
     for index, parameter in enumerate(_parameters(optimizer)):
         state: dict[str, Any] = dict(document["optimizer"].get(str(index), {}))
         for key, value in _below(tensors, f"optimizer.{index}.").items():
-            # Adam counts its steps on the CPU.
-            state[key] = value if value.ndim == 0 else value.to(parameter.device)
+            alike = value.shape == parameter.shape
+            state[key] = torch.empty_like(parameter).copy_(value) if alike else value.to(parameter.device)
         if state:
             optimizer.state[parameter] = state
     trainee.penalties.load(_below(tensors, "terms."), document["penalties"])

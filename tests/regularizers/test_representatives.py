@@ -16,11 +16,33 @@ from qcompress.registry.regularizers import CosineConfig, ExponentialConfig, Min
 from qcompress.regularizers.cosine import Cosine
 from qcompress.regularizers.exponential import Exponential
 from qcompress.regularizers.min_squared import MinSquared
+from qcompress.regularizers.representatives import COMPARED
 from qcompress.regularizers.sine import Sine
 
 
 def gaussian(count: int = 500, seed: int = 0) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("levels", [2, 3, COMPARED, COMPARED + 1, 40])
+def test_cells_are_those_of_the_nearest_representatives(levels: int) -> None:
+    """Against all distances, one by one; a weight half-way belongs to the lower one."""
+    centres = torch.arange(levels, dtype=torch.float64)
+    weight = torch.cat((levels * gaussian(2000), centres, centres + 0.5)).view(1, -1)
+    penalty = MinSquared(MinSquaredConfig(levels=levels, init="linear", range=(0.0, 1.0)), weight)
+    with torch.no_grad():
+        penalty.representatives.values.copy_(centres.flip(0))
+    gradient = torch.zeros_like(weight)
+    found = penalty.accumulate(weight, gradient, 1.0)
+    distances = weight.view(-1, 1) - centres
+    nearest = distances.abs().argmin(1)
+    left = distances.gather(1, nearest.view(-1, 1)).flatten()
+    pulls = torch.zeros(levels, dtype=torch.float64).index_add(0, nearest, -2 * left)
+    assert float(found.value) == pytest.approx(float(left.square().sum()))
+    assert torch.equal(gradient.flatten(), 2 * left)
+    assert found.counts is not None
+    assert torch.equal(found.counts.flip(0), torch.bincount(nearest, minlength=levels).double())
+    torch.testing.assert_close(found.terms["representatives"].flip(0), pulls, rtol=0, atol=1e-8)
 
 
 def value_of(penalty: Sine | Cosine, x: float) -> float:

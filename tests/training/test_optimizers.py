@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -79,17 +81,26 @@ def test_frozen_parameters_are_in_no_group() -> None:
     assert [p for group in optimizer.param_groups for p in group["params"]] == [module.bias]
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_steps_are_those_of_the_library_s_optimizer(nesterov: bool) -> None:
-    modules = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        modules.append(nn.Linear(3, 2, bias=False))
-    ours = make_optimizer(Sgd(lr=0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.01), modules[0], [])
-    theirs = torch.optim.SGD(modules[1].parameters(), 0.1, momentum=0.8, nesterov=nesterov, weight_decay=0.01)
-    for _ in range(3):
+@pytest.mark.parametrize("laid", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("settings", [Sgd(lr=0.1, momentum=0.8), Sgd(lr=0.1, nesterov=True), AdamW(lr=0.1)], ids=str)
+def test_steps_are_those_of_the_library_s_plain_optimizer(settings: Sgd | AdamW, laid: torch.memory_format) -> None:
+    """However weights and gradients lie in memory, which need not be alike."""
+    settings = dataclasses.replace(settings, weight_decay=0.01)
+    modules = [nn.Conv2d(4, 6, 3, bias=False) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    modules[0].to(memory_format=laid)
+    ours, theirs = make_optimizer(settings, modules[0], []), plain(settings, modules[1])
+    for seed in range(3):
+        gradient = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(seed))
         for module, optimizer in zip(modules, (ours, theirs), strict=True):
-            optimizer.zero_grad()
-            module(torch.ones(2, 3)).square().sum().backward()
+            module.weight.grad = gradient.clone()
             optimizer.step()
-    assert torch.equal(modules[0].weight, modules[1].weight)
+    torch.testing.assert_close(modules[0].weight, modules[1].weight, rtol=1e-5, atol=1e-6)
+
+
+def plain(settings: Sgd | AdamW, module: nn.Module) -> torch.optim.Optimizer:
+    decay = settings.weight_decay
+    if isinstance(settings, AdamW):
+        return torch.optim.AdamW(module.parameters(), settings.lr, weight_decay=decay, fused=False)
+    momentum, nesterov = settings.momentum, settings.nesterov
+    return torch.optim.SGD(module.parameters(), settings.lr, momentum, 0, decay, nesterov, fused=False)

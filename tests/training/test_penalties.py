@@ -104,7 +104,7 @@ def test_coupled_gradients_join_those_of_the_loss() -> None:
     module = net()
     penalties = attach_penalties(module, [rule("l2", L2Config(strength=0.5))])
     module.conv.weight.grad = torch.ones_like(module.conv.weight)
-    value = penalties.add(0, 10)
+    value = penalties.add(0, 10, 0.1)
     torch.testing.assert_close(module.conv.weight.grad, 1 + 0.5 * module.conv.weight.detach())
     torch.testing.assert_close(module.fc.weight.grad, 0.5 * module.fc.weight.detach())
     wanted = sum(0.25 * float(one.weight.detach().square().sum()) for one in penalties.regularized)
@@ -118,7 +118,7 @@ def test_layers_may_be_averaged_and_steps_left_out() -> None:
     count = len(penalties.regularized)
     for step in range(4):
         module.zero_grad()
-        penalties.add(step, 10)
+        penalties.add(step, 10, 0.1)
         if step % 3:
             assert module.conv.weight.grad is None
         else:
@@ -130,22 +130,45 @@ def test_channels_of_transposed_convolutions_are_their_outputs() -> None:
     penalties = attach_penalties(
         module, [rule("linf", LinfConfig(granularity="channel", reduction="sum"), "up.weight")]
     )
-    penalties.add(0, 1)
+    penalties.add(0, 1, 0.1)
     grad = penalties.regularized[0].weight.grad
     assert grad is not None
     torch.testing.assert_close(grad.abs().sum((0, 2, 3)), torch.full((6,), 0.01))
 
 
-def test_decoupled_and_proximal_steps_follow_the_optimizer() -> None:
+def test_decoupled_and_proximal_penalties_take_steps_of_their_own() -> None:
     for coupling in ("decoupled", "proximal"):
         module = net()
         penalties = attach_penalties(module, [rule("l2", L2Config(strength=0.5, coupling=coupling), "fc.weight")])
         before = module.fc.weight.detach().clone()
-        penalties.add(0, 10)
+        penalties.add(0, 10, 0.1)
         assert module.fc.weight.grad is None
         penalties.after(0, 10, 0.1)
         factor = 1 - 0.05 if coupling == "decoupled" else 1 / 1.05
         torch.testing.assert_close(module.fc.weight.detach(), before * factor)
+
+
+def test_a_decoupled_step_is_of_the_weights_that_the_optimizer_s_is_of() -> None:
+    """As AdamW's decay: whichever is taken first, both know the weights as they were."""
+    module = net()
+    penalties = attach_penalties(module, [rule("l2", L2Config(strength=0.5, coupling="decoupled"), "fc.weight")])
+    before = module.fc.weight.detach().clone()
+    optimizer = torch.optim.SGD([module.fc.weight], lr=0.1)
+    module.fc.weight.grad = torch.ones_like(before)
+    penalties.add(0, 10, 0.1)
+    optimizer.step()
+    penalties.after(0, 10, 0.1)
+    torch.testing.assert_close(module.fc.weight.detach(), before - 0.1 * (1 + 0.5 * before))
+
+
+def test_a_frozen_weight_takes_no_step() -> None:
+    module = net()
+    module.fc.weight.requires_grad_(False)
+    penalties = attach_penalties(module, [rule("l2", L2Config(strength=0.5, coupling="decoupled"), "fc.weight")])
+    before = module.fc.weight.clone()
+    penalties.add(0, 10, 0.1)
+    penalties.after(0, 10, 0.1)
+    assert torch.equal(module.fc.weight, before)
 
 
 def test_representatives_are_shared_as_asked_and_step_towards_their_means() -> None:
@@ -157,7 +180,7 @@ def test_representatives_are_shared_as_asked_and_step_towards_their_means() -> N
     groups = penalties.learned(Sgd(lr=0.01))
     assert len(groups) == 2 and all(group["lr"] == 0.1 and group["momentum"] == 0 for group in groups)
     assert all("lr" not in group for group in penalties.learned(AdamW(lr=0.01)))
-    penalties.add(0, 10)
+    penalties.add(0, 10, 0.1)
     weights = torch.cat([module.conv.weight.detach().flatten(), module.up.weight.detach().flatten()])
     values = sets["conv.weight"].values
     cells = (weights.view(-1, 1) - values.detach()).abs().argmin(1)
@@ -176,7 +199,7 @@ def test_raw_gradients_of_representatives_diverge_where_counted_ones_do_not() ->
         values = penalties.regularized[0].penalty.representatives.values  # type: ignore[attr-defined]
         optimizer = torch.optim.SGD([values], lr=0.1)
         for _ in range(20):
-            penalties.add(0, 1)
+            penalties.add(0, 1, 0.1)
             optimizer.step()
             penalties.after(0, 1, 0.0)
         ends[kind] = float(values.detach().abs().max())
@@ -190,7 +213,7 @@ def test_what_is_saved_is_enough_to_go_on() -> None:
         rule("sine", SineConfig(levels=4, start=0.0, ramp=0.0), "up.weight", "c"),
     ]
     first = attach_penalties(net(), rules)
-    first.add(0, 4)
+    first.add(0, 4, 0.1)
     with torch.no_grad():
         first.regularized[0].penalty.terms["alpha"].fill_(0.7)
     tensors, values = first.state()
@@ -221,7 +244,7 @@ def always(name: str, **options: Any) -> Any:
 def test_every_regularizer_adds_its_gradient_to_a_weight_whose_channels_lie_second(name: str) -> None:
     module = net()
     penalties = attach_penalties(module, [rule(name, always(name), "up.weight")])
-    value = penalties.add(0, 10)
+    value = penalties.add(0, 10, 0.1)
     (one,) = penalties.regularized
     weight = module.up.weight.detach().transpose(0, 1).contiguous()
     gradient = torch.zeros_like(weight)
@@ -243,7 +266,7 @@ def test_every_regularizer_adds_its_gradient_to_a_weight_whose_channels_lie_seco
 def test_every_regularizer_goes_on_from_its_saved_state(name: str) -> None:
     first, later = net(), net()
     penalties = attach_penalties(first, [rule(name, always(name), "[cf]*.weight")])
-    penalties.add(0, 10)
+    penalties.add(0, 10, 0.1)
     with torch.no_grad():
         for one in penalties.regularized:
             for term in one.penalty.terms.values():
@@ -254,7 +277,7 @@ def test_every_regularizer_goes_on_from_its_saved_state(name: str) -> None:
     tensors, values = penalties.state()
     resumed.load({key: value.clone() for key, value in tensors.items()}, json.loads(json.dumps(values)))
     later.load_state_dict(first.state_dict())
-    assert resumed.add(1, 10) == penalties.add(1, 10)
+    assert resumed.add(1, 10, 0.1) == penalties.add(1, 10, 0.1)
     assert resumed.saved().keys() == penalties.saved().keys()
     assert all(torch.equal(value, penalties.saved()[key]) for key, value in resumed.saved().items())
     assert resumed.facts() == penalties.facts()
@@ -267,7 +290,7 @@ def test_facts_name_the_regularizer_and_its_penalty_once_it_acts(name: str) -> N
     penalties = attach_penalties(net(), [rule(name, always(name), "fc.weight")])
     before = penalties.facts()["fc.weight"]
     assert (before["regularizer"], before["strength"], before["penalty"]) == (name, 0.5, None)
-    value = penalties.add(0, 10)
+    value = penalties.add(0, 10, 0.1)
     assert penalties.facts()["fc.weight"]["penalty"] == pytest.approx(2 * value)
 
 
@@ -279,7 +302,7 @@ def test_a_counted_step_does_not_know_sum_from_mean(gradient: str) -> None:
         # From even steps the representatives have a way to go; from k-means they have none.
         config = always("min-squared", levels=4, init="linear", reduction=reduction, gradient=gradient)
         penalties = attach_penalties(net(), [rule("min-squared", config, "fc.weight")])
-        penalties.add(0, 10)
+        penalties.add(0, 10, 0.1)
         (term,) = penalties.regularized[0].penalty.terms.values()
         assert term.grad is not None
         slopes.append(term.grad)

@@ -56,7 +56,7 @@ def test_a_penalty_whose_steps_float32_cannot_hold_is_an_error(coupling: Any, st
     penalties = attach_penalties(module, [rule])
     module.get_parameter("0.weight").grad = torch.zeros_like(module.get_parameter("0.weight"))
     with pytest.raises(TrainingError, match=r"the penalty of '0\.weight' takes steps of 1e\+40 times its gradient"):
-        penalties.add(0, 1)
+        penalties.add(0, 1, 1e30)
         penalties.after(0, 1, 1e30)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcompress.checkpoint.checkpoint import read_tensors, write_checkpoint
 from qcompress.errors import TrainingError
@@ -42,7 +42,7 @@ def trainee(optimizer: Optimizer, steps: int = 2, seed: int = 0) -> Trainee:
     for step in range(steps):
         made.zero_grad()
         module(torch.randn(4, 3, 8, 8)).square().sum().backward()  # type: ignore[no-untyped-call]
-        penalties.add(step + 5, 10)
+        penalties.add(step + 5, 10, 0.01)
         made.step()
         penalties.after(step + 5, 10, 0.01)
     progress = Progress(steps, 1, (0.5, 3), 17, [{"top1": 0.25}], 1, {"0.bias": torch.arange(8.0)}, 2.5)
@@ -77,6 +77,27 @@ def test_all_that_changes_comes_back(tmp_path: Path, optimizer: Optimizer) -> No
     assert_same(other.progress.best_state, one.progress.best_state)
     other.progress.best_state = one.progress.best_state
     assert other.progress == one.progress
+
+
+@pytest.mark.parametrize("optimizer", [Sgd(lr=0.05), AdamW(lr=0.01)], ids=["sgd", "adamw"])
+def test_what_comes_back_steps_alike_with_channels_last(tmp_path: Path, optimizer: Optimizer) -> None:
+    """Files know no order in memory, and steps go through weights and momenta side by side."""
+    runs = []
+    for seed in (0, 7):
+        module = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+        runs.append(Trainee(module, make_optimizer(optimizer, module, []), attach_penalties(module, []), Progress()))
+        torch.manual_seed(seed)
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        runs[-1].optimizer.step()
+    save_state(tmp_path / "state", runs[0], IDENTITY)
+    load_state(tmp_path / "state", runs[1], IDENTITY)
+    for one in runs:
+        torch.manual_seed(1)
+        for parameter in one.module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        one.optimizer.step()
+    assert_same(weights(runs[1].module), weights(runs[0].module))
 
 
 def test_equal_runs_leave_equal_states_and_no_other_file(tmp_path: Path) -> None:
